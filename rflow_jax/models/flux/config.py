@@ -1,0 +1,69 @@
+"""Sizes of a FLUX transformer, and how it treats a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rflow_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes, in the names of diffusers' ``transformer/config.json``; the defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64
+    num_layers: int = 19  # double-stream blocks
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096  # T5
+    pooled_projection_dim: int = 768  # CLIP
+    guidance_embeds: bool = True  # False: FLUX.1-schnell
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    mlp_ratio: float = 4.0
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise InputError(
+                f"transformer config: axes_dims_rope {list(self.axes_dims_rope)} must add up to "
+                f"attention_head_dim {self.attention_head_dim}"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> FluxConfig:
+        """From the content of a diffusers ``transformer/config.json``; raises InputError for another network."""
+        if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
+            raise InputError(f"transformer config: a {name}; this is no FLUX transformer")
+        if config.get("patch_size", 1) != 1 or config.get("out_channels") not in (None, config.get("in_channels")):
+            raise InputError("transformer config: only patch_size 1 and out_channels equal to in_channels are FLUX")
+        known = {key: config[key] for key in cls.__dataclass_fields__ if key in config}
+        if "axes_dims_rope" in known:
+            known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class ConditionFlags:
+    """How condition tokens take part; the names and defaults of the original's ``model`` config.
+
+    Attributes:
+        union_cond_attn: everything attends to everything; False: the condition and the rest do not see each other.
+        add_cond_attn: add the condition's attention output to the image stream (needs as many condition
+            tokens as image tokens).
+        latent_lora: the LoRA also acts on image and text tokens, not on condition tokens alone.
+    """
+
+    union_cond_attn: bool = True
+    add_cond_attn: bool = False
+    latent_lora: bool = False

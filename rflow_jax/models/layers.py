@@ -1,0 +1,106 @@
+"""The few layers every network here is made of: a linear that can carry a LoRA, norms, embeddings."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from rflow_jax.typing import Array, Float
+
+# Which rows (tokens, on axis -2) a linear's LoRA acts on. None: on none. ``slice(start, None)``: on the last rows.
+LoraRows = slice | None
+ALL_ROWS = slice(None)
+
+
+class LoRAScale(nnx.Variable):
+    """alpha / rank of one adapter: an array, so that exchanging LoRA files never recompiles."""
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``, plus ``scale * x @ lora_a @ lora_b`` on the rows that the call names.
+
+    Whether the LoRA acts is an argument of the call and never state of the layer: condition tokens share
+    this layer with image tokens in one product, and only the condition's rows get the low-rank term.
+
+    Attributes:
+        kernel: [in, out].
+        bias: [out], or None.
+        lora_a, lora_b, lora_scale: [in, r], [r, out] and a scalar, or None where no adapter is attached
+            (see :func:`rflow_jax.models.lora.attach`).
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype: Dtype = jnp.float32
+    ):
+        init = jax.nn.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((d_out,), dtype)) if use_bias else None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "*b s d"], lora: LoraRows = None) -> Float[Array, "*b s o"]:
+        kernel = self.kernel[...]
+        y = jnp.dot(x, kernel.astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if lora is None or self.lora_a is None:
+            return y
+        start = lora.start or 0
+        delta = self._low_rank(x[..., start:, :])
+        if start == 0:
+            return y + delta
+        # Updated in place: only the rows that change are read and written again.
+        return jax.lax.dynamic_update_slice_in_dim(y, y[..., start:, :] + delta, start, axis=-2)
+
+    def _low_rank(self, x: Array) -> Array:
+        assert self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None
+        low = jnp.dot(x, self.lora_a[...].astype(x.dtype)) * self.lora_scale[...].astype(x.dtype)
+        return jnp.dot(low, self.lora_b[...].astype(x.dtype))
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, computed in float32; ``affine`` adds a learned scale and bias."""
+
+    def __init__(self, d: int, *, eps: float, affine: bool = True, dtype: Dtype = jnp.float32):
+        self.eps = eps
+        self.scale = nnx.data(nnx.Param(jnp.ones((d,), dtype)) if affine else None)
+        self.bias = nnx.data(nnx.Param(jnp.zeros((d,), dtype)) if affine else None)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = layer_norm(x, self.eps)
+        if self.scale is not None and self.bias is not None:
+            y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * scale`` over the last axis, computed in float32."""
+
+    def __init__(self, d: int, *, eps: float, dtype: Dtype = jnp.float32):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((d,), dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors: ``table[ids]``."""
+
+    def __init__(self, rows: int, d: int, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, d), dtype))
+
+    def __call__(self, ids: Array) -> Array:
+        return self.embedding[...][ids]
+
+
+def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """LayerNorm without parameters over the last axis; the result is float32 whatever ``x`` is."""
+    y = x.astype(jnp.float32)
+    centred = y - jnp.mean(y, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)

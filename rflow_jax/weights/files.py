@@ -1,0 +1,179 @@
+"""Safetensors files, read tensor by tensor.
+
+The files are read with positioned reads into buffers of their own and never mapped: mapped pages count as resident memory, and a
+24 GB checkpoint must pass through a machine with less. A few threads read ahead, bounded in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from rflow_jax.errors import InputError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+HEADER_LIMIT = 100 * 2**20  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+class TensorFiles(Mapping[str, TensorInfo]):
+    """The tensors of one safetensors file, or of a folder's files, by key.
+
+    Attributes:
+        metadata: the string pairs of the headers.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self.files = tuple(files)
+        self.metadata: dict[str, str] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for file in self.files:
+            infos, metadata = _read_header(file)
+            if twice := self._infos.keys() & infos.keys():
+                raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
+            self._infos |= infos
+            self.metadata |= metadata
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TensorFiles:
+        """Opens a ``.safetensors`` file, or a folder: by its index file if there is one, else its only file.
+
+        Raises:
+            InputError: nothing there, a shard that the index names is missing, a truncated or foreign file.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls([path])
+        if not path.is_dir():
+            raise InputError(f"{path}: no such file or folder")
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        if indexes:
+            return cls(_shards_of(indexes[0]))
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise InputError(f"{path}: expected one .safetensors file or an index of shards, found {names}")
+        return cls(found)
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self._infos[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: info.shape for key, info in self._infos.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self._infos.values())
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in a buffer of its own."""
+        info = self._infos[key]
+        buffer = np.empty(info.nbytes, np.uint8)
+        view = memoryview(buffer)
+        with open(info.file, "rb", buffering=0) as file:
+            done = 0
+            while done < info.nbytes:
+                got = os.preadv(file.fileno(), [view[done:]], info.offset + done)
+                if got <= 0:
+                    raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
+                done += got
+        return buffer.view(info.dtype).reshape(info.shape)
+
+    def stream(
+        self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = 2**30
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(key, tensor) in the order asked for, read ahead by ``threads`` up to ``ahead`` bytes."""
+        waiting: deque[tuple[str, int, Future[np.ndarray]]] = deque()
+        in_flight = 0
+        with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+            for key in self._infos if keys is None else keys:
+                size = self._infos[key].nbytes
+                while waiting and in_flight + size > ahead:
+                    done, done_size, future = waiting.popleft()
+                    yield done, future.result()
+                    in_flight -= done_size
+                waiting.append((key, size, pool.submit(self.read, key)))
+                in_flight += size
+            while waiting:
+                done, _, future = waiting.popleft()
+                yield done, future.result()
+
+
+def _shards_of(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
+    files = [index.parent / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: missing, though {index.name} names it; fetch the whole folder")
+    return files
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The header: 8 bytes of length, then JSON with dtype, shape and byte range of each tensor."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, max(size - 8, 0)):
+            raise InputError(f"{file}: not a safetensors file, or cut short ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            start = 8 + length
+            infos = {key: _info(file, entry, start) for key, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: not a safetensors file (its header does not parse: {error})") from error
+    end = max((info.offset + info.nbytes for info in infos.values()), default=start)
+    if end > size:
+        raise InputError(f"{file}: cut short: {size} bytes of {end}; copy or download it again")
+    return infos, metadata
+
+
+def _info(file: Path, entry: dict, start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise ValueError("byte range and shape disagree")
+    return TensorInfo(file, dtype, shape, start + begin, end - begin)
