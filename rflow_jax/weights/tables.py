@@ -47,6 +47,7 @@ class Table:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     prefix: str = ""  # in front of every key of the checkpoint
+    leaves: Mapping[str, str] = field(default_factory=lambda: LEAVES, hash=False)  # our leaf -> theirs
 
     def module(self, path: str) -> tuple[int, str, str]:
         """(index of the rule, the checkpoint's module, the rule's ``via``) of one of our modules."""
@@ -158,7 +159,7 @@ def plan(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition(".")
         order, theirs, via = table.module(module)
-        key = f"{table.prefix}{theirs}.{LEAVES[leaf]}"
+        key = f"{table.prefix}{theirs}.{table.leaves[leaf]}"
         grouped.setdefault(key, []).append((order, Target(path, tuple(shape), via)))
     result = Plan(table)
     for key, members in grouped.items():
