@@ -1,1 +1,78 @@
 """Attention behind one function, whatever computes it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rflow_jax.typing import Array, Float
+
+AttentionImpl = Literal["auto", "reference", "xla", "cudnn", "flash"]
+FLASH_BLOCK = 512  # tokens a tile of the TPU kernel; sequences are padded to a multiple of it
+
+
+def attend(
+    q: Float[Array, "b s n h"],
+    k: Float[Array, "b k n h"],
+    v: Float[Array, "b k n h"],
+    *,
+    bias: Float[Array, "#b #n s k"] | None = None,
+    impl: AttentionImpl = "auto",
+) -> Float[Array, "b s n h"]:
+    """``softmax(q k^T / sqrt(h) + bias) v`` for each head.
+
+    Args:
+        bias: added to the scaled logits.
+        impl: ``reference`` (float32 throughout), ``xla`` (``jax.nn.dot_product_attention``), ``cudnn`` (its fused
+            kernel: GPU, 16-bit), ``flash`` (Pallas kernel for TPU), or ``auto``: the fastest for the default
+            device and this dtype.
+    """
+    if impl == "auto":
+        impl = _fastest(q)
+    if impl == "reference":
+        return _reference(q, k, v, bias)
+    if impl == "flash":
+        return _flash(q, k, v, bias)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=impl)
+
+
+def _fastest(q: Array) -> AttentionImpl:
+    backend = jax.default_backend()
+    if backend == "gpu" and q.dtype.itemsize == 2:
+        return "cudnn"
+    return "flash" if backend == "tpu" else "reference"
+
+
+def _reference(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    logits = jnp.einsum("bsnh,bknh->bnsk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum("bnsk,bknh->bsnh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+def _flash(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu  # only where it is used: slow to import
+
+    b, s, n, h = q.shape
+    keys = k.shape[1]
+    blocks = tpu.BlockSizes(block_q=FLASH_BLOCK, block_k_major=FLASH_BLOCK, block_k=FLASH_BLOCK, block_b=1)
+    # Padding belongs to a segment of its own, which no real token attends to.
+    segments = tpu.SegmentIds(q=_padding_segment(b, s), kv=_padding_segment(b, keys))
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (b, n, s, keys))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -s % FLASH_BLOCK), (0, -keys % FLASH_BLOCK)))
+    heads_first = (_pad_tokens(x).swapaxes(1, 2) for x in (q, k, v))
+    out = tpu.flash_attention(*heads_first, ab=bias, segment_ids=segments, sm_scale=h**-0.5, block_sizes=blocks)
+    return out.swapaxes(1, 2)[:, :s]
+
+
+def _pad_tokens(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % FLASH_BLOCK), (0, 0), (0, 0)))
+
+
+def _padding_segment(b: int, tokens: int) -> Array:
+    padded = tokens + -tokens % FLASH_BLOCK
+    return jnp.broadcast_to((jnp.arange(padded) >= tokens).astype(jnp.int32), (b, padded))

@@ -1,0 +1,140 @@
+"""The FLUX transformer with its condition branch: packed latents, text and a condition -> velocity."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.attention import AttentionImpl
+from rflow_jax.models.flux.blocks import Context, DoubleBlock, Modulation, SingleBlock, modulate
+from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
+from rflow_jax.models.flux.embeddings import TIME_FEATURES, MLPEmbedder, Rope, time_features
+from rflow_jax.models.layers import Linear
+from rflow_jax.typing import Array, Float
+
+CONDITION_GUIDANCE = 1.0  # the guidance the condition's modulation vector is made with
+
+
+class FluxTransformer(nnx.Module):
+    """FLUX.1 (dev or schnell) with the condition branch of OminiControl and ReflectionFlow.
+
+    Source: FLUX.1 (Black Forest Labs); OminiControl, arXiv 2411.15098; ReflectionFlow, arXiv 2504.16080.
+    """
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        d = config.width
+        kw = {"rngs": rngs, "dtype": dtype}
+        self.config = config
+        self.image_in = Linear(config.in_channels, d, **kw)
+        self.text_in = Linear(config.joint_attention_dim, d, **kw)
+        self.time_in = MLPEmbedder(TIME_FEATURES, d, **kw)
+        self.guidance_in = nnx.data(MLPEmbedder(TIME_FEATURES, d, **kw) if config.guidance_embeds else None)
+        self.pooled_in = MLPEmbedder(config.pooled_projection_dim, d, **kw)
+        self.double_blocks = nnx.List([DoubleBlock(config, **kw) for _ in range(config.num_layers)])
+        self.single_blocks = nnx.List([SingleBlock(config, **kw) for _ in range(config.num_single_layers)])
+        self.final_mod = Modulation(d, 2, **kw)
+        self.final_out = Linear(d, config.in_channels, **kw)
+
+    def __call__(
+        self,
+        latents: Float[Array, "b i f"],
+        text: Float[Array, "b t e"],
+        pooled: Float[Array, "b p"],
+        t: Float[Array, " b"],
+        *,
+        rope: Rope,
+        guidance: Float[Array, " b"] | None = None,
+        condition: Float[Array, "b c f"] | None = None,
+        c_t: float | Float[Array, ""] = 0.0,
+        condition_scale: Float[Array, ""] | None = None,
+        flags: ConditionFlags = ConditionFlags(),
+        attention: AttentionImpl = "auto",
+    ) -> Float[Array, "b i f"]:
+        """The velocity x_1 - x_0 at x_t = (1 - t) x_0 + t x_1.
+
+        Args:
+            latents: packed noisy latents x_t; their dtype is the one computed in.
+            text: T5's hidden states.
+            pooled: CLIP's pooled embedding.
+            t: time in [0, 1], 1 is noise.
+            rope: angles of [text, image, condition] (:func:`rflow_jax.flow.latents.rope_for`).
+            guidance: the distilled guidance, as the user says it (3.5); unused by networks without it.
+            condition: packed clean latents of the image to correct.
+            c_t: the condition's time.
+            condition_scale: strength of the attention between the condition and the rest; None is 1.
+            flags, attention: see their classes.
+
+        Raises:
+            InputError: flags that exclude each other, or that don't fit the number of tokens.
+        """
+        ctx = self.context(latents, condition, rope, condition_scale, flags, attention)
+        text, image = self.embed_tokens(latents, text, condition, ctx)
+        vector = self.embed_vectors(t, guidance, pooled, c_t if ctx.n_condition else None, latents.dtype)
+        for block in self.double_blocks:
+            text, image = block(text, image, vector, ctx)
+        x = jnp.concatenate([text, image], axis=1)
+        for block in self.single_blocks:
+            x = block(x, vector, ctx)
+        return self.head(x[:, text.shape[1] : x.shape[1] - ctx.n_condition], vector)
+
+    def context(
+        self,
+        latents: Array,
+        condition: Array | None,
+        rope: Rope,
+        condition_scale: Array | None,
+        flags: ConditionFlags,
+        attention: AttentionImpl = "auto",
+    ) -> Context:
+        """Checks that the flags fit each other and the tokens. Without a condition they have no effect."""
+        if condition is None:
+            return Context(rope, flags=flags, attention=attention)
+        if condition_scale is not None and not flags.union_cond_attn:
+            raise InputError("condition_scale works through union attention: set union_cond_attn or leave the scale at 1")
+        if flags.add_cond_attn and condition.shape[1] != latents.shape[1]:
+            raise InputError(
+                f"add_cond_attn needs as many condition tokens as image tokens, not {condition.shape[1]} and "
+                f"{latents.shape[1]}: give the condition the image's size"
+            )
+        return Context(rope, condition.shape[1], flags, condition_scale, attention)
+
+    def embed_tokens(
+        self, latents: Array, text: Array, condition: Array | None, ctx: Context
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b ic d"]]:
+        """Text tokens, and image tokens followed by condition tokens, at the model's width."""
+        image = latents if condition is None else jnp.concatenate([latents, condition.astype(latents.dtype)], axis=1)
+        embedded = self.image_in(image, ctx.lora_rows(image.shape[1]))
+        return self.text_in(text.astype(latents.dtype), ctx.lora_text), embedded
+
+    def embed_vectors(
+        self,
+        t: Float[Array, " b"],
+        guidance: Float[Array, " b"] | None,
+        pooled: Float[Array, "b p"],
+        c_t: float | Array | None,
+        dtype: Dtype,
+    ) -> Float[Array, "b k d"]:
+        """Modulation vectors: row 0 for image and text, row 1 for the condition (if ``c_t`` is not None)."""
+        times, guidances = [t], [guidance]
+        if c_t is not None:
+            times.append(jnp.broadcast_to(jnp.asarray(c_t, jnp.float32), t.shape))
+            guidances.append(jnp.full_like(t, CONDITION_GUIDANCE))
+        vector = self.time_in(time_features(jnp.stack(times, axis=1)).astype(dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise InputError("this network takes a guidance (FLUX.1-dev), and none was given")
+            vector = vector + self.guidance_in(time_features(jnp.stack(guidances, axis=1)).astype(dtype))
+        return vector + self.pooled_in(pooled.astype(dtype))[:, None]
+
+    def head(self, image: Float[Array, "b i d"], vector: Float[Array, "b k d"]) -> Float[Array, "b i f"]:
+        """Image tokens -> velocity of the packed latents."""
+        scale, shift = jnp.split(self.final_mod(vector[:, :1]), 2, axis=-1)
+        return self.final_out(modulate(image, shift, scale))
+
+
+def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32) -> FluxTransformer:
+    """The network without numbers, to be filled by a loader or counted."""
+    return nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+
