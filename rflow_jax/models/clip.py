@@ -1,0 +1,154 @@
+"""CLIP's text model, FLUX's reader of the prompt as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.layers import Embedding, LayerNorm, Linear
+from rflow_jax.models.self_attention import SelfAttention
+from rflow_jax.typing import Array, Float, Int
+
+# Configurations written before the id was stored rightly say 2; the end token is then a prompt's highest id.
+LEGACY_EOS_TOKEN_ID = 2
+
+# What Transformers assumes where the config.json is silent; not CLIP-L's values.
+_SILENT: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "eos_token_id": 49_407,
+}
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """Sizes, in the names of Transformers' ``config.json``; the defaults are those of FLUX.1's CLIP-L."""
+
+    vocab_size: int = 49_408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = LEGACY_EOS_TOKEN_ID
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"text_encoder config: num_attention_heads {self.num_attention_heads} does not divide "
+                f"hidden_size {self.hidden_size}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(
+                f"text_encoder config: hidden_act {self.hidden_act!r} is not supported, "
+                f"only {', '.join(ACTIVATIONS)}"
+            )
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> ClipTextConfig:
+        """From the content of ``text_encoder/config.json``; raises InputError for another network."""
+        if (kind := config.get("model_type", "clip_text_model")) != "clip_text_model":
+            raise InputError(
+                f"text_encoder config: model_type {kind!r} is not supported, only 'clip_text_model'"
+            )
+        return cls(**_SILENT | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
+
+
+class ClipTextEncoder(nnx.Module):
+    """Token ids -> hidden states and one vector a prompt.
+
+    It computes in the dtype of the embedding, norms and softmax in float32.
+
+    Source: Radford et al., "Learning Transferable Visual Models"; ``CLIPTextModel`` of Transformers.
+    """
+
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        d = config.hidden_size
+        self.config = config
+        self.embed = Embedding(config.vocab_size, d, rngs=rngs, dtype=dtype)
+        self.positions = Embedding(config.max_position_embeddings, d, rngs=rngs, dtype=dtype)
+        self.blocks = nnx.List(
+            ClipBlock(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)
+        )
+        self.final_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
+
+    def __call__(self, ids: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+        """(hidden states after the last norm, those of each prompt's end token).
+
+        Raises:
+            InputError: more tokens than positions.
+        """
+        length = ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise InputError(
+                f"{length} CLIP tokens; the model has {self.config.max_position_embeddings} positions"
+            )
+        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        x = self.embed(ids) + self.positions(jnp.arange(length))
+        for block in self.blocks:
+            x = block(x, causal)
+        x = self.final_norm(x)
+        ends = end_positions(ids, self.config.eos_token_id)
+        return x, jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]
+
+
+class ClipBlock(nnx.Module):
+    """Attention, then a feed-forward, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        d, heads = config.hidden_size, config.num_attention_heads
+        head_dim = d // heads
+        self.attn_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
+        self.attn = SelfAttention(
+            d, heads, head_dim, scale=head_dim**-0.5, use_bias=True, rngs=rngs, dtype=dtype
+        )
+        self.ff_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
+        self.ff = FeedForward(d, config.intermediate_size, config.hidden_act, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b t d"], mask: Array) -> Float[Array, "b t d"]:
+        x = x + self.attn(self.attn_norm(x), mask=mask)
+        return x + self.ff(self.ff_norm(x))
+
+
+class FeedForward(nnx.Module):
+    """``down(activation(up(x)))``."""
+
+    def __init__(self, d: int, m: int, activation: str, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        self.activation = activation
+        self.up = Linear(d, m, rngs=rngs, dtype=dtype)
+        self.down = Linear(m, d, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+def end_positions(ids: Int[Array, "b t"], eos_token_id: int) -> Int[Array, " b"]:
+    """The position of each prompt's end token; 0 for a prompt without one.
+
+    With the legacy id 2 it is the first place of the highest id: wrong for vocabularies with tokens added
+    behind the end token, and what such checkpoints have always been used with.
+    """
+    if eos_token_id == LEGACY_EOS_TOKEN_ID:
+        return jnp.argmax(ids, axis=-1)
+    return jnp.argmax(ids == eos_token_id, axis=-1)
+
+
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": _gelu}
