@@ -39,7 +39,7 @@ DIFFUSERS = Table(
     ),
 )
 
-# A rule each for q, k and v (and the single block's mlp): the order of the rules is the order of the fused rows.
+# A rule each for q, k and v (and the single block's mlp): the fused rows have the order of the rules.
 BFL = Table(
     "FLUX transformer (Black Forest Labs)",
     (

@@ -1,0 +1,208 @@
+"""Adapters (LoRA) of a network's linears: attach, detach, start afresh, read back.
+
+An adapter belongs to one :class:`rflow_jax.models.layers.Linear`, named by its dotted path in the network.
+Which rows it acts on is said in the call of the linear and not here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.layers import Linear, LoRAScale
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+# The linears that the original trains: those the condition's tokens pass through, without the first linear of
+# the double blocks' feed-forward and without what only text passes through.
+REFLECTION_FLOW = (
+    r"image_in"
+    r"|double_blocks\.\d+\.image\.(mod|qkv\.[qkv]|out|ff\.down)"
+    r"|single_blocks\.\d+\.(mod|qkv\.[qkv]|mlp|out)"
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank change of one linear, in the layout of files: ``y += scale * (x @ a.T) @ b.T``.
+
+    Attributes:
+        a: [r, in].
+        b: [out, r].
+        alpha: strength; None stands for the rank.
+        rslora: the scale is alpha / sqrt(r) instead of alpha / r.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float | None = None
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def linears(model: nnx.Module) -> dict[str, Linear]:
+    """Dotted path -> linear, for every linear of the network (abstract or concrete)."""
+    found = {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
+    return dict(sorted(found.items()))
+
+
+def linear_shapes(model: nnx.Module) -> dict[str, tuple[int, int]]:
+    """Dotted path -> (in, out) of every linear."""
+    shapes = {path: linear.kernel.shape for path, linear in linears(model).items()}
+    return {path: (shape[0], shape[1]) for path, shape in shapes.items()}
+
+
+def check_fit(
+    adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], where: str = "LoRA"
+) -> None:
+    """Raises InputError unless every adapter belongs to a linear of the network and has its sizes."""
+    if not adapters:
+        raise InputError(f"{where}: holds no adapter, so it can have no effect")
+    for path, adapter in adapters.items():
+        if path not in shapes:
+            raise InputError(f"{where}: {path} is no linear of this network; a LoRA for another network")
+        d_in, d_out = shapes[path]
+        if adapter.a.shape != (adapter.rank, d_in) or adapter.b.shape != (d_out, adapter.rank):
+            raise InputError(
+                f"{where}: {path} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}, the network's "
+                f"linear takes {d_in} and gives {d_out}; a LoRA for another network"
+            )
+
+
+def attach(
+    model: Model,
+    adapters: Mapping[str, Adapter],
+    *,
+    dtype: Dtype | None = None,
+    put: Callable[[str, np.ndarray], jax.Array] | None = None,
+    where: str = "LoRA",
+) -> Model:
+    """Attaches adapters in place of those the model had, and returns the model.
+
+    Args:
+        adapters: dotted path of a linear -> its adapter.
+        dtype: of the matrices; None keeps the file's.
+        put: places an array on devices, given its dotted path; None: the default device.
+        where: what to call the adapters in errors, usually their file.
+
+    Raises:
+        InputError: an adapter that does not fit (see :func:`check_fit`).
+    """
+    modules = linears(model)
+    check_fit(adapters, linear_shapes(model), where)
+    place = put or (lambda _, value: jnp.asarray(value))
+    detach(model)
+    for path, adapter in adapters.items():
+        a, b = (
+            np.ascontiguousarray(m.T if dtype is None else m.T.astype(dtype)) for m in (adapter.a, adapter.b)
+        )
+        scale = np.asarray(adapter.scale, np.float32)
+        values = {"lora_a": a, "lora_b": b, "lora_scale": scale}
+        _set(modules[path], {name: place(f"{path}.{name}", value) for name, value in values.items()})
+    return model
+
+
+def attach_shapes(model: Model, ranks: Mapping[str, int], *, dtype: Dtype = jnp.float32) -> Model:
+    """Attaches abstract adapters of the given ranks: for compiling a program before its LoRA is read."""
+    modules = linears(model)
+    for path, rank in ranks.items():
+        d_in, d_out = linear_shapes(model)[path] if path in modules else _no_linear(path)
+        _set(
+            modules[path],
+            {
+                "lora_a": jax.ShapeDtypeStruct((d_in, rank), dtype),
+                "lora_b": jax.ShapeDtypeStruct((rank, d_out), dtype),
+                "lora_scale": jax.ShapeDtypeStruct((), jnp.float32),
+            },
+        )
+    return model
+
+
+def init_lora(
+    model: Model,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    pattern: str = REFLECTION_FLOW,
+    rngs: nnx.Rngs,
+    dtype: Dtype = jnp.float32,
+) -> Model:
+    """Attaches fresh adapters to every linear whose path ``pattern`` matches as a whole; returns the model.
+
+    A is normal with standard deviation 1 / rank and B is zero, so the network computes what it did before.
+
+    Args:
+        alpha: strength; None stands for the rank (scale 1).
+
+    Raises:
+        InputError: a pattern that matches no linear.
+    """
+    chosen = select(linears(model), pattern)
+    scale = (rank if alpha is None else alpha) / rank
+    shapes = linear_shapes(model)
+    for path, linear in chosen.items():
+        d_in, d_out = shapes[path]
+        a = jax.random.normal(rngs.params(), (d_in, rank), dtype) / rank
+        b = jnp.zeros((rank, d_out), dtype)
+        _set(linear, {"lora_a": a, "lora_b": b, "lora_scale": jnp.asarray(scale, jnp.float32)})
+    return model
+
+
+def select(modules: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    """The entries whose dotted path the regular expression matches as a whole."""
+    chosen = {path: module for path, module in modules.items() if re.fullmatch(pattern, path)}
+    if not chosen:
+        raise InputError(
+            f"the LoRA pattern {pattern!r} matches no linear, such as {next(iter(modules), None)!r}"
+        )
+    return chosen
+
+
+def detach(model: Model) -> Model:
+    """Removes every adapter, in place."""
+    for linear in linears(model).values():
+        linear.lora_a = linear.lora_b = linear.lora_scale = nnx.data(None)
+    return model
+
+
+def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
+    """The adapters of a concrete model, in the layout of files."""
+    return dict(_attached(model))
+
+
+def _attached(model: nnx.Module) -> Iterator[tuple[str, Adapter]]:
+    for path, linear in linears(model).items():
+        if linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
+            continue
+        a, b = (np.ascontiguousarray(np.asarray(m[...]).T) for m in (linear.lora_a, linear.lora_b))
+        # The shortest decimal that names the float32 scale: alpha 1 at rank 3 comes back as 1.
+        alpha = float(str(np.float32(np.asarray(linear.lora_scale[...]) * np.float32(a.shape[0]))))
+        yield path, Adapter(a, b, alpha)
+
+
+def _set(linear: Linear, values: Mapping[str, Any]) -> None:
+    linear.lora_a = nnx.data(nnx.LoRAParam(values["lora_a"]))
+    linear.lora_b = nnx.data(nnx.LoRAParam(values["lora_b"]))
+    linear.lora_scale = nnx.data(LoRAScale(values["lora_scale"]))
+
+
+def _no_linear(path: str) -> Any:
+    raise InputError(f"LoRA: {path} is no linear of this network")

@@ -1,0 +1,206 @@
+"""LoRA files of every common format -> adapters of our linears.
+
+Read are the layouts of diffusers and PEFT (``lora_A``/``lora_B``), of older diffusers
+(``lora.down``/``lora.up``), kohya (``lora_unet_...``), ai-toolkit and Black Forest Labs
+(``double_blocks.0.img_attn.qkv...``), and ours. A key that is not understood is an error: a LoRA without
+effect looks like one that works.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.lora import Adapter
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.lora_alpha import Strength, strength_of
+from rflow_jax.weights.lora_names import Part, bare, is_text_encoder, parts_of
+from rflow_jax.weights.pickles import is_pickle, open_pickle
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
+PEFT_FILE = "adapter_model.safetensors"
+OUR_FILE = "lora.safetensors"
+
+_A, _B, _ALPHA = "A", "B", "alpha"
+_KINDS = {
+    "lora_A": _A,
+    "lora.down": _A,
+    "lora_down": _A,
+    "lora_a": _A,
+    "lora_B": _B,
+    "lora.up": _B,
+    "lora_up": _B,
+    "lora_b": _B,
+    "alpha": _ALPHA,
+    "lora.alpha": _ALPHA,
+    "lora_A.alpha": _ALPHA,
+}
+# An adapter's name may stand before ``.weight``, as PEFT has it in memory.
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?P<leaf>lora_[AB]|lora\.(?:down|up)|lora_(?:down|up)|lora_[ab]|(?:lora\.|lora_A\.)?alpha)"
+    r"(?:\.[A-Za-z0-9_-]+)??(?:\.weight)?"
+)
+_REFUSED = tuple(
+    (re.compile(pattern), reason)
+    for pattern, reason in (
+        (r".*(lora_magnitude_vector|dora_scale).*", "a DoRA, whose magnitudes have no place here"),
+        (r".*lora_(B|up)(\.[^.]+)?\.bias", "an adapter with a bias of its own"),
+        (
+            r".*((query|key)_norm\.scale|norm_(added_)?[qk]\.weight)",
+            "it also replaces norms, as Black Forest Labs' control LoRAs do",
+        ),
+        (r".*\.(diff|diff_b|set_weight)", "a difference of whole tensors"),
+        (
+            r".*(lokr_|hada_|oft_|lora_mid|boft_|glora|\.[ab][12]\.weight).*",
+            "an adapter of another kind than LoRA",
+        ),
+    )
+)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """The adapters of a file.
+
+    Attributes:
+        adapters: our dotted path -> adapter, in the dtype and rank of the file.
+        metadata: the string pairs of the file's header.
+        where: the file, for messages.
+    """
+
+    adapters: dict[str, Adapter]
+    metadata: dict[str, str] = field(default_factory=dict)
+    where: str = "LoRA"
+
+
+def read_lora(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    ignore_text_encoder: bool = False,
+    allow_pickle: bool = False,
+) -> LoraFile:
+    """Reads a LoRA file, or a folder that holds one.
+
+    Fused modules (qkv, ``linear1``) are split: the parts share A, and each has its rows of B. Whether the
+    adapters fit a network is for :func:`rflow_jax.models.lora.check_fit`, which ``attach`` calls.
+
+    Args:
+        alpha: of modules whose file does not say it; None stands for the rank.
+        ignore_text_encoder: leave out adapters of text encoders instead of refusing them.
+        allow_pickle: read ``.bin``, ``.pt`` and the like, through ``torch.load(weights_only=True)``.
+
+    Raises:
+        InputError: no such file, a key that is not understood, an incomplete or inconsistent module.
+    """
+    files = _open(Path(path), allow_pickle)
+    where = str(files.files[0])
+    keys = [key for key in files if not (is_text_encoder(key) and ignore_text_encoder)]
+    if foreign := [key for key in keys if is_text_encoder(key)]:
+        raise InputError(
+            f"{where}: {len(foreign)} tensors are for a text encoder, such as {foreign[0]}; only the "
+            "transformer takes a LoRA; leave them out with ignore_text_encoder"
+        )
+    modules = _group(keys, files, where)
+    strength = strength_of(files, has_alpha_keys=any(_ALPHA in m for m in modules.values()), default=alpha)
+    adapters: dict[str, Adapter] = {}
+    for name, tensors in modules.items():
+        for part, adapter in _split(name, _adapter(name, tensors, strength, where), where):
+            if part in adapters:
+                raise InputError(f"{where}: {name} gives {part} a second adapter")
+            adapters[part] = adapter
+    if not adapters:
+        raise InputError(f"{where}: holds no adapter of the transformer, so it can have no effect")
+    return LoraFile(dict(sorted(adapters.items())), files.metadata, where)
+
+
+def _open(path: Path, allow_pickle: bool) -> TensorFiles:
+    if path.is_dir():
+        for name in (OUR_FILE, LORA_FILE, PEFT_FILE):
+            if (path / name).is_file():
+                return TensorFiles([path / name])
+    if is_pickle(path):
+        return open_pickle(path, allow=allow_pickle)
+    return TensorFiles.open(path)
+
+
+def _group(keys: list[str], files: TensorFiles, where: str) -> dict[str, dict[str, np.ndarray]]:
+    """Bare module name -> its tensors by kind."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for key in keys:
+        if reason := next((reason for pattern, reason in _REFUSED if pattern.fullmatch(key)), None):
+            if key.endswith((".diff", ".diff_b")) and not files.read(key).astype(np.float32).any():
+                continue  # zeros that some tools write along: no effect
+            raise InputError(f"{where}: {key}: {reason}; not supported")
+        match = _KEY.fullmatch(key)
+        name = bare(match["module"]) if match else ""
+        if match is None or not parts_of(name):
+            raise InputError(f"{where}: {key} is no LoRA of a linear of the FLUX transformer")
+        kind = _KINDS[match["leaf"]]
+        if kind in modules.setdefault(name, {}):
+            raise InputError(f"{where}: {key} is the second {kind} of {name}")
+        tensor = files.read(key)
+        # Ours are stored as the network has them, [in, r] and [r, out].
+        modules[name][kind] = tensor.T if match["leaf"] in ("lora_a", "lora_b") else tensor
+    return modules
+
+
+def _adapter(name: str, tensors: Mapping[str, np.ndarray], strength: Strength, where: str) -> Adapter:
+    missing = [kind for kind in (_A, _B) if kind not in tensors]
+    if missing:
+        raise InputError(
+            f"{where}: {name} has {' and '.join(sorted(tensors))} but no {' and '.join(missing)}"
+        )
+    a, b = tensors[_A], tensors[_B]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.size:
+        raise InputError(
+            f"{where}: {name} has A {list(a.shape)} and B {list(b.shape)}; expected [r, in] and [out, r]"
+        )
+    alpha = strength.alpha(name)
+    if _ALPHA in tensors:
+        if tensors[_ALPHA].size != 1:
+            raise InputError(
+                f"{where}: the alpha of {name} has shape {list(tensors[_ALPHA].shape)}; expected one number"
+            )
+        alpha = float(tensors[_ALPHA].reshape(()))
+    if alpha is not None and not np.isfinite(alpha):
+        raise InputError(f"{where}: the alpha of {name} is {alpha}")
+    return Adapter(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, strength.rslora)
+
+
+def _split(name: str, adapter: Adapter, where: str) -> list[tuple[str, Adapter]]:
+    """The adapters of the linears in a module: they share A, each has its rows of B."""
+    parts = parts_of(name)
+    blocks = _row_blocks(name, parts, adapter, where)
+    return [
+        (part.path, Adapter(adapter.a, _via(part, rows, name, where), adapter.alpha, adapter.rslora))
+        for part, rows in zip(parts, blocks, strict=True)
+    ]
+
+
+def _row_blocks(name: str, parts: tuple[Part, ...], adapter: Adapter, where: str) -> list[np.ndarray]:
+    if len(parts) == 1:
+        return [adapter.b]
+    # q, k and v are square; what is left is the last part's (v itself, or the single block's mlp).
+    width = adapter.a.shape[1]
+    starts = [width * k for k in range(1, len(parts))]
+    if adapter.b.shape[0] <= starts[-1]:
+        raise InputError(
+            f"{where}: {name} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}; the "
+            f"{len(parts)} linears fused in it need more than {starts[-1]} rows of B; a LoRA for another network"
+        )
+    return [np.ascontiguousarray(rows) for rows in np.split(adapter.b, starts)]
+
+
+def _via(part: Part, rows: np.ndarray, name: str, where: str) -> np.ndarray:
+    if part.via != "swap_halves":
+        return rows
+    if rows.shape[0] % 2:
+        raise InputError(f"{where}: {name} has B {list(rows.shape)}; expected an even number of rows")
+    return np.concatenate(np.split(rows, 2)[::-1])
