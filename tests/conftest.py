@@ -1,0 +1,52 @@
+"""Settings of the whole test run. Read before any test imports JAX."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Eight fake devices: the same number whatever the machine, so that sharding is tested everywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A test must not be fed by what an earlier run compiled, nor reach for the network.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in the package's annotations are checked at every call of a test.
+install_import_hook("rflow_jax", "beartype.beartype")
+
+REQUIRE_PARITY = os.environ.get("RFLOW_REQUIRE_PARITY") == "1"
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recordings."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """A parity file that skips itself whole (importorskip) fails where parity is required."""
+    report = yield
+    if REQUIRE_PARITY and report.outcome == "skipped" and collector.path.is_relative_to(PARITY):
+        _fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """A skipped parity test fails where parity is required."""
+    report = yield
+    if REQUIRE_PARITY and report.outcome == "skipped" and item.get_closest_marker("parity"):
+        _fail(report)
+    return report
+
+
+def _fail(report: pytest.CollectReport | pytest.TestReport) -> None:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"RFLOW_REQUIRE_PARITY=1, but skipped: {reason}"
