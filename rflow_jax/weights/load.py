@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -14,6 +15,8 @@ from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.tables import Plan, Table, Target, plan
 
 Model = TypeVar("Model", bound=nnx.Module)
+# Elements from which the transposition is worth a compiled program of its own.
+TRANSPOSED_ON_DEVICE = 2**20
 # (dotted path, shape) -> where the parameter is to live; None: the default device.
 ShardingFor = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -70,13 +73,15 @@ def stream_targets(the_plan: Plan, files: TensorFiles) -> Iterator[tuple[Target,
 def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Puts one parameter on its devices in our layout.
 
-    Without a sharding the rows are copied to the device as they are and transposed there. With one, each
+    Without a sharding a large tensor is copied to the device as it is and transposed there. With one, each
     device gets its own slice and no other.
     """
-    if sharding is None:
+    if sharding is None and rows.size >= TRANSPOSED_ON_DEVICE:
         return _transposer(target.via, target.shape, target.is_kernel, dtype)(rows)
     ours = target.to_ours(rows)
     ours = ours if dtype is None else ours.astype(dtype)
+    if sharding is None:
+        return jnp.asarray(np.ascontiguousarray(ours))
     return jax.make_array_from_callback(target.shape, sharding, lambda index: ours[index])
 
 

@@ -1,0 +1,64 @@
+"""What each text encoder is told, and its tokens."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rflow_jax.errors import InputError
+
+REFLECTION_MARK = "[Reflexion]"  # as in the training data of the corrector
+log = logging.getLogger(__name__)
+
+
+def t5_prompt(prompt: str, reflection: str | None = None) -> str:
+    """T5's text: the (refined) prompt, and the reflection in the format the corrector was trained with."""
+    return f"{prompt} {REFLECTION_MARK} {reflection}" if reflection else prompt
+
+
+class Tokenizers:
+    """The CLIP and the T5 tokenizer of a model folder.
+
+    Args:
+        folder: holds ``tokenizer/`` (CLIP) and ``tokenizer_2/`` (T5), as Transformers writes them.
+
+    Raises:
+        InputError: one of them is missing or cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._clip = _load(Path(folder) / "tokenizer")
+        self._t5 = _load(Path(folder) / "tokenizer_2")
+
+    def clip(self, texts: Sequence[str], max_length: int) -> np.ndarray:
+        """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
+        return _encode(self._clip, texts, max_length, "CLIP")
+
+    def t5(self, texts: Sequence[str], max_length: int) -> np.ndarray:
+        """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
+        return _encode(self._t5, texts, max_length, "T5")
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; a model folder holds tokenizer/ and tokenizer_2/")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) -> np.ndarray:
+    # Tokenized without a limit first, so that a cut is seen and said.
+    for text, ids in zip(texts, tokenizer(list(texts), truncation=False, verbose=False)["input_ids"], strict=True):
+        if len(ids) > max_length:
+            log.warning("%s sees the first %d of %d tokens of %r", name, max_length, len(ids), text[:60])
+    encoded = tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np")
+    return encoded["input_ids"].astype(np.int32)
