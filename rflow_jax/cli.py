@@ -1,0 +1,133 @@
+"""What the command lines share: parsers over dataclasses, and errors that are one line.
+
+Exit status: 0 done, 2 bad input (one line, no traceback), 130 interrupted, 1 otherwise.
+"""
+
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from difflib import SequenceMatcher
+from typing import TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+from rflow_jax.errors import InputError
+
+T = TypeVar("T")
+
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: |option |[Kk]ey )['\"]?(?:--)?([A-Za-z_][\w.-]*)")
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        help: one sentence.
+        configs: dataclasses; their fields are the flags, and nested dataclasses give dotted ones.
+        run: called with an instance of each.
+    """
+
+    help: str
+    configs: tuple[type, ...]
+    run: Callable[..., int | None]
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Runs a command line; an error that a user can act on becomes one line on stderr.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        return main() or 0
+    except InputError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        # JAX has no exception class of its own for this, only the status in the text.
+        if _OUT_OF_MEMORY not in str(error):
+            raise
+        return _fail("out of accelerator memory: lower batch_size, height and width, or condition_size", 1)
+
+
+def dispatch(
+    commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None
+) -> int | None:
+    """Parses a command line and runs its subcommand.
+
+    Raises:
+        InputError: the command line or its YAML file is not usable; for an unknown key it names the nearest.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    parsers = {name: _subparser(command) for name, command in commands.items()}
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, parsers[name], help=command.help)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in argv if word in commands), None)
+    if name is not None:
+        argv = _spell_out_switches(argv, commands[name].configs)
+    try:
+        namespace = parser.parse_args(argv)[name]
+        _require_sections(namespace, commands[name].configs)
+    except ArgumentError as error:
+        raise InputError(_explain(error, parsers.get(name or ""))) from error
+    command, ready = commands[name], parsers[name].instantiate_classes(namespace)
+    return command.run(
+        *(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs)
+    )
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key most like ``key``; the last part of a dotted key may stand for the whole."""
+
+    def likeness(candidate: str) -> float:
+        whole = SequenceMatcher(None, key, candidate).ratio()
+        last = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return max(whole, 0.9 * last)
+
+    return max(known, key=likeness)
+
+
+def _subparser(command: Command) -> ArgumentParser:
+    parser = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags take precedence over it")
+    for config in command.configs:
+        parser.add_class_arguments(config)
+    return parser
+
+
+def _spell_out_switches(argv: Sequence[str], configs: Iterable[type]) -> list[str]:
+    """``--latent_lora`` alone means ``--latent_lora true``."""
+    switches = {f"--{f.name}" for config in configs for f in fields(config) if isinstance(f.default, bool)}
+    following = [*argv[1:], "--"]
+    words = zip(argv, following, strict=True)
+    return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in words]
+
+
+def _require_sections(namespace: Namespace, configs: Iterable[type]) -> None:
+    for config in configs:
+        for f in fields(config):
+            nested = f.default_factory is not MISSING
+            if nested and not isinstance(namespace[f.name], Namespace):
+                raise InputError(f"{f.name}: expected keys with values, got {namespace[f.name]!r}")
+
+
+def _explain(error: ArgumentError, parser: ArgumentParser | None) -> str:
+    text = " ".join(str(error.message).split())
+    unknown = _UNKNOWN.search(text)
+    if parser is None or unknown is None or "Parser key" in text:
+        return text
+    # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
+    key = unknown[1]
+    return f"unknown key {key}: did you mean {nearest(key, parser.get_defaults().keys())}?"
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,167 @@
+"""``infer.py generate``: images of one prompt, each with a record of how it was made."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import PIL.Image
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.search.engine import resolved
+from rflow_jax.search.store import png_bytes, write_file
+from rflow_jax.settings import Settings
+
+Seed = int | tuple[int, ...]
+
+_DECIDED_BY_THE_MODEL = ("num_inference_steps", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Images of one prompt.
+
+    Attributes:
+        model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
+        prompt: what the images show.
+        out: folder for the images and their records.
+        lora: the corrector's LoRA file, folder or Hub id.
+        lora_alpha: its alpha, for files that do not say; null is the rank.
+        dtype: number type of the weights and activations.
+        condition: the image to correct.
+        reflection: what to change in it.
+        refined_prompt: a more detailed prompt for T5; CLIP keeps the prompt.
+        seed: a number, or a search's seed as it stands in its file names, such as 0-12-3-1.
+        num_images: images with seeds seed, seed + 1, ...
+    """
+
+    model: str
+    prompt: str
+    out: str
+    lora: str | None = None
+    lora_alpha: float | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    condition: str | None = None
+    reflection: str = ""
+    refined_prompt: str = ""
+    seed: int | str = 0
+    num_images: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InputError("prompt is empty")
+        if self.num_images < 1:
+            raise InputError(f"num_images is {self.num_images}: give at least 1")
+
+
+def generate(config: GenerateConfig, settings: Settings) -> int:
+    """Writes ``seed_{seed}.png`` and ``seed_{seed}.json`` for each image; returns the exit status.
+
+    Raises:
+        InputError: an input is not usable, or a file of that name was made otherwise.
+    """
+    names = [f"seed_{_seed_text(seed)}" for seed in _seeds(config)]
+    condition = None if config.condition is None else _open(Path(config.condition))
+    out = Path(config.out)
+    records = [_record(config, settings, seed) for seed in _seeds(config)]
+    for name, record in zip(names, records, strict=True):
+        _require_free(out / name, record)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
+
+    from rflow_jax.pipeline import load_pipeline
+
+    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
+    used = asdict(resolved(settings, pipe))
+
+    def on_images(first: int, images: list[Image]) -> None:
+        for number, image in enumerate(images, first):
+            record = records[number] | {"file": f"{names[number]}.png", "settings": used}
+            # The record comes first: an image is never without one.
+            write_file(out / f"{names[number]}.json", json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+            write_file(out / f"{names[number]}.png", png_bytes(image))
+
+    count = config.num_images
+    pipe.generate(
+        [config.prompt] * count,
+        seeds=_seeds(config),
+        conditions=None if condition is None else [condition] * count,
+        reflections=[config.reflection or None] * count,
+        refined_prompts=[config.refined_prompt or None] * count,
+        settings=settings,
+        on_images=on_images,
+    )
+    print(f"{count} image{'s' if count > 1 else ''} in {out}")
+    return 0
+
+
+def _seeds(config: GenerateConfig) -> list[Seed]:
+    """The seeds; the last number of a search's seed counts up."""
+    if not re.fullmatch(r"\d+(-\d+)*", str(config.seed)):
+        raise InputError(
+            f"seed is {config.seed}: give a number from 0, or numbers joined by - such as 0-12-3-1"
+        )
+    *front, last = (int(part) for part in str(config.seed).split("-"))
+    return [(*front, last + number) if front else last + number for number in range(config.num_images)]
+
+
+def _seed_text(seed: Seed) -> str:
+    return str(seed) if isinstance(seed, int) else "-".join(map(str, seed))
+
+
+def _open(path: Path) -> Image:
+    try:
+        with PIL.Image.open(path) as file:
+            return file.convert("RGB")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot read this image ({error.strerror or 'not an image file'})"
+        ) from error
+
+
+def _record(config: GenerateConfig, settings: Settings, seed: Seed) -> dict[str, Any]:
+    digest = None
+    if config.condition is not None:
+        digest = hashlib.sha256(Path(config.condition).read_bytes()).hexdigest()
+    return {
+        "prompt": config.prompt,
+        "refined_prompt": config.refined_prompt or None,
+        "reflection": config.reflection or None,
+        "seed": seed if isinstance(seed, int) else list(seed),
+        "condition": config.condition,
+        "condition_sha256": digest,
+        "model": config.model,
+        "lora": config.lora,
+        "lora_alpha": config.lora_alpha,
+        "dtype": config.dtype,
+        "settings": asdict(settings),
+    }
+
+
+def _require_free(base: Path, record: Mapping[str, Any]) -> None:
+    """Nothing of this name, or what this very command would write again."""
+    if not base.with_name(f"{base.name}.png").exists() and not base.with_name(f"{base.name}.json").exists():
+        return
+    try:
+        made = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
+        other = _differences(made, record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        other = ["unknown settings"]
+    if other:
+        raise InputError(
+            f"{base}.png exists, made with another {', '.join(other)}: "
+            "give another --out or --seed, or remove the file"
+        )
+
+
+def _differences(made: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    plain = [key for key in record if key not in ("settings", "condition") and made[key] != record[key]]
+    wanted = record["settings"].items()
+    left_open = [key for key, value in wanted if value is None and key in _DECIDED_BY_THE_MODEL]
+    return plain + [key for key, value in wanted if key not in left_open and made["settings"][key] != value]

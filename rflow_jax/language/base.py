@@ -1,0 +1,46 @@
+"""What the language models of a search do: write a reflection on an image, and refine its prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to write about.
+
+    Attributes:
+        image: the image.
+        prompt: the original prompt.
+        current_prompt: the prompt that the image was made with (the original or its last refinement).
+        evaluation: the verifier's findings in words.
+        last_reflection: the reflection that the image was made with; empty for a first image.
+    """
+
+    image: Image
+    prompt: str
+    current_prompt: str
+    evaluation: str
+    last_reflection: str = ""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text, or None with the reason why there is none."""
+
+    text: str | None
+    error: str | None = None
+
+
+class Writer(Protocol):
+    """Writes one text a case: a reflection generator, or a prompt refiner."""
+
+    def write(self, cases: Sequence[Case]) -> list[Written]:
+        """One text a case, in the order of the cases; never raises for a single case."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is waiting."""
+        ...

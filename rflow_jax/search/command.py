@@ -1,0 +1,84 @@
+"""``infer.py noise`` and ``infer.py reflect``."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rflow_jax.chat import public_url
+from rflow_jax.language.http import REFINE_PROMPT, REFLECTION_PROMPT, HttpWriter
+from rflow_jax.search.config import SearchConfig
+from rflow_jax.search.engine import Correction, Search
+from rflow_jax.search.progress import Counters
+from rflow_jax.search.prompts import read_prompts, slice_prompts
+from rflow_jax.search.store import claim_folder, write_file
+from rflow_jax.verifiers.openai import OpenAIVerifier
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Which prompts are searched, and where the results go.
+
+    Attributes:
+        prompts: file with GenEval metadata, one JSON object a line.
+        out: folder of the run; empty or new.
+        start: first prompt of the file.
+        end: the prompt to stop before; -1 goes on to the last.
+    """
+
+    prompts: str
+    out: str
+    start: int = 0
+    end: int = -1
+
+
+def noise(config: SearchConfig, where: RunConfig) -> int:
+    """Makes images of each prompt from fresh noise and chooses the best; returns the exit status."""
+    return _run(replace(config, lora=None, lora_alpha=None), where, correct=False)
+
+
+def reflect(config: SearchConfig, where: RunConfig) -> int:
+    """Corrects the best noise images round by round with reflections; returns the exit status."""
+    config.require_reflect()
+    return _run(config, where, correct=True)
+
+
+def _run(config: SearchConfig, where: RunConfig, correct: bool) -> int:
+    entries = slice_prompts(read_prompts(where.prompts), where.start, where.end)
+    verifier = OpenAIVerifier(config.verifier) if config.verifier.name == "openai" else None
+    correction = None
+    if correct:
+        reflector = HttpWriter(config.reflector, REFLECTION_PROMPT)
+        correction = Correction(reflector, HttpWriter(config.refiner, REFINE_PROMPT))
+    out = Path(where.out)
+    claim_folder(out)
+
+    from rflow_jax.pipeline import load_pipeline
+
+    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
+    # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
+    write_file(out / "config.yaml", yaml.safe_dump(_to_publish(config, where), sort_keys=False))
+    counters = Search(config, pipe, verifier, correction, out).run(entries)
+    print(_summary(len(entries), counters, out, verified=verifier is not None))
+    return 1 if verifier and not counters.scored else 0
+
+
+def _to_publish(config: SearchConfig, where: RunConfig) -> dict[str, Any]:
+    """The configuration as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
+    written = asdict(config) | asdict(where)
+    for role in ("verifier", "reflector", "refiner"):
+        endpoint = getattr(config, role)
+        written[role]["model"] = endpoint.model_name
+        if endpoint.base_url:
+            written[role]["base_url"] = public_url(endpoint.base_url)
+    return written
+
+
+def _summary(prompts: int, counters: Counters, out: Path, verified: bool) -> str:
+    scores = f"{counters.scored} scored, {counters.unscored} without a score, " if verified else ""
+    texts = f"{counters.text_failures} texts failed; " if counters.text_failures else ""
+    best = (
+        f"the best lie in {out}/*/samples_best" if counters.scored else f"the images lie in {out}/*/samples"
+    )
+    return f"{prompts} prompts, {counters.images} images, {scores}{texts}{best}".replace(", the", "; the")

@@ -1,0 +1,61 @@
+"""What a verifier is: it looks at images and says how well each shows its prompt."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier found about one image.
+
+    Attributes:
+        score: the score, or None if the image could not be scored.
+        label: "yes" or "no" for verifiers that decide; the score is then the strength of that word.
+        explanation: the verifier's reasons in words, for the reflection generator.
+        raw: the verifier's answer as it came, for the record.
+        error: why there is no score.
+    """
+
+    score: float | None
+    label: str | None = None
+    explanation: str = ""
+    raw: Any = None
+    error: str | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a score to compare."""
+        return self.score is not None and math.isfinite(self.score)
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Greater is better: "yes" before "no", yes by higher score, no by lower; unscored last."""
+        if self.score is None or not self.scored:
+            return (0, 0.0)
+        return (1, -self.score) if self.label == "no" else (2, self.score)
+
+    def evaluation(self) -> str:
+        """The verdict in words."""
+        if not self.scored:
+            return "No evaluation of this image is available."
+        label = f"{self.label}, " if self.label else ""
+        return f"Overall: {label}{self.score:g}\n{self.explanation}".strip()
+
+
+class Verifier(Protocol):
+    """Scores images against GenEval metadata (at least ``prompt``; ``tag`` and ``include`` where known)."""
+
+    concurrency: int
+    """Calls of ``score`` that may run at once (1 for a model in this process)."""
+
+    def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """One verdict an image, in the order of the images; never raises for a single image."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is waiting."""
+        ...
