@@ -1,0 +1,1 @@
+"""Command line that converts checkpoints: ``python -m convert_weights --help``."""

@@ -198,7 +198,7 @@ def _attached(model: nnx.Module) -> Iterator[tuple[str, Adapter]]:
         yield path, Adapter(a, b, alpha)
 
 
-def _set(linear: Linear, values: Mapping[str, Any]) -> None:
+def _set(linear: Any, values: Mapping[str, Any]) -> None:
     linear.lora_a = nnx.data(nnx.LoRAParam(values["lora_a"]))
     linear.lora_b = nnx.data(nnx.LoRAParam(values["lora_b"]))
     linear.lora_scale = nnx.data(LoRAScale(values["lora_scale"]))

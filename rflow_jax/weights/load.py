@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +31,11 @@ def parameter_values(model: nnx.Module) -> dict[str, Any]:
     return {path: variable[...] for path, variable in _parameters(model)}
 
 
+def parameter_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Dotted path -> the variable of every ``nnx.Param`` that is no LoRA; setting it sets the model's."""
+    return dict(_parameters(model))
+
+
 def load_into(
     model: Model,
     table: Table,
@@ -55,7 +60,7 @@ def load_into(
     """
     the_plan = plan(table, parameter_shapes(model))
     the_plan.check(files.shapes, str(files.files[0].parent if len(files.files) > 1 else files.files[0]))
-    variables = dict(_parameters(model))
+    variables = parameter_variables(model)
     for target, rows in stream_targets(the_plan, files):
         value = place(target, rows, dtype, sharding_for(target.path, target.shape) if sharding_for else None)
         variables[target.path].set_value(value)
@@ -85,8 +90,10 @@ def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.S
     return jax.make_array_from_callback(target.shape, sharding, lambda index: ours[index])
 
 
-@lru_cache(maxsize=None)
-def _transposer(via: str, shape: tuple[int, ...], is_kernel: bool, dtype: Any) -> Callable[[np.ndarray], jax.Array]:
+@cache
+def _transposer(
+    via: str, shape: tuple[int, ...], is_kernel: bool, dtype: Any
+) -> Callable[[np.ndarray], jax.Array]:
     """One compiled copy for each distinct shape, not for each of a thousand parameters."""
     target = Target("kernel" if is_kernel else "bias", shape, via)
 

@@ -16,12 +16,12 @@ from flax import nnx
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter, adapters_of
 from rflow_jax.weights.lora_alpha import METADATA_KEY
-from rflow_jax.weights.lora_files import LORA_FILE, OUR_FILE, LoraFile
+from rflow_jax.weights.lora_files import LORA_FILE, OUR_FILE
 from rflow_jax.weights.names.flux import DIFFUSERS
 from rflow_jax.weights.writing import save_tensors, whole
 
 COMPONENT = "transformer"
-Source = LoraFile | Mapping[str, Adapter] | nnx.Module
+Source = Mapping[str, Adapter] | nnx.Module
 
 
 def export_lora(source: Source, dst: str | os.PathLike[str], *, fold_alpha: bool = False) -> Path:
@@ -30,7 +30,7 @@ def export_lora(source: Source, dst: str | os.PathLike[str], *, fold_alpha: bool
     The matrices stay as they are; alpha goes into the header as diffusers (from 0.35) writes and reads it.
 
     Args:
-        source: a file that was read, adapters by our path, or a model that carries some.
+        source: adapters by our path (as :func:`read_lora` gives them), or a model that carries some.
         dst: a ``.safetensors`` file, or a folder to put ``pytorch_lora_weights.safetensors`` in.
         fold_alpha: multiply the scale into B, for readers that know nothing of the header.
 
@@ -107,10 +107,7 @@ def _folded(adapter: Adapter) -> Adapter:
 
 
 def _adapters(source: Source) -> Mapping[str, Adapter]:
-    if isinstance(source, LoraFile):
-        adapters: Mapping[str, Adapter] = source.adapters
-    else:
-        adapters = adapters_of(source) if isinstance(source, nnx.Module) else source
+    adapters = adapters_of(source) if isinstance(source, nnx.Module) else source
     if not adapters:
         raise InputError("no LoRA to export: the model carries none")
     return adapters

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,8 +65,8 @@ _REFUSED = tuple(
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """The adapters of a file.
+class LoraFile(Mapping[str, Adapter]):
+    """The adapters of a file, by our dotted path.
 
     Attributes:
         adapters: our dotted path -> adapter, in the dtype and rank of the file.
@@ -77,6 +77,15 @@ class LoraFile:
     adapters: dict[str, Adapter]
     metadata: dict[str, str] = field(default_factory=dict)
     where: str = "LoRA"
+
+    def __getitem__(self, path: str) -> Adapter:
+        return self.adapters[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapters)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
 
 
 def read_lora(
@@ -193,7 +202,7 @@ def _row_blocks(name: str, parts: tuple[Part, ...], adapter: Adapter, where: str
     if adapter.b.shape[0] <= starts[-1]:
         raise InputError(
             f"{where}: {name} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}; the "
-            f"{len(parts)} linears fused in it need more than {starts[-1]} rows of B; a LoRA for another network"
+            f"{len(parts)} linears fused in it need over {starts[-1]} rows of B; a LoRA for another network"
         )
     return [np.ascontiguousarray(rows) for rows in np.split(adapter.b, starts)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ def is_pickle(path: Path) -> bool:
 
 
 class PickledTensors(TensorFiles):
-    """The tensors of a PyTorch file, under the same interface as safetensors; its pages are mapped."""
+    """The tensors of PyTorch files, under the same interface as safetensors; their pages are mapped."""
 
-    def __init__(self, file: Path):
-        tensors = _load(file)
-        self.files = (file,)
+    def __init__(self, files: Iterable[Path]):
+        self.files = tuple(files)
         self.metadata = {}
-        self._tensors = tensors
-        self._infos = {key: _info(file, tensor) for key, tensor in tensors.items()}
+        self._infos = {}
+        self._tensors: dict[str, Any] = {}
+        for file in self.files:
+            tensors = _load(file)
+            if twice := self._infos.keys() & tensors.keys():
+                raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
+            self._tensors |= tensors
+            self._infos |= {key: _info(file, tensor) for key, tensor in tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
         tensor = self._tensors[key].detach().contiguous()
@@ -40,24 +46,22 @@ class PickledTensors(TensorFiles):
         return tensor.numpy()
 
 
-def open_pickle(file: Path, *, allow: bool) -> PickledTensors:
-    """Opens a PyTorch file.
+def open_pickle(*files: Path, allow: bool) -> PickledTensors:
+    """Opens one or several PyTorch files.
 
     Raises:
         InputError: no such file, ``allow`` is not given, torch is not installed, or a file of something else.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: no such file")
     if not allow:
         raise InputError(
-            f"{file}: a PyTorch pickle, which is not read unasked; add --allow_pickle (torch then reads it with "
+            f"{files[0]}: a PyTorch pickle, not read unasked; add --allow_pickle (torch then reads it with "
             "weights_only, which runs no code), or convert it to safetensors"
         )
     if importlib.util.find_spec("torch") is None:
-        raise InputError(
-            f"{file}: reading a PyTorch pickle needs torch: pip install torch, or convert it elsewhere"
-        )
-    return PickledTensors(file)
+        raise InputError(f"{files[0]}: reading a PyTorch pickle needs torch: pip install torch")
+    return PickledTensors(files)
 
 
 def _load(file: Path) -> dict[str, Any]:

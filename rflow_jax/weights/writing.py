@@ -41,7 +41,7 @@ def write_safetensors(
             if (key, tensor.dtype, tensor.shape) != (want_key, dtype, shape):
                 raise ValueError(f"{path}: {key} {tensor.dtype} {tensor.shape} came instead of {want_key}")
             # Viewed as bytes: numpy's own buffers don't know bfloat16.
-            file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         if left := next(expected, None):
             raise ValueError(f"{path}: {left[0]} never came")
 

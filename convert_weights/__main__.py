@@ -1,0 +1,164 @@
+"""Converts PyTorch's checkpoints to ours, and LoRA both ways: ``python -m convert_weights flux|lora|...``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from rflow_jax.cli import run
+from rflow_jax.errors import InputError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit status; raises InputError for a bad command line."""
+    parser, commands = _parsers()
+    try:
+        parsed = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error.message).split())) from error
+    return commands[parsed.command](parsed[parsed.command])
+
+
+def flux(args: Namespace) -> int:
+    """A model: a diffusers folder or Black Forest Labs' single files -> a folder of ours."""
+    import numpy as np
+    from ml_dtypes import bfloat16
+
+    from rflow_jax.weights.convert import Options, convert_flux
+
+    dtype = None
+    if args.dtype is not None:
+        dtype = np.dtype(bfloat16) if args.dtype == "bfloat16" else np.dtype(args.dtype)
+    options = Options(
+        storage=args.format,
+        dtype=dtype,
+        allow_pickle=args.allow_pickle,
+        ae=args.ae and Path(args.ae),
+        text=args.text and Path(args.text),
+    )
+    with _Progress() as progress:
+        convert_flux(Path(args.src), Path(args.dst), options, progress)
+    print(f"{args.dst}: converted")
+    return 0
+
+
+def lora(args: Namespace) -> int:
+    """A LoRA file of any common format -> ours."""
+    from rflow_jax.weights.lora_export import save_lora
+
+    adapters = _read_lora(args)
+    file = save_lora(adapters, Path(args.dst))
+    ranks = sorted({adapter.rank for adapter in adapters.values()})
+    print(f"{file}: {len(adapters)} linears, rank {', '.join(map(str, ranks))}")
+    return 0
+
+
+def export_lora(args: Namespace) -> int:
+    """A LoRA of ours (or of any format) -> diffusers' ``pytorch_lora_weights.safetensors``."""
+    from rflow_jax.weights.lora_export import export_lora as export
+
+    adapters = _read_lora(args)
+    file = export(adapters, Path(args.dst), fold_alpha=args.fold_alpha)
+    print(f"{file}: {2 * len(adapters)} tensors")
+    return 0
+
+
+def verify(args: Namespace) -> int:
+    """Compares with recordings of the original, array by array."""
+    from convert_weights.verify import main as verify_main
+
+    return verify_main(args.dir)
+
+
+def _read_lora(args: Namespace):
+    from rflow_jax.weights.lora_files import read_lora
+
+    return read_lora(
+        args.src,
+        alpha=args.alpha,
+        ignore_text_encoder=args.ignore_text_encoder,
+        allow_pickle=args.allow_pickle,
+    )
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
+    parser = ArgumentParser(prog="python -m convert_weights", description=__doc__, exit_on_error=False)
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    commands = {"flux": flux, "lora": lora, "export-lora": export_lora, "verify": verify}
+    for name, command in commands.items():
+        sub = ArgumentParser(description=command.__doc__, exit_on_error=False)
+        if name == "verify":
+            sub.add_argument("dir", help="folder laid out like tests/golden")
+        else:
+            _add_paths(sub)
+        if name == "flux":
+            _add_flux(sub)
+        elif name != "verify":
+            _add_lora(sub)
+        if name == "export-lora":
+            sub.add_argument(
+                "--fold_alpha",
+                "--fold-alpha",
+                action="store_true",
+                help="multiply alpha / rank into B, for readers that ignore the file's header",
+            )
+        subcommands.add_subcommand(name, sub, help=" ".join((command.__doc__ or "").split()))
+    return parser, commands
+
+
+def _add_paths(parser: ArgumentParser) -> None:
+    parser.add_argument("src", help="what to read")
+    parser.add_argument("dst", help="what to write; must not exist")
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read PyTorch's .bin and .pth files, by torch with weights_only",
+    )
+
+
+def _add_flux(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("safetensors", "orbax"), default="safetensors", help="how to store parameters"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of all parameters; without it each keeps its own")
+    parser.add_argument("--ae", help="for single files: ae.safetensors")
+    parser.add_argument(
+        "--text", help="for single files: a diffusers folder with text encoders and tokenizers"
+    )
+
+
+def _add_lora(parser: ArgumentParser) -> None:
+    parser.add_argument("--alpha", type=float, help="where the file does not say it; the rank without this")
+    parser.add_argument(
+        "--ignore_text_encoder",
+        "--ignore-text-encoder",
+        action="store_true",
+        help="leave out what is for a text encoder",
+    )
+
+
+class _Progress:
+    """A bar in bytes on standard error."""
+
+    def __enter__(self) -> _Progress:
+        from rflow_jax.weights.bundle import byte_progress
+
+        self._bar = byte_progress(sys.stderr.isatty())
+        self._bar.start()
+        self._task = self._bar.add_task("reading")
+        return self
+
+    def __call__(self, network: str, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=f"converting {network}")
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,112 @@
+"""Reads the networks of our own model folders, in either storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rflow_jax.errors import InputError
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.load import ShardingFor, parameter_variables
+from rflow_jax.weights.orbax_files import orbax_leaves, read_orbax
+from rflow_jax.weights.save import INDEX_FILE, ORBAX_FOLDER
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def is_stored(folder: Path) -> bool:
+    """Whether a network's subfolder holds parameters in our own layout."""
+    return (folder / INDEX_FILE).is_file() or (folder / ORBAX_FOLDER).is_dir()
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a stored network's parameters."""
+    if (folder / ORBAX_FOLDER).is_dir():
+        return sum(leaf.nbytes for leaf in orbax_leaves(folder / ORBAX_FOLDER).values())
+    return TensorFiles.open(folder).nbytes
+
+
+def load_stored(
+    model: Model,
+    folder: Path,
+    *,
+    dtype: Any = None,
+    sharding_for: ShardingFor | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Model:
+    """Reads a network that :mod:`rflow_jax.weights.save` wrote into ``model`` (abstract) and returns it.
+
+    Args:
+        folder: the network's subfolder.
+        dtype, sharding_for, on_bytes: as in :func:`rflow_jax.weights.load.load_into`.
+
+    Raises:
+        InputError: not stored by us, incomplete, or of other sizes than the configuration says.
+    """
+    variables = parameter_variables(model)
+    load = _load_orbax if (folder / ORBAX_FOLDER).is_dir() else _load_safetensors
+    load(variables, folder, dtype, sharding_for, on_bytes or (lambda _: None))
+    return model
+
+
+def _load_safetensors(
+    variables: Mapping[str, Any],
+    folder: Path,
+    dtype: Any,
+    sharding_for: ShardingFor | None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    files = TensorFiles.open(folder)
+    _check(variables, files.shapes, str(folder))
+    for path, value in files.stream():
+        variables[path].set_value(_place(path, value, dtype, sharding_for))
+        on_bytes(value.nbytes)
+
+
+def _load_orbax(
+    variables: Mapping[str, Any],
+    folder: Path,
+    dtype: Any,
+    sharding_for: ShardingFor | None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    stored = orbax_leaves(folder / ORBAX_FOLDER)
+    _check(variables, {path: leaf.shape for path, leaf in stored.items()}, str(folder))
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = list(stored.values())
+    shardings = [
+        (sharding_for(leaf.path, leaf.shape) if sharding_for else None) or default for leaf in leaves
+    ]
+    for leaf, value in read_orbax(folder / ORBAX_FOLDER, leaves, shardings, dtype):
+        variables[leaf.path].set_value(value)
+        on_bytes(leaf.nbytes)
+
+
+def _place(path: str, value: np.ndarray, dtype: Any, sharding_for: ShardingFor | None) -> jax.Array:
+    value = value if dtype is None else value.astype(dtype, copy=False)
+    sharding = sharding_for(path, value.shape) if sharding_for else None
+    if sharding is None:
+        return jax.device_put(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _check(variables: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for problem, paths in (
+        ("missing", variables.keys() - shapes.keys()),
+        ("not known to this network", shapes.keys() - variables.keys()),
+    ):
+        if paths:
+            raise InputError(
+                f"{where}: {len(paths)} parameters {problem}, such as {min(paths)}; convert again"
+            )
+    for path, variable in variables.items():
+        if tuple(shapes[path]) != tuple(variable.shape):
+            raise InputError(
+                f"{where}: {path} has shape {list(shapes[path])}, "
+                f"the configuration asks for {list(variable.shape)}"
+            )
