@@ -60,9 +60,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             # The value is not repeated: it may be a key pasted into the wrong place.
-            raise InputError(
-                "api_key_env must be the name of an environment variable, such as OPENAI_API_KEY"
-            )
+            raise InputError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             raise InputError("base_url must begin with http:// or https://, such as http://localhost:8000/v1")
         if self.timeout <= 0 or self.concurrency < 1 or self.max_retries < 0:
@@ -84,9 +82,7 @@ class Endpoint:
             return key
         if self.base_url or os.environ.get("OPENAI_BASE_URL"):
             return "none"
-        raise InputError(
-            f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server"
-        )
+        raise InputError(f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server")
 
 
 class Chat:
@@ -150,9 +146,7 @@ class Chat:
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def _answer(
-        self, messages: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None
-    ) -> str:
+    def _answer(self, messages: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None) -> str:
         request: dict[str, Any] = {"model": self.endpoint.model_name, "messages": list(messages)}
         if response_format is not None:
             request["response_format"] = response_format
@@ -171,11 +165,7 @@ class Chat:
         return content
 
     def _reason(self, error: BaseException) -> str:
-        text = (
-            f"{error} ({error.__cause__})"
-            if error.__cause__ and str(error).endswith("error.")
-            else str(error)
-        )
+        text = f"{error} ({error.__cause__})" if error.__cause__ and str(error).endswith("error.") else str(error)
         text = " ".join(text.split()) or type(error).__name__
         if self._key != "none":
             text = text.replace(self._key, "***")

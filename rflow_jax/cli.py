@@ -17,7 +17,7 @@ from rflow_jax.errors import InputError
 
 T = TypeVar("T")
 
-_UNKNOWN = re.compile(r"(?:unrecognized arguments: |option |[Kk]ey )['\"]?(?:--)?([A-Za-z_][\w.-]*)")
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|option |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
@@ -55,9 +55,7 @@ def run(main: Callable[[], int | None]) -> int:
         return _fail("out of accelerator memory: lower batch_size, height and width, or condition_size", 1)
 
 
-def dispatch(
-    commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None
-) -> int | None:
+def dispatch(commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None) -> int | None:
     """Parses a command line and runs its subcommand.
 
     Raises:
@@ -69,18 +67,16 @@ def dispatch(
     for name, command in commands.items():
         subcommands.add_subcommand(name, parsers[name], help=command.help)
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in argv if word in commands), None)
-    if name is not None:
+    name = next((word for word in argv if word in commands), "")
+    if name:
         argv = _spell_out_switches(argv, commands[name].configs)
     try:
         namespace = parser.parse_args(argv)[name]
         _require_sections(namespace, commands[name].configs)
     except ArgumentError as error:
-        raise InputError(_explain(error, parsers.get(name or ""))) from error
-    command, ready = commands[name], parsers[name].instantiate_classes(namespace)
-    return command.run(
-        *(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs)
-    )
+        raise InputError(_explain(error, argv, parsers.get(name))) from error
+    command, ready = commands[name], parsers[name].instantiate(namespace)
+    return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -118,14 +114,20 @@ def _require_sections(namespace: Namespace, configs: Iterable[type]) -> None:
                 raise InputError(f"{f.name}: expected keys with values, got {namespace[f.name]!r}")
 
 
-def _explain(error: ArgumentError, parser: ArgumentParser | None) -> str:
+def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser | None) -> str:
     text = " ".join(str(error.message).split())
     unknown = _UNKNOWN.search(text)
     if parser is None or unknown is None or "Parser key" in text:
-        return text
+        return text.replace('"<unicode string>"', _config_file(argv))
     # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
     key = unknown[1]
     return f"unknown key {key}: did you mean {nearest(key, parser.get_defaults().keys())}?"
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    following = zip(argv, [*argv[1:], ""], strict=False)
+    files = [after if word == "--config" else word.partition("=")[2] for word, after in following if "--config" in word]
+    return ", ".join(files) or "the command line"
 
 
 def _fail(message: str, status: int) -> int:

@@ -29,7 +29,7 @@ class GenerateConfig:
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
         prompt: what the images show.
         out: folder for the images and their records.
-        lora: the corrector's LoRA file, folder or Hub id.
+        lora: the corrector's LoRA file or folder.
         lora_alpha: its alpha, for files that do not say; null is the rank.
         dtype: number type of the weights and activations.
         condition: the image to correct.
@@ -104,9 +104,7 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
 def _seeds(config: GenerateConfig) -> list[Seed]:
     """The seeds; the last number of a search's seed counts up."""
     if not re.fullmatch(r"\d+(-\d+)*", str(config.seed)):
-        raise InputError(
-            f"seed is {config.seed}: give a number from 0, or numbers joined by - such as 0-12-3-1"
-        )
+        raise InputError(f"seed is {config.seed}: give a number from 0, or numbers joined by - such as 0-12-3-1")
     *front, last = (int(part) for part in str(config.seed).split("-"))
     return [(*front, last + number) if front else last + number for number in range(config.num_images)]
 
@@ -120,9 +118,7 @@ def _open(path: Path) -> Image:
         with PIL.Image.open(path) as file:
             return file.convert("RGB")
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot read this image ({error.strerror or 'not an image file'})"
-        ) from error
+        raise InputError(f"{path}: cannot read this image ({error.strerror or 'not an image file'})") from error
 
 
 def _record(config: GenerateConfig, settings: Settings, seed: Seed) -> dict[str, Any]:
@@ -155,8 +151,7 @@ def _require_free(base: Path, record: Mapping[str, Any]) -> None:
         other = ["unknown settings"]
     if other:
         raise InputError(
-            f"{base}.png exists, made with another {', '.join(other)}: "
-            "give another --out or --seed, or remove the file"
+            f"{base}.png exists, made with another {', '.join(other)}: give another --out or --seed, or remove the file"
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL.Image import Image
 
@@ -34,6 +34,7 @@ class Written:
     error: str | None = None
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Writes one text a case: a reflection generator, or a prompt refiner."""
 

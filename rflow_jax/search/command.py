@@ -78,7 +78,5 @@ def _to_publish(config: SearchConfig, where: RunConfig) -> dict[str, Any]:
 def _summary(prompts: int, counters: Counters, out: Path, verified: bool) -> str:
     scores = f"{counters.scored} scored, {counters.unscored} without a score, " if verified else ""
     texts = f"{counters.text_failures} texts failed; " if counters.text_failures else ""
-    best = (
-        f"the best lie in {out}/*/samples_best" if counters.scored else f"the images lie in {out}/*/samples"
-    )
+    best = f"the best lie in {out}/*/samples_best" if counters.scored else f"the images lie in {out}/*/samples"
     return f"{prompts} prompts, {counters.images} images, {scores}{texts}{best}".replace(", the", "; the")

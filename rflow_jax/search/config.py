@@ -34,7 +34,7 @@ class SearchConfig:
 
     Attributes:
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
-        lora: the corrector's LoRA file, folder or Hub id; used by reflect only.
+        lora: the corrector's LoRA file or folder; used by reflect only.
         lora_alpha: its alpha, for files that do not say; null is the rank.
         dtype: number type of the weights and activations.
         seed: every image's noise derives from it.

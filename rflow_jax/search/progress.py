@@ -2,7 +2,6 @@
 
 import threading
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -61,7 +60,7 @@ class Counters:
         failures = self.unscored + self.text_failures
         return f"{failures} failures" if failures else ""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Counters":
         self._progress.start()
         return self
 

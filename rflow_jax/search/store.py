@@ -96,9 +96,7 @@ class PromptFolder:
         for number, position in enumerate(chosen):
             _link(self.path / samples[position].file, self.path / folder / f"{number:05d}.png")
 
-    def _record(
-        self, samples: Sequence[Sample], position: int, made_with: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _record(self, samples: Sequence[Sample], position: int, made_with: Mapping[str, Any]) -> dict[str, Any]:
         sample = samples[position]
         return {
             "index": self.index,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
@@ -46,6 +46,7 @@ class Verdict:
         return f"Overall: {label}{self.score:g}\n{self.explanation}".strip()
 
 
+@runtime_checkable
 class Verifier(Protocol):
     """Scores images against GenEval metadata (at least ``prompt``; ``tag`` and ``include`` where known)."""
 

@@ -79,9 +79,7 @@ class OpenAIVerifier:
         )
         messages = question(self._judge.safe_substitute(aspects=listed), text, image)
         try:
-            marks = self._chat.ask(
-                messages, lambda answer: _parse(answer, aspects), _response_format(aspects)
-            )
+            marks = self._chat.ask(messages, lambda answer: _parse(answer, aspects), _response_format(aspects))
         except ChatError as error:
             return Verdict(score=None, error=str(error))
         return _verdict(marks)

@@ -1,0 +1,256 @@
+"""The command line with everything but a model."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import yaml
+
+import infer
+import rflow_jax.pipeline
+from rflow_jax import cli
+from rflow_jax.errors import InputError
+from tests.kit.fake_pipeline import FakePipeline
+from tests.kit.openai_server import KEY, Fault, OpenAIServer
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--height=32", "--width=32", "--condition_size=16"]
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """A pipeline without a model in place of the real one; remembers what it was loaded with."""
+    fake = FakePipeline()
+
+    def load(model, **more):
+        fake.loaded = {"model": model} | more
+        if model == "broken":
+            raise InputError("broken: not a model")
+        return fake
+
+    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", load)
+    return fake
+
+
+def call(*argv: object) -> int:
+    return cli.run(lambda: cli.dispatch(infer.COMMANDS, "", [str(word) for word in argv]))
+
+
+def error_of(capsys, *argv: object, status: int = 2) -> str:
+    assert call(*argv) == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: "), captured.err
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "generate,noise,reflect"),
+        ("nois", "'nois'"),
+        ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
+        ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
+        ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean settings.height?"),
+        ("noise --model=m --prompts=p --out=o --search_branches=2", "search_branch?"),
+        ("generate --model=m --prompt=x --out=o --num_inference_step=2", "did you mean num_inference_steps?"),
+        ("generate --model=m --prompt=x --out=o junk", "junk"),
+        ("generate --model=m --out=o", "prompt"),
+        ("generate --model=m --prompt= --out=o", "prompt is empty"),
+        ("generate --model=m --prompt=x --out=o --height=65", "height is 65"),
+        ("generate --model=m --prompt=x --out=o --height=tall", "height"),
+        ("generate --model=m --prompt=x --out=o --dtype=int8", "dtype"),
+        ("generate --model=m --prompt=x --out=o --seed=-1", "seed is -1"),
+        ("generate --model=m --prompt=x --out=o --num_images=0", "num_images is 0"),
+        ("generate --model=m --prompt=x --out=o --condition=/none.png", "/none.png: cannot read this image"),
+        ("generate --model=m --prompt=x --out=o --condition=infer.py", "infer.py: cannot read this image"),
+        ("noise --config=/none.yaml", "/none.yaml"),
+        ("reflect --model=m --prompts=p --out=o", "set lora"),
+        ("reflect --model=m --lora=l --prompts=p --out=o --verifier.name=none", "verifier.name"),
+        ("reflect --model=m --lora=l --prompts=p --out=o --reflect.search_branch=99", "search_branch is 99"),
+        ("noise --model=m --prompts=/none.jsonl --out=o", "/none.jsonl"),
+        ("noise --model=m --prompts=p --out=o --noise.search_rounds=0", "search_rounds"),
+        ("noise --model=m --prompts=p --out=o --seed=-1", "seed is -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, argv, message):
+    error = error_of(capsys, *argv.split())
+    assert message in error
+    assert "secret" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("verifier: {base_urk: secret}", "did you mean verifier.base_url?"),
+        ("verifer: {model: secret}", "did you mean verifier.model?"),
+        ("modle: secret", "did you mean model?"),
+        ("verifier: 3\nmodel: m\nprompts: p\nout: o", "verifier: expected keys with values"),
+        ("- a", "nexpected config"),
+        ("verifier: [", "wrong.yaml"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_line_and_status_2(capsys, tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    error = error_of(capsys, "noise", "--config", tmp_path / "wrong.yaml")
+    assert message in error
+    assert "secret" not in error
+
+
+def test_other_exit_statuses(capsys):
+    def raises(error):
+        raise error
+
+    assert cli.run(lambda: None) == 0
+    assert cli.run(lambda: 1) == 1
+    assert cli.run(lambda: raises(KeyboardInterrupt())) == 130
+    assert cli.run(lambda: raises(RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9G"))) == 1
+    assert "lower batch_size" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="other"):
+        cli.run(lambda: raises(RuntimeError("other")))
+
+
+def test_help_is_quick_and_loads_no_network():
+    begin = time.monotonic()
+    code = "import sys, infer\ntry: infer.main()\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
+    for words in (["--help"], ["reflect", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.endswith("0 False\n"), done.stdout + done.stderr
+    assert time.monotonic() - begin < 15
+
+
+# ---- generate ----
+
+
+def test_generate_writes_images_with_records(pipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["generate", "--model=m", "--prompt=a: 'cat', \"{x}\"", "--out", out, "--seed=5", "--num_images=3", *SMALL]
+    assert call(*argv, "--batch_size=2", "--lora=l", "--lora_alpha=8", "--latent_lora") == 0
+    assert capsys.readouterr().out == f"3 images in {out}\n"
+    assert sorted(file.name for file in out.iterdir()) == [f"seed_{n}.{e}" for n in (5, 6, 7) for e in ("json", "png")]
+    record = json.loads((out / "seed_6.json").read_text())
+    assert record["prompt"] == "a: 'cat', \"{x}\""
+    assert record["seed"] == 6
+    assert record["file"] == "seed_6.png"
+    assert record["model"] == "m"
+    assert record["lora"] == "l"
+    assert record["lora_alpha"] == 8
+    assert record["settings"]["num_inference_steps"] == 30
+    assert record["settings"]["latent_lora"] is True
+    assert pipe.loaded == {"model": "m", "lora": "l", "lora_alpha": 8.0, "dtype": "bfloat16"}
+
+
+def test_generate_corrects_a_condition_and_takes_the_seed_of_a_search(pipe, tmp_path):
+    PIL.Image.new("RGBA", (20, 10), "red").save(tmp_path / "bad.png")
+    more = ["--condition", tmp_path / "bad.png", "--reflection=add: a cat", "--refined_prompt=one cat"]
+    assert call("generate", "--model=m", "--prompt=x", "--out", tmp_path, "--seed=0-1-2-3", *more, *SMALL) == 0
+    record = json.loads((tmp_path / "seed_0-1-2-3.json").read_text())
+    assert (record["seed"], record["reflection"], record["refined_prompt"]) == ([0, 1, 2, 3], "add: a cat", "one cat")
+    assert len(record["condition_sha256"]) == 64
+    assert pipe.calls[0]["conditions"][0].mode == "RGB"
+
+
+def test_generate_does_not_replace_what_was_made_otherwise(pipe, tmp_path, capsys):
+    argv = ["generate", "--model=m", "--out", tmp_path, *SMALL]
+    assert call(*argv, "--prompt=cat") == 0
+    before = (tmp_path / "seed_0.png").read_bytes()
+    assert call(*argv, "--prompt=cat") == 0
+    assert "prompt" in error_of(capsys, *argv, "--prompt=dog")[1:]
+    assert "guidance_scale" in error_of(capsys, *argv, "--prompt=cat", "--guidance_scale=2")
+    assert (tmp_path / "seed_0.png").read_bytes() == before
+    (tmp_path / "seed_1.png").write_bytes(b"mine")
+    assert "unknown settings" in error_of(capsys, *argv, "--prompt=cat", "--seed=1")
+    assert (tmp_path / "seed_1.png").read_bytes() == b"mine"
+
+
+# ---- searches ----
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "picture {number}"}}\n' for number in range(4)))
+    return path
+
+
+def reflect_argv(prompts, out, base_url, *more):
+    sizes = ["--noise.search_rounds=1", "--reflect.search_rounds=2", "--settings.height=16", "--settings.width=16"]
+    urls = [f"--{role}.base_url={base_url}" for role in ("verifier", "reflector", "refiner")]
+    retries = [f"--{role}.max_retries=1" for role in ("verifier", "reflector", "refiner")]
+    return ["reflect", "--model=m", "--lora=l", "--prompts", prompts, "--out", out, *sizes, *urls, *retries, *more]
+
+
+def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    out = tmp_path / "run"
+    with OpenAIServer([Fault("status", status=401, when=lambda call: "picture 2" in call.text)]) as server:
+        url = server.base_url.replace("//", "//user:hidden@")
+        assert call(*reflect_argv(prompts, out, url, "--start=1", "--end=3")) == 0
+    assert capsys.readouterr().out == (
+        f"2 prompts, 12 images, 6 scored, 6 without a score, 8 texts failed; the best lie in {out}/*/samples_best\n"
+    )
+    assert sorted(child.name for child in out.iterdir()) == ["00001", "00002", "config.yaml"]
+    for file in out.rglob("*"):
+        assert file.is_dir() or not any(word in file.read_bytes() for word in (KEY.encode(), b"hidden"))
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    assert written["verifier"]["base_url"] == server.base_url
+    assert written["verifier"]["model"] == "gpt-4o"
+    assert written["reflect"] == {"search_rounds": 2, "search_branch": 2}
+    assert written["start"] == 1
+    # What was written is a config again.
+    with OpenAIServer() as server:
+        again = reflect_argv(prompts, tmp_path / "again", server.base_url)
+        assert call(*again[:1], "--config", out / "config.yaml", *again[5:]) == 0
+
+
+def test_the_run_fails_if_nothing_could_be_scored(pipe, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with OpenAIServer([Fault("status", status=401)]) as server:
+        assert call(*reflect_argv(prompts, tmp_path / "run", server.base_url)) == 1
+    assert len(list((tmp_path / "run").glob("*/midimg/*.png"))) == 4 * 6
+
+
+def test_another_runs_folder_is_left_alone(pipe, prompts, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/x").write_text("kept")
+    argv = reflect_argv(prompts, tmp_path / "run", "http://localhost:1")
+    assert "holds files of another run" in error_of(capsys, *argv)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["x"]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_folder_free(pipe, prompts, tmp_path, capsys):
+    argv = ["noise", "--prompts", prompts, "--out", tmp_path / "run", "--verifier.name=none"]
+    assert "broken: not a model" in error_of(capsys, *argv, "--model=broken")
+    assert call(*argv, "--model=m", "--noise.search_rounds=1", "--settings.height=16", "--settings.width=16") == 0
+    assert "8 images; the images lie in" in capsys.readouterr().out
+    assert pipe.loaded["lora"] is None
+
+
+def test_a_missing_key_is_said_before_anything_is_loaded(pipe, prompts, tmp_path, capsys, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    argv = ["noise", "--model=m", "--prompts", prompts, "--out", tmp_path / "run"]
+    assert "OPENAI_API_KEY" in error_of(capsys, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["debug", "flux_dev_gpt"])
+def test_shipped_configs_are_valid_and_begin_with_their_command(name, prompts, tmp_path, pipe, monkeypatch):
+    path = ROOT / f"configs/{name}.yaml"
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Command:", "Hardware:", "Time:", "Result:"):
+        assert any(word in line for line in head)
+    with OpenAIServer() as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        argv = ["reflect", "--config", path, "--prompts", prompts, "--out", tmp_path / "run", "--end=1"]
+        assert call(*argv, "--reflect.search_rounds=1") == 0
