@@ -16,11 +16,13 @@ from PIL import Image
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import pack, rope_for, unpack
 from rflow_jax.flow.sampler import euler, guided
+from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.autoencoder import AutoencoderKL, sample_posterior
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
 from rflow_jax.models.flux.transformer import FluxTransformer
+from rflow_jax.parallel.runtime import use_compilation_cache
 from rflow_jax.prompts import t5_prompt
 from rflow_jax.settings import Settings
 from rflow_jax.typing import Array, Float, Int, UInt8
@@ -93,11 +95,15 @@ class Pipeline:
         self.attention: AttentionImpl = attention
         self._prepare = jax.jit(partial(_prepare, bundle.graphs, bundle.dtype), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
-        self._sample = jax.jit(partial(_sample, bundle.graphs, bundle.dtype), static_argnums=0, donate_argnums=2)
+        self._sample = jax.jit(
+            partial(_sample, bundle.graphs, bundle.dtype), static_argnums=0, donate_argnums=2
+        )
 
     def without_lora(self) -> Pipeline:
         """The base model alone; shares the weights of this pipeline."""
-        return Pipeline(self.bundle.without_lora(), attention=self.attention) if self.bundle.has_lora else self
+        return (
+            Pipeline(self.bundle.without_lora(), attention=self.attention) if self.bundle.has_lora else self
+        )
 
     def generate(
         self,
@@ -112,8 +118,8 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Makes one image for each prompt.
 
-        An image depends on its own prompt, seed, condition and the settings alone. At one batch size it is equal bit for bit in
-        any place with any neighbours; between batch sizes it is equal to rounding.
+        An image depends on its own prompt, seed, condition and the settings alone. At one batch size it is equal
+        bit for bit in any place with any neighbours; between batch sizes it is equal to rounding.
 
         Args:
             prompts: CLIP is told these, and T5 too where nothing else is said.
@@ -125,8 +131,8 @@ class Pipeline:
             on_images: called after each batch with the index of its first image and its images.
 
         Raises:
-            InputError: lists of different lengths, settings that don't fit the model, or a LoRA that could have no effect
-                (it acts on condition tokens and there is no condition).
+            InputError: lists of different lengths, settings that don't fit the model, or a LoRA that could have no
+                effect (it acts on condition tokens and there is no condition).
         """
         samples = _samples(prompts, seeds, conditions, reflections, refined_prompts)
         if self.bundle.has_lora and conditions is None and not settings.latent_lora:
@@ -178,7 +184,9 @@ class Pipeline:
             jnp.asarray(bundle.tokenizers.clip([s.prompt for s in samples], bundle.clip_length)),
             jnp.asarray(bundle.tokenizers.t5([s.t5_text for s in samples], t5_length)),
             sample_keys([s.seed for s in samples]),
-            jnp.asarray(np.stack([_pixels(s.condition, size) for s in samples])) if has_condition else None,
+            jnp.asarray(np.stack([condition_pixels(s.condition, size) for s in samples if s.condition]))
+            if has_condition
+            else None,
         )
 
     def _scales(self, settings: Settings) -> Scales:
@@ -186,7 +194,8 @@ class Pipeline:
         steps = settings.num_inference_steps or self.bundle.default_steps
         numbers = settings.guidance_scale, settings.condition_scale, settings.image_guidance_scale
         return Scales(
-            jnp.asarray(self.bundle.schedule.sigmas(steps, tokens)), *(jnp.float32(number) for number in numbers)
+            jnp.asarray(self.bundle.schedule.sigmas(steps, tokens)),
+            *(jnp.float32(number) for number in numbers),
         )
 
 
@@ -211,6 +220,7 @@ def load_pipeline(
     Raises:
         InputError: nothing there, not a model, a truncated file, a LoRA for another network.
     """
+    use_compilation_cache()
     bundle = load_bundle(model, lora=lora, lora_alpha=lora_alpha, dtype=dtype, progress=progress)
     return Pipeline(bundle, attention=attention)
 
@@ -344,17 +354,13 @@ def _samples(
     }
     for name, column in columns.items():
         if len(column) != len(prompts):
-            raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
+            raise InputError(
+                f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt"
+            )
     return [
         _Sample(prompt, t5_prompt(refined or prompt, reflection), seed, condition)
         for prompt, seed, condition, reflection, refined in zip(prompts, *columns.values(), strict=True)
     ]
-
-
-def _pixels(image: Image.Image | None, size: int) -> np.ndarray:
-    """The condition as the network gets it: RGB, ``size`` x ``size``, resized bicubically."""
-    assert image is not None
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _to_images(count: int, pixels: Array) -> list[Image.Image]:

@@ -43,6 +43,13 @@ class Tokenizers:
         """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
         return _encode(self._t5, texts, max_length, "T5")
 
+    def lengths(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each text before any cut, [b] int32 each: CLIP's and T5's."""
+        clip, t5 = (
+            np.asarray([len(ids) for ids in _ids(one, texts)], np.int32) for one in (self._clip, self._t5)
+        )
+        return clip, t5
+
 
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import, and only needed here
@@ -57,8 +64,14 @@ def _load(folder: Path) -> Any:
 
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) -> np.ndarray:
     # Tokenized without a limit first, so that a cut is seen and said.
-    for text, ids in zip(texts, tokenizer(list(texts), truncation=False, verbose=False)["input_ids"], strict=True):
+    for text, ids in zip(texts, _ids(tokenizer, texts), strict=True):
         if len(ids) > max_length:
             log.warning("%s sees the first %d of %d tokens of %r", name, max_length, len(ids), text[:60])
-    encoded = tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np")
+    encoded = tokenizer(
+        list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np"
+    )
     return encoded["input_ids"].astype(np.int32)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]

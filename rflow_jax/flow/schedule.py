@@ -16,8 +16,8 @@ from rflow_jax.errors import InputError
 class Schedule:
     """A flow-matching Euler schedule, in the names of diffusers' ``scheduler_config.json``.
 
-    ``use_dynamic_shifting`` (FLUX.1-dev) shifts by mu, linear in the image tokens: more tokens need more of the steps at high
-    noise. Otherwise (FLUX.1-schnell) the constant ``shift`` applies.
+    ``use_dynamic_shifting`` (FLUX.1-dev) shifts by mu, linear in the image tokens: more tokens need
+    more of the steps at high noise. Otherwise (FLUX.1-schnell) the constant ``shift`` applies.
     """
 
     use_dynamic_shifting: bool = True
@@ -30,9 +30,17 @@ class Schedule:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Schedule:
         """From the content of ``scheduler_config.json``; raises InputError for another kind of schedule."""
-        if (name := config.get("_class_name", "FlowMatchEulerDiscreteScheduler")) != "FlowMatchEulerDiscreteScheduler":
+        if (
+            name := config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        ) != "FlowMatchEulerDiscreteScheduler":
             raise InputError(f"scheduler_config.json: a {name}; FLUX uses FlowMatchEulerDiscreteScheduler")
-        other = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+        other = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "shift_terminal",
+        )
         if odd := [key for key in other if config.get(key)]:
             raise InputError(f"scheduler_config.json: {odd[0]} is not supported (FLUX does not use it)")
         if config.get("time_shift_type", "exponential") != "exponential":

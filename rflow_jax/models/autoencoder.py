@@ -62,8 +62,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             raise InputError(
-                f"vae config: norm_num_groups {self.norm_num_groups} does not divide "
-                f"{bad} of block_out_channels"
+                f"vae config: norm_num_groups {self.norm_num_groups} does not divide {bad} of block_out_channels"
             )
 
     @property
@@ -181,9 +180,7 @@ class AutoencoderKL(nnx.Module):
     def _check_tiles(self) -> None:
         unit = 4 * self.config.factor
         if self.config.sample_size % unit:
-            raise InputError(
-                f"vae config: tiling needs sample_size {self.config.sample_size} to divide by {unit}"
-            )
+            raise InputError(f"vae config: tiling needs sample_size {self.config.sample_size} to divide by {unit}")
 
 
 def sample_posterior(
@@ -252,14 +249,12 @@ class DownStage(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype = jnp.float32,
     ):
-        self.resnets = _resnets(c_in, c_out, config.layers_per_block, config, rngs=rngs, dtype=dtype)
+        resnets = _resnets(c_in, c_out, config.layers_per_block, config, rngs=rngs, dtype=dtype)
+        self.resnets = nnx.List(resnets)
         # Zeros only below and to the right, as in the original.
-        shrink = (
-            Conv(c_out, c_out, 3, stride=2, padding=((0, 1), (0, 1)), rngs=rngs, dtype=dtype)
-            if downsample
-            else None
-        )
-        self.downsample = nnx.data(shrink)
+        below = ((0, 1), (0, 1))
+        conv = Conv(c_out, c_out, 3, stride=2, padding=below, rngs=rngs, dtype=dtype) if downsample else None
+        self.downsample = nnx.data(conv)
 
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height2 width2 o"]:
         for resnet in self.resnets:
@@ -280,7 +275,8 @@ class UpStage(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Dtype = jnp.float32,
     ):
-        self.resnets = _resnets(c_in, c_out, config.layers_per_block + 1, config, rngs=rngs, dtype=dtype)
+        resnets = _resnets(c_in, c_out, config.layers_per_block + 1, config, rngs=rngs, dtype=dtype)
+        self.resnets = nnx.List(resnets)
         self.upsample = nnx.data(Conv(c_out, c_out, 3, rngs=rngs, dtype=dtype) if upsample else None)
 
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height2 width2 o"]:
@@ -292,15 +288,11 @@ class UpStage(nnx.Module):
 class MidStage(nnx.Module):
     """Residual block, attention (unless the configuration leaves it out), residual block."""
 
-    def __init__(
-        self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32
-    ):
+    def __init__(self, channels: int, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
         groups = config.norm_num_groups
         self.resnet_1 = Resnet(channels, channels, groups, rngs=rngs, dtype=dtype)
         self.attn = nnx.data(
-            SpatialAttention(channels, groups, rngs=rngs, dtype=dtype)
-            if config.mid_block_add_attention
-            else None
+            SpatialAttention(channels, groups, rngs=rngs, dtype=dtype) if config.mid_block_add_attention else None
         )
         self.resnet_2 = Resnet(channels, channels, groups, rngs=rngs, dtype=dtype)
 
@@ -359,13 +351,11 @@ def attend_in_pieces(
 
     rows = jnp.swapaxes(q, 0, 1)
     whole = rows.shape[0] <= at_once
-    return jnp.swapaxes(
-        jax.vmap(attend)(rows) if whole else jax.lax.map(attend, rows, batch_size=at_once), 0, 1
-    )
+    return jnp.swapaxes(jax.vmap(attend)(rows) if whole else jax.lax.map(attend, rows, batch_size=at_once), 0, 1)
 
 
 def _resnets(
     c_in: int, c_out: int, count: int, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: Dtype
-) -> nnx.List[Resnet]:
+) -> list[Resnet]:
     widths = (c_in, *[c_out] * (count - 1))
-    return nnx.List(Resnet(width, c_out, config.norm_num_groups, rngs=rngs, dtype=dtype) for width in widths)
+    return [Resnet(width, c_out, config.norm_num_groups, rngs=rngs, dtype=dtype) for width in widths]

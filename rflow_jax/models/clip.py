@@ -50,17 +50,14 @@ class ClipTextConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             raise InputError(
-                f"text_encoder config: hidden_act {self.hidden_act!r} is not supported, "
-                f"only {', '.join(ACTIVATIONS)}"
+                f"text_encoder config: hidden_act {self.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}"
             )
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> ClipTextConfig:
         """From the content of ``text_encoder/config.json``; raises InputError for another network."""
         if (kind := config.get("model_type", "clip_text_model")) != "clip_text_model":
-            raise InputError(
-                f"text_encoder config: model_type {kind!r} is not supported, only 'clip_text_model'"
-            )
+            raise InputError(f"text_encoder config: model_type {kind!r} is not supported, only 'clip_text_model'")
         return cls(**_SILENT | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
 
@@ -77,9 +74,7 @@ class ClipTextEncoder(nnx.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, d, rngs=rngs, dtype=dtype)
         self.positions = Embedding(config.max_position_embeddings, d, rngs=rngs, dtype=dtype)
-        self.blocks = nnx.List(
-            ClipBlock(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)
-        )
+        self.blocks = nnx.List(ClipBlock(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers))
         self.final_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, ids: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
@@ -90,9 +85,7 @@ class ClipTextEncoder(nnx.Module):
         """
         length = ids.shape[1]
         if length > self.config.max_position_embeddings:
-            raise InputError(
-                f"{length} CLIP tokens; the model has {self.config.max_position_embeddings} positions"
-            )
+            raise InputError(f"{length} CLIP tokens; the model has {self.config.max_position_embeddings} positions")
         causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
         x = self.embed(ids) + self.positions(jnp.arange(length))
         for block in self.blocks:
@@ -109,9 +102,7 @@ class ClipBlock(nnx.Module):
         d, heads = config.hidden_size, config.num_attention_heads
         head_dim = d // heads
         self.attn_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
-        self.attn = SelfAttention(
-            d, heads, head_dim, scale=head_dim**-0.5, use_bias=True, rngs=rngs, dtype=dtype
-        )
+        self.attn = SelfAttention(d, heads, head_dim, scale=head_dim**-0.5, use_bias=True, rngs=rngs, dtype=dtype)
         self.ff_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
         self.ff = FeedForward(d, config.intermediate_size, config.hidden_act, rngs=rngs, dtype=dtype)
 

@@ -56,7 +56,9 @@ class Linear(nnx.Module):
         return jax.lax.dynamic_update_slice_in_dim(y, y[..., start:, :] + delta, start, axis=-2)
 
     def _low_rank(self, x: Array) -> Array:
-        assert self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        assert self.lora_scale is not None
         low = jnp.dot(x, self.lora_a[...].astype(x.dtype)) * self.lora_scale[...].astype(x.dtype)
         return jnp.dot(low, self.lora_b[...].astype(x.dtype))
 

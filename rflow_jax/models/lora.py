@@ -70,9 +70,7 @@ def linear_shapes(model: nnx.Module) -> dict[str, tuple[int, int]]:
     return {path: (shape[0], shape[1]) for path, shape in shapes.items()}
 
 
-def check_fit(
-    adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], where: str = "LoRA"
-) -> None:
+def check_fit(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], where: str = "LoRA") -> None:
     """Raises InputError unless every adapter belongs to a linear of the network and has its sizes."""
     if not adapters:
         raise InputError(f"{where}: holds no adapter, so it can have no effect")
@@ -111,9 +109,7 @@ def attach(
     place = put or (lambda _, value: jnp.asarray(value))
     detach(model)
     for path, adapter in adapters.items():
-        a, b = (
-            np.ascontiguousarray(m.T if dtype is None else m.T.astype(dtype)) for m in (adapter.a, adapter.b)
-        )
+        a, b = (np.ascontiguousarray(m.T if dtype is None else m.T.astype(dtype)) for m in (adapter.a, adapter.b))
         scale = np.asarray(adapter.scale, np.float32)
         values = {"lora_a": a, "lora_b": b, "lora_scale": scale}
         _set(modules[path], {name: place(f"{path}.{name}", value) for name, value in values.items()})
@@ -170,9 +166,7 @@ def select(modules: Mapping[str, Any], pattern: str) -> dict[str, Any]:
     """The entries whose dotted path the regular expression matches as a whole."""
     chosen = {path: module for path, module in modules.items() if re.fullmatch(pattern, path)}
     if not chosen:
-        raise InputError(
-            f"the LoRA pattern {pattern!r} matches no linear, such as {next(iter(modules), None)!r}"
-        )
+        raise InputError(f"the LoRA pattern {pattern!r} matches no linear, such as {next(iter(modules), None)!r}")
     return chosen
 
 

@@ -56,15 +56,11 @@ class T5Encoder(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.d_model, rngs=rngs, dtype=dtype)
-        self.position_bias = Embedding(
-            config.relative_attention_num_buckets, config.num_heads, rngs=rngs, dtype=dtype
-        )
+        self.position_bias = Embedding(config.relative_attention_num_buckets, config.num_heads, rngs=rngs, dtype=dtype)
         self.blocks = nnx.List(T5Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
 
-    def __call__(
-        self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"] | None = None) -> Float[Array, "b t d"]:
         """The hidden states after the last norm.
 
         Args:

@@ -69,10 +69,11 @@ def _fade(before: Array, tile: Array, blend: int, axis: int) -> Array:
     blend = min(before.shape[axis], tile.shape[axis], blend)
     if blend == 0:
         return tile
-    weight = (jnp.arange(blend, dtype=jnp.float32) / blend).astype(tile.dtype)
+    weight = jnp.arange(blend, dtype=jnp.float32) / blend
     weight = jnp.expand_dims(weight, tuple(k for k in range(tile.ndim) if k != axis))
     end = before.shape[axis]
     tail = jax.lax.slice_in_dim(before, end - blend, end, axis=axis)
     head = jax.lax.slice_in_dim(tile, 0, blend, axis=axis)
     rest = jax.lax.slice_in_dim(tile, blend, tile.shape[axis], axis=axis)
-    return jnp.concatenate([tail * (1 - weight) + head * weight, rest], axis=axis)
+    faded = tail * (1 - weight) + head * weight
+    return jnp.concatenate([faded.astype(tile.dtype), rest], axis=axis)

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import PATCH
@@ -21,7 +28,7 @@ from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach
 from rflow_jax.prompts import Tokenizers
 from rflow_jax.weights import components
-from rflow_jax.weights.components import COMPONENTS, Component, read_json
+from rflow_jax.weights.components import COMPONENTS, read_json
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.load import load_into
@@ -103,14 +110,21 @@ def load_bundle(
     if lora is not None:
         from rflow_jax.weights.lora_files import read_lora
 
-        attach(transformer, read_lora(lora, transformer, alpha=lora_alpha), dtype=kind, where=lora)
+        attach(transformer, read_lora(lora, alpha=lora_alpha).adapters, dtype=kind, where=lora)
     flux_graph, adapters, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
-    parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}
+    parts = {
+        c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)
+    }
     (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = parts.values()
     return Bundle(
         name=model,
         graphs=Graphs(flux_graph, vae_graph, clip_graph, t5_graph),
-        weights={"transformer": (base, nnx.merge_state(adapters, scales)), "vae": vae, "clip": clip, "t5": t5},
+        weights={
+            "transformer": (base, nnx.merge_state(adapters, scales)),
+            "vae": vae,
+            "clip": clip,
+            "t5": t5,
+        },
         tokenizers=tokenizers,
         schedule=schedule,
         flux_config=configs[components.TRANSFORMER.folder],

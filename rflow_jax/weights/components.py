@@ -64,6 +64,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; a model folder is laid out as diffusers writes it") from error
+        raise InputError(
+            f"{path}: no such file; a model folder is laid out as diffusers writes it"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error

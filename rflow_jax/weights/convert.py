@@ -62,9 +62,7 @@ class Options:
     text: Path | None = None
 
 
-def convert_flux(
-    src: Path, dst: Path, options: Options = Options(), on_progress: OnProgress | None = None
-) -> None:
+def convert_flux(src: Path, dst: Path, options: Options = Options(), on_progress: OnProgress | None = None) -> None:
     """Converts a FLUX model (a diffusers folder or single files) into a folder of ours.
 
     Tensors are written as they are read, so memory holds a bounded window of them. ``dst`` is there when all
@@ -110,13 +108,10 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
     if found.kind == "diffusers":
         if options.ae or options.text:
             raise InputError(
-                f"{found.path}: a diffusers folder holds its own autoencoder and text encoders: "
-                "leave out ae and text"
+                f"{found.path}: a diffusers folder holds its own autoencoder and text encoders: leave out ae and text"
             )
         return [
-            _from_folder(c, found.components[c.folder], options)
-            for c in COMPONENTS
-            if c.folder in found.components
+            _from_folder(c, found.components[c.folder], options) for c in COMPONENTS if c.folder in found.components
         ]
     sources = [_bfl_transformer(found.components[TRANSFORMER.folder], options)]
     ae = options.ae or found.components.get(VAE.folder)
@@ -124,9 +119,7 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
         sources.append(_bfl_autoencoder(ae, options))
     if options.text is not None:
         if missing := [name for name in TEXT if not (options.text / name).is_dir()]:
-            raise InputError(
-                f"{options.text}: has no {', '.join(missing)}; expected a folder in diffusers' layout"
-            )
+            raise InputError(f"{options.text}: has no {', '.join(missing)}; expected a folder in diffusers' layout")
         sources += [_from_folder(c, options.text / c.folder, options) for c in (CLIP, T5)]
     return sources
 

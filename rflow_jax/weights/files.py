@@ -1,7 +1,7 @@
 """Safetensors files, read tensor by tensor.
 
-The files are read with positioned reads into buffers of their own and never mapped: mapped pages count as resident memory, and a
-24 GB checkpoint must pass through a machine with less. A few threads read ahead, bounded in bytes.
+The files are read with positioned reads into buffers of their own and never mapped: mapped pages count as resident
+memory, and a 24 GB checkpoint must pass through a machine with less. A few threads read ahead, bounded in bytes.
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             start = 8 + length
             infos = {key: _info(file, entry, start) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: not a safetensors file (its header does not parse: {error})") from error
+            raise InputError(
+                f"{file}: not a safetensors file (its header does not parse: {error})"
+            ) from error
     end = max((info.offset + info.nbytes for info in infos.values()), default=start)
     if end > size:
         raise InputError(f"{file}: cut short: {size} bytes of {end}; copy or download it again")

@@ -55,9 +55,7 @@ def describe(path: Path) -> ModelPath:
         info = read_json(path / "model_index.json")
         found = {c.folder: path / c.folder for c in COMPONENTS if (path / c.folder / "config.json").is_file()}
         if TRANSFORMER.folder not in found:
-            raise InputError(
-                f"{path}: has a model_index.json but no transformer/config.json; fetch the whole folder"
-            )
+            raise InputError(f"{path}: has a model_index.json but no transformer/config.json; fetch the whole folder")
         return ModelPath("diffusers", path, found, info)
     if _is_transformer(path):
         return ModelPath("diffusers", path, {TRANSFORMER.folder: path})
@@ -80,9 +78,7 @@ def _converted(path: Path) -> ModelPath:
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise InputError(f"{path / MODEL_FILE}: not written by convert_weights")
     if info.get("version") != VERSION:
-        raise InputError(
-            f"{path}: format version {info.get('version')}, this program reads {VERSION}; convert again"
-        )
+        raise InputError(f"{path}: format version {info.get('version')}, this program reads {VERSION}; convert again")
     return ModelPath("converted", path, {name: path / name for name in info.get("components", ())}, info)
 
 

@@ -22,8 +22,8 @@ def resolve(model: str) -> Path:
     """The folder of a model.
 
     Args:
-        model: a folder, or ``owner/name`` (``owner/name@revision``) on the Hub. Fetched files stay in huggingface_hub's cache,
-            and a cached copy serves without a network; ``HF_TOKEN`` is honoured.
+        model: a folder, or ``owner/name`` (``owner/name@revision``) on the Hub. Fetched files stay in
+            huggingface_hub's cache, and a cached copy serves without a network; ``HF_TOKEN`` is honoured.
 
     Raises:
         InputError: no such folder, and not on the Hub or in its cache.
@@ -32,7 +32,9 @@ def resolve(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{model}: a file; a model is a folder (convert a single file with python -m convert_weights flux)")
+        raise InputError(
+            f"{model}: a file; a model is a folder (convert a single file with python -m convert_weights flux)"
+        )
     if not HUB_ID.fullmatch(model):
         raise InputError(f"{model}: no such folder, and not a Hub id (owner/name)")
     return _fetch(model)
@@ -40,7 +42,12 @@ def resolve(model: str) -> Path:
 
 def _fetch(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     name, _, revision = model.partition("@")
 
@@ -60,10 +67,14 @@ def _fetch(model: str) -> Path:
     except GatedRepoError as error:
         raise InputError(f"{model}: gated on the Hub; accept its licence there and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"{model}: no such folder, and no such model on the Hub (private ones need HF_TOKEN)") from error
+        raise InputError(
+            f"{model}: no such folder, and no such model on the Hub (private ones need HF_TOKEN)"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         try:
             return download(offline=True)
         except LocalEntryNotFoundError:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{model}: no such folder, not in the cache, and the Hub does not answer ({reason})") from error
+            raise InputError(
+                f"{model}: no such folder, not in the cache, and the Hub does not answer ({reason})"
+            ) from error

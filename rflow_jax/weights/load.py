@@ -47,8 +47,8 @@ def load_into(
 ) -> Model:
     """Reads a checkpoint into ``model`` (abstract, from ``nnx.eval_shape``) and returns it.
 
-    Every tensor goes from the file to its devices and is transposed there; the host holds a bounded window of tensors and
-    never the checkpoint.
+    Every tensor goes from the file to its devices and is transposed there; the host holds a bounded window of
+    tensors and never the checkpoint.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.

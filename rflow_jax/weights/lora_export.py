@@ -93,7 +93,7 @@ def peft_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
 
 def effective_alpha(adapter: Adapter) -> float:
     """The alpha that gives this adapter's scale as alpha / rank."""
-    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    alpha = float(adapter.rank) if adapter.alpha is None else adapter.alpha
     return alpha * math.sqrt(adapter.rank) if adapter.rslora else alpha
 
 

@@ -163,14 +163,10 @@ def _group(keys: list[str], files: TensorFiles, where: str) -> dict[str, dict[st
 def _adapter(name: str, tensors: Mapping[str, np.ndarray], strength: Strength, where: str) -> Adapter:
     missing = [kind for kind in (_A, _B) if kind not in tensors]
     if missing:
-        raise InputError(
-            f"{where}: {name} has {' and '.join(sorted(tensors))} but no {' and '.join(missing)}"
-        )
+        raise InputError(f"{where}: {name} has {' and '.join(sorted(tensors))} but no {' and '.join(missing)}")
     a, b = tensors[_A], tensors[_B]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.size:
-        raise InputError(
-            f"{where}: {name} has A {list(a.shape)} and B {list(b.shape)}; expected [r, in] and [out, r]"
-        )
+        raise InputError(f"{where}: {name} has A {list(a.shape)} and B {list(b.shape)}; expected [r, in] and [out, r]")
     alpha = strength.alpha(name)
     if _ALPHA in tensors:
         if tensors[_ALPHA].size != 1:

@@ -77,9 +77,7 @@ def _index() -> dict[str, tuple[Part, ...]]:
         for table in (DIFFUSERS, BFL):
             order, theirs, via = table.module(path)
             found.setdefault(_flat(theirs), []).append((order, Part(ours, via)))
-    return {
-        name: tuple(part for _, part in sorted(parts, key=lambda p: p[0])) for name, parts in found.items()
-    }
+    return {name: tuple(part for _, part in sorted(parts, key=lambda p: p[0])) for name, parts in found.items()}
 
 
 def _paths() -> list[str]:

@@ -107,10 +107,7 @@ def read_orbax(
     """Every leaf on its devices, read a window at a time."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         for window in _windows(list(zip(leaves, shardings, strict=True))):
-            item = {
-                tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-                for leaf, _ in window
-            }
+            item = {tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf, _ in window}
             args = {
                 tuple(leaf.path.split(".")): ocp.ArrayRestoreArgs(
                     restore_type=jax.Array, sharding=sharding, dtype=dtype or leaf.dtype
@@ -120,9 +117,7 @@ def read_orbax(
             restore = ocp.args.PyTreeRestore(
                 item=unflatten_dict(item), restore_args=unflatten_dict(args), partial_restore=True
             )
-            found: dict[str, Any] = flatten_dict(
-                checkpointer.restore(folder.absolute(), args=restore), sep="."
-            )
+            found: dict[str, Any] = flatten_dict(checkpointer.restore(folder.absolute(), args=restore), sep=".")
             for leaf, _ in window:
                 yield leaf, found[leaf.path]
 

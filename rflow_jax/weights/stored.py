@@ -79,9 +79,7 @@ def _load_orbax(
     _check(variables, {path: leaf.shape for path, leaf in stored.items()}, str(folder))
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaves = list(stored.values())
-    shardings = [
-        (sharding_for(leaf.path, leaf.shape) if sharding_for else None) or default for leaf in leaves
-    ]
+    shardings = [(sharding_for(leaf.path, leaf.shape) if sharding_for else None) or default for leaf in leaves]
     for leaf, value in read_orbax(folder / ORBAX_FOLDER, leaves, shardings, dtype):
         variables[leaf.path].set_value(value)
         on_bytes(leaf.nbytes)
@@ -101,12 +99,9 @@ def _check(variables: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         ("not known to this network", shapes.keys() - variables.keys()),
     ):
         if paths:
-            raise InputError(
-                f"{where}: {len(paths)} parameters {problem}, such as {min(paths)}; convert again"
-            )
+            raise InputError(f"{where}: {len(paths)} parameters {problem}, such as {min(paths)}; convert again")
     for path, variable in variables.items():
         if tuple(shapes[path]) != tuple(variable.shape):
             raise InputError(
-                f"{where}: {path} has shape {list(shapes[path])}, "
-                f"the configuration asks for {list(variable.shape)}"
+                f"{where}: {path} has shape {list(shapes[path])}, the configuration asks for {list(variable.shape)}"
             )

@@ -46,9 +46,7 @@ def write_safetensors(
             raise ValueError(f"{path}: {left[0]} never came")
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors that are all in memory, sorted by key."""
     ordered = dict(sorted(tensors.items()))
     write_safetensors(path, {k: (v.dtype, v.shape) for k, v in ordered.items()}, ordered.items(), metadata)
@@ -66,9 +64,7 @@ def whole(dst: str | os.PathLike[str]) -> Iterator[Path]:
     """
     dst = Path(dst)
     if dst.exists():
-        raise InputError(
-            f"{dst}: exists already, and nothing is overwritten; remove it or name another place"
-        )
+        raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another place")
     partial = dst.with_name(dst.name + PARTIAL)
     dst.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -93,9 +89,7 @@ def need_space(dst: Path, nbytes: int) -> None:
         raise InputError(f"{dst}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
 
-def _header(
-    infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> bytes:
+def _header(infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for key, (dtype, shape) in infos.items():

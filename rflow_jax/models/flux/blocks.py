@@ -74,7 +74,14 @@ class Context:
         return attend(q, k, v, bias=bias, impl=self.attention)
 
 
-def per_token(vector: Float[Array, "b k d"], tokens: int, n_condition: int) -> Float[Array, "b #s d"]:
+def per_token(
+    vector: Float[Array, "b k d"], tokens: int, n_condition: int
+) -> Float[
+    Array,
+    (
+        b  # s d
+    ),
+]:
     """Row 0 for every token but the last ``n_condition``, row 1 for these."""
     if vector.shape[1] == 1:
         return vector
@@ -157,11 +164,17 @@ class DoubleBlock(nnx.Module):
         self.text = Stream(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, text: Float[Array, "b t d"], image: Float[Array, "b ic d"], vector: Float[Array, "b k d"], ctx: Context
+        self,
+        text: Float[Array, "b t d"],
+        image: Float[Array, "b ic d"],
+        vector: Float[Array, "b k d"],
+        ctx: Context,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b ic d"]]:
         """``image`` holds image tokens, then condition tokens."""
         t, c = text.shape[1], ctx.n_condition
-        text_rope, image_rope = (Rope(*(part[rows] for part in ctx.rope)) for rows in (slice(t), slice(t, None)))
+        text_rope, image_rope = (
+            Rope(*(part[rows] for part in ctx.rope)) for rows in (slice(t), slice(t, None))
+        )
         text_mod = self.text.modulation(vector[:, :1], t, 0, ctx.lora_text)
         image_mod = self.image.modulation(vector, image.shape[1], c, ctx.lora_vectors)
         rows = ctx.lora_rows(image.shape[1])

@@ -45,8 +45,13 @@ class FluxConfig:
         """From the content of a diffusers ``transformer/config.json``; raises InputError for another network."""
         if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
             raise InputError(f"transformer config: a {name}; this is no FLUX transformer")
-        if config.get("patch_size", 1) != 1 or config.get("out_channels") not in (None, config.get("in_channels")):
-            raise InputError("transformer config: only patch_size 1 and out_channels equal to in_channels are FLUX")
+        if config.get("patch_size", 1) != 1 or config.get("out_channels") not in (
+            None,
+            config.get("in_channels"),
+        ):
+            raise InputError(
+                "transformer config: only patch_size 1 and out_channels equal to in_channels are FLUX"
+            )
         known = {key: config[key] for key in cls.__dataclass_fields__ if key in config}
         if "axes_dims_rope" in known:
             known["axes_dims_rope"] = tuple(known["axes_dims_rope"])

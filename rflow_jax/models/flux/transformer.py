@@ -92,7 +92,9 @@ class FluxTransformer(nnx.Module):
         if condition is None:
             return Context(rope, flags=flags, attention=attention)
         if condition_scale is not None and not flags.union_cond_attn:
-            raise InputError("condition_scale works through union attention: set union_cond_attn or leave the scale at 1")
+            raise InputError(
+                "condition_scale works through union attention: set union_cond_attn or leave the scale at 1"
+            )
         if flags.add_cond_attn and condition.shape[1] != latents.shape[1]:
             raise InputError(
                 f"add_cond_attn needs as many condition tokens as image tokens, not {condition.shape[1]} and "
@@ -104,7 +106,11 @@ class FluxTransformer(nnx.Module):
         self, latents: Array, text: Array, condition: Array | None, ctx: Context
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b ic d"]]:
         """Text tokens, and image tokens followed by condition tokens, at the model's width."""
-        image = latents if condition is None else jnp.concatenate([latents, condition.astype(latents.dtype)], axis=1)
+        image = (
+            latents
+            if condition is None
+            else jnp.concatenate([latents, condition.astype(latents.dtype)], axis=1)
+        )
         embedded = self.image_in(image, ctx.lora_rows(image.shape[1]))
         return self.text_in(text.astype(latents.dtype), ctx.lora_text), embedded
 
@@ -137,4 +143,3 @@ class FluxTransformer(nnx.Module):
 def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32) -> FluxTransformer:
     """The network without numbers, to be filled by a loader or counted."""
     return nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0), dtype=dtype))
-

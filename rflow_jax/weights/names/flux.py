@@ -148,7 +148,5 @@ def _rope_axes(head: int, where: str) -> tuple[int, ...]:
     first = head // 8
     rest = (head - first) // 2
     if head % 8 or first % 2 or rest % 2 or first + 2 * rest != head:
-        raise InputError(
-            f"{where}: the rotary axes of a head of {head} are not known; convert a diffusers folder"
-        )
+        raise InputError(f"{where}: the rotary axes of a head of {head} are not known; convert a diffusers folder")
     return (first, rest, rest)

@@ -30,14 +30,10 @@ TRANSFORMERS = Table(
 )
 
 # Some files hold the tied embedding under its other name only.
-UNSHARED = replace(
-    TRANSFORMERS, rules=(Rule(r"embed", r"encoder.embed_tokens"), *TRANSFORMERS.rules[1:]), ignore=()
-)
+UNSHARED = replace(TRANSFORMERS, rules=(Rule(r"embed", r"encoder.embed_tokens"), *TRANSFORMERS.rules[1:]), ignore=())
 
 
 def table_for(keys: Iterable[str]) -> Table:
     """The table of a checkpoint, told by its keys."""
     names = set(keys)
-    return (
-        UNSHARED if "shared.weight" not in names and "encoder.embed_tokens.weight" in names else TRANSFORMERS
-    )
+    return UNSHARED if "shared.weight" not in names and "encoder.embed_tokens.weight" in names else TRANSFORMERS

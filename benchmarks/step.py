@@ -1,0 +1,139 @@
+"""Milliseconds of one denoising step on this machine's accelerator, with random weights made on the device.
+
+    python -m benchmarks.step [--size dev|tiny] [--batch 1 4] [--repeats 10]
+
+Prints a table: batch, condition, milliseconds a step (median), TFLOP/s, device memory. The figures to hold it against stand
+in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.flow.latents import rope_for
+from rflow_jax.models.flux.config import FluxConfig
+from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.models.flux.transformer import abstract_flux
+from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
+
+TINY = FluxConfig(
+    num_layers=1,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=32,
+    pooled_projection_dim=16,
+    axes_dims_rope=(4, 6, 6),
+)
+# (configuration, image side, condition side, text tokens)
+SIZES = {"dev": (FluxConfig(), 1024, 512, 512), "tiny": (TINY, 64, 32, 16)}
+TOKEN_PIXELS = 16
+LORA_RANK = 32
+STEPS_A_CALL = 5
+
+
+def random_network(config: FluxConfig, dtype: jnp.dtype) -> tuple:
+    """(graph, state) of a transformer with a corrector LoRA; every leaf drawn on the device."""
+    network = abstract_flux(config, dtype)
+    attach_shapes(network, dict.fromkeys(select(linears(network), REFLECTION_FLOW), LORA_RANK), dtype=dtype)
+    graph, state = nnx.split(network)
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def draw(key, shape, dtype):
+        return jax.random.normal(key, shape, dtype) * (shape[0] ** -0.5 if shape else 1)
+
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return graph, tree.unflatten([draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+def step_function(graph, config: FluxConfig, text: int, side: int, condition_side: int | None):
+    """A jitted function of (state, x, text, pooled, condition) that takes a few Euler steps."""
+    grid = (side // TOKEN_PIXELS,) * 2
+    condition_grid = (condition_side // TOKEN_PIXELS,) * 2 if condition_side else None
+    rope = rope_for(config, text, grid, condition_grid)
+
+    @partial(jax.jit, donate_argnums=1)
+    def steps(state, x, text, pooled, condition):
+        network = nnx.merge(graph, state)
+        ones = jnp.ones(x.shape[0], jnp.float32)
+
+        def one(x, t):
+            v = network(
+                x.astype(text.dtype), text, pooled, t * ones, rope=rope, guidance=3.5 * ones, condition=condition
+            )
+            return x - v.astype(jnp.float32) / STEPS_A_CALL, None
+
+        return jax.lax.scan(one, x, jnp.linspace(1.0, 0.2, STEPS_A_CALL))[0]
+
+    return steps
+
+
+def measure(graph, state, config, sizes, batch: int, with_condition: bool, repeats: int) -> dict[str, float]:
+    """Median and spread of the time of one step."""
+    side, condition_side, text = sizes
+    image, c = (side // TOKEN_PIXELS) ** 2, (condition_side // TOKEN_PIXELS) ** 2 if with_condition else 0
+    dtype = jax.tree.leaves(state)[0].dtype
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (batch, image, config.in_channels))
+    t5 = jax.random.normal(keys[1], (batch, text, config.joint_attention_dim), dtype)
+    pooled = jax.random.normal(keys[2], (batch, config.pooled_projection_dim), dtype)
+    condition = jax.random.normal(keys[3], (batch, c, config.in_channels), dtype) if c else None
+    steps = step_function(graph, config, text, side, condition_side if c else None)
+    begin = time.perf_counter()
+    x = steps(state, x, t5, pooled, condition).block_until_ready()
+    compiled = time.perf_counter() - begin
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        x = steps(state, x, t5, pooled, condition).block_until_ready()
+        times.append((time.perf_counter() - begin) / STEPS_A_CALL)
+    if not np.isfinite(np.asarray(x)).all():
+        raise SystemExit("not finite: the figures would mean nothing")
+    seconds = statistics.median(times)
+    flops = batch * forward_flops(config, text=text, image=image, condition=c)
+    return {
+        "ms": seconds * 1e3,
+        "spread": (max(times) - min(times)) * 1e3,
+        "tflops": flops / seconds / 1e12,
+        "first_s": compiled,
+        "gib": _peak_gib(),
+    }
+
+
+def _peak_gib() -> float:
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 0) / 2**30
+
+
+def main() -> None:
+    """Measures every combination and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="dev")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    config, *sizes = SIZES[arguments.size]
+    graph, state = random_network(config, jnp.bfloat16)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print("batch condition  ms/step  ms/image-step  spread  TFLOP/s  first call s  peak GiB")
+    for batch in arguments.batch:
+        for with_condition in (False, True):
+            row = measure(graph, state, config, sizes, batch, with_condition, arguments.repeats)
+            print(
+                f"{batch:5d} {'yes' if with_condition else 'no':9s} {row['ms']:8.1f} {row['ms'] / batch:14.1f} "
+                f"{row['spread']:7.2f} {row['tflops']:8.0f} {row['first_s']:13.1f} {row['gib']:9.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

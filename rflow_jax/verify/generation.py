@@ -1,0 +1,128 @@
+"""Recordings 07: whole generations, through the pipeline's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.flow.latents import image_ids, text_ids
+from rflow_jax.flow.sampler import euler
+from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.models.flux.embeddings import Rope, rope_table
+from rflow_jax.pipeline import Given, Pipeline, Program, Scales, decode_latents, to_pixels, velocity_of
+from rflow_jax.prompts import t5_prompt
+from rflow_jax.typing import Array
+from rflow_jax.verify.encoders import image_tokens, nchw
+from rflow_jax.verify.recording import Recording
+
+GENERATION = "07_generate"
+Result = tuple[str, Any]
+
+
+def generation(recording: Recording) -> Iterator[Result]:
+    """07: every run of ``generate_meta.json`` that is not exempt."""
+    meta, z = recording.json("generate_meta"), recording.arrays(GENERATION)
+    pipeline = recording.pipeline
+    given = _texts(pipeline, meta)
+    yield "prompt_embeds", given.text
+    yield "pooled", given.pooled
+    for run, how in meta["runs"].items():
+        if not recording.is_exempt(f"{GENERATION}/{run}_latents_steps"):
+            for stage, value in _run(pipeline, meta, how, given, z, run):
+                yield f"{run}_{stage}", value
+
+
+def _texts(pipeline: Pipeline, meta: dict[str, Any]) -> Given:
+    bundle = pipeline.bundle
+    clip_ids = bundle.tokenizers.clip([meta["prompt"]], bundle.clip_length)
+    t5_ids = bundle.tokenizers.t5([t5_prompt(meta["prompt_2"])], meta["max_sequence_length"])
+    _, pooled = nnx.merge(bundle.graphs.clip, bundle.weights["clip"])(jnp.asarray(clip_ids))
+    text = nnx.merge(bundle.graphs.t5, bundle.weights["t5"])(jnp.asarray(t5_ids))
+    return Given(text, pooled, None, None)
+
+
+def _run(
+    pipeline: Pipeline, meta: dict, how: dict, given: Given, z: dict[str, np.ndarray], run: str
+) -> Iterator[Result]:
+    bundle, steps = pipeline.bundle, meta["num_inference_steps"]
+    conditioned, guided = how["encode_calls"] > 0, how["image_guidance_scale"] != 1
+    vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
+    blacks: list[Array] | None = None
+    if conditioned:
+        condition, blacks = _conditions(vae, z, _draws(z, steps, per_step=run.endswith("_perstep")))
+        calls = [condition, *blacks] if guided else [condition] * how["encode_calls"]
+        yield "enc_tokens", jnp.concatenate(calls)
+        given = given._replace(condition=condition)
+    program = Program(
+        meta["height"],
+        meta["width"],
+        condition_size=None,  # the grids of the recordings need not be square: the rope says where tokens lie
+        token_pixels=bundle.token_pixels,
+        flags=ConditionFlags(**how["model_config"]),
+        use_image_guidance=conditioned and guided,
+        use_condition_scale=conditioned and how["condition_scale"] != 1,
+    )
+    tokens = program.image_grid[0] * program.image_grid[1]
+    numbers = how["guidance_scale"], how["condition_scale"], how["image_guidance_scale"]
+    scales = Scales(jnp.asarray(bundle.schedule.sigmas(steps, tokens)), *map(jnp.float32, numbers))
+    rope = _rope(pipeline, program, given, z)
+    black_steps = jnp.stack(blacks) if blacks else None
+    trajectory, raw = jax.jit(partial(_sample, pipeline, program, rope))(
+        bundle.weights, jnp.asarray(z["in_latents"]), given, black_steps, scales
+    )
+    yield "latents_steps", trajectory
+    yield "image_raw", nchw(raw)
+    yield "image_uint8", np.asarray(to_pixels(raw))[0]
+
+
+def _sample(
+    pipeline: Pipeline,
+    program: Program,
+    rope: Rope,
+    weights: dict,
+    noise: Array,
+    given: Given,
+    black_steps: Array | None,
+    scales: Scales,
+) -> tuple[Array, Array]:
+    """The pipeline's sampling, with a black condition for each step and everything on the way returned."""
+    bundle = pipeline.bundle
+    transformer = nnx.merge(bundle.graphs.transformer, *weights["transformer"])
+
+    def velocity(x: Array, t: Array, step: Array) -> Array:
+        black = None if black_steps is None else black_steps[step]
+        at_step = given._replace(black=black)
+        return velocity_of(transformer, bundle.dtype, program, at_step, scales, rope)(x, t, step)
+
+    x, trajectory = euler(velocity, noise, scales.sigmas)
+    vae = nnx.merge(bundle.graphs.vae, weights["vae"])
+    return trajectory, decode_latents(vae, bundle.dtype, x, program.height, program.width)
+
+
+def _draws(z: dict[str, np.ndarray], steps: int, per_step: bool) -> np.ndarray:
+    """The posterior's draws: the condition's, then the black image's of every step; [1 + steps, 1, z, y, x]."""
+    return z["in_perstep_noise"] if per_step else np.stack([z["in_cond_noise"]] * (1 + steps))
+
+
+def _conditions(vae: Any, z: dict[str, np.ndarray], draws: np.ndarray) -> tuple[Array, list[Array]]:
+    """The condition's tokens, and those of a black image for every step."""
+    pixels = z["in_cond_uint8"][None]
+    encode = partial(image_tokens, vae)
+    return encode(pixels, draws[0]), [encode(np.zeros_like(pixels), draw) for draw in draws[1:]]
+
+
+def _rope(pipeline: Pipeline, program: Program, given: Given, z: dict[str, np.ndarray]) -> Rope:
+    config = pipeline.bundle.flux_config
+    ids = [text_ids(given.text.shape[1]), image_ids(*program.image_grid)]
+    if given.condition is not None:
+        side = program.token_pixels
+        rows, columns = (pixels // side for pixels in z["in_cond_uint8"].shape[:2])
+        row, column = (int(x) for x in z["in_position_delta"])
+        ids.append(image_ids(rows, columns, delta=(row, column)))
+    return rope_table(np.concatenate(ids), config.axes_dims_rope, config.rope_theta)

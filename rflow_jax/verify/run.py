@@ -1,0 +1,49 @@
+"""Runs every check on a folder of recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rflow_jax.verify import encoders, flux, generation
+from rflow_jax.verify.recording import Recording
+from rflow_jax.verify.report import Line, lines
+
+CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
+    flux.PLAIN: flux.plain,
+    flux.CONDITIONED: flux.conditioned,
+    flux.VARIANTS: flux.variants,
+    encoders.AUTOENCODER: encoders.autoencoder,
+    encoders.TEXT: encoders.text,
+    encoders.SCHEDULE: encoders.schedule,
+    generation.GENERATION: generation.generation,
+}
+
+
+def verify(root: Path) -> list[Line]:
+    """Compares this package with the recordings below ``root``: a line for each recorded array.
+
+    A check that breaks off is a FAIL on each array that it still owed, and the others go on.
+    """
+    recording = Recording(root)
+    results: dict[str, Any] = {}
+    with jax.default_matmul_precision("highest"):
+        for name, check in CHECKS.items():
+            if recording.has(name):
+                results |= _run(recording, name, check)
+    return list(lines(recording, results))
+
+
+def _run(recording: Recording, name: str, check: Callable) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    try:
+        for stage, value in check(recording):
+            results[f"{name}/{stage}"] = value
+    except Exception as error:  # one broken check must not hide the others
+        for array in (f"{name}/{stage}" for stage in recording.arrays(name)):
+            if not recording.is_exempt(array):
+                results.setdefault(array, error)
+    return results
