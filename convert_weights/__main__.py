@@ -127,9 +127,7 @@ def _add_flux(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of all parameters; without it each keeps its own")
     parser.add_argument("--ae", help="for single files: ae.safetensors")
-    parser.add_argument(
-        "--text", help="for single files: a diffusers folder with text encoders and tokenizers"
-    )
+    parser.add_argument("--text", help="for single files: a diffusers folder with text encoders and tokenizers")
 
 
 def _add_lora(parser: ArgumentParser) -> None:
