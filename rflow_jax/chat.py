@@ -3,6 +3,7 @@
 It contacts only the address it is given, and only when asked.
 """
 
+import asyncio
 import base64
 import io
 import logging
@@ -10,16 +11,12 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _DEFAULT_MODEL = "gpt-4o"
 _LONGEST_REASON = 300
@@ -85,8 +82,23 @@ class Endpoint:
         raise InputError(f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        messages: the chat so far.
+        parse: turns the answer's text into a value, or raises ``UnusableAnswer``.
+        response_format: the form that the answer must have.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    parse: Callable[[str], Any]
+    response_format: Mapping[str, Any] | None = None
+
+
 class Chat:
-    """Asks one endpoint, from several threads at once.
+    """Asks one endpoint; may be used by several threads at once.
 
     Timeouts, dropped connections and the statuses 408, 409, 429 and 5xx are retried by the ``openai`` client
     (it honours ``Retry-After``); unusable answers are retried here.
@@ -97,63 +109,69 @@ class Chat:
 
         self.endpoint = endpoint
         self._key = endpoint.api_key()
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             api_key=self._key,
             base_url=endpoint.base_url,
             timeout=endpoint.timeout,
             max_retries=endpoint.max_retries,
         )
-        self._workers = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="chat")
-        self._closed = threading.Event()
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._loop = asyncio.new_event_loop()
+        # A daemon: an interrupted process does not wait for answers.
+        threading.Thread(target=_serve, args=(self._loop,), name="chat", daemon=True).start()
         # The client's own log lines name every request; a run of thousands has a progress bar instead.
         for name in ("httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
-    def ask(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        parse: Callable[[str], T],
-        response_format: Mapping[str, Any] | None = None,
-    ) -> T:
-        """One question; ``parse`` turns the answer's text into a value or raises ``UnusableAnswer``.
+    def ask_all(self, questions: Sequence[Question]) -> list[Any]:
+        """The parsed answers in the order of the questions; a ``ChatError`` where there is no usable one.
 
-        Raises:
-            ChatError: no usable answer within the retries.
+        At most ``concurrency`` questions are in flight, over all callers.
         """
+
+        async def gather() -> list[Any]:
+            return list(await asyncio.gather(*map(self._ask, questions)))
+
+        return asyncio.run_coroutine_threadsafe(gather(), self._loop).result()
+
+    def close(self) -> None:
+        """Gives up what is waiting; called when a run ends."""
+
+        async def stop() -> None:
+            waiting = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await self._client.close()
+
+        if not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _ask(self, question: Question) -> Any:
         import openai
         import tenacity
 
-        retry = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.endpoint.max_retries + 1)
-            | tenacity.stop_when_event_set(self._closed),
+        retry = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.endpoint.max_retries + 1),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
-            sleep=tenacity.sleep_using_event(self._closed),
             retry=tenacity.retry_if_exception_type(UnusableAnswer),
             reraise=True,
         )
-        try:
-            return retry(lambda: parse(self._answer(messages, response_format)))
-        except (UnusableAnswer, openai.OpenAIError) as error:
-            raise ChatError(self._reason(error)) from error
+        async with self._slots:
+            try:
+                return await retry(self._attempt, question)
+            except (UnusableAnswer, openai.OpenAIError) as error:
+                return ChatError(self._reason(error))
 
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """``function`` of every item, at most ``concurrency`` at once over all callers; results in order."""
-        return list(self._workers.map(function, items))
-
-    def close(self) -> None:
-        """Gives up what is waiting; called when a run ends early."""
-        self._closed.set()
-        self._workers.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
-
-    def _answer(self, messages: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None) -> str:
-        request: dict[str, Any] = {"model": self.endpoint.model_name, "messages": list(messages)}
-        if response_format is not None:
-            request["response_format"] = response_format
+    async def _attempt(self, question: Question) -> Any:
+        request: dict[str, Any] = {"model": self.endpoint.model_name, "messages": list(question.messages)}
+        if question.response_format is not None:
+            request["response_format"] = question.response_format
         if self.endpoint.temperature is not None:
             request["temperature"] = self.endpoint.temperature
         try:
-            message = self._client.chat.completions.create(**request).choices[0].message
+            message = (await self._client.chat.completions.create(**request)).choices[0].message
             content, refusal = message.content, message.refusal
         except (ValueError, AttributeError, IndexError, TypeError) as error:
             # The client hands on whatever a server sent: cut JSON, plain text, no choices.
@@ -162,7 +180,7 @@ class Chat:
             raise UnusableAnswer(f"the model refused: {refusal}")
         if not isinstance(content, str) or not content.strip():
             raise UnusableAnswer("the answer is empty")
-        return content
+        return question.parse(content)
 
     def _reason(self, error: BaseException) -> str:
         text = f"{error} ({error.__cause__})" if error.__cause__ and str(error).endswith("error.") else str(error)
@@ -172,6 +190,11 @@ class Chat:
         return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
 def png_bytes(image: Image) -> bytes:
     """The image as a PNG file; the same bytes are stored and sent."""
     buffer = io.BytesIO()
@@ -179,7 +202,7 @@ def png_bytes(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def question(system: str, text: str, image: Image) -> list[dict[str, Any]]:
+def look_and_say(system: str, text: str, image: Image) -> list[dict[str, Any]]:
     """Chat messages: instructions, then a text with an image."""
     url = "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
     parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from rflow_jax.chat import Chat, ChatError, Endpoint, UnusableAnswer, question
+from rflow_jax.chat import Chat, ChatError, Endpoint, Question, UnusableAnswer, look_and_say
 from rflow_jax.errors import InputError
 from rflow_jax.language.base import Case, Written
 
@@ -40,23 +40,21 @@ class HttpWriter:
 
     def write(self, cases: Sequence[Case]) -> list[Written]:
         """One text a case, in order; a case without a usable answer carries the reason."""
-        return self._chat.map(self._write_one, cases)
+        answers = self._chat.ask_all([self._ask_about(case) for case in cases])
+        return [Written(None, str(answer)) if isinstance(answer, ChatError) else Written(answer) for answer in answers]
 
     def close(self) -> None:
         """Gives up what is waiting."""
         self._chat.close()
 
-    def _write_one(self, case: Case) -> Written:
+    def _ask_about(self, case: Case) -> Question:
         text = self._question.safe_substitute(
             prompt=case.prompt,
             current_prompt=case.current_prompt,
             evaluation=case.evaluation,
             last_reflection=case.last_reflection or "none",
         )
-        try:
-            return Written(self._chat.ask(question(self._instructions, text, case.image), _clean))
-        except ChatError as error:
-            return Written(None, str(error))
+        return Question(look_and_say(self._instructions, text, case.image), _clean)
 
 
 def _clean(answer: str) -> str:

@@ -7,6 +7,7 @@ each 0-10 with a reason. Its prompts are files that users can replace (``prompts
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from PIL.Image import Image
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from rflow_jax.chat import Chat, ChatError, Endpoint, UnusableAnswer, question
+from rflow_jax.chat import Chat, ChatError, Endpoint, Question, UnusableAnswer, look_and_say
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verdict
 
@@ -61,14 +62,17 @@ class OpenAIVerifier:
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order; an image without a usable answer is unscored with the reason."""
-        return self._chat.map(self._score_one, list(zip(images, items, strict=True)))
+        answers = self._chat.ask_all([self._ask_about(*pair) for pair in zip(images, items, strict=True)])
+        return [
+            Verdict(score=None, error=str(answer)) if isinstance(answer, ChatError) else _verdict(answer)
+            for answer in answers
+        ]
 
     def close(self) -> None:
         """Gives up what is waiting."""
         self._chat.close()
 
-    def _score_one(self, pair: tuple[Image, Mapping[str, Any]]) -> Verdict:
-        image, item = pair
+    def _ask_about(self, image: Image, item: Mapping[str, Any]) -> Question:
         aspects = self._aspects.get(item.get("tag", "default"), self._aspects["default"])
         listed = "\n".join(f"- {name}: {meaning}" for name, meaning in aspects.items())
         text = self._question.safe_substitute(
@@ -77,12 +81,11 @@ class OpenAIVerifier:
             include=json.dumps(item.get("include", "what the prompt says")),
             exclude=json.dumps(item.get("exclude", [])),
         )
-        messages = question(self._judge.safe_substitute(aspects=listed), text, image)
-        try:
-            marks = self._chat.ask(messages, lambda answer: _parse(answer, aspects), _response_format(aspects))
-        except ChatError as error:
-            return Verdict(score=None, error=str(error))
-        return _verdict(marks)
+        return Question(
+            look_and_say(self._judge.safe_substitute(aspects=listed), text, image),
+            partial(_parse, aspects),
+            _response_format(aspects),
+        )
 
 
 def _verdict(marks: Mapping[str, Mark]) -> Verdict:
@@ -91,7 +94,7 @@ def _verdict(marks: Mapping[str, Mark]) -> Verdict:
     return Verdict(score=marks["overall"].score, explanation=explanation, raw=raw)
 
 
-def _parse(answer: str, aspects: Mapping[str, str]) -> dict[str, Mark]:
+def _parse(aspects: Mapping[str, str], answer: str) -> dict[str, Mark]:
     # Servers without enforced schemas like to wrap the object in a code fence.
     body = answer[answer.find("{") : answer.rfind("}") + 1]
     try:

@@ -1,6 +1,7 @@
 """The verifier against a real server, with what goes wrong on real ones."""
 
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -186,3 +187,17 @@ def test_a_key_in_the_place_of_its_variable_is_refused_unseen():
 def test_impossible_settings_are_bad_input(wrong):
     with pytest.raises(InputError):
         VerifierConfig(**wrong)
+
+
+def test_closing_gives_up_what_is_waiting():
+    with OpenAIServer([Fault("delay", seconds=20)]) as server:
+        verifier = OpenAIVerifier(VerifierConfig(base_url=server.base_url, max_retries=0))
+        with ThreadPoolExecutor(1) as beside:
+            waiting = beside.submit(verifier.score, pictures(2), items(2))
+            while not server.calls:
+                time.sleep(0.01)
+            begin = time.monotonic()
+            verifier.close()
+            assert isinstance(waiting.exception(timeout=5), CancelledError)
+            assert time.monotonic() - begin < 5
+        verifier.close()
