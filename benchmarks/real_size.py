@@ -2,8 +2,8 @@
 
     python -m benchmarks.real_size FOLDER [--batch 1 4] [--steps 30] [--side 1024]
 
-FOLDER is written by ``python -m tests.kit.make_flux FOLDER``. First ``infer.py generate`` runs twice as a user would run it,
-with an empty and with a filled compilation cache; then one process loads the model and times batches.
+FOLDER is written by ``python -m tests.kit.make_flux FOLDER``. First ``infer.py generate`` runs twice as a user
+would run it, with an empty and with a filled compilation cache; then one process loads the model and times batches.
 """
 
 from __future__ import annotations
@@ -105,9 +105,11 @@ def in_process(folder: Path, condition: Path, batches: list[int], steps: int, si
             assert np.asarray(images[0]).std() > 0, "a flat picture: something broke"
             stats = jax.devices()[0].memory_stats() or {}
             print(
-                f"batch {batch}, {f'{side // 2} px condition' if conditions else 'no condition'}: first {times[0]:.1f} s, then "
+                f"batch {batch}, {f'{side // 2} px condition' if conditions else 'no condition'}: "
+                f"first {times[0]:.1f} s, then "
                 f"{min(times[1:]):.2f} s a batch = {min(times[1:]) / batch / steps * 1e3:.1f} ms a step and image "
-                f"(encoding and decoding included); device memory peak {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB",
+                f"(encoding and decoding included); "
+                f"device memory peak {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB",
                 flush=True,
             )
 

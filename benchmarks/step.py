@@ -1,17 +1,20 @@
 """Milliseconds of one denoising step on this machine's accelerator, with random weights made on the device.
 
-    python -m benchmarks.step [--size dev|tiny] [--batch 1 4] [--repeats 10]
+    python -m benchmarks.step [--size dev|tiny] [--batch 1 4] [--repeats 5] [--profile]
 
-Prints a table: batch, condition, milliseconds a step (median), TFLOP/s, device memory. The figures to hold it against stand
-in docs/performance.md.
+Prints a table: batch, condition, milliseconds a step (median), TFLOP/s, device memory. The figures to
+hold it against stand in docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +80,9 @@ def step_function(graph, config: FluxConfig, text: int, side: int, condition_sid
     return steps
 
 
-def measure(graph, state, config, sizes, batch: int, with_condition: bool, repeats: int) -> dict[str, float]:
+def measure(
+    graph, state, config, sizes, batch: int, with_condition: bool, repeats: int, profile: bool
+) -> dict[str, float]:
     """Median and spread of the time of one step."""
     side, condition_side, text = sizes
     image, c = (side // TOKEN_PIXELS) ** 2, (condition_side // TOKEN_PIXELS) ** 2 if with_condition else 0
@@ -96,6 +101,8 @@ def measure(graph, state, config, sizes, batch: int, with_condition: bool, repea
         begin = time.perf_counter()
         x = steps(state, x, t5, pooled, condition).block_until_ready()
         times.append((time.perf_counter() - begin) / STEPS_A_CALL)
+    if profile:
+        print_kernels(lambda: steps(state, jnp.array(x), t5, pooled, condition).block_until_ready())
     if not np.isfinite(np.asarray(x)).all():
         raise SystemExit("not finite: the figures would mean nothing")
     seconds = statistics.median(times)
@@ -109,6 +116,24 @@ def measure(graph, state, config, sizes, batch: int, with_condition: bool, repea
     }
 
 
+def print_kernels(run, most: int = 25) -> None:
+    """Where the device's time goes in one call of ``run``: the longest kernels, summed by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    totals: dict[str, list[float]] = {}
+    for plane in profile.planes:
+        for line in plane.lines if "GPU" in plane.name else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                name = re.sub(r"_\d+$", "", event.name)
+                totals.setdefault(name, []).append(event.duration_ns / 1e6)
+    print(f"kernels: {sum(map(sum, totals.values())) / STEPS_A_CALL:.1f} ms a step")
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:most]:
+        print(f"{sum(times) / STEPS_A_CALL:8.2f} ms {len(times) // STEPS_A_CALL:5d} x  {name[:110]}")
+
+
 def _peak_gib() -> float:
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", 0) / 2**30
@@ -120,14 +145,16 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--condition", choices=("yes", "no", "both"), default="both")
+    parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     arguments = parser.parse_args()
     config, *sizes = SIZES[arguments.size]
     graph, state = random_network(config, jnp.bfloat16)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     print("batch condition  ms/step  ms/image-step  spread  TFLOP/s  first call s  peak GiB")
     for batch in arguments.batch:
-        for with_condition in (False, True):
-            row = measure(graph, state, config, sizes, batch, with_condition, arguments.repeats)
+        for with_condition in {"yes": (True,), "no": (False,), "both": (False, True)}[arguments.condition]:
+            row = measure(graph, state, config, sizes, batch, with_condition, arguments.repeats, arguments.profile)
             print(
                 f"{batch:5d} {'yes' if with_condition else 'no':9s} {row['ms']:8.1f} {row['ms'] / batch:14.1f} "
                 f"{row['spread']:7.2f} {row['tflops']:8.0f} {row['first_s']:13.1f} {row['gib']:9.1f}",
