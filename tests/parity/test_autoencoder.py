@@ -132,9 +132,11 @@ def test_black_forest_labs_names(name, tmp_path):
     ours = AutoencoderConfig.from_json(dict(reference.config))
     shapes = parameter_shapes(nnx.eval_shape(lambda: AutoencoderKL(ours, rngs=nnx.Rngs(0))))
     the_plan = plan(names.bfl(len(ours.block_out_channels)), shapes)
-    tensors = {
-        key: torch.from_numpy(random(n, *the_plan.their_shape(key))) * 0.1 for n, key in enumerate(the_plan.entries)
-    }
+    tensors = {}
+    for seed, key in enumerate(the_plan.entries):
+        shape = the_plan.their_shape(key)
+        value = random(seed, *shape) * np.prod(shape[1:]) ** -0.5
+        tensors[key] = torch.from_numpy(value + 0.5 if len(shape) == 1 else 2 * value)
     save_file(tensors, tmp_path / "ae.safetensors")
     converted = convert_ldm_vae_checkpoint(dict(tensors), config)
     assert len(converted) == len(tensors)
