@@ -22,10 +22,12 @@ import numpy as np
 from flax import nnx
 
 from rflow_jax.flow.latents import rope_for
-from rflow_jax.models.flux.config import FluxConfig
+from rflow_jax.flow.sampler import euler
+from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
+from rflow_jax.pipeline import Given, Program, Scales, velocity_of
 
 TINY = FluxConfig(
     num_layers=1,
@@ -67,15 +69,12 @@ def step_function(graph, config: FluxConfig, text: int, side: int, condition_sid
     @partial(jax.jit, donate_argnums=1)
     def steps(state, x, text, pooled, condition):
         network = nnx.merge(graph, state)
-        ones = jnp.ones(x.shape[0], jnp.float32)
-
-        def one(x, t):
-            v = network(
-                x.astype(text.dtype), text, pooled, t * ones, rope=rope, guidance=3.5 * ones, condition=condition
-            )
-            return x - v.astype(jnp.float32) / STEPS_A_CALL, None
-
-        return jax.lax.scan(one, x, jnp.linspace(1.0, 0.2, STEPS_A_CALL))[0]
+        times = jnp.linspace(1.0, 0.0, STEPS_A_CALL + 1)
+        flags = ConditionFlags()
+        program = Program(side, side, condition_side, TOKEN_PIXELS, flags, False, False)
+        given = Given(text, pooled, condition, None)
+        scales = Scales(times, jnp.float32(3.5), jnp.float32(1.0), jnp.float32(1.0))
+        return euler(velocity_of(network, text.dtype, program, given, scales, rope), x, times)[0]
 
     return steps
 

@@ -12,7 +12,6 @@ import PIL.Image
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.search.engine import resolved
 from rflow_jax.search.store import png_bytes, write_file
 from rflow_jax.settings import Settings
 
@@ -78,7 +77,7 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
     from rflow_jax.pipeline import load_pipeline
 
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
-    used = asdict(resolved(settings, pipe))
+    used = asdict(pipe.resolve(settings))
 
     def on_images(first: int, images: list[Image]) -> None:
         for number, image in enumerate(images, first):

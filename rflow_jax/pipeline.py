@@ -19,9 +19,10 @@ from rflow_jax.flow.sampler import euler, guided
 from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.autoencoder import AutoencoderKL, sample_posterior
+from rflow_jax.models.flux.blocks import Context
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
-from rflow_jax.models.flux.transformer import FluxTransformer
+from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
 from rflow_jax.parallel.runtime import use_compilation_cache
 from rflow_jax.prompts import t5_prompt
 from rflow_jax.settings import Settings
@@ -30,6 +31,7 @@ from rflow_jax.weights.bundle import Bundle, load_bundle
 
 Seed = int | tuple[int, ...]
 OnImages = Callable[[int, list[Image.Image]], None]
+CONDITION_TIME = 0.0  # the condition is clean
 BLACK_GUIDANCE = 1.0  # the distilled guidance of the branch with the black condition
 
 # What a sample's key is folded with for each of its draws.
@@ -53,6 +55,10 @@ class Program:
     def image_grid(self) -> tuple[int, int]:
         """Rows and columns of image tokens."""
         return self.height // self.token_pixels, self.width // self.token_pixels
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_grid[0] * self.image_grid[1]
 
     @property
     def condition_grid(self) -> tuple[int, int] | None:
@@ -95,14 +101,18 @@ class Pipeline:
         self.attention: AttentionImpl = attention
         self._prepare = jax.jit(partial(_prepare, bundle.graphs, bundle.dtype), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
-        self._sample = jax.jit(
-            partial(_sample, bundle.graphs, bundle.dtype), static_argnums=0, donate_argnums=2
-        )
+        self._sample = jax.jit(partial(_sample, bundle.graphs, bundle.dtype), static_argnums=0, donate_argnums=2)
 
     def without_lora(self) -> Pipeline:
         """The base model alone; shares the weights of this pipeline."""
-        return (
-            Pipeline(self.bundle.without_lora(), attention=self.attention) if self.bundle.has_lora else self
+        return Pipeline(self.bundle.without_lora(), attention=self.attention) if self.bundle.has_lora else self
+
+    def resolve(self, settings: Settings) -> Settings:
+        """The settings with the model's own number of steps and T5 tokens where they leave these open."""
+        return dataclasses.replace(
+            settings,
+            num_inference_steps=settings.num_inference_steps or self.bundle.default_steps,
+            max_sequence_length=settings.max_sequence_length or self.bundle.default_t5_length,
         )
 
     def generate(
@@ -141,7 +151,7 @@ class Pipeline:
                 "set latent_lora, or leave the LoRA out"
             )
         images: list[Image.Image] = []
-        for batch in self._batches(samples, settings):
+        for batch in self._batches(samples, self.resolve(settings)):
             if on_images:
                 on_images(len(images), batch)
             images += batch
@@ -178,11 +188,11 @@ class Pipeline:
 
     def _inputs(self, samples: list[_Sample], settings: Settings) -> Inputs:
         bundle, size = self.bundle, settings.condition_size
-        t5_length = settings.max_sequence_length or bundle.default_t5_length
+        assert settings.max_sequence_length is not None
         has_condition = samples[0].condition is not None
         return Inputs(
             jnp.asarray(bundle.tokenizers.clip([s.prompt for s in samples], bundle.clip_length)),
-            jnp.asarray(bundle.tokenizers.t5([s.t5_text for s in samples], t5_length)),
+            jnp.asarray(bundle.tokenizers.t5([s.t5_text for s in samples], settings.max_sequence_length)),
             sample_keys([s.seed for s in samples]),
             jnp.asarray(np.stack([condition_pixels(s.condition, size) for s in samples if s.condition]))
             if has_condition
@@ -191,10 +201,10 @@ class Pipeline:
 
     def _scales(self, settings: Settings) -> Scales:
         tokens = (settings.height // self.bundle.token_pixels) * (settings.width // self.bundle.token_pixels)
-        steps = settings.num_inference_steps or self.bundle.default_steps
+        assert settings.num_inference_steps is not None
         numbers = settings.guidance_scale, settings.condition_scale, settings.image_guidance_scale
         return Scales(
-            jnp.asarray(self.bundle.schedule.sigmas(steps, tokens)),
+            jnp.asarray(self.bundle.schedule.sigmas(settings.num_inference_steps, tokens)),
             *(jnp.float32(number) for number in numbers),
         )
 
@@ -206,22 +216,25 @@ def load_pipeline(
     lora_alpha: float | None = None,
     dtype: str = "bfloat16",
     attention: AttentionImpl = "auto",
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> Pipeline:
     """Loads a model, and a LoRA onto its transformer.
 
     Args:
         model: a converted folder, a folder in diffusers' layout, or the id of one on the Hub.
-        lora: a LoRA file of any common format, a converted one, or a folder that holds one.
+        lora: a LoRA file of any common format, a converted one, a folder that holds one, or the id of one on the Hub.
         lora_alpha: the LoRA's alpha where its file does not say it; the rank if None.
         dtype: of weights and activations: ``bfloat16``, ``float32`` or ``float16``.
+        attention: see :func:`rflow_jax.models.attention.attend`.
+        mesh: devices to spread the weights over (axes ``fsdp``, ``tensor``); None: all on the first device.
         progress: show a bar while the weights are read.
 
     Raises:
         InputError: nothing there, not a model, a truncated file, a LoRA for another network.
     """
     use_compilation_cache()
-    bundle = load_bundle(model, lora=lora, lora_alpha=lora_alpha, dtype=dtype, progress=progress)
+    bundle = load_bundle(model, lora=lora, lora_alpha=lora_alpha, dtype=dtype, mesh=mesh, progress=progress)
     return Pipeline(bundle, attention=attention)
 
 
@@ -292,31 +305,40 @@ def decode_latents(
 def velocity_of(
     transformer: FluxTransformer, dtype: Any, program: Program, given: Given, scales: Scales, rope: Rope
 ) -> Callable[[Array, Array, Array], Array]:
-    """The velocity field of one batch: the network's, with image guidance where it is asked for."""
-    has_guidance = transformer.config.guidance_embeds
+    """The velocity field of one batch: the network's, with image guidance where it is asked for.
 
-    def network(x: Array, t: Array, condition: Array | None, guidance: Array | float) -> Array:
-        rows = x.shape[:1]
-        return transformer(
-            x.astype(dtype),
-            given.text,
-            given.pooled,
-            jnp.broadcast_to(t, rows),
-            rope=rope,
-            guidance=jnp.broadcast_to(jnp.float32(guidance), rows) if has_guidance else None,
-            condition=condition,
-            condition_scale=scales.condition_scale if program.use_condition_scale else None,
-            flags=program.flags,
-            attention=program.attention,
-        ).astype(jnp.float32)
+    It is a function of x and the number of the step; the step's time is in ``scales``.
+    """
 
-    def velocity(x: Array, t: Array, step: Array) -> Array:
-        v = network(x, t, given.condition, scales.guidance)
-        if not program.use_image_guidance:
-            return v
-        return guided(v, network(x, t, given.black, BLACK_GUIDANCE), scales.image_guidance_scale)
+    def branch(condition: Array | None, guidance: Array | float) -> Callable[[Array, Array], Array]:
+        """The network with one condition and one guidance."""
+        scale = scales.condition_scale if program.use_condition_scale else None
+        ctx = transformer.context(program.image_tokens, condition, rope, scale, program.flags, program.attention)
+        modulations = _modulations_of_steps(transformer, scales.sigmas[:-1], guidance, given.pooled, dtype, ctx)
 
-    return velocity
+        def velocity(x: Array, step: Array) -> Array:
+            at_step = jax.tree.map(lambda vectors: vectors[step], modulations)
+            return transformer.velocity(x.astype(dtype), given.text, condition, at_step, ctx).astype(jnp.float32)
+
+        return velocity
+
+    conditioned = branch(given.condition, scales.guidance)
+    if not program.use_image_guidance:
+        return lambda x, t, step: conditioned(x, step)
+    black = branch(given.black, BLACK_GUIDANCE)
+    return lambda x, t, step: guided(conditioned(x, step), black(x, step), scales.image_guidance_scale)
+
+
+def _modulations_of_steps(
+    transformer: FluxTransformer, times: Array, guidance: Array | float, pooled: Array, dtype: Any, ctx: Context
+) -> Modulations:
+    """The modulations of every step: leaves [steps, b, k, o]."""
+    steps, b = times.shape[0], pooled.shape[0]
+    guidances = jnp.full(steps * b, guidance, jnp.float32) if transformer.config.guidance_embeds else None
+    flat = transformer.modulations(
+        jnp.repeat(times, b), guidances, jnp.tile(pooled, (steps, 1)), CONDITION_TIME, dtype, ctx
+    )
+    return jax.tree.map(lambda vectors: vectors.reshape(steps, b, *vectors.shape[1:]), flat)
 
 
 def to_network_range(pixels: UInt8[Array, "*b 3"]) -> Float[Array, "*b 3"]:
@@ -354,9 +376,7 @@ def _samples(
     }
     for name, column in columns.items():
         if len(column) != len(prompts):
-            raise InputError(
-                f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt"
-            )
+            raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
     return [
         _Sample(prompt, t5_prompt(refined or prompt, reflection), seed, condition)
         for prompt, seed, condition, reflection, refined in zip(prompts, *columns.values(), strict=True)

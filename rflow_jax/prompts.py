@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from rflow_jax.errors import InputError
 
 REFLECTION_MARK = "[Reflexion]"  # as in the training data of the corrector
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 log = logging.getLogger(__name__)
 
 
@@ -45,20 +47,24 @@ class Tokenizers:
 
     def lengths(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of each text before any cut, [b] int32 each: CLIP's and T5's."""
-        clip, t5 = (
-            np.asarray([len(ids) for ids in _ids(one, texts)], np.int32) for one in (self._clip, self._t5)
-        )
+        clip, t5 = (np.asarray([len(ids) for ids in _ids(one, texts)], np.int32) for one in (self._clip, self._t5))
         return clip, t5
 
 
 def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # slow to import, and only needed here
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a model folder holds tokenizer/ and tokenizer_2/")
+    ready = folder / "tokenizer.json"
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        if not ready.is_file():
+            return AutoTokenizer.from_pretrained(folder)
+        # As it was saved: Transformers would build T5's again from its sentencepiece model, and say so each time.
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        special = {name: config[name] for name in SPECIAL_TOKENS if isinstance(config.get(name), str)}
+        return PreTrainedTokenizerFast(tokenizer_file=str(ready), **special)
+    except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
 
 
@@ -67,9 +73,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) ->
     for text, ids in zip(texts, _ids(tokenizer, texts), strict=True):
         if len(ids) > max_length:
             log.warning("%s sees the first %d of %d tokens of %r", name, max_length, len(ids), text[:60])
-    encoded = tokenizer(
-        list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np"
-    )
+    encoded = tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np")
     return encoded["input_ids"].astype(np.int32)
 
 

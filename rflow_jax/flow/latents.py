@@ -43,9 +43,7 @@ def condition_delta(columns: int) -> tuple[int, int]:
     return (0, -columns)
 
 
-def rope_for(
-    config: FluxConfig, text: int, image: tuple[int, int], condition: tuple[int, int] | None = None
-) -> Rope:
+def rope_for(config: FluxConfig, text: int, image: tuple[int, int], condition: tuple[int, int] | None = None) -> Rope:
     """Rotary angles of [text, image, condition].
 
     Args:

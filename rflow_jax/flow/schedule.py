@@ -30,9 +30,7 @@ class Schedule:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Schedule:
         """From the content of ``scheduler_config.json``; raises InputError for another kind of schedule."""
-        if (
-            name := config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        ) != "FlowMatchEulerDiscreteScheduler":
+        if (name := config.get("_class_name", "FlowMatchEulerDiscreteScheduler")) != "FlowMatchEulerDiscreteScheduler":
             raise InputError(f"scheduler_config.json: a {name}; FLUX uses FlowMatchEulerDiscreteScheduler")
         other = (
             "use_karras_sigmas",

@@ -50,9 +50,7 @@ def _reference(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum(
-        "bnsk,bknh->bsnh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    ).astype(q.dtype)
+    return jnp.einsum("bnsk,bknh->bsnh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
 def _flash(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
@@ -69,9 +67,7 @@ def _flash(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
         bias = jnp.broadcast_to(bias, (b, n, s, keys))
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -s % FLASH_BLOCK), (0, -keys % FLASH_BLOCK)))
     heads_first = (_pad_tokens(x).swapaxes(1, 2) for x in (q, k, v))
-    out = tpu.flash_attention(
-        *heads_first, ab=bias, segment_ids=segments, sm_scale=h**-0.5, block_sizes=blocks
-    )
+    out = tpu.flash_attention(*heads_first, ab=bias, segment_ids=segments, sm_scale=h**-0.5, block_sizes=blocks)
     return out.swapaxes(1, 2)[:, :s]
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from rflow_jax.models.layers import init_kernel
 from rflow_jax.typing import Array, Float
 
 # Zeros in front of and behind each of the two spatial axes.
@@ -33,11 +34,10 @@ class Conv(nnx.Module):
         dtype: Dtype = jnp.float32,
     ):
         """``padding=None`` keeps the size at stride 1 (the same number of zeros on every side)."""
-        init = jax.nn.initializers.lecun_normal()
         around = (size // 2, size // 2)
         self.stride = stride
         self.padding = (around, around) if padding is None else padding
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), dtype))
+        self.kernel = nnx.Param(init_kernel(rngs.params(), (size, size, c_in, c_out), dtype))
         self.bias = nnx.Param(jnp.zeros((c_out,), dtype))
 
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height2 width2 o"]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,9 +13,34 @@ from flax.typing import Dtype
 
 from rflow_jax.typing import Array, Float
 
+Module = TypeVar("Module", bound=nnx.Module)
 # Which rows (tokens, on axis -2) a linear's LoRA acts on. None: on none. ``slice(start, None)``: on the last rows.
 LoraRows = slice | None
 ALL_ROWS = slice(None)
+
+
+class _OneKey(nnx.Rngs):
+    """Stands in for ``nnx.Rngs`` where no number is ever drawn.
+
+    The counters of real ``Rngs`` make tracing quadratic in the number of parameters: seconds for a large network.
+    """
+
+    def __init__(self) -> None:
+        pass
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
+def abstract(build: Callable[[Any], Module]) -> Module:
+    """The network that ``build(rngs)`` makes, without numbers: shapes to be filled by a loader, compiled or counted."""
+    return nnx.eval_shape(lambda: build(_OneKey()))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def init_kernel(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+    """LeCun's normal initialisation; jitted, so that a thousand kernels of few shapes are traced a few times."""
+    return jax.nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 class LoRAScale(nnx.Variable):
@@ -31,11 +60,8 @@ class Linear(nnx.Module):
             (see :func:`rflow_jax.models.lora.attach`).
     """
 
-    def __init__(
-        self, d_in: int, d_out: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype: Dtype = jnp.float32
-    ):
-        init = jax.nn.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), dtype))
+    def __init__(self, d_in: int, d_out: int, *, use_bias: bool = True, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        self.kernel = nnx.Param(init_kernel(rngs.params(), (d_in, d_out), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros((d_out,), dtype)) if use_bias else None)
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)

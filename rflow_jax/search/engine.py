@@ -18,7 +18,6 @@ from rflow_jax.search.chains import Sample, next_parents
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.progress import Counters
 from rflow_jax.search.store import PromptFolder
-from rflow_jax.settings import Settings
 from rflow_jax.verifiers.base import Verdict, Verifier
 
 
@@ -75,7 +74,7 @@ class Search:
             "lora": config.lora,
             "lora_alpha": config.lora_alpha,
             "dtype": config.dtype,
-            "settings": asdict(resolved(config.settings, pipe)),
+            "settings": asdict(pipe.resolve(config.settings)),
         }
 
     def run(self, entries: Mapping[int, Mapping[str, Any]]) -> Counters:
@@ -193,15 +192,6 @@ class Search:
         for helper in (self.verifier, *helpers):
             if helper is not None:
                 helper.close()
-
-
-def resolved(settings: Settings, pipe: Any) -> Settings:
-    """The settings with the model's own numbers in place of null."""
-    return replace(
-        settings,
-        num_inference_steps=settings.num_inference_steps or pipe.bundle.default_steps,
-        max_sequence_length=settings.max_sequence_length or pipe.bundle.default_t5_length,
-    )
 
 
 def _case(prompt: _Prompt, parent: Sample) -> Case:

@@ -77,9 +77,7 @@ def _run(network: FluxTransformer, inputs: dict[str, np.ndarray], **how: Any) ->
     )
 
 
-def _refused(
-    network: FluxTransformer, inputs: dict, factor: Array, flags: ConditionFlags
-) -> Exception | None:
+def _refused(network: FluxTransformer, inputs: dict, factor: Array, flags: ConditionFlags) -> Exception | None:
     """None if the pair of condition_scale and union_cond_attn false is refused, as it must be."""
     try:
         _run(network, inputs, condition_scale=factor, flags=flags)
@@ -103,22 +101,24 @@ def _stages(network: FluxTransformer, inputs: dict[str, np.ndarray]) -> Iterator
     n_text, n_image, n_condition = text.shape[1], latents.shape[1], condition.shape[1]
     rope = _rope(network, inputs)
     yield from _rope_stages(rope, n_text + n_image)
-    ctx = network.context(latents, condition, rope, None, ConditionFlags())
+    ctx = network.context(n_image, condition, rope, None, ConditionFlags())
     text, image = network.embed_tokens(latents, text, condition, ctx)
-    vector = network.embed_vectors(t, _guidance(network, inputs), pooled, 0.0, latents.dtype)
+    guidance = _guidance(network, inputs)
+    vector = network.embed_vectors(t, guidance, pooled, 0.0, latents.dtype, ctx)
+    modulations = network.modulations(t, guidance, pooled, 0.0, latents.dtype, ctx)
     yield "st_x_embed", image[:, :n_image]
     yield "st_x_embed_cond", image[:, n_image:]
     yield "st_context_embed", text
     yield "st_temb", vector[:, 0]
     yield "st_cond_temb", vector[:, 1]
-    for k, block in enumerate(network.double_blocks):
-        text, image = block(text, image, vector, ctx)
+    for k, (block, modulation) in enumerate(zip(network.double_blocks, modulations.double, strict=True)):
+        text, image = block(text, image, modulation, ctx)
         yield f"st_double{k}_txt", text
         yield f"st_double{k}_img", image[:, :n_image]
         yield f"st_double{k}_cond", image[:, n_image:]
     x = jnp.concatenate([text, image], axis=1)
-    for k, block in enumerate(network.single_blocks):
-        x = block(x, vector, ctx)
+    for k, (block, modulation) in enumerate(zip(network.single_blocks, modulations.single, strict=True)):
+        x = block(x, modulation, ctx)
         yield f"st_single{k}_txtimg", x[:, :-n_condition]
         yield f"st_single{k}_cond", x[:, -n_condition:]
 

@@ -41,11 +41,7 @@ class Recording:
 
     def names(self) -> list[str]:
         """The files, such as ``02_transformer_cond`` and ``nvila/rope``."""
-        return [
-            prefix + file.stem
-            for place, prefix in PLACES
-            for file in sorted((self.root / place).glob("*.npz"))
-        ]
+        return [prefix + file.stem for place, prefix in PLACES for file in sorted((self.root / place).glob("*.npz"))]
 
     def has(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -71,9 +67,7 @@ class Recording:
         """The transformer without a LoRA, in float32."""
         config = TRANSFORMER.read_config(self.root / "pipeline")
         files = TensorFiles.open(self.root / "pipeline" / TRANSFORMER.folder)
-        return load_into(
-            TRANSFORMER.abstract(config), TRANSFORMER.table_for(files, config), files, dtype=jnp.float32
-        )
+        return load_into(TRANSFORMER.abstract(config), TRANSFORMER.table_for(files, config), files, dtype=jnp.float32)
 
     def transformer_with_lora(self, scale: float) -> FluxTransformer:
         """The transformer with the recorded LoRA at a scale of alpha / rank."""

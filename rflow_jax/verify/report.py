@@ -29,9 +29,9 @@ class Line:
     remark: str = ""
 
     def __str__(self) -> str:
-        number = lambda x: "-" if x is None else f"{x:.2e}"
+        numbers = ("-" if x is None else f"{x:.2e}" for x in (self.error, self.tolerance))
         remark = f"  ({self.remark})" if self.remark else ""
-        return f"{self.file} {self.stage} {number(self.error)} {number(self.tolerance)} {self.status}{remark}"
+        return f"{self.file} {self.stage} {' '.join(numbers)} {self.status}{remark}"
 
 
 def lines(recording: Recording, results: Mapping[str, Any]) -> Iterator[Line]:
@@ -61,9 +61,7 @@ def _line(recording: Recording, name: str, stage: str, want: np.ndarray, results
     return Line(name, stage, error, tolerance, "ok" if error <= tolerance else "FAIL")
 
 
-def measure(
-    got: np.ndarray, want: np.ndarray, array: str, tolerances: Mapping[str, Any]
-) -> tuple[float, float]:
+def measure(got: np.ndarray, want: np.ndarray, array: str, tolerances: Mapping[str, Any]) -> tuple[float, float]:
     """(error, tolerance) of one array, each as its kind is measured."""
     if want.dtype == np.uint8:
         levels, share = _picture_tolerance(tolerances["uint8 images"])
@@ -91,9 +89,7 @@ def _picture_error(got: np.ndarray, want: np.ndarray, levels: int) -> float:
     if got.shape != want.shape:
         return float("inf")
     difference = np.abs(got.astype(np.int64) - want.astype(np.int64))
-    return (
-        float(np.mean(difference > 0)) if difference.size == 0 or difference.max() <= levels else float("inf")
-    )
+    return float(np.mean(difference > 0)) if difference.size == 0 or difference.max() <= levels else float("inf")
 
 
 def _picture_tolerance(text: str) -> tuple[int, float]:

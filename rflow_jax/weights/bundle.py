@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,12 +30,16 @@ from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach
+from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.prompts import Tokenizers
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, read_json
 from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.hub import resolve
-from rflow_jax.weights.load import load_into
+from rflow_jax.weights.folders import ModelPath, describe
+from rflow_jax.weights.hub import resolve, resolve_lora
+from rflow_jax.weights.load import ShardingFor, load_into
+from rflow_jax.weights.lora_files import read_lora
+from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
 DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
@@ -95,37 +103,37 @@ class Bundle:
 
 
 def load_bundle(
-    model: str, *, lora: str | None, lora_alpha: float | None, dtype: str, progress: bool = True
+    model: str,
+    *,
+    lora: str | None,
+    lora_alpha: float | None,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
 ) -> Bundle:
     """Reads a model folder; see :func:`rflow_jax.pipeline.load_pipeline` for the arguments and errors."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
-    root = resolve(model)
-    kind = DTYPES[dtype]
+    root, kind = resolve(model), DTYPES[dtype]
+    places = _places(model, describe(root))
+    adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
     configs = {component.folder: component.read_config(root) for component in COMPONENTS}
-    tokenizers = Tokenizers(root)
     schedule = Schedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
-    networks = _load_networks(root, configs, kind, progress)
+    put = None if mesh is None else sharding_for(mesh)
+    with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds: meanwhile, read weights
+        tokenizers = aside.submit(Tokenizers, root)
+        networks = _load_networks(places, configs, kind, put, progress)
     transformer: Any = networks[components.TRANSFORMER.folder]
-    if lora is not None:
-        from rflow_jax.weights.lora_files import read_lora
-
-        attach(transformer, read_lora(lora, alpha=lora_alpha).adapters, dtype=kind, where=lora)
-    flux_graph, adapters, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
-    parts = {
-        c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)
-    }
+    if adapters is not None:
+        attach(transformer, adapters.adapters, dtype=kind, where=adapters.where)
+    flux_graph, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
+    parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}
     (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = parts.values()
     return Bundle(
         name=model,
         graphs=Graphs(flux_graph, vae_graph, clip_graph, t5_graph),
-        weights={
-            "transformer": (base, nnx.merge_state(adapters, scales)),
-            "vae": vae,
-            "clip": clip,
-            "t5": t5,
-        },
-        tokenizers=tokenizers,
+        weights={"transformer": (base, nnx.merge_state(matrices, scales)), "vae": vae, "clip": clip, "t5": t5},
+        tokenizers=tokenizers.result(),
         schedule=schedule,
         flux_config=configs[components.TRANSFORMER.folder],
         vae_config=configs[components.VAE.folder],
@@ -135,28 +143,61 @@ def load_bundle(
     )
 
 
-def _load_networks(root: Path, configs: dict[str, Any], dtype: Any, progress: bool) -> dict[str, nnx.Module]:
-    """Every network of the folder with its weights; one bar, in bytes, over all of them."""
-    files = {component.folder: TensorFiles.open(root / component.folder) for component in COMPONENTS}
+def _places(model: str, found: ModelPath) -> dict[str, Path]:
+    """Where each network lies; raises InputError unless all four are there."""
+    if found.kind == "bfl":
+        raise InputError(f"{model}: a single file; first convert it with python -m convert_weights flux")
+    missing = [component.folder for component in COMPONENTS if component.folder not in found.components]
+    if missing:
+        raise InputError(f"{model}: holds no {', '.join(missing)}; generating needs all four networks of a FLUX model")
+    return found.components
+
+
+def _load_networks(
+    places: dict[str, Path], configs: dict[str, Any], dtype: Any, put: ShardingFor | None, progress: bool
+) -> dict[str, nnx.Module]:
+    """Every network with its weights; one bar, in bytes, over all of them."""
+    sources = {folder: Source.open(place) for folder, place in places.items()}
     with byte_progress(progress) as bar:
-        task = bar.add_task("loading", total=sum(f.nbytes for f in files.values()))
+        task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
         networks = {}
         for component in COMPONENTS:
             bar.update(task, description=f"loading {component.folder}")
-            networks[component.folder] = load_into(
-                component.abstract(config := configs[component.folder], dtype),
-                component.table_for(files[component.folder], config),
-                files[component.folder],
-                dtype=dtype,
-                on_bytes=lambda done: bar.advance(task, done),
+            networks[component.folder] = sources[component.folder].load(
+                component, configs[component.folder], dtype, put, lambda done: bar.advance(task, done)
             )
     return networks
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The stored weights of one network, in its own layout or in ours."""
+
+    place: Path
+    nbytes: int
+    files: TensorFiles | None  # None: in our layout
+
+    @classmethod
+    def open(cls, place: Path) -> Source:
+        """Looks at the headers only."""
+        if is_stored(place):
+            return cls(place, stored_bytes(place), None)
+        files = TensorFiles.open(place)
+        return cls(place, files.nbytes, files)
+
+    def load(
+        self, component: Component, config: Any, dtype: Any, put: ShardingFor | None, on_bytes: Callable[[int], None]
+    ) -> nnx.Module:
+        """The network with its weights on the devices."""
+        network = component.abstract(config, dtype)
+        how: dict[str, Any] = {"dtype": dtype, "sharding_for": put, "on_bytes": on_bytes}
+        if self.files is None:
+            return load_stored(network, self.place, **how)
+        return load_into(network, component.table_for(self.files, config), self.files, **how)
+
+
 def byte_progress(show: bool) -> Progress:
     """A progress bar in bytes, on standard error."""
-    from rich.console import Console
-
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

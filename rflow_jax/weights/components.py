@@ -17,6 +17,7 @@ from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer
+from rflow_jax.models.layers import abstract
 from rflow_jax.models.t5 import T5Config, T5Encoder
 from rflow_jax.weights.names import autoencoder, clip, flux, t5
 from rflow_jax.weights.tables import Table
@@ -44,7 +45,7 @@ class Component:
 
     def abstract(self, config: Any, dtype: Dtype = jnp.float32) -> Any:
         """The network without numbers."""
-        return nnx.eval_shape(lambda: self.network(config, rngs=nnx.Rngs(0), dtype=dtype))
+        return abstract(lambda rngs: self.network(config, rngs=rngs, dtype=dtype))
 
 
 TRANSFORMER = Component("transformer", FluxConfig, FluxTransformer, lambda keys, config: flux.DIFFUSERS)
@@ -64,8 +65,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: no such file; a model folder is laid out as diffusers writes it"
-        ) from error
+        raise InputError(f"{path}: no such file; a model folder is laid out as diffusers writes it") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error

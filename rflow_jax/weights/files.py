@@ -141,7 +141,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
 def _shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
     files = [index.parent / name for name in names]
     for file in files:
@@ -164,9 +164,7 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             start = 8 + length
             infos = {key: _info(file, entry, start) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{file}: not a safetensors file (its header does not parse: {error})"
-            ) from error
+            raise InputError(f"{file}: not a safetensors file (its header does not parse: {error})") from error
     end = max((info.offset + info.nbytes for info in infos.values()), default=start)
     if end > size:
         raise InputError(f"{file}: cut short: {size} bytes of {end}; copy or download it again")

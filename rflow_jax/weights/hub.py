@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from rflow_jax.errors import InputError
@@ -15,6 +16,7 @@ WANTED = [
     *(f"{folder}/*" for folder in ("scheduler", "tokenizer", "tokenizer_2", "transformer", "vae")),
     *(f"{folder}/*" for folder in ("text_encoder", "text_encoder_2")),
 ]
+WANTED_LORA = ["*.safetensors", "*.json"]
 UNWANTED = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.pth", "*.gguf"]
 
 
@@ -29,52 +31,34 @@ def resolve(model: str) -> Path:
         InputError: no such folder, and not on the Hub or in its cache.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(
-            f"{model}: a file; a model is a folder (convert a single file with python -m convert_weights flux)"
-        )
-    if not HUB_ID.fullmatch(model):
-        raise InputError(f"{model}: no such folder, and not a Hub id (owner/name)")
-    return _fetch(model)
+    return path if path.exists() else _from_hub(model, WANTED)
 
 
-def _fetch(model: str) -> Path:
+def resolve_lora(lora: str) -> Path:
+    """The file or folder of a LoRA, or the folder of one on the Hub (``owner/name``); errors as :func:`resolve`."""
+    path = Path(lora).expanduser()
+    return path if path.exists() else _from_hub(lora, WANTED_LORA)
+
+
+def _from_hub(name: str, patterns: list[str]) -> Path:
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    download = partial(
+        snapshot_download, repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=UNWANTED
     )
-
-    name, _, revision = model.partition("@")
-
-    def download(offline: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=WANTED,
-                ignore_patterns=UNWANTED,
-                local_files_only=offline,
-            )
-        )
-
     try:
-        return download(offline=False)
+        return Path(download())
     except GatedRepoError as error:
-        raise InputError(f"{model}: gated on the Hub; accept its licence there and set HF_TOKEN") from error
+        raise InputError(f"{name}: gated on the Hub; accept its licence there and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{model}: no such folder, and no such model on the Hub (private ones need HF_TOKEN)"
-        ) from error
+        raise InputError(f"{name}: no such folder, and not on the Hub (private ones need HF_TOKEN)") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
         try:
-            return download(offline=True)
+            return Path(download(local_files_only=True))
         except LocalEntryNotFoundError:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{model}: no such folder, not in the cache, and the Hub does not answer ({reason})"
-            ) from error
+            raise InputError(f"{name}: no such folder, and the Hub does not answer ({reason})") from error

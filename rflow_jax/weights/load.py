@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -61,12 +61,34 @@ def load_into(
     the_plan = plan(table, parameter_shapes(model))
     the_plan.check(files.shapes, str(files.files[0].parent if len(files.files) > 1 else files.files[0]))
     variables = parameter_variables(model)
+    arriving = Arriving()
     for target, rows in stream_targets(the_plan, files):
         value = place(target, rows, dtype, sharding_for(target.path, target.shape) if sharding_for else None)
         variables[target.path].set_value(value)
+        arriving.add(value)
         if on_bytes:
             on_bytes(rows.nbytes)
     return model
+
+
+class Arriving:
+    """Arrays on their way to the devices, kept below a number of bytes by waiting for the oldest.
+
+    Copies are asynchronous and hold their host buffers: without a limit, files that are read faster than the devices
+    take them would pile up in host memory.
+    """
+
+    def __init__(self, limit: int = 2**30):
+        self._limit, self._bytes = limit, 0
+        self._arrays: deque[jax.Array] = deque()
+
+    def add(self, array: jax.Array) -> None:
+        """Counts one more; waits while there are too many."""
+        self._arrays.append(array)
+        self._bytes += array.nbytes
+        while self._bytes > self._limit:
+            oldest = self._arrays.popleft()
+            self._bytes -= oldest.block_until_ready().nbytes
 
 
 def stream_targets(the_plan: Plan, files: TensorFiles) -> Iterator[tuple[Target, np.ndarray]]:
@@ -86,14 +108,12 @@ def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.S
     ours = target.to_ours(rows)
     ours = ours if dtype is None else ours.astype(dtype)
     if sharding is None:
-        return jnp.asarray(np.ascontiguousarray(ours))
+        return jax.device_put(np.ascontiguousarray(ours))
     return jax.make_array_from_callback(target.shape, sharding, lambda index: ours[index])
 
 
 @cache
-def _transposer(
-    via: str, shape: tuple[int, ...], is_kernel: bool, dtype: Any
-) -> Callable[[np.ndarray], jax.Array]:
+def _transposer(via: str, shape: tuple[int, ...], is_kernel: bool, dtype: Any) -> Callable[[np.ndarray], jax.Array]:
     """One compiled copy for each distinct shape, not for each of a thousand parameters."""
     target = Target("kernel" if is_kernel else "bias", shape, via)
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from rflow_jax.errors import InputError
 from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import ShardingFor, parameter_variables
+from rflow_jax.weights.load import Arriving, ShardingFor, parameter_variables
 from rflow_jax.weights.orbax_files import orbax_leaves, read_orbax
 from rflow_jax.weights.save import INDEX_FILE, ORBAX_FOLDER
 
@@ -63,8 +63,11 @@ def _load_safetensors(
 ) -> None:
     files = TensorFiles.open(folder)
     _check(variables, files.shapes, str(folder))
+    arriving = Arriving()
     for path, value in files.stream():
-        variables[path].set_value(_place(path, value, dtype, sharding_for))
+        placed = _place(path, value, dtype, sharding_for)
+        variables[path].set_value(placed)
+        arriving.add(placed)
         on_bytes(value.nbytes)
 
 

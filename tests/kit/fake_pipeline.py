@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,11 @@ class FakePipeline:
 
     lora: bool = True
     calls: list[dict[str, Any]] = field(default_factory=list)
-    bundle: Any = field(default_factory=lambda: SimpleNamespace(default_steps=30, default_t5_length=512))
+
+    def resolve(self, settings: Settings) -> Settings:
+        """The settings with FLUX.1-dev's numbers where they leave these open."""
+        steps, length = settings.num_inference_steps or 30, settings.max_sequence_length or 512
+        return replace(settings, num_inference_steps=steps, max_sequence_length=length)
 
     def without_lora(self) -> "FakePipeline":
         """The same without the corrector; calls are remembered together."""

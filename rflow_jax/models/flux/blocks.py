@@ -8,6 +8,7 @@ and image, row 1 (if there is a condition) for the condition. A LoRA acts on the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,11 @@ def per_token(
     return jnp.where(is_condition, vector[:, 1:], vector[:, :1])
 
 
+def per_token_chunks(modulation: Float[Array, "b k o"], chunks: int, tokens: int, n_condition: int) -> list[Array]:
+    """The shifts, scales and gates in a modulation, each as :func:`per_token` gives it."""
+    return [per_token(vector, tokens, n_condition) for vector in jnp.split(modulation, chunks, axis=-1)]
+
+
 class Modulation(Linear):
     """silu(vector) -> ``chunks`` vectors of width d: shifts, scales and gates."""
 
@@ -148,12 +154,15 @@ class Stream(nnx.Module):
         self.out = Linear(d, d, rngs=rngs, dtype=dtype)
         self.ff = FeedForward(d, config.mlp_width, rngs=rngs, dtype=dtype)
 
-    def modulation(self, vector: Array, tokens: int, n_condition: int, lora: LoraRows) -> list[Array]:
-        """shift, scale, gate of the attention, then of the feed-forward part; each [b, 1 or s, d]."""
-        return [per_token(v, tokens, n_condition) for v in jnp.split(self.mod(vector, lora), 6, axis=-1)]
-
     def feed_forward(self, x: Array, shift: Array, scale: Array, gate: Array, lora: LoraRows) -> Array:
         return x + gate * self.ff(modulate(x, shift, scale), lora)
+
+
+class DoubleModulation(NamedTuple):
+    """What a double-stream block's two modulations give: shift, scale, gate of the attention, then of the rest."""
+
+    image: Float[Array, "b k o"]
+    text: Float[Array, "b 1 o"]
 
 
 class DoubleBlock(nnx.Module):
@@ -163,20 +172,18 @@ class DoubleBlock(nnx.Module):
         self.image = Stream(config, rngs=rngs, dtype=dtype)
         self.text = Stream(config, rngs=rngs, dtype=dtype)
 
+    def modulation(self, vector: Float[Array, "b k d"], ctx: Context) -> DoubleModulation:
+        """Depends on the time, the guidance and the pooled text alone, and not on any token."""
+        return DoubleModulation(self.image.mod(vector, ctx.lora_vectors), self.text.mod(vector[:, :1], ctx.lora_text))
+
     def __call__(
-        self,
-        text: Float[Array, "b t d"],
-        image: Float[Array, "b ic d"],
-        vector: Float[Array, "b k d"],
-        ctx: Context,
+        self, text: Float[Array, "b t d"], image: Float[Array, "b ic d"], modulation: DoubleModulation, ctx: Context
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b ic d"]]:
         """``image`` holds image tokens, then condition tokens."""
         t, c = text.shape[1], ctx.n_condition
-        text_rope, image_rope = (
-            Rope(*(part[rows] for part in ctx.rope)) for rows in (slice(t), slice(t, None))
-        )
-        text_mod = self.text.modulation(vector[:, :1], t, 0, ctx.lora_text)
-        image_mod = self.image.modulation(vector, image.shape[1], c, ctx.lora_vectors)
+        text_rope, image_rope = (Rope(*(part[rows] for part in ctx.rope)) for rows in (slice(t), slice(t, None)))
+        text_mod = per_token_chunks(modulation.text, 6, t, 0)
+        image_mod = per_token_chunks(modulation.image, 6, image.shape[1], c)
         rows = ctx.lora_rows(image.shape[1])
 
         text_qkv = self.text.qkv(modulate(text, *text_mod[:2]), text_rope, ctx.lora_text)
@@ -204,14 +211,16 @@ class SingleBlock(nnx.Module):
         self.mlp = Linear(d, m, rngs=rngs, dtype=dtype)
         self.out = Linear(d + m, d, rngs=rngs, dtype=dtype)
 
+    def modulation(self, vector: Float[Array, "b k d"], ctx: Context) -> Float[Array, "b k o"]:
+        """shift, scale, gate; depends on the time, the guidance and the pooled text alone."""
+        return self.mod(vector, ctx.lora_vectors)
+
     def __call__(
-        self, x: Float[Array, "b s d"], vector: Float[Array, "b k d"], ctx: Context
+        self, x: Float[Array, "b s d"], modulation: Float[Array, "b k o"], ctx: Context
     ) -> Float[Array, "b s d"]:
         """``x`` holds text, image and condition tokens."""
-        tokens = x.shape[1]
-        rows = ctx.lora_rows(tokens)
-        modulation = jnp.split(self.mod(vector, ctx.lora_vectors), 3, axis=-1)
-        shift, scale, gate = (per_token(v, tokens, ctx.n_condition) for v in modulation)
+        rows = ctx.lora_rows(x.shape[1])
+        shift, scale, gate = per_token_chunks(modulation, 3, x.shape[1], ctx.n_condition)
         y = modulate(x, shift, scale)
         attended = _merge_heads(ctx.attend(*self.qkv(y, ctx.rope, rows)))
         hidden = jax.nn.gelu(self.mlp(y, rows), approximate=True)

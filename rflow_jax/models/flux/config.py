@@ -49,9 +49,7 @@ class FluxConfig:
             None,
             config.get("in_channels"),
         ):
-            raise InputError(
-                "transformer config: only patch_size 1 and out_channels equal to in_channels are FLUX"
-            )
+            raise InputError("transformer config: only patch_size 1 and out_channels equal to in_channels are FLUX")
         known = {key: config[key] for key in cls.__dataclass_fields__ if key in config}
         if "axes_dims_rope" in known:
             known["axes_dims_rope"] = tuple(known["axes_dims_rope"])

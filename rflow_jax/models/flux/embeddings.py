@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from rflow_jax.models.layers import Linear
+from rflow_jax.models.layers import Linear, LoraRows
 from rflow_jax.typing import Array, Float
 
 TIME_FEATURES = 256
@@ -72,6 +72,5 @@ class MLPEmbedder(nnx.Module):
         self.linear_1 = Linear(d_in, d, rngs=rngs, dtype=dtype)
         self.linear_2 = Linear(d, d, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "*b f"]) -> Float[Array, "*b d"]:
-        # One row each, since the linears speak of rows: [..., f] -> [..., 1, f].
-        return self.linear_2(jax.nn.silu(self.linear_1(x[..., None, :])))[..., 0, :]
+    def __call__(self, x: Float[Array, "b k f"], lora: LoraRows = None) -> Float[Array, "b k d"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x, lora)), lora)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import Context, DoubleBlock, Modulation, SingleBlock, modulate
+from rflow_jax.models.flux.blocks import Context, DoubleBlock, DoubleModulation, Modulation, SingleBlock, modulate
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.embeddings import TIME_FEATURES, MLPEmbedder, Rope, time_features
-from rflow_jax.models.layers import Linear
+from rflow_jax.models.layers import Linear, abstract
 from rflow_jax.typing import Array, Float
 
 CONDITION_GUIDANCE = 1.0  # the guidance the condition's modulation vector is made with
+
+
+class Modulations(NamedTuple):
+    """What every block is modulated with; the last one is the head's."""
+
+    double: list[DoubleModulation]
+    single: list[Float[Array, "b k o"]]
+    final: Float[Array, "b 1 o"]
 
 
 class FluxTransformer(nnx.Module):
@@ -69,19 +79,51 @@ class FluxTransformer(nnx.Module):
         Raises:
             InputError: flags that exclude each other, or that don't fit the number of tokens.
         """
-        ctx = self.context(latents, condition, rope, condition_scale, flags, attention)
+        ctx = self.context(latents.shape[1], condition, rope, condition_scale, flags, attention)
+        modulations = self.modulations(t, guidance, pooled, c_t, latents.dtype, ctx)
+        return self.velocity(latents, text, condition, modulations, ctx)
+
+    def modulations(
+        self,
+        t: Float[Array, " b"],
+        guidance: Float[Array, " b"] | None,
+        pooled: Float[Array, "b p"],
+        c_t: float | Float[Array, ""],
+        dtype: Dtype,
+        ctx: Context,
+    ) -> Modulations:
+        """The modulations of every block, which depend on no token.
+
+        A sampler makes those of all its steps at once, the steps as one batch: their weights are a quarter of the
+        network's, and are then read once for an image and not once for each step.
+        """
+        vector = self.embed_vectors(t, guidance, pooled, c_t, dtype, ctx)
+        return Modulations(
+            [block.modulation(vector, ctx) for block in self.double_blocks],
+            [block.modulation(vector, ctx) for block in self.single_blocks],
+            self.final_mod(vector[:, :1], ctx.lora_text),
+        )
+
+    def velocity(
+        self,
+        latents: Float[Array, "b i f"],
+        text: Float[Array, "b t e"],
+        condition: Float[Array, "b c f"] | None,
+        modulations: Modulations,
+        ctx: Context,
+    ) -> Float[Array, "b i f"]:
+        """The part of the network that depends on tokens; :meth:`__call__` says what goes in and out."""
         text, image = self.embed_tokens(latents, text, condition, ctx)
-        vector = self.embed_vectors(t, guidance, pooled, c_t if ctx.n_condition else None, latents.dtype)
-        for block in self.double_blocks:
-            text, image = block(text, image, vector, ctx)
+        for block, modulation in zip(self.double_blocks, modulations.double, strict=True):
+            text, image = block(text, image, modulation, ctx)
         x = jnp.concatenate([text, image], axis=1)
-        for block in self.single_blocks:
-            x = block(x, vector, ctx)
-        return self.head(x[:, text.shape[1] : x.shape[1] - ctx.n_condition], vector)
+        for block, modulation in zip(self.single_blocks, modulations.single, strict=True):
+            x = block(x, modulation, ctx)
+        return self.head(x[:, text.shape[1] : x.shape[1] - ctx.n_condition], modulations.final, ctx)
 
     def context(
         self,
-        latents: Array,
+        image_tokens: int,
         condition: Array | None,
         rope: Rope,
         condition_scale: Array | None,
@@ -95,10 +137,10 @@ class FluxTransformer(nnx.Module):
             raise InputError(
                 "condition_scale works through union attention: set union_cond_attn or leave the scale at 1"
             )
-        if flags.add_cond_attn and condition.shape[1] != latents.shape[1]:
+        if flags.add_cond_attn and condition.shape[1] != image_tokens:
             raise InputError(
                 f"add_cond_attn needs as many condition tokens as image tokens, not {condition.shape[1]} and "
-                f"{latents.shape[1]}: give the condition the image's size"
+                f"{image_tokens}: give the condition the image's size"
             )
         return Context(rope, condition.shape[1], flags, condition_scale, attention)
 
@@ -106,11 +148,7 @@ class FluxTransformer(nnx.Module):
         self, latents: Array, text: Array, condition: Array | None, ctx: Context
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b ic d"]]:
         """Text tokens, and image tokens followed by condition tokens, at the model's width."""
-        image = (
-            latents
-            if condition is None
-            else jnp.concatenate([latents, condition.astype(latents.dtype)], axis=1)
-        )
+        image = latents if condition is None else jnp.concatenate([latents, condition.astype(latents.dtype)], axis=1)
         embedded = self.image_in(image, ctx.lora_rows(image.shape[1]))
         return self.text_in(text.astype(latents.dtype), ctx.lora_text), embedded
 
@@ -119,27 +157,32 @@ class FluxTransformer(nnx.Module):
         t: Float[Array, " b"],
         guidance: Float[Array, " b"] | None,
         pooled: Float[Array, "b p"],
-        c_t: float | Array | None,
+        c_t: float | Float[Array, ""],
         dtype: Dtype,
+        ctx: Context,
     ) -> Float[Array, "b k d"]:
-        """Modulation vectors: row 0 for image and text, row 1 for the condition (if ``c_t`` is not None)."""
+        """What the modulations are made of: row 0 for image and text, row 1 (if there is one) for the condition."""
         times, guidances = [t], [guidance]
-        if c_t is not None:
+        if ctx.n_condition:
             times.append(jnp.broadcast_to(jnp.asarray(c_t, jnp.float32), t.shape))
             guidances.append(jnp.full_like(t, CONDITION_GUIDANCE))
-        vector = self.time_in(time_features(jnp.stack(times, axis=1)).astype(dtype))
+        rows = ctx.lora_vectors
+        vector = self.time_in(time_features(jnp.stack(times, axis=1)).astype(dtype), rows)
         if self.guidance_in is not None:
             if guidance is None:
                 raise InputError("this network takes a guidance (FLUX.1-dev), and none was given")
-            vector = vector + self.guidance_in(time_features(jnp.stack(guidances, axis=1)).astype(dtype))
-        return vector + self.pooled_in(pooled.astype(dtype))[:, None]
+            vector = vector + self.guidance_in(time_features(jnp.stack(guidances, axis=1)).astype(dtype), rows)
+        pooled_rows = jnp.broadcast_to(pooled.astype(dtype)[:, None], (*vector.shape[:2], pooled.shape[-1]))
+        return vector + self.pooled_in(pooled_rows, rows)
 
-    def head(self, image: Float[Array, "b i d"], vector: Float[Array, "b k d"]) -> Float[Array, "b i f"]:
+    def head(
+        self, image: Float[Array, "b i d"], modulation: Float[Array, "b 1 o"], ctx: Context
+    ) -> Float[Array, "b i f"]:
         """Image tokens -> velocity of the packed latents."""
-        scale, shift = jnp.split(self.final_mod(vector[:, :1]), 2, axis=-1)
-        return self.final_out(modulate(image, shift, scale))
+        scale, shift = jnp.split(modulation, 2, axis=-1)
+        return self.final_out(modulate(image, shift, scale), ctx.lora_text)
 
 
 def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32) -> FluxTransformer:
     """The network without numbers, to be filled by a loader or counted."""
-    return nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return abstract(lambda rngs: FluxTransformer(config, rngs=rngs, dtype=dtype))
