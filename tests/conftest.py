@@ -28,6 +28,14 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever lies in tests/parity is marked, before ``-m`` chooses: a forgotten mark must not hide a test."""
+    for item in items:
+        if item.path.is_relative_to(PARITY):
+            item.add_marker(pytest.mark.parity)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector):
     """A parity file that skips itself whole (importorskip) fails where parity is required."""
