@@ -63,7 +63,10 @@ class Program:
     @property
     def condition_grid(self) -> tuple[int, int] | None:
         """Rows and columns of condition tokens."""
-        return None if self.condition_size is None else (self.condition_size // self.token_pixels,) * 2
+        if self.condition_size is None:
+            return None
+        side = self.condition_size // self.token_pixels
+        return side, side
 
 
 class Inputs(NamedTuple):

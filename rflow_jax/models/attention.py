@@ -29,16 +29,15 @@ def attend(
             kernel: GPU, 16-bit), ``flash`` (Pallas kernel for TPU), or ``auto``: the fastest for the default
             device and this dtype.
     """
-    if impl == "auto":
-        impl = _fastest(q)
-    if impl == "reference":
+    chosen = _fastest(q) if impl == "auto" else impl
+    if chosen == "reference":
         return _reference(q, k, v, bias)
-    if impl == "flash":
+    if chosen == "flash":
         return _flash(q, k, v, bias)
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=impl)
+    return jnp.asarray(jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=chosen))
 
 
-def _fastest(q: Array) -> AttentionImpl:
+def _fastest(q: Array) -> Literal["reference", "cudnn", "flash"]:
     backend = jax.default_backend()
     if backend == "gpu" and q.dtype.itemsize == 2:
         return "cudnn"

@@ -33,7 +33,7 @@ from rflow_jax.models.lora import attach
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.prompts import Tokenizers
 from rflow_jax.weights import components
-from rflow_jax.weights.components import COMPONENTS, read_json
+from rflow_jax.weights.components import COMPONENTS, Component, read_json
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.folders import ModelPath, describe
 from rflow_jax.weights.hub import resolve, resolve_lora

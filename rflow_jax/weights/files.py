@@ -56,7 +56,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
     """
 
     def __init__(self, files: Iterable[Path]):
-        self.files = tuple(files)
+        self.files: tuple[Path, ...] = tuple(files)
         self.metadata: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -97,6 +97,12 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     @property
+    def where(self) -> str:
+        """What to call these tensors in a message: the file, or the folder of several."""
+        first = self.files[0]
+        return str(first if len(self.files) == 1 else first.parent)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: info.shape for key, info in self._infos.items()}
 
@@ -108,7 +114,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """One tensor, in a buffer of its own."""
         info = self._infos[key]
         buffer = np.empty(info.nbytes, np.uint8)
-        view = memoryview(buffer)
+        view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
         with open(info.file, "rb", buffering=0) as file:
             done = 0
             while done < info.nbytes:

@@ -75,14 +75,7 @@ class Context:
         return attend(q, k, v, bias=bias, impl=self.attention)
 
 
-def per_token(
-    vector: Float[Array, "b k d"], tokens: int, n_condition: int
-) -> Float[
-    Array,
-    (
-        b  # s d
-    ),
-]:
+def per_token(vector: Float[Array, "b k d"], tokens: int, n_condition: int) -> Float[Array, "b _ d"]:
     """Row 0 for every token but the last ``n_condition``, row 1 for these."""
     if vector.shape[1] == 1:
         return vector

@@ -162,18 +162,24 @@ class FluxTransformer(nnx.Module):
         ctx: Context,
     ) -> Float[Array, "b k d"]:
         """What the modulations are made of: row 0 for image and text, row 1 (if there is one) for the condition."""
-        times, guidances = [t], [guidance]
-        if ctx.n_condition:
-            times.append(jnp.broadcast_to(jnp.asarray(c_t, jnp.float32), t.shape))
-            guidances.append(jnp.full_like(t, CONDITION_GUIDANCE))
         rows = ctx.lora_vectors
-        vector = self.time_in(time_features(jnp.stack(times, axis=1)).astype(dtype), rows)
+        times = self._with_condition(t, c_t, ctx)
+        vector = self.time_in(time_features(times).astype(dtype), rows)
         if self.guidance_in is not None:
             if guidance is None:
                 raise InputError("this network takes a guidance (FLUX.1-dev), and none was given")
-            vector = vector + self.guidance_in(time_features(jnp.stack(guidances, axis=1)).astype(dtype), rows)
+            guidances = self._with_condition(guidance, CONDITION_GUIDANCE, ctx)
+            vector = vector + self.guidance_in(time_features(guidances).astype(dtype), rows)
         pooled_rows = jnp.broadcast_to(pooled.astype(dtype)[:, None], (*vector.shape[:2], pooled.shape[-1]))
         return vector + self.pooled_in(pooled_rows, rows)
+
+    @staticmethod
+    def _with_condition(value: Array, of_condition: float | Array, ctx: Context) -> Float[Array, "b k"]:
+        """[b] -> [b, 1], or [b, 2] with the condition's value beside it."""
+        columns = [value.astype(jnp.float32)]
+        if ctx.n_condition:
+            columns.append(jnp.broadcast_to(jnp.asarray(of_condition, jnp.float32), value.shape))
+        return jnp.stack(columns, axis=1)
 
     def head(
         self, image: Float[Array, "b i d"], modulation: Float[Array, "b 1 o"], ctx: Context
