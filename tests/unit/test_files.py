@@ -1,0 +1,221 @@
+"""Safetensors files: read and written tensor by tensor, with errors that say what is wrong with a file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load_file, save_file
+
+from rflow_jax.errors import InputError
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.pickles import open_pickle
+from rflow_jax.weights.writing import PARTIAL, need_space, save_tensors, whole, write_safetensors
+
+TENSORS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.arange(5).astype(ml_dtypes.bfloat16),
+    "c": np.asarray(3.5, np.float16),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(TENSORS, tmp_path / "one.safetensors", {"made": "here"})
+    return tmp_path / "one.safetensors"
+
+
+def assert_equal(got, want):
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype
+        np.testing.assert_array_equal(got[key], value)
+
+
+def read_all(path):
+    return dict(TensorFiles.open(path).stream())
+
+
+def test_reads_what_safetensors_wrote(file):
+    files = TensorFiles.open(file)
+    assert files.metadata == {"made": "here"}
+    assert files.shapes == {"a": (2, 3), "b": (5,), "c": ()}
+    assert files.nbytes == 24 + 10 + 2
+    assert_equal(read_all(file), TENSORS)
+
+
+def test_the_stream_keeps_the_order_asked_for(file):
+    files = TensorFiles.open(file)
+    assert [key for key, _ in files.stream(["c", "a"], threads=2, ahead=1)] == ["c", "a"]
+
+
+ARRAYS = st.dictionaries(
+    st.text(min_size=1, max_size=8).filter(lambda key: key != "__metadata__"),
+    st.sampled_from(["float32", "float16", "int64", "uint8", "bool"]).flatmap(
+        lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, max_side=3))
+    ),
+    max_size=4,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ARRAYS, st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2))
+def test_what_is_written_is_read_back(tmp_path, tensors, metadata):
+    path = tmp_path / "file.safetensors"
+    save_tensors(path, tensors, metadata)
+    files = TensorFiles.open(path)
+    assert files.metadata == metadata
+    assert_equal(dict(files.stream()), tensors)
+    assert_equal(load_file(path), tensors)
+
+
+def test_the_writer_wants_what_it_was_promised(tmp_path):
+    infos = {"a": (np.dtype(np.float32), (2,))}
+    with pytest.raises(ValueError, match="came instead of a"):
+        write_safetensors(tmp_path / "x", infos, [("a", np.zeros(3, np.float32))])
+    with pytest.raises(ValueError, match="a never came"):
+        write_safetensors(tmp_path / "x", infos, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], "cut short"),
+        (lambda data: data[:40], "not a safetensors file"),
+        (lambda data: b"", r"not a safetensors file, or cut short \(0 bytes\)"),
+        (lambda data: b"PK\x03\x04" + data, "not a safetensors file"),
+        (lambda data: data[:8] + b"x" + data[9:], "header does not parse"),
+        (lambda data: struct.pack("<Q", 2**40) + data[8:], "not a safetensors file"),
+        (lambda data: data.replace(b'"F16"', b'"F12"'), "header does not parse"),
+        (lambda data: data.replace(b"[2,3]", b"[3,3]"), "byte range and shape disagree"),
+    ],
+)
+def test_damaged_files(file, damage, message):
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=message) as error:
+        TensorFiles.open(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read(file):
+    files = TensorFiles.open(file)
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(InputError, match="ended while"):
+        list(files.stream())
+
+
+class TestFolders:
+    def shards(self, folder, **maps):
+        for name in {*maps.values()}:
+            keys = [key for key, shard in maps.items() if shard == name]
+            save_file({key: TENSORS[key] for key in keys}, folder / name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": maps}))
+
+    def test_an_index(self, tmp_path):
+        self.shards(tmp_path, a="1.safetensors", b="2.safetensors", c="1.safetensors")
+        assert_equal(read_all(tmp_path), TENSORS)
+
+    def test_a_missing_shard(self, tmp_path):
+        self.shards(tmp_path, a="1.safetensors", b="2.safetensors")
+        (tmp_path / "2.safetensors").unlink()
+        with pytest.raises(InputError, match=r"2\.safetensors: missing, though model.safetensors.index.json names"):
+            TensorFiles.open(tmp_path)
+
+    def test_a_key_in_two_shards(self, tmp_path):
+        for name in ("1.safetensors", "2.safetensors"):
+            save_file({"a": TENSORS["a"]}, tmp_path / name)
+        with pytest.raises(InputError, match=r"a is also in 1\.safetensors"):
+            TensorFiles([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+    def test_a_broken_index(self, tmp_path, text):
+        (tmp_path / "x.safetensors.index.json").write_text(text)
+        with pytest.raises(InputError, match="not an index"):
+            TensorFiles.open(tmp_path)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(InputError, match="found none"):
+            TensorFiles.open(tmp_path)
+        with pytest.raises(InputError, match="no such file or folder"):
+            TensorFiles.open(tmp_path / "none")
+
+
+class TestWhole:
+    def test_a_file_and_a_folder(self, tmp_path):
+        with whole(tmp_path / "sub" / "file") as partial:
+            partial.write_text("x")
+            assert not (tmp_path / "sub" / "file").exists()
+        assert (tmp_path / "sub" / "file").read_text() == "x"
+        with whole(tmp_path / "folder") as partial:
+            partial.mkdir()
+            (partial / "inside").touch()
+        assert (tmp_path / "folder" / "inside").is_file()
+
+    def test_nothing_is_overwritten(self, tmp_path):
+        (tmp_path / "file").write_text("old")
+        with pytest.raises(InputError, match="exists already"), whole(tmp_path / "file"):
+            pass
+        assert (tmp_path / "file").read_text() == "old"
+
+    def test_a_failure_leaves_nothing(self, tmp_path):
+        def interrupted():
+            with whole(tmp_path / "folder") as partial:
+                partial.mkdir()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_rest_of_a_crash_is_replaced(self, tmp_path):
+        left = tmp_path / f"folder{PARTIAL}"
+        left.mkdir()
+        (left / "old").touch()
+        with whole(tmp_path / "folder") as partial:
+            partial.mkdir()
+        assert list((tmp_path / "folder").iterdir()) == []
+
+    def test_a_full_disk_is_one_line(self, tmp_path):
+        with pytest.raises(InputError, match="the disk is full"), whole(tmp_path / "x"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with pytest.raises(InputError, match=r"needs 1000000000\.0 GB"):
+            need_space(tmp_path / "a" / "b", 10**18)
+        need_space(tmp_path / "a" / "b", 1)
+
+
+class TestPickles:
+    def test_only_on_request(self, tmp_path):
+        (tmp_path / "x.pth").write_bytes(b"x")
+        with pytest.raises(InputError, match="add --allow_pickle"):
+            open_pickle(tmp_path / "x.pth", allow=False)
+        with pytest.raises(InputError, match="no such file"):
+            open_pickle(tmp_path / "y.pth", allow=True)
+
+    def test_without_torch(self, tmp_path, monkeypatch):
+        (tmp_path / "x.pth").write_bytes(b"x")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(InputError, match="needs torch"):
+            open_pickle(tmp_path / "x.pth", allow=True)
+
+    @pytest.mark.parity
+    def test_tensors(self, tmp_path):
+        torch = pytest.importorskip("torch", reason="the parity extra is not installed")
+        tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(5).to(torch.bfloat16)}
+        torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+        files = open_pickle(tmp_path / "x.pth", allow=True)
+        assert_equal(dict(files.stream()), {"a": TENSORS["a"], "b": TENSORS["b"]})
+
+    @pytest.mark.parity
+    @pytest.mark.parametrize("content", [[1, 2], {"a": 3}, print])
+    def test_anything_else_is_refused(self, tmp_path, content):
+        torch = pytest.importorskip("torch", reason="the parity extra is not installed")
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(InputError, match=r"expected a dictionary of tensors|weights only"):
+            open_pickle(tmp_path / "x.pth", allow=True)
