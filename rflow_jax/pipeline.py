@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ class Pipeline:
                 effect (it acts on condition tokens and there is no condition).
         """
         samples = _samples(prompts, seeds, conditions, reflections, refined_prompts)
-        if self.bundle.has_lora and conditions is None and not settings.latent_lora:
+        if samples and self.bundle.has_lora and conditions is None and not settings.latent_lora:
             raise InputError(
                 "the LoRA acts on condition tokens only, and without a condition it has no effect: give a condition, "
                 "set latent_lora, or leave the LoRA out"
@@ -246,11 +247,16 @@ def sample_keys(seeds: Sequence[Seed]) -> Array:
 
     The generator is named, so that neither JAX's defaults nor a seed above 32 bits change a picture.
     """
-    try:
-        data = [np.random.SeedSequence(seed).generate_state(2) for seed in seeds]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"a seed must be a whole number from 0, or a tuple of them ({error})") from error
-    return jax.random.wrap_key_data(jnp.asarray(np.stack(data)), impl="threefry2x32")
+    data = np.stack([np.frombuffer(_digest(seed), np.uint32, count=2) for seed in seeds])
+    return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
+
+
+def _digest(seed: Seed) -> bytes:
+    """A hash of the numbers as they are written: no two seeds share it, of whatever size and length."""
+    numbers = seed if isinstance(seed, tuple) else (seed,)
+    if not numbers or any(not isinstance(number, int) or number < 0 for number in numbers):
+        raise InputError(f"a seed must be a whole number from 0, or a tuple of them, not {seed!r}")
+    return hashlib.sha256("-".join(map(str, numbers)).encode()).digest()
 
 
 def _prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: Inputs) -> tuple[Array, Given]:

@@ -12,11 +12,16 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in the package's annotations are checked at every call of a test.
 install_import_hook("rflow_jax", "beartype.beartype")
+
+# The first example of a shape compiles, and takes as long as that takes.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
+hypothesis.settings.load_profile("default")
 
 REQUIRE_PARITY = os.environ.get("RFLOW_REQUIRE_PARITY") == "1"
 PARITY = Path(__file__).parent / "parity"

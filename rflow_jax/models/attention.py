@@ -63,7 +63,8 @@ def _flash(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     # Padding belongs to a segment of its own, which no real token attends to.
     segments = tpu.SegmentIds(q=_padding_segment(b, s), kv=_padding_segment(b, keys))
     if bias is not None:
-        bias = jnp.broadcast_to(bias, (b, n, s, keys))
+        # The kernel scales the logits after it has added the bias.
+        bias = jnp.broadcast_to(bias * h**0.5, (b, n, s, keys))
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -s % FLASH_BLOCK), (0, -keys % FLASH_BLOCK)))
     heads_first = (_pad_tokens(x).swapaxes(1, 2) for x in (q, k, v))
     out = tpu.flash_attention(*heads_first, ab=bias, segment_ids=segments, sm_scale=h**-0.5, block_sizes=blocks)

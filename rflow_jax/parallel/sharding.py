@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # FLUX, T5 and CLIP by the same names. Into heads or the wide part: columns over ``tensor``; back: rows.
 RULES: Rules = (
+    (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", PartitionSpec()),  # the autoencoder: small, whole everywhere
     (r".*\.(q|k|v|up|gate|mlp|mod)\.kernel", PartitionSpec(FSDP, TENSOR)),
     (r".*\.(out|down)\.kernel", PartitionSpec(TENSOR, FSDP)),
     (r".*\.kernel", PartitionSpec(FSDP)),

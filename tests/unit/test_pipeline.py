@@ -1,0 +1,168 @@
+"""The pipeline: what a picture depends on, and what it does not."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from rflow_jax import InputError, Settings, load_pipeline
+from rflow_jax.images import condition_pixels, fit_to_grid
+from rflow_jax.pipeline import sample_keys
+from rflow_jax.prompts import t5_prompt
+
+SMALL = Settings(height=32, width=48, num_inference_steps=2, condition_size=32, batch_size=3, max_sequence_length=24)
+PROMPTS = ["a cat", "two dogs", "a red cup"]
+
+
+@pytest.fixture(scope="module")
+def pipe(golden_module):
+    return load_pipeline(
+        str(golden_module / "pipeline"), lora=str(golden_module / "lora"), dtype="float32", progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def golden_module(request):
+    return request.getfixturevalue("golden")
+
+
+def _pictures(n: int) -> list[Image.Image]:
+    rng = np.random.default_rng(n)
+    return [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(n)]
+
+
+def _generate(pipe, order=(0, 1, 2), settings=SMALL, **how) -> list[np.ndarray]:
+    conditions, reflections = _pictures(3), ["Add a hat.", "Make it one dog.", ""]
+    images = pipe.generate(
+        [PROMPTS[k] for k in order],
+        **{
+            "seeds": [(7, k) for k in order],
+            "conditions": [conditions[k] for k in order],
+            "reflections": [reflections[k] for k in order],
+            "settings": settings,
+        }
+        | how,
+    )
+    return [np.asarray(image) for image in images]
+
+
+@pytest.fixture(scope="module")
+def reference(pipe):
+    return _generate(pipe)
+
+
+def test_size_and_content(reference):
+    assert [image.shape for image in reference] == [(32, 48, 3)] * 3
+    assert all(image.std() > 1 for image in reference)
+    assert not np.array_equal(reference[0], reference[1])
+
+
+def test_bit_equal_in_any_slot_with_any_neighbours(pipe, reference):
+    for order in ((1, 2, 0), (2, 2, 1), (0, 0, 0)):
+        for image, k in zip(_generate(pipe, order), order, strict=True):
+            np.testing.assert_array_equal(image, reference[k])
+
+
+def test_a_part_filled_batch_changes_nothing(pipe, reference):
+    images = _generate(pipe, (0, 1, 2, 1))
+    assert len(images) == 4
+    for image, k in zip(images, (0, 1, 2, 1), strict=True):
+        np.testing.assert_array_equal(image, reference[k])
+
+
+def test_across_batch_sizes_equal_to_rounding(pipe, reference):
+    single = _generate(pipe, (1,), dataclasses.replace(SMALL, batch_size=1))[0]
+    assert np.abs(single.astype(int) - reference[1].astype(int)).max() <= 1
+
+
+def test_every_input_counts(pipe, reference):
+    changes = {
+        "another condition": {"conditions": _pictures(4)[1:]},
+        "another reflection": {"reflections": ["Remove the hat."] * 3},
+        "a refined prompt": {"refined_prompts": ["a striped cat", "two small dogs", "a dark red cup"]},
+        "other seeds": {"seeds": [1, 2, 3]},
+        "guidance": {"settings": dataclasses.replace(SMALL, guidance_scale=1.0)},
+    }
+    for what, how in changes.items():
+        for one, other in zip(_generate(pipe, **how), reference, strict=True):
+            assert not np.array_equal(one, other), what
+
+
+def test_scales_without_effect_at_one(pipe, reference):
+    scaled = dataclasses.replace(SMALL, image_guidance_scale=1.5, condition_scale=0.7)
+    assert not np.array_equal(_generate(pipe, settings=scaled)[0], reference[0])
+
+
+def test_a_lora_that_could_have_no_effect_is_refused(pipe):
+    with pytest.raises(InputError, match="without a condition it has no effect"):
+        pipe.generate(["a cat"], seeds=[0], settings=SMALL)
+
+
+def test_without_lora_is_the_base_model(pipe, golden, reference):
+    base = load_pipeline(str(golden / "pipeline"), dtype="float32", progress=False)
+    bare = pipe.without_lora()
+    assert bare.bundle.weights["vae"] is pipe.bundle.weights["vae"]
+    for one, other, with_lora in zip(_generate(bare), _generate(base), reference, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert not np.array_equal(one, with_lora)
+
+
+def test_pictures_are_handed_over_batch_by_batch(pipe):
+    seen = []
+    images = pipe.generate(
+        [PROMPTS[0]] * 4,
+        seeds=[0, 1, 2, 3],
+        conditions=_pictures(1) * 4,
+        settings=SMALL,
+        on_images=lambda first, batch: seen.append((first, len(batch))),
+    )
+    assert seen == [(0, 3), (3, 1)]
+    assert len(images) == 4
+
+
+def test_nothing_to_do(pipe):
+    assert pipe.generate([], seeds=[], settings=SMALL) == []
+
+
+@pytest.mark.parametrize("how", [{"seeds": [0]}, {"conditions": _pictures(1)}, {"reflections": ["x"]}])
+def test_lists_of_different_lengths(pipe, how):
+    with pytest.raises(InputError, match="one for each prompt"):
+        _generate(pipe, **how)
+
+
+def test_seeds_of_any_size_give_different_keys():
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**70, (0, 1), (1, 0), (0, 0, 1)]
+    data = jax.random.key_data(sample_keys(seeds))
+    assert len({tuple(key) for key in data.tolist()}) == len(seeds)
+    for bad in (-1, (), (1, -2)):
+        with pytest.raises(InputError, match="whole number"):
+            sample_keys([bad])
+
+
+def test_the_format_of_reflections():
+    assert t5_prompt("a cat", "Add a hat.") == "a cat [Reflexion] Add a hat."
+    assert t5_prompt("a cat", "") == t5_prompt("a cat") == "a cat"
+
+
+def test_pictures_for_the_network():
+    picture = Image.new("L", (53, 43), 200)
+    assert fit_to_grid(picture, 16).size == (48, 32)
+    assert fit_to_grid(Image.new("RGB", (5, 5)), 16).size == (16, 16)
+    assert condition_pixels(picture, 32).shape == (32, 32, 3)
+
+
+def test_errors_name_what_to_do(golden, tmp_path):
+    for model, message in (
+        ("nowhere/at/all", "not a Hub id"),
+        (str(tmp_path), "is no model"),
+        (str(golden / "pipeline" / "transformer" / "config.json"), "is no FLUX transformer|not a safetensors file"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            load_pipeline(model, progress=False)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="dtype"):
+        load_pipeline(str(golden / "pipeline"), dtype="int7")
+    with pytest.raises(InputError, match="not a Hub id"):
+        load_pipeline(str(golden / "pipeline"), lora=str(tmp_path / "none.safetensors"), progress=False)
