@@ -21,6 +21,7 @@ from rflow_jax.verify.recording import Recording
 from rflow_jax.verify.report import INPUT
 
 AUTOENCODER, TEXT, SCHEDULE = "04_vae", "05_text", "06_scheduler"
+WHOLE = 0.01  # tokens; what a shift rounded to float32 leaves uncertain is far less
 Result = tuple[str, Any]
 
 
@@ -29,14 +30,14 @@ def autoencoder(recording: Recording) -> Iterator[Result]:
     z = recording.arrays(AUTOENCODER)
     bundle = recording.pipeline.bundle
     vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
-    mean, logvar = vae.encode(to_network_range(jnp.asarray(z["in_images_uint8"])))
+    mean, logvar = _encode(vae, to_network_range(jnp.asarray(z["in_images_uint8"])))
     yield "enc_mean", nchw(mean)
     yield "enc_logvar", nchw(logvar)
     yield "enc_std", nchw(jnp.exp(0.5 * logvar))
-    yield "dec", nchw(vae.decode(nhwc(z["in_z"])))
+    yield "dec", nchw(decode(vae, nhwc(z["in_z"])))
     yield from _tokens(vae, z["in_images_uint8"], z["in_noise"], "")
-    yield from _tokens(vae, z["in_cond_uint8"][None], z["in_cond_noise"], "cond_")
-    odd = np.asarray(fit_to_grid(Image.fromarray(z["in_odd_uint8"]), bundle.token_pixels))[None]
+    yield from _tokens(vae, fitted(z["in_cond_uint8"], bundle.token_pixels), z["in_cond_noise"], "cond_")
+    odd = fitted(z["in_odd_uint8"], bundle.token_pixels)
     yield "odd_preprocessed", nchw(to_network_range(jnp.asarray(odd)))
     yield from _tokens(vae, odd, z["in_odd_noise"], "odd_")
 
@@ -49,8 +50,19 @@ def _tokens(vae: AutoencoderKL, pixels: np.ndarray, noise: np.ndarray, prefix: s
 
 def image_tokens(vae: AutoencoderKL, pixels: np.ndarray, noise: np.ndarray) -> Array:
     """uint8 images [b, y, x, 3] and the posterior's draw [b, z, y/8, x/8] -> packed latents."""
-    mean, logvar = vae.encode(to_network_range(jnp.asarray(pixels)))
+    mean, logvar = _encode(vae, to_network_range(jnp.asarray(pixels)))
     return pack(vae.scale(sample_posterior(mean, logvar, nhwc(noise))))
+
+
+def fitted(pixels: np.ndarray, grid: int) -> np.ndarray:
+    """A picture [y, x, 3] as the network gets it: [1, y, x, 3], sides cut down to multiples of ``grid``."""
+    return np.asarray(fit_to_grid(Image.fromarray(pixels), grid))[None]
+
+
+# Compiled whole: op by op they would take most of the time of all checks together.
+_encode = nnx.jit(lambda vae, images: vae.encode(images))
+decode = nnx.jit(lambda vae, latents: vae.decode(latents))
+embed = nnx.jit(lambda encoder, ids: encoder(ids))
 
 
 def text(recording: Recording) -> Iterator[Result]:
@@ -58,7 +70,7 @@ def text(recording: Recording) -> Iterator[Result]:
     z, prompts = recording.arrays(TEXT), recording.json("prompts")
     bundle = recording.pipeline.bundle
     clip_ids = bundle.tokenizers.clip(prompts, z["clip_input_ids"].shape[1])
-    hidden, pooled = nnx.merge(bundle.graphs.clip, bundle.weights["clip"])(jnp.asarray(clip_ids))
+    hidden, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
     yield "clip_input_ids", clip_ids
     yield "clip_last_hidden_state", hidden
     yield "clip_pooled", pooled
@@ -68,12 +80,12 @@ def text(recording: Recording) -> Iterator[Result]:
     t5 = nnx.merge(bundle.graphs.t5, bundle.weights["t5"])
     short = bundle.tokenizers.t5(prompts, z["t5_input_ids"].shape[1])
     yield "t5_input_ids", short
-    yield "t5_embeds", t5(jnp.asarray(short))
+    yield "t5_embeds", embed(t5, jnp.asarray(short))
     yield "text_ids", text_ids(short.shape[1])
     for match, want in recording.numbered(TEXT, r"t5_input_ids_(\d+)"):
         ids = bundle.tokenizers.t5(prompts, want.shape[1])
         yield match[0], ids
-        embedded = t5(jnp.asarray(ids))
+        embedded = embed(t5, jnp.asarray(ids))
         for name, first in recording.numbered(TEXT, rf"t5_embeds_{match[1]}_first\d+"):
             yield name[0], embedded[:, : first.shape[1]]
 
@@ -83,13 +95,8 @@ def schedule(recording: Recording) -> Iterator[Result]:
     own = recording.pipeline.bundle.schedule
     for match, mu in recording.numbered(SCHEDULE, r"mu_(\w+)"):
         size = match[1]
-        tokens = _tokens_of(recording, size)
-        if tokens is None or abs(own.mu(tokens) - float(mu)) > 1e-3:
-            # A size that the recordings don't name: the shift says which it was, and so is an input.
-            tokens = _invert(own, float(mu))
-            yield match[0], INPUT
-        else:
-            yield match[0], np.float64(own.mu(tokens))
+        tokens, known = _tokens_of(recording, size, own, float(mu))
+        yield match[0], np.float64(own.mu(tokens)) if known else INPUT
         for name, want in recording.numbered(SCHEDULE, rf"(sigmas|timesteps)_{re.escape(size)}_(\d+)"):
             sigmas = own.sigmas(int(name[2]), tokens)
             yield name[0], sigmas if name[1] == "sigmas" else sigmas[:-1] * np.float32(recording_scale(want))
@@ -100,20 +107,23 @@ def recording_scale(timesteps: np.ndarray) -> float:
     return 1000.0 if timesteps.max() > 1 else 1.0
 
 
-def _tokens_of(recording: Recording, size: str) -> int | None:
-    """``1024`` is a square picture of as many pixels, ``tiny`` the one of the generation recordings."""
-    side = recording.pipeline.bundle.token_pixels
+def _tokens_of(recording: Recording, size: str, own: Schedule, mu: float) -> tuple[int, bool]:
+    """Image tokens of a size's name, and whether the name says so or only the recorded shift.
+
+    ``1024`` is a square picture of as many pixels, ``tiny`` the one of the generation recordings. Where that does not
+    give the recorded shift, and that is the shift of a whole number of tokens, it was another picture.
+    """
+    side, named = recording.pipeline.bundle.token_pixels, None
     if size.isdigit():
-        return (int(size) // side) ** 2
-    if size == "tiny":
+        named = (int(size) // side) ** 2
+    elif size == "tiny":
         made = recording.json("generate_meta")
-        return (made["height"] // side) * (made["width"] // side)
-    return None
-
-
-def _invert(own: Schedule, mu: float) -> int:
+        named = (made["height"] // side) * (made["width"] // side)
     base, slope = own.mu(0), own.mu(1) - own.mu(0)
-    return round((mu - base) / slope)
+    told = (mu - base) / slope if slope else 0.0
+    if named is None or (abs(told - named) > 0.5 and abs(told - round(told)) < WHOLE):
+        return round(told), False
+    return named, True
 
 
 def nchw(x: Array) -> Array:

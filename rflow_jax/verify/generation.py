@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rflow_jax.flow.latents import image_ids, text_ids
+from rflow_jax.flow.latents import PATCH, image_ids, text_ids, unpack
 from rflow_jax.flow.sampler import euler
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope, rope_table
-from rflow_jax.pipeline import Given, Pipeline, Program, Scales, decode_latents, to_pixels, velocity_of
+from rflow_jax.pipeline import Given, Pipeline, Program, Scales, to_pixels, velocity_of
 from rflow_jax.prompts import t5_prompt
 from rflow_jax.typing import Array
-from rflow_jax.verify.encoders import image_tokens, nchw
+from rflow_jax.verify.encoders import decode, embed, fitted, image_tokens, nchw
 from rflow_jax.verify.recording import Recording
 
 GENERATION = "07_generate"
+STAGES = ("enc_tokens", "latents_steps", "image_raw", "image_uint8")
 Result = tuple[str, Any]
 
 
@@ -34,16 +35,26 @@ def generation(recording: Recording) -> Iterator[Result]:
     yield "pooled", given.pooled
     for run, how in meta["runs"].items():
         if not recording.is_exempt(f"{GENERATION}/{run}_latents_steps"):
-            for stage, value in _run(pipeline, meta, how, given, z, run):
-                yield f"{run}_{stage}", value
+            yield from _or_error(run, _run(pipeline, meta, how, given, z, run))
+
+
+def _or_error(run: str, results: Iterator[Result]) -> Iterator[Result]:
+    """A run that breaks off is an error on each array that it still owes, and the other runs go on."""
+    owed = dict.fromkeys(STAGES)
+    try:
+        for stage, value in results:
+            owed.pop(stage)
+            yield f"{run}_{stage}", value
+    except Exception as error:
+        yield from ((f"{run}_{stage}", error) for stage in owed)
 
 
 def _texts(pipeline: Pipeline, meta: dict[str, Any]) -> Given:
     bundle = pipeline.bundle
     clip_ids = bundle.tokenizers.clip([meta["prompt"]], bundle.clip_length)
     t5_ids = bundle.tokenizers.t5([t5_prompt(meta["prompt_2"])], meta["max_sequence_length"])
-    _, pooled = nnx.merge(bundle.graphs.clip, bundle.weights["clip"])(jnp.asarray(clip_ids))
-    text = nnx.merge(bundle.graphs.t5, bundle.weights["t5"])(jnp.asarray(t5_ids))
+    _, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
+    text = embed(nnx.merge(bundle.graphs.t5, bundle.weights["t5"]), jnp.asarray(t5_ids))
     return Given(text, pooled, None, None)
 
 
@@ -55,7 +66,8 @@ def _run(
     vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
     blacks: list[Array] | None = None
     if conditioned:
-        condition, blacks = _conditions(vae, z, _draws(z, steps, per_step=run.endswith("_perstep")))
+        pixels = fitted(z["in_cond_uint8"], bundle.token_pixels)
+        condition, blacks = _conditions(vae, pixels, _draws(z, steps, per_step=run.endswith("_perstep")))
         calls = [condition, *blacks] if guided else [condition] * how["encode_calls"]
         yield "enc_tokens", jnp.concatenate(calls)
         given = given._replace(condition=condition)
@@ -73,9 +85,12 @@ def _run(
     scales = Scales(jnp.asarray(bundle.schedule.sigmas(steps, tokens)), *map(jnp.float32, numbers))
     rope = _rope(pipeline, program, given, z)
     black_steps = jnp.stack(blacks) if blacks else None
-    trajectory, raw = jax.jit(partial(_sample, pipeline, program, rope))(
+    trajectory = jax.jit(partial(_sample, pipeline, program, rope))(
         bundle.weights, jnp.asarray(z["in_latents"]), given, black_steps, scales
     )
+    # Not decoded by the pipeline, which works in tiles where a picture is larger than the autoencoder's own size: the
+    # original never does.
+    raw = decode(vae, vae.unscale(unpack(trajectory[-1], *(PATCH * side for side in program.image_grid))))
     yield "latents_steps", trajectory
     yield "image_raw", nchw(raw)
     yield "image_uint8", np.asarray(to_pixels(raw))[0]
@@ -90,8 +105,8 @@ def _sample(
     given: Given,
     black_steps: Array | None,
     scales: Scales,
-) -> tuple[Array, Array]:
-    """The pipeline's sampling, with a black condition for each step and everything on the way returned."""
+) -> Array:
+    """The pipeline's sampling, with a black condition for each step: the latents after every step."""
     bundle = pipeline.bundle
     transformer = nnx.merge(bundle.graphs.transformer, *weights["transformer"])
 
@@ -100,9 +115,7 @@ def _sample(
         at_step = given._replace(black=black)
         return velocity_of(transformer, bundle.dtype, program, at_step, scales, rope)(x, t, step)
 
-    x, trajectory = euler(velocity, noise, scales.sigmas)
-    vae = nnx.merge(bundle.graphs.vae, weights["vae"])
-    return trajectory, decode_latents(vae, bundle.dtype, x, program.height, program.width)
+    return euler(velocity, noise, scales.sigmas)[1]
 
 
 def _draws(z: dict[str, np.ndarray], steps: int, per_step: bool) -> np.ndarray:
@@ -110,9 +123,8 @@ def _draws(z: dict[str, np.ndarray], steps: int, per_step: bool) -> np.ndarray:
     return z["in_perstep_noise"] if per_step else np.stack([z["in_cond_noise"]] * (1 + steps))
 
 
-def _conditions(vae: Any, z: dict[str, np.ndarray], draws: np.ndarray) -> tuple[Array, list[Array]]:
+def _conditions(vae: Any, pixels: np.ndarray, draws: np.ndarray) -> tuple[Array, list[Array]]:
     """The condition's tokens, and those of a black image for every step."""
-    pixels = z["in_cond_uint8"][None]
     encode = partial(image_tokens, vae)
     return encode(pixels, draws[0]), [encode(np.zeros_like(pixels), draw) for draw in draws[1:]]
 

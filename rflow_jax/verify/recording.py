@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ class Recording:
         try:
             with np.load(self._path(name)) as data:
                 return {key: data[key] for key in data.files}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
             raise InputError(f"{self._path(name)}: cannot be read as .npz ({error})") from error
 
     def json(self, name: str) -> Any:
