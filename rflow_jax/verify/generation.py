@@ -30,7 +30,7 @@ def generation(recording: Recording) -> Iterator[Result]:
     """07: every run of ``generate_meta.json`` that is not exempt."""
     meta, z = recording.json("generate_meta"), recording.arrays(GENERATION)
     pipeline = recording.pipeline
-    given = _texts(pipeline, meta)
+    given = _texts(pipeline, meta, images=len(z["in_latents"]))
     yield "prompt_embeds", given.text
     yield "pooled", given.pooled
     for run, how in meta["runs"].items():
@@ -40,22 +40,28 @@ def generation(recording: Recording) -> Iterator[Result]:
 
 def _or_error(run: str, results: Iterator[Result]) -> Iterator[Result]:
     """A run that breaks off is an error on each array that it still owes, and the other runs go on."""
-    owed = dict.fromkeys(STAGES)
+    owed: dict[str, None] = dict.fromkeys(STAGES)
     try:
         for stage, value in results:
-            owed.pop(stage)
+            owed.pop(stage, None)
             yield f"{run}_{stage}", value
     except Exception as error:
         yield from ((f"{run}_{stage}", error) for stage in owed)
 
 
-def _texts(pipeline: Pipeline, meta: dict[str, Any]) -> Given:
+def _texts(pipeline: Pipeline, meta: dict[str, Any], images: int) -> Given:
+    """The one prompt of all images."""
     bundle = pipeline.bundle
     clip_ids = bundle.tokenizers.clip([meta["prompt"]], bundle.clip_length)
     t5_ids = bundle.tokenizers.t5([t5_prompt(meta["prompt_2"])], meta["max_sequence_length"])
     _, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
     text = embed(nnx.merge(bundle.graphs.t5, bundle.weights["t5"]), jnp.asarray(t5_ids))
-    return Given(text, pooled, None, None)
+    return Given(_repeated(text, images), _repeated(pooled, images), None, None)
+
+
+def _repeated(row: Array, images: int) -> Array:
+    """[1, ...] -> [images, ...]."""
+    return jnp.broadcast_to(row, (images, *row.shape[1:]))
 
 
 def _run(
@@ -70,7 +76,9 @@ def _run(
         condition, blacks = _conditions(vae, pixels, _draws(z, steps, per_step=run.endswith("_perstep")))
         calls = [condition, *blacks] if guided else [condition] * how["encode_calls"]
         yield "enc_tokens", jnp.concatenate(calls)
-        given = given._replace(condition=condition)
+        images = len(z["in_latents"])
+        given = given._replace(condition=_repeated(condition, images))
+        blacks = [_repeated(black, images) for black in blacks]
     program = Program(
         meta["height"],
         meta["width"],
@@ -93,7 +101,8 @@ def _run(
     raw = decode(vae, vae.unscale(unpack(trajectory[-1], *(PATCH * side for side in program.image_grid))))
     yield "latents_steps", trajectory
     yield "image_raw", nchw(raw)
-    yield "image_uint8", np.asarray(to_pixels(raw))[0]
+    pixels = np.asarray(to_pixels(raw))
+    yield "image_uint8", pixels[0] if len(pixels) == 1 else pixels
 
 
 def _sample(

@@ -63,6 +63,7 @@ class Sizes:
         batch, text_tokens, grid, condition_grid: of the transformer's recordings (01 to 03), grids in tokens.
         picture, condition_picture: pixels, of the autoencoder's recordings and the generations.
         odd_picture: pixels that the network cannot take as they are.
+        images: of each generation, all of one prompt.
         delta: moves the condition's positions.
     """
 
@@ -84,6 +85,7 @@ class Sizes:
     picture: Size = (32, 32)
     condition_picture: Size = (16, 16)
     odd_picture: Size = (21, 35)
+    images: int = 1
     steps: int = 3
     max_sequence_length: int = 24
     long_sequence_length: int = 40
@@ -144,7 +146,9 @@ def write_lora(
             a = torch.randn(sizes.lora_rank, module.in_features, generator=draw) / math.sqrt(module.in_features)
             b = torch.randn(module.out_features, sizes.lora_rank, generator=draw) / math.sqrt(sizes.lora_rank)
             matrices[name] = (a, b / 4)
-    layers = {f"{name}.lora_{part}.weight": m for name, pair in matrices.items() for part, m in zip("AB", pair, strict=True)}
+    layers = {
+        f"{name}.lora_{part}.weight": m for name, pair in matrices.items() for part, m in zip("AB", pair, strict=True)
+    }
     FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
     return matrices
 
@@ -314,7 +318,7 @@ class Recorder:
         grid = self._grid(pixels)
         rows, columns = (side // self.pipeline.token_pixels for side in self.sizes.picture)
         inputs = {
-            "in_latents": self._normal(1, rows * columns, self.pipe.transformer.config.in_channels),
+            "in_latents": self._normal(self.sizes.images, rows * columns, self.pipe.transformer.config.in_channels),
             "in_cond_uint8": pixels,
             "in_cond_noise": self._noise(*grid),
             "in_position_delta": torch.tensor(self.sizes.delta, dtype=torch.float32),
@@ -322,7 +326,7 @@ class Recorder:
         if any(name.endswith(PER_STEP) for name in meta["runs"]):
             inputs["in_perstep_noise"] = torch.stack([self._noise(*grid) for _ in range(self.sizes.steps + 1)])
         arrays = as_arrays(inputs)
-        text, pooled = self.pipeline.texts(meta)
+        text, pooled = self.pipeline.texts(meta, self.sizes.images)
         arrays |= as_arrays({"prompt_embeds": text, "pooled": pooled})
         for name in meta["runs"]:
             arrays |= {f"{name}_{key}": value for key, value in self.pipeline.run(meta, name, arrays)}

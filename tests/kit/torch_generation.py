@@ -55,43 +55,50 @@ class TorchPipeline:
         return mu, scheduler.timesteps, scheduler.sigmas
 
     @torch.no_grad()
-    def texts(self, meta: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(T5's states, CLIP's pooled)."""
-        length = meta["max_sequence_length"]
-        states, pooled, _ = self.pipe.encode_prompt(meta["prompt"], meta["prompt_2"], max_sequence_length=length)
+    def texts(self, meta: Mapping[str, Any], images: int) -> tuple[Tensor, Tensor]:
+        """(T5's states, CLIP's pooled), a row for each image of the one prompt."""
+        states, pooled, _ = self.pipe.encode_prompt(
+            meta["prompt"],
+            meta["prompt_2"],
+            num_images_per_prompt=images,
+            max_sequence_length=meta["max_sequence_length"],
+        )
         return states, pooled
 
     @torch.no_grad()
     def run(self, meta: Mapping[str, Any], name: str, z: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """One run of ``generate_meta.json`` with the input arrays of the recordings: name of an array -> array."""
         how = meta["runs"][name]
-        text, pooled = self.texts(meta)
+        images = len(z["in_latents"])
+        text, pooled = self.texts(meta, images)
         inputs = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": torch.zeros(text.shape[1], 3)}
         inputs["img_ids"] = grid_ids(meta["height"] // self.token_pixels, meta["width"] // self.token_pixels)
         blacks: list[Tensor] = []
         if how["encode_calls"]:
             calls = self._condition_calls(meta, name, z)
             yield "enc_tokens", torch.cat(calls).numpy()
-            inputs |= {"condition_latents": calls[0], "condition_ids": self._condition_ids(z)}
-            blacks = calls[1:]
+            condition, *blacks = (tokens.expand(images, -1, -1) for tokens in calls)
+            inputs |= {"condition_latents": condition, "condition_ids": self._condition_ids(z)}
         x = torch.from_numpy(z["in_latents"])
         _, _, sigmas = self.schedule(meta["num_inference_steps"], x.shape[1])
         steps = euler(lambda x, t, k: self._velocity(inputs, how, blacks, x, t, k), x, sigmas)
         raw = self.decode(steps[-1], meta["height"], meta["width"])
         yield "latents_steps", steps.numpy()
         yield "image_raw", raw.numpy()
-        yield "image_uint8", np.asarray(self.pipe.image_processor.postprocess(raw)[0])
+        pictures = [np.asarray(picture) for picture in self.pipe.image_processor.postprocess(raw)]
+        yield "image_uint8", pictures[0] if images == 1 else np.stack(pictures)
 
     def _velocity(
         self, inputs: dict[str, Tensor], how: Mapping[str, Any], blacks: list[Tensor], x: Tensor, t: Tensor, k: int
     ) -> Tensor:
         flags = Flags(**how["model_config"], condition_scale=how["condition_scale"])
-        now = inputs | {"hidden_states": x, "timestep": t[None], "guidance": torch.tensor([how["guidance_scale"]])}
+        guidance, black_guidance = (torch.full((len(x),), g) for g in (how["guidance_scale"], BLACK_GUIDANCE))
+        now = inputs | {"hidden_states": x, "timestep": t.expand(len(x)), "guidance": guidance}
         velocity = self.reference(now, flags)
         scale = how["image_guidance_scale"]
         if scale == 1:
             return velocity
-        now |= {"condition_latents": blacks[k], "guidance": torch.tensor([BLACK_GUIDANCE])}
+        now |= {"condition_latents": blacks[k], "guidance": black_guidance}
         black = self.reference(now, flags)
         return black + scale * (velocity - black)
 
