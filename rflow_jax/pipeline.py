@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import pack, rope_for, unpack
+from rflow_jax.flow.latents import PATCH, pack, rope_for, unpack
 from rflow_jax.flow.sampler import euler, guided
 from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
@@ -50,6 +50,7 @@ class Program:
     flags: ConditionFlags
     use_image_guidance: bool
     use_condition_scale: bool
+    tiled: bool = False
     attention: AttentionImpl = "auto"
 
     @property
@@ -187,6 +188,7 @@ class Pipeline:
             ConditionFlags(settings.union_cond_attn, settings.add_cond_attn, settings.latent_lora),
             use_image_guidance=with_condition and settings.image_guidance_scale != 1.0,
             use_condition_scale=with_condition and settings.condition_scale != 1.0,
+            tiled=settings.vae_tiling,
             attention=self.attention,
         )
 
@@ -269,7 +271,7 @@ def _prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: In
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), grid))(inputs.keys)
     condition = black = None
     if inputs.condition is not None:
-        encode = partial(encode_condition, vae, dtype)
+        encode = partial(encode_condition, vae, dtype, program.tiled)
         condition = encode(inputs.condition, inputs.keys, CONDITION)
         if program.use_image_guidance:
             black = encode(jnp.zeros_like(inputs.condition), inputs.keys, BLACK)
@@ -277,13 +279,13 @@ def _prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: In
 
 
 def encode_condition(
-    vae: AutoencoderKL, dtype: Any, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
+    vae: AutoencoderKL, dtype: Any, tiled: bool, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
 ) -> Float[Array, "b c f"]:
     """Condition images -> packed latents, a draw from the posterior each; one image at a time to bound memory."""
 
     def encode(one: tuple[Array, Array]) -> Array:
         image, key = one
-        mean, logvar = vae.encode(to_network_range(image[None]).astype(dtype), tiled=True)
+        mean, logvar = vae.encode(to_network_range(image[None]).astype(dtype), tiled=tiled)
         noise = jax.random.normal(jax.random.fold_in(key, draw), mean.shape)
         sample = sample_posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32), noise)
         return pack(vae.scale(sample))[0].astype(dtype)
@@ -299,16 +301,16 @@ def _sample(
     rope = rope_for(transformer.config, given.text.shape[1], program.image_grid, program.condition_grid)
     x, _ = euler(velocity_of(transformer, dtype, program, given, scales, rope), noise, scales.sigmas)
     vae = nnx.merge(graphs.vae, weights["vae"])
-    images = decode_latents(vae, dtype, x, program.height, program.width)
+    images = decode_latents(vae, dtype, x, program.image_grid, program.tiled)
     return x, to_pixels(images)
 
 
 def decode_latents(
-    vae: AutoencoderKL, dtype: Any, x: Float[Array, "b i f"], height: int, width: int
+    vae: AutoencoderKL, dtype: Any, x: Float[Array, "b i f"], grid: tuple[int, int], tiled: bool
 ) -> Float[Array, "b y x 3"]:
     """Packed latents -> images, about [-1, 1]; one image at a time to bound memory."""
-    latents = unpack(x, height // vae.config.factor, width // vae.config.factor)
-    return jax.lax.map(lambda one: vae.decode(vae.unscale(one[None]).astype(dtype), tiled=True)[0], latents)
+    latents = unpack(x, *(PATCH * side for side in grid))
+    return jax.lax.map(lambda one: vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0], latents)
 
 
 def velocity_of(

@@ -23,6 +23,8 @@ class Settings:
         max_sequence_length: T5 tokens; null takes the model's own (512 for dev, 256 for schnell).
         union_cond_attn: whether the condition and the rest attend to each other.
         add_cond_attn: add the condition's attention output to the image's (needs equal token counts).
+        vae_tiling: encode and decode pictures beyond the autoencoder's own size (1024 px) in tiles: less memory, and
+            slight differences along their seams.
         latent_lora: let the LoRA act on image and text tokens too, not only on the condition's.
     """
 
@@ -38,6 +40,7 @@ class Settings:
     union_cond_attn: bool = True
     add_cond_attn: bool = False
     latent_lora: bool = False
+    vae_tiling: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "condition_size"):

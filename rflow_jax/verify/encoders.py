@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -60,9 +61,14 @@ def fitted(pixels: np.ndarray, grid: int) -> np.ndarray:
 
 
 # Compiled whole: op by op they would take most of the time of all checks together.
-_encode = nnx.jit(lambda vae, images: vae.encode(images))
-decode = nnx.jit(lambda vae, latents: vae.decode(latents))
-embed = nnx.jit(lambda encoder, ids: encoder(ids))
+def _compiled(method: Callable[[Any, Array], Any]) -> Callable[[Any, Array], Any]:
+    run = jax.jit(lambda graph, state, x: method(nnx.merge(graph, state), x), static_argnums=0)
+    return lambda network, x: run(*nnx.split(network), x)
+
+
+_encode = _compiled(lambda vae, images: vae.encode(images))
+decode = _compiled(lambda vae, latents: vae.decode(latents))
+embed = _compiled(lambda encoder, ids: encoder(ids))
 
 
 def text(recording: Recording) -> Iterator[Result]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from rflow_jax.verify import encoders, flux, generation
+from rflow_jax.verify import encoders, flux, generation, training
+from rflow_jax.verify.measure import PARAMETERS
 from rflow_jax.verify.recording import Recording
 from rflow_jax.verify.report import Line, lines
 
@@ -20,6 +21,9 @@ CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
     encoders.TEXT: encoders.text,
     encoders.SCHEDULE: encoders.schedule,
     generation.GENERATION: generation.generation,
+    training.STEP: training.step,
+    training.GRADIENTS: training.gradients,
+    training.OPTIMIZERS: training.optimizers,
 }
 
 
@@ -41,9 +45,14 @@ def _run(recording: Recording, name: str, check: Callable) -> dict[str, Any]:
     results: dict[str, Any] = {}
     try:
         for stage, value in check(recording):
-            results[f"{name}/{stage}"] = value
+            results[stage if "/" in stage else f"{name}/{stage}"] = value
     except Exception as error:  # one broken check must not hide the others
-        for array in (f"{name}/{stage}" for stage in recording.arrays(name)):
+        owed = [name, *(file for file in recording.names() if name == training.OPTIMIZERS and _is_parameters(file))]
+        for array in (f"{file}/{stage}" for file in owed for stage in recording.arrays(file)):
             if not recording.is_exempt(array):
                 results.setdefault(array, error)
     return results
+
+
+def _is_parameters(file: str) -> bool:
+    return file.startswith(PARAMETERS)

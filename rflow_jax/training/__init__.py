@@ -1,0 +1,1 @@
+"""Training of the corrector: its objective and its optimizers."""

@@ -1,0 +1,116 @@
+"""Optimizers through optax, after a clip of the gradients' global norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rflow_jax.errors import InputError
+from rflow_jax.typing import Array, Float
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer, and how; the defaults are the original's.
+
+    Attributes:
+        name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
+        lr: learning rate.
+        clip: the gradients' global norm is cut down to this.
+        weight_decay: decoupled, as in AdamW.
+        betas: decay of the averages of gradients and of their squares.
+        eps: added to the denominator.
+        d0: Prodigy's first guess of the step size.
+        d_coef: Prodigy's guesses are multiplied by this.
+        safeguard_warmup: keep a learning rate that warms up from inflating Prodigy's guess.
+    """
+
+    name: Literal["prodigy", "adamw", "sgd"] = "prodigy"
+    lr: float = 1.0
+    clip: float = 0.5
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    d0: float = 1e-6
+    d_coef: float = 1.0
+    safeguard_warmup: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip", "eps", "d0", "d_coef"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}: give a positive number")
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optimizer with its clip in front."""
+    return optax.chain(optax.clip_by_global_norm(config.clip), _after_clip(config))
+
+
+def _after_clip(config: OptimizerConfig) -> optax.GradientTransformation:
+    if config.name == "sgd":
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(config.lr))
+    if config.name == "adamw":
+        b1, b2 = config.betas
+        return optax.adamw(config.lr, b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
+    return prodigy(config)
+
+
+def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:
+    """optax's Prodigy (which always corrects the bias of its averages), with the weight decay as a step of its own.
+
+    The first steps are smaller than the last bits of the parameters, so the order of rounding shows: as in PyTorch,
+    the decayed parameter is rounded before the step is added. In one sum, a decay that would be rounded away adds to
+    every step.
+    """
+    inner = optax.contrib.prodigy(
+        config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        estim_lr0=config.d0,
+        estim_lr_coef=config.d_coef,
+        safeguard_warmup=config.safeguard_warmup,
+    )
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        beta1, beta2 = config.betas
+        taken = state.count + 1
+        correction = (1 - beta2**taken) ** 0.5 / (1 - beta1**taken)
+        decay = config.weight_decay * config.lr * state.estim_lr * correction
+        steps, state = inner.update(updates, state, params)
+
+        def change(p: Array, step: Array) -> Array:
+            return (p - decay * p) + step - p
+
+        return jax.tree.map(change, params, steps), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+class ProdigyNumbers(NamedTuple):
+    """What Prodigy knows of its step size, in the names of the ``prodigyopt`` package."""
+
+    d: Float[Array, ""]
+    d_max: Float[Array, ""]
+    d_numerator: Float[Array, ""]
+    d_denom: Float[Array, ""]
+    d_hat: Float[Array, ""]
+
+
+def prodigy_numbers(state: Any, d_coef: float = 1.0) -> ProdigyNumbers | None:
+    """Reads them from an optimizer's state; None for another optimizer."""
+    found = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_prodigy) if _is_prodigy(leaf)]
+    if not found:
+        return None
+    (prodigy,) = found
+    denominator = jnp.asarray(optax.tree.sum(jax.tree.map(lambda s: jnp.sum(jnp.abs(s)), prodigy.grad_sum)))
+    d, numerator = prodigy.estim_lr, prodigy.numerator_weighted
+    # d never falls, so it is also the greatest guess so far.
+    return ProdigyNumbers(d, d, numerator, denominator, d_coef * numerator / denominator)
+
+
+def _is_prodigy(state: Any) -> bool:
+    return isinstance(state, optax.contrib.ProdigyState)
