@@ -144,9 +144,9 @@ class _Progress:
     """A bar in bytes on standard error."""
 
     def __enter__(self) -> _Progress:
-        from rflow_jax.weights.bundle import byte_progress
+        from rflow_jax.progress import byte_progress
 
-        self._bar = byte_progress(sys.stderr.isatty())
+        self._bar = byte_progress()
         self._bar.start()
         self._task = self._bar.add_task("reading")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 
@@ -10,10 +11,17 @@ def main(folder: str) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the recordings are float32 on a CPU
+    from rflow_jax.progress import count_progress
     from rflow_jax.verify.report import summary
     from rflow_jax.verify.run import verify
 
-    verdicts = verify(Path(folder))
+    with count_progress() as bar:
+        task = bar.add_task("checking", total=None)
+        begun = itertools.count()
+        verdicts = verify(
+            Path(folder),
+            lambda name, of: bar.update(task, description=f"checking {name}", total=of, completed=next(begun)),
+        )
     for line in verdicts:
         print(line)
     print(summary(verdicts))

@@ -12,6 +12,7 @@ import PIL.Image
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.progress import count_progress
 from rflow_jax.search.store import png_bytes, write_file
 from rflow_jax.settings import Settings
 
@@ -78,26 +79,34 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
 
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
     used = asdict(pipe.resolve(settings))
-
-    def on_images(first: int, images: list[Image]) -> None:
-        for number, image in enumerate(images, first):
-            record = records[number] | {"file": f"{names[number]}.png", "settings": used}
-            # The record comes first: an image is never without one.
-            write_file(out / f"{names[number]}.json", json.dumps(record, ensure_ascii=False, indent=2) + "\n")
-            write_file(out / f"{names[number]}.png", png_bytes(image))
-
     count = config.num_images
-    pipe.generate(
-        [config.prompt] * count,
-        seeds=_seeds(config),
-        conditions=None if condition is None else [condition] * count,
-        reflections=[config.reflection or None] * count,
-        refined_prompts=[config.refined_prompt or None] * count,
-        settings=settings,
-        on_images=on_images,
-    )
+    with count_progress() as bar:
+        task = bar.add_task("compiling and generating", total=count)
+
+        def on_images(first: int, images: list[Image]) -> None:
+            for number, image in enumerate(images, first):
+                _write(out / names[number], image, records[number] | {"settings": used})
+            bar.update(task, advance=len(images), description="generating")
+
+        pipe.generate(
+            [config.prompt] * count,
+            seeds=_seeds(config),
+            conditions=None if condition is None else [condition] * count,
+            reflections=[config.reflection or None] * count,
+            refined_prompts=[config.refined_prompt or None] * count,
+            settings=settings,
+            on_images=on_images,
+        )
     print(f"{count} image{'s' if count > 1 else ''} in {out}")
     return 0
+
+
+def _write(base: Path, image: Image, record: dict[str, Any]) -> None:
+    """The record comes first: an image is never without one."""
+    picture = base.with_name(f"{base.name}.png")
+    text = json.dumps(record | {"file": picture.name}, ensure_ascii=False, indent=2)
+    write_file(base.with_name(f"{base.name}.json"), text + "\n")
+    write_file(picture, png_bytes(image))
 
 
 def _seeds(config: GenerateConfig) -> list[Seed]:

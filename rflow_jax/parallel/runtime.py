@@ -14,6 +14,6 @@ def use_compilation_cache() -> None:
     In ``$JAX_COMPILATION_CACHE_DIR`` if that (or JAX's own setting) names a folder, else in
     ``$XDG_CACHE_HOME/rflow_jax`` (``~/.cache/rflow_jax``).
     """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "rflow_jax" / "compiled"))

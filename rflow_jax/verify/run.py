@@ -27,17 +27,22 @@ CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
 }
 
 
-def verify(root: Path) -> list[Line]:
+def verify(root: Path, on_check: Callable[[str, int], None] | None = None) -> list[Line]:
     """Compares this package with the recordings below ``root``: a line for each recorded array.
 
     A check that breaks off is a FAIL on each array that it still owed, and the others go on.
+
+    Args:
+        on_check: told the name of each check when it begins, and how many there are.
     """
     recording = Recording(root)
     results: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        for name, check in CHECKS.items():
-            if recording.has(name):
-                results |= _run(recording, name, check)
+        due = {name: check for name, check in CHECKS.items() if recording.has(name)}
+        for name, check in due.items():
+            if on_check:
+                on_check(name, len(due))
+            results |= _run(recording, name, check)
     return list(lines(recording, results))
 
 

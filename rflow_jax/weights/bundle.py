@@ -11,15 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import PATCH
@@ -31,6 +22,7 @@ from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach
 from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.progress import byte_progress
 from rflow_jax.prompts import Tokenizers
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, Component, read_json
@@ -194,15 +186,3 @@ class Source:
         if self.files is None:
             return load_stored(network, self.place, **how)
         return load_into(network, component.table_for(self.files, config), self.files, **how)
-
-
-def byte_progress(show: bool) -> Progress:
-    """A progress bar in bytes, on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
