@@ -96,8 +96,7 @@ def _run(
     trajectory = jax.jit(partial(_sample, pipeline, program, rope))(
         bundle.weights, jnp.asarray(z["in_latents"]), given, black_steps, scales
     )
-    # Not decoded by the pipeline, which works in tiles where a picture is larger than the autoencoder's own size: the
-    # original never does.
+    # Decoded apart from the sampling: one compiled decoder serves all runs.
     raw = decode(vae, vae.unscale(unpack(trajectory[-1], *(PATCH * side for side in program.image_grid))))
     yield "latents_steps", trajectory
     yield "image_raw", nchw(raw)
