@@ -15,7 +15,10 @@ from flax import nnx
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 diffusers = pytest.importorskip("diffusers", reason="the parity extra is not installed")
 
+from diffusers.models.embeddings import get_timestep_embedding
+
 from rflow_jax.flow.latents import image_ids, rope_for, text_ids
+from rflow_jax.models.flux.embeddings import TIME_FEATURES, TIME_SCALE, time_features
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.weights.components import TRANSFORMER
 from rflow_jax.weights.files import TensorFiles
@@ -101,3 +104,10 @@ def test_forward_of_one_file_and_of_shards(reference, tmp_path):
     assert len(list((tmp_path / "shards").rglob("*.safetensors"))) > 2
     for name in ("whole", "shards"):
         assert relative_error(ours(load(tmp_path / name), arrays), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("value", [0.0, 0.37, 1.0, 3.5, 7.3, 10.0])
+def test_time_features_to_the_last_bit_of_their_frequencies(value):
+    times = torch.tensor([value], dtype=torch.float32) * TIME_SCALE
+    want = get_timestep_embedding(times, TIME_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert relative_error(time_features(jnp.asarray([value], jnp.float32)), want.numpy()) < 1e-6

@@ -26,7 +26,7 @@ def test_every_recording_of_the_models_is_matched(verdicts):
     covered = [line for line in verdicts if line.file[:2].isdigit()]
     assert {line.file for line in covered} >= set(CHECKS)
     assert [str(line) for line in covered if line.status not in ("ok", "exempt")] == ["08_optim clip2 - - input"]
-    assert sum(line.status == "ok" for line in covered) > 450
+    assert sum(line.status == "ok" for line in covered) > 400
 
 
 def test_only_what_the_metadata_names_is_exempt(verdicts, golden):
