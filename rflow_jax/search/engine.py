@@ -4,6 +4,7 @@ Prompts are searched in groups, so that batches fill across prompts and memory s
 batch is made, the images of the last one are scored.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -151,14 +152,16 @@ class Search:
 
     def _make(self, pipe: Any, jobs: Sequence[_Job]) -> None:
         """Generates, stores and scores one image a job; the samples are then part of their prompts."""
-        scores: list[Future[list[Verdict | None]]] = []
+        waiting: deque[tuple[Sequence[_Job], Future[list[Verdict | None]]]] = deque()
 
         def on_images(first: int, images: list[Image]) -> None:
             batch = jobs[first : first + len(images)]
             for job, image in zip(batch, images, strict=True):
                 job.prompt.folder.write_image(job.sample.file, image)
             self._counters.made(len(images))
-            scores.append(self._scorers.submit(self._score, batch, images))
+            waiting.append((batch, self._scorers.submit(self._score, batch, images)))
+            while waiting and waiting[0][1].done():
+                self._keep(*waiting.popleft())
 
         conditions = [job.condition for job in jobs if job.condition is not None]
         pipe.generate(
@@ -170,9 +173,12 @@ class Search:
             settings=self.config.settings,
             on_images=on_images,
         )
-        # Batches are handed over in the order of the jobs, so the verdicts are in that order too.
-        verdicts = [verdict for batch in scores for verdict in batch.result()]
-        for job, verdict in zip(jobs, verdicts, strict=True):
+        while waiting:
+            self._keep(*waiting.popleft())
+
+    def _keep(self, jobs: Sequence[_Job], verdicts: Future[list[Verdict | None]]) -> None:
+        """Waits for the scores of a batch, and records its images; batches come in the order of their jobs."""
+        for job, verdict in zip(jobs, verdicts.result(), strict=True):
             job.prompt.samples.append(replace(job.sample, verdict=verdict))
         for prompt in {id(job.prompt): job.prompt for job in jobs}.values():
             prompt.folder.write_records(prompt.samples, self._made_with)

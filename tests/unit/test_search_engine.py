@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from rflow_jax.chat import png_bytes
 from rflow_jax.language.base import Case, Written
+from rflow_jax.search import engine
 from rflow_jax.search.config import SearchConfig, Stage
 from rflow_jax.search.engine import Correction, Search
 from rflow_jax.search.store import claim_folder
@@ -231,6 +233,40 @@ def test_images_are_scored_while_others_are_made(tmp_path):
     config = replace(CONFIG, settings=replace(CONFIG.settings, batch_size=2))
     counters = Search(config, Pipe(), Waiting(), None, tmp_path).run({3: ENTRIES[3]})
     assert counters.scored == 4
+
+
+def test_an_interrupted_stage_keeps_the_records_of_what_was_scored(tmp_path, monkeypatch):
+    class AtOnce:
+        def __init__(self, workers):
+            pass
+
+        def submit(self, function, *args):
+            done = Future()
+            done.set_result(function(*args))
+            return done
+
+        def shutdown(self, **more):
+            pass
+
+    class Pipe(FakePipeline):
+        def without_lora(self):
+            return self
+
+        def generate(self, prompts, *, on_images, **more):
+            def heard(first, images):
+                if first == 6:
+                    raise KeyboardInterrupt
+                on_images(first, images)
+
+            return super().generate(prompts, on_images=heard, **more)
+
+    monkeypatch.setattr(engine, "ThreadPoolExecutor", AtOnce)
+    with pytest.raises(KeyboardInterrupt):
+        Search(CONFIG, Pipe(), HashVerifier(), None, tmp_path).run({3: ENTRIES[3], 4: ENTRIES[4]})
+    for index, count in {3: 4, 4: 2}.items():
+        records = [json.loads(line) for line in (tmp_path / f"{index:05d}/records.jsonl").read_text().splitlines()]
+        assert [record["id"] for record in records] == list(range(count))
+        assert all(record["verdict"]["score"] == score_in(tmp_path, record) for record in records)
 
 
 def test_a_folder_with_files_is_refused(tmp_path):
