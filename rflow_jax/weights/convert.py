@@ -13,12 +13,13 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component, read_json
+from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.folders import TRANSFORMER_CLASS, ModelPath, describe
 from rflow_jax.weights.load import parameter_shapes
 from rflow_jax.weights.names.flux import bfl_config, bfl_table
 from rflow_jax.weights.pickles import is_pickle, open_pickle
-from rflow_jax.weights.save import Conversion, Storage, save, write_model_file
+from rflow_jax.weights.save import Storage, save, write_model_file
 from rflow_jax.weights.tables import Table, plan
 from rflow_jax.weights.writing import need_space, whole
 

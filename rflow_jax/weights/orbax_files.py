@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import type_handlers
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.save import Conversion, Leaf, OnBytes
+from rflow_jax.weights.conversion import Conversion, Leaf, OnBytes
 
 WINDOW_BYTES = 2**28  # being written, or read, at once
 

@@ -7,17 +7,12 @@ index, or an Orbax checkpoint in ``params/``. ``rflow_model.json`` at the top, w
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.tables import Plan
+from rflow_jax.weights.conversion import Conversion, Leaf, OnBytes
 from rflow_jax.weights.writing import write_safetensors
 
 Storage = Literal["safetensors", "orbax"]
@@ -27,60 +22,6 @@ FORMAT, VERSION = "rflow_jax model", 1
 INDEX_FILE = "params.safetensors.index.json"
 ORBAX_FOLDER = "params"
 SHARD_BYTES = 2**30
-AHEAD_BYTES = 2**28  # of the checkpoint's tensors read before they are needed
-
-OnBytes = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One parameter to be written: our path, and what it will be in the file."""
-
-    path: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-class Conversion:
-    """A checkpoint seen through a plan: what it will become, and that, one parameter at a time.
-
-    Args:
-        dtype: of the parameters; None keeps each tensor's.
-    """
-
-    def __init__(self, the_plan: Plan, files: TensorFiles, dtype: Any = None):
-        self.plan = the_plan
-        self.files = files
-        self.dtype = None if dtype is None else np.dtype(dtype)
-        self.keys = [key for key in files if key in the_plan.entries]
-
-    def leaves(self) -> list[Leaf]:
-        """Every parameter, in the order of the checkpoint's files."""
-        return [
-            Leaf(target.path, self.dtype or self.files[key].dtype, target.shape)
-            for key in self.keys
-            for target in self.plan.entries[key]
-        ]
-
-    def stream(self, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """(our path, parameter) in the order of :meth:`leaves`; the host holds a few tensors at a time."""
-        for key, tensor in self.files.stream(self.keys, ahead=AHEAD_BYTES):
-            yield from self._ours(key, tensor)
-            if on_bytes:
-                on_bytes(tensor.nbytes)
-
-    def read(self, key: str) -> dict[str, np.ndarray]:
-        """The parameters that one of the checkpoint's tensors holds."""
-        return dict(self._ours(key, self.files.read(key)))
-
-    def _ours(self, key: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        for target, rows in self.plan.split(key, tensor):
-            value = target.to_ours(rows)
-            yield target.path, np.ascontiguousarray(value if self.dtype is None else value.astype(self.dtype))
 
 
 def save_safetensors(
@@ -106,7 +47,7 @@ def save(conversion: Conversion, folder: Path, storage: Storage, *, on_bytes: On
     if storage == "safetensors":
         save_safetensors(conversion, folder, on_bytes=on_bytes)
     else:
-        from rflow_jax.weights.orbax_files import save_orbax
+        from rflow_jax.weights.orbax_files import save_orbax  # slow to import
 
         save_orbax(conversion, folder / ORBAX_FOLDER, on_bytes=on_bytes)
 

@@ -21,12 +21,13 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.weights.components import COMPONENTS, TRANSFORMER
+from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.convert import Options, convert_flux
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.folders import describe
 from rflow_jax.weights.load import load_into, parameter_shapes, parameter_values
 from rflow_jax.weights.names.flux import BFL, BFL_PREFIX
-from rflow_jax.weights.save import INDEX_FILE, MODEL_FILE, Conversion, save_safetensors
+from rflow_jax.weights.save import INDEX_FILE, MODEL_FILE, save_safetensors
 from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
 from rflow_jax.weights.tables import plan
 from rflow_jax.weights.writing import PARTIAL, write_safetensors
