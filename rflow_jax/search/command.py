@@ -4,15 +4,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rflow_jax.chat import public_url
 from rflow_jax.language.http import REFINE_PROMPT, REFLECTION_PROMPT, HttpWriter
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.engine import Correction, Search
 from rflow_jax.search.progress import Counters
 from rflow_jax.search.prompts import read_prompts, slice_prompts
-from rflow_jax.search.store import claim_folder, write_file
+from rflow_jax.search.store import claim_folder, write_config
 from rflow_jax.verifiers.openai import OpenAIVerifier
 
 
@@ -58,7 +56,7 @@ def _run(config: SearchConfig, where: RunConfig, correct: bool) -> int:
 
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    write_file(out / "config.yaml", yaml.safe_dump(_to_publish(config, where), sort_keys=False))
+    write_config(out, _to_publish(config, where))
     counters = Search(config, pipe, verifier, correction, out).run(entries)
     print(_summary(len(entries), counters, out, verified=verifier is not None))
     return 1 if verifier and not counters.scored else 0

@@ -15,11 +15,13 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL.Image import Image
 
 from rflow_jax.chat import png_bytes
@@ -46,15 +48,35 @@ def claim_folder(out: Path) -> None:
     """Makes the folder of a new run.
 
     Raises:
-        InputError: the folder holds files already, or cannot be made.
+        InputError: the folder holds files already, cannot be made, or cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         taken = any(out.iterdir())
+        # Said now, and not after the model has been loaded.
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
     if taken:
-        raise InputError(f"{out}: holds files of another run; give an empty or new folder as --out")
+        raise _taken(out)
+
+
+def write_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Writes ``config.yaml``, the first file of a run, once the model is there.
+
+    Raises:
+        InputError: another run has begun in this folder since it was claimed.
+    """
+    try:
+        # Made by one of two runs only, however close they are.
+        with open(out / "config.yaml", "x", encoding="utf-8") as file:
+            yaml.safe_dump(config, file, sort_keys=False)
+    except FileExistsError as error:
+        raise _taken(out) from error
+
+
+def _taken(out: Path) -> InputError:
+    return InputError(f"{out}: holds files of another run; give an empty or new folder as --out")
 
 
 class PromptFolder:

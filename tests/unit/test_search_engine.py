@@ -14,7 +14,7 @@ from rflow_jax.language.base import Case, Written
 from rflow_jax.search import engine
 from rflow_jax.search.config import SearchConfig, Stage
 from rflow_jax.search.engine import Correction, Search
-from rflow_jax.search.store import claim_folder
+from rflow_jax.search.store import claim_folder, write_config
 from rflow_jax.settings import Settings
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.fake_pipeline import FakePipeline
@@ -275,3 +275,22 @@ def test_a_folder_with_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds files of another run"):
         claim_folder(tmp_path / "new/run")
     assert (tmp_path / "new/run/kept.txt").read_text() == "x"
+
+
+def test_only_one_of_two_runs_that_found_a_folder_empty_gets_it(tmp_path):
+    for _ in range(2):
+        claim_folder(tmp_path / "run")
+    write_config(tmp_path / "run", {"seed": 1})
+    with pytest.raises(ValueError, match="holds files of another run"):
+        write_config(tmp_path / "run", {"seed": 2})
+    assert (tmp_path / "run/config.yaml").read_text() == "seed: 1\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    # Not by permissions: they do not hold for root.
+    monkeypatch.setattr("rflow_jax.search.store.tempfile.TemporaryFile", refused)
+    with pytest.raises(ValueError, match=r"cannot use this folder \(Permission denied\)"):
+        claim_folder(tmp_path)
