@@ -1,5 +1,6 @@
 """``infer.py noise`` and ``infer.py reflect``."""
 
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def _run(config: SearchConfig, where: RunConfig, correct: bool) -> int:
     write_config(out, _to_publish(config, where))
     counters = Search(config, pipe, verifier, correction, out).run(entries)
     print(_summary(len(entries), counters, out, verified=verifier is not None))
+    if counters.first_failure:
+        print(f"the first failure was: {counters.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
     return 1 if verifier and not counters.scored else 0
 
 
@@ -74,7 +77,10 @@ def _to_publish(config: SearchConfig, where: RunConfig) -> dict[str, Any]:
 
 
 def _summary(prompts: int, counters: Counters, out: Path, verified: bool) -> str:
-    scores = f"{counters.scored} scored, {counters.unscored} without a score, " if verified else ""
-    texts = f"{counters.text_failures} texts failed; " if counters.text_failures else ""
+    counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{counters.images} images"]
+    if verified:
+        counts += [f"{counters.scored} scored", f"{counters.unscored} without a score"]
+    if counters.text_failures:
+        counts.append(f"{counters.text_failures} texts failed")
     best = f"the best lie in {out}/*/samples_best" if counters.scored else f"the images lie in {out}/*/samples"
-    return f"{prompts} prompts, {counters.images} images, {scores}{texts}{best}".replace(", the", "; the")
+    return f"{', '.join(counts)}; {best}"

@@ -135,7 +135,7 @@ class Search:
         ):
             failures = {"reflection": reflection.error, "refined prompt": refined.error}
             errors = tuple(f"{what}: {error}" for what, error in failures.items() if error is not None)
-            self._counters.failed_texts(len(errors))
+            self._counters.failed_texts(errors)
             sample = replace(
                 self._plan(prompt, number, branch),
                 parent=parent,
@@ -187,8 +187,8 @@ class Search:
         if self.verifier is None:
             return [None] * len(images)
         verdicts = self.verifier.score(images, [job.prompt.entry for job in jobs])
-        scored = sum(verdict.scored for verdict in verdicts)
-        self._counters.judged(scored, len(verdicts) - scored)
+        reasons = [f"score: {verdict.error or 'not a number'}" for verdict in verdicts if not verdict.scored]
+        self._counters.judged(len(verdicts) - len(reasons), reasons)
         return [*verdicts]
 
     def _close(self) -> None:

@@ -1,6 +1,7 @@
 """What a run shows while it works."""
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -22,6 +23,7 @@ class Counters:
         self.scored = 0
         self.unscored = 0
         self.text_failures = 0
+        self.first_failure: str | None = None
         self._lock = threading.Lock()
         console = Console(stderr=True)
         self._progress = Progress(
@@ -43,18 +45,25 @@ class Counters:
             self.images += count
         self._progress.update(self._image_task, advance=count)
 
-    def judged(self, scored: int, unscored: int) -> None:
-        """So many further images were scored, or could not be."""
+    def judged(self, scored: int, reasons: Sequence[str]) -> None:
+        """So many further images were scored; for the others, why they could not be."""
+        unscored = len(reasons)
         with self._lock:
             self.scored += scored
             self.unscored += unscored
+            self._remember(reasons)
         self._progress.update(self._score_task, advance=scored + unscored, note=self._note())
 
-    def failed_texts(self, count: int) -> None:
-        """So many further reflections or refinements could not be written."""
+    def failed_texts(self, reasons: Sequence[str]) -> None:
+        """Why further reflections or refinements could not be written; one reason each."""
         with self._lock:
-            self.text_failures += count
+            self.text_failures += len(reasons)
+            self._remember(reasons)
         self._progress.update(self._score_task, note=self._note())
+
+    def _remember(self, reasons: Sequence[str]) -> None:
+        if self.first_failure is None and reasons:
+            self.first_failure = reasons[0]
 
     def _note(self) -> str:
         failures = self.unscored + self.text_failures

@@ -195,9 +195,13 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
     with OpenAIServer([Fault("status", status=401, when=lambda call: "picture 2" in call.text)]) as server:
         url = server.base_url.replace("//", "//user:hidden@")
         assert call(*reflect_argv(prompts, out, url, "--start=1", "--end=3")) == 0
-    assert capsys.readouterr().out == (
+    said = capsys.readouterr()
+    assert said.out == (
         f"2 prompts, 12 images, 6 scored, 6 without a score, 8 texts failed; the best lie in {out}/*/samples_best\n"
     )
+    assert said.err.startswith("the first failure was: score: Error code: 401")
+    assert said.err.endswith(f"; all are in {out}/*/records.jsonl\n")
+    assert KEY not in said.err
     assert sorted(child.name for child in out.iterdir()) == ["00001", "00002", "config.yaml"]
     for file in out.rglob("*"):
         assert file.is_dir() or not any(word in file.read_bytes() for word in (KEY.encode(), b"hidden"))
