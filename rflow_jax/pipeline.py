@@ -125,7 +125,7 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         seeds: Sequence[Seed],
-        conditions: Sequence[Image.Image] | None = None,
+        conditions: Sequence[Image.Image | None] | None = None,
         reflections: Sequence[str | None] | None = None,
         refined_prompts: Sequence[str | None] | None = None,
         settings: Settings = Settings(),
@@ -139,7 +139,7 @@ class Pipeline:
         Args:
             prompts: CLIP is told these, and T5 too where nothing else is said.
             seeds: one a prompt; a tuple such as (seed, prompt, round, branch) is a seed as well.
-            conditions: the images to correct, one a prompt; None: plain generation.
+            conditions: the images to correct, one a prompt; None: plain generation of all.
             reflections: what to change, told to T5.
             refined_prompts: told to T5 in place of the prompt.
             settings: sizes, steps, scales; ``batch_size`` images are made at a time.
@@ -150,7 +150,7 @@ class Pipeline:
                 effect (it acts on condition tokens and there is no condition).
         """
         samples = _samples(prompts, seeds, conditions, reflections, refined_prompts)
-        if samples and self.bundle.has_lora and conditions is None and not settings.latent_lora:
+        if samples and self.bundle.has_lora and samples[0].condition is None and not settings.latent_lora:
             raise InputError(
                 "the LoRA acts on condition tokens only, and without a condition it has no effect: give a condition, "
                 "set latent_lora, or leave the LoRA out"
@@ -374,7 +374,7 @@ class _Sample:
 def _samples(
     prompts: Sequence[str],
     seeds: Sequence[Seed],
-    conditions: Sequence[Image.Image] | None,
+    conditions: Sequence[Image.Image | None] | None,
     reflections: Sequence[str | None] | None,
     refined_prompts: Sequence[str | None] | None,
 ) -> list[_Sample]:
@@ -388,6 +388,9 @@ def _samples(
     for name, column in columns.items():
         if len(column) != len(prompts):
             raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
+    without = sum(condition is None for condition in columns["conditions"])
+    if 0 < without < len(prompts):
+        raise InputError(f"generate: {without} of {len(prompts)} prompts have no condition; generate these apart")
     return [
         _Sample(prompt, t5_prompt(refined or prompt, reflection), seed, condition)
         for prompt, seed, condition, reflection, refined in zip(prompts, *columns.values(), strict=True)

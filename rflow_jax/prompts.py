@@ -14,6 +14,7 @@ import numpy as np
 from rflow_jax.errors import InputError
 
 REFLECTION_MARK = "[Reflexion]"  # as in the training data of the corrector
+CLIP_TOKENIZER, T5_TOKENIZER = "tokenizer", "tokenizer_2"  # subfolders of a model
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ class Tokenizers:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self._clip = _load(Path(folder) / "tokenizer")
-        self._t5 = _load(Path(folder) / "tokenizer_2")
+        self._clip = _load(Path(folder) / CLIP_TOKENIZER)
+        self._t5 = _load(Path(folder) / T5_TOKENIZER)
 
     def clip(self, texts: Sequence[str], max_length: int) -> np.ndarray:
         """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
@@ -62,10 +63,15 @@ def _load(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(folder)
         # As it was saved: Transformers would build T5's again from its sentencepiece model, and say so each time.
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        special = {name: config[name] for name in SPECIAL_TOKENS if isinstance(config.get(name), str)}
+        special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
         return PreTrainedTokenizerFast(tokenizer_file=str(ready), **special)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def _token(entry: str | dict[str, Any]) -> str:
+    """A special token's text; some versions of Transformers write its properties along."""
+    return entry if isinstance(entry, str) else entry["content"]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) -> np.ndarray:

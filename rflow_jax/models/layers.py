@@ -85,8 +85,10 @@ class Linear(nnx.Module):
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_scale is not None
-        low = jnp.dot(x, self.lora_a[...].astype(x.dtype)) * self.lora_scale[...].astype(x.dtype)
-        return jnp.dot(low, self.lora_b[...].astype(x.dtype))
+        low = jnp.dot(x, self.lora_a[...].astype(x.dtype))
+        # The scale stays float32: alpha / rank need not be a number of bfloat16.
+        scaled = (low * self.lora_scale[...]).astype(x.dtype)
+        return jnp.dot(scaled, self.lora_b[...].astype(x.dtype))
 
 
 class LayerNorm(nnx.Module):

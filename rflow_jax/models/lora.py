@@ -118,9 +118,9 @@ def attach(
 
 def attach_shapes(model: Model, ranks: Mapping[str, int], *, dtype: Dtype = jnp.float32) -> Model:
     """Attaches abstract adapters of the given ranks: for compiling a program before its LoRA is read."""
-    modules = linears(model)
+    modules, shapes = linears(model), linear_shapes(model)
     for path, rank in ranks.items():
-        d_in, d_out = linear_shapes(model)[path] if path in modules else _no_linear(path)
+        d_in, d_out = shapes[path] if path in modules else _no_linear(path)
         _set(
             modules[path],
             {

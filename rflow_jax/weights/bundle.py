@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,10 @@ from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import LoRAScale
-from rflow_jax.models.lora import attach
+from rflow_jax.models.lora import attach, check_fit, linear_shapes
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.progress import byte_progress
-from rflow_jax.prompts import Tokenizers
+from rflow_jax.prompts import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, Component, read_json
 from rflow_jax.weights.files import TensorFiles
@@ -114,8 +113,11 @@ def load_bundle(
     put = None if mesh is None else sharding_for(mesh)
     with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds: meanwhile, read weights
         tokenizers = aside.submit(Tokenizers, root)
-        networks = _load_networks(places, configs, kind, put, progress)
-    transformer: Any = networks[components.TRANSFORMER.folder]
+        networks = {component.folder: component.abstract(configs[component.folder], kind) for component in COMPONENTS}
+        transformer: Any = networks[components.TRANSFORMER.folder]
+        if adapters is not None:  # said before gigabytes are read, and not after
+            check_fit(adapters.adapters, linear_shapes(transformer), adapters.where)
+        _load_networks(networks, places, configs, kind, put, progress)
     if adapters is not None:
         attach(transformer, adapters.adapters, dtype=kind, where=adapters.where)
     flux_graph, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
@@ -142,23 +144,28 @@ def _places(model: str, found: ModelPath) -> dict[str, Path]:
     missing = [component.folder for component in COMPONENTS if component.folder not in found.components]
     if missing:
         raise InputError(f"{model}: holds no {', '.join(missing)}; generating needs all four networks of a FLUX model")
+    if missing := [name for name in (CLIP_TOKENIZER, T5_TOKENIZER) if not (found.path / name).is_dir()]:
+        raise InputError(f"{model}: holds no {', '.join(missing)}; fetch the whole folder")
     return found.components
 
 
 def _load_networks(
-    places: dict[str, Path], configs: dict[str, Any], dtype: Any, put: ShardingFor | None, progress: bool
-) -> dict[str, nnx.Module]:
-    """Every network with its weights; one bar, in bytes, over all of them."""
+    networks: dict[str, Any],
+    places: dict[str, Path],
+    configs: dict[str, Any],
+    dtype: Any,
+    put: ShardingFor | None,
+    progress: bool,
+) -> None:
+    """Fills every network with its weights; one bar, in bytes, over all of them."""
     sources = {folder: Source.open(place) for folder, place in places.items()}
     with byte_progress(progress) as bar:
         task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
-        networks = {}
         for component in COMPONENTS:
-            bar.update(task, description=f"loading {component.folder}")
-            networks[component.folder] = sources[component.folder].load(
-                component, configs[component.folder], dtype, put, lambda done: bar.advance(task, done)
-            )
-    return networks
+            name = component.folder
+            bar.update(task, description=f"loading {name}")
+            how = {"dtype": dtype, "sharding_for": put, "on_bytes": lambda done: bar.advance(task, done)}
+            sources[name].load(networks[name], component, configs[name], **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +184,13 @@ class Source:
         files = TensorFiles.open(place)
         return cls(place, files.nbytes, files)
 
-    def load(
-        self, component: Component, config: Any, dtype: Any, put: ShardingFor | None, on_bytes: Callable[[int], None]
-    ) -> nnx.Module:
-        """The network with its weights on the devices."""
-        network = component.abstract(config, dtype)
-        how: dict[str, Any] = {"dtype": dtype, "sharding_for": put, "on_bytes": on_bytes}
+    def load(self, network: nnx.Module, component: Component, config: Any, **how: Any) -> None:
+        """Puts the weights of an abstract network on the devices.
+
+        Args:
+            how: as in :func:`rflow_jax.weights.load.load_into`.
+        """
         if self.files is None:
-            return load_stored(network, self.place, **how)
-        return load_into(network, component.table_for(self.files, config), self.files, **how)
+            load_stored(network, self.place, **how)
+        else:
+            load_into(network, component.table_for(self.files, config), self.files, **how)

@@ -44,7 +44,13 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     repository, _, revision = name.partition("@")
     download = partial(
@@ -52,6 +58,8 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
     )
     try:
         return Path(download())
+    except HFValidationError as error:  # such as ../folder
+        raise InputError(f"{name}: no such file or folder, and not a Hub id (owner/name)") from error
     except GatedRepoError as error:
         raise InputError(f"{name}: gated on the Hub; accept its licence there and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:

@@ -17,6 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models import lora as lora_module
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
+from rflow_jax.models.layers import ALL_ROWS, Linear
 from rflow_jax.models.lora import REFLECTION_FLOW, Adapter, attach, init_lora, linear_shapes, select
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.lora_export import export_lora, save_lora
@@ -96,6 +97,15 @@ class TestNetwork:
         assert isinstance(model.image_in.lora_b.get_value(), jax.ShapeDtypeStruct)
         with pytest.raises(InputError, match="no linear"):
             lora_module.attach_shapes(model, {"nothing": 4})
+
+    def test_the_scale_is_not_rounded_to_bfloat16(self):
+        x = jnp.ones((1, 4), jnp.bfloat16)
+        linear = Linear(4, 1, use_bias=False, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        linear.kernel.set_value(jnp.zeros((4, 1), jnp.bfloat16))
+        # 257 / 256 would be rounded to 1; 255 * 257 / 256 is 255.996.
+        adapter = Adapter(np.full((1, 4), 255 / 4), np.ones((1, 1)), 257 / 256)
+        attach(nnx.Dict(linear=linear), {"linear": adapter}, dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(linear(x, ALL_ROWS), [[256.0]])
 
     @pytest.mark.parametrize(
         ("adapters", "message"),

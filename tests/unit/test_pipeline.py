@@ -1,6 +1,8 @@
 """The pipeline: what a picture depends on, and what it does not."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,8 +11,11 @@ from PIL import Image
 
 from rflow_jax import InputError, Settings, load_pipeline
 from rflow_jax.images import condition_pixels, fit_to_grid
+from rflow_jax.models.lora import Adapter
 from rflow_jax.pipeline import sample_keys
-from rflow_jax.prompts import t5_prompt
+from rflow_jax.prompts import Tokenizers, t5_prompt
+from rflow_jax.weights import bundle
+from rflow_jax.weights.lora_export import save_lora
 
 SMALL = Settings(height=32, width=48, num_inference_steps=2, condition_size=32, batch_size=3, max_sequence_length=24)
 PROMPTS = ["a cat", "two dogs", "a red cup"]
@@ -90,8 +95,9 @@ def test_every_input_counts(pipe, reference):
             assert not np.array_equal(one, other), what
 
 
-def test_scales_without_effect_at_one(pipe, reference):
-    scaled = dataclasses.replace(SMALL, image_guidance_scale=1.5, condition_scale=0.7)
+@pytest.mark.parametrize("scale", [{"image_guidance_scale": 1.5}, {"condition_scale": 0.7}])
+def test_scales_have_an_effect(pipe, reference, scale):
+    scaled = dataclasses.replace(SMALL, **scale)
     assert not np.array_equal(_generate(pipe, settings=scaled)[0], reference[0])
 
 
@@ -132,6 +138,13 @@ def test_lists_of_different_lengths(pipe, how):
         _generate(pipe, **how)
 
 
+def test_a_condition_for_some_prompts_only(pipe):
+    with pytest.raises(InputError, match="1 of 3 prompts have no condition"):
+        _generate(pipe, conditions=[*_pictures(2), None])
+    with pytest.raises(InputError, match="without a condition it has no effect"):
+        _generate(pipe, conditions=[None] * 3)
+
+
 def test_seeds_of_any_size_give_different_keys():
     seeds = [0, 1, 2**32, 2**32 + 1, 2**70, (0, 1), (1, 0), (0, 0, 1)]
     data = jax.random.key_data(sample_keys(seeds))
@@ -153,15 +166,36 @@ def test_pictures_for_the_network():
     assert condition_pixels(picture, 32).shape == (32, 32, 3)
 
 
+def test_a_lora_for_another_network_is_refused_before_the_weights_are_read(golden, tmp_path, monkeypatch):
+    save_lora({"image_in": Adapter(np.ones((2, 5)), np.ones((7, 2)))}, tmp_path / "other.safetensors")
+    monkeypatch.setattr(bundle, "_load_networks", lambda *_: pytest.fail("read"))
+    with pytest.raises(InputError, match="for another network"):
+        load_pipeline(str(golden / "pipeline"), lora=str(tmp_path / "other.safetensors"), progress=False)
+
+
+def test_special_tokens_with_their_properties(golden, tmp_path):
+    shutil.copytree(golden / "pipeline", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_2" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["pad_token"] = {"__type": "AddedToken", "content": config["pad_token"], "special": True}
+    file.write_text(json.dumps(config))
+    ids = [Tokenizers(folder).t5(["a cat"], 9) for folder in (golden / "pipeline", tmp_path / "model")]
+    np.testing.assert_array_equal(*ids)
+
+
 def test_errors_name_what_to_do(golden, tmp_path):
     for model, message in (
         ("nowhere/at/all", "not a Hub id"),
+        ("../none", "not a Hub id"),
         (str(tmp_path), "is no model"),
         (str(golden / "pipeline" / "transformer" / "config.json"), "is no FLUX transformer|not a safetensors file"),
     ):
         with pytest.raises(InputError, match=message) as error:
             load_pipeline(model, progress=False)
         assert "\n" not in str(error.value)
+    shutil.copytree(golden / "pipeline", tmp_path / "part", ignore=shutil.ignore_patterns("tokenizer_2"))
+    with pytest.raises(InputError, match="holds no tokenizer_2"):
+        load_pipeline(str(tmp_path / "part"), progress=False)
     with pytest.raises(InputError, match="dtype"):
         load_pipeline(str(golden / "pipeline"), dtype="int7")
     with pytest.raises(InputError, match="not a Hub id"):
