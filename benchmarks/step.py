@@ -27,7 +27,7 @@ from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
-from rflow_jax.pipeline import Given, Program, Scales, velocity_of
+from rflow_jax.sampling import Given, Program, Scales, velocity_of
 
 TINY = FluxConfig(
     num_layers=1,

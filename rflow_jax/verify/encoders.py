@@ -16,7 +16,7 @@ from rflow_jax.flow.latents import image_ids, pack, text_ids
 from rflow_jax.flow.schedule import Schedule
 from rflow_jax.images import fit_to_grid
 from rflow_jax.models.autoencoder import AutoencoderKL, sample_posterior
-from rflow_jax.pipeline import to_network_range
+from rflow_jax.sampling import to_network_range
 from rflow_jax.typing import Array
 from rflow_jax.verify.recording import Recording
 from rflow_jax.verify.report import INPUT

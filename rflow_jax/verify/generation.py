@@ -15,8 +15,9 @@ from rflow_jax.flow.latents import PATCH, image_ids, text_ids, unpack
 from rflow_jax.flow.sampler import euler
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope, rope_table
-from rflow_jax.pipeline import Given, Pipeline, Program, Scales, to_pixels, velocity_of
+from rflow_jax.pipeline import Pipeline
 from rflow_jax.prompts import t5_prompt
+from rflow_jax.sampling import Given, Program, Scales, to_pixels, velocity_of
 from rflow_jax.typing import Array
 from rflow_jax.verify.encoders import decode, embed, fitted, image_tokens, nchw
 from rflow_jax.verify.recording import Recording

@@ -12,8 +12,8 @@ from PIL import Image
 from rflow_jax import InputError, Settings, load_pipeline
 from rflow_jax.images import condition_pixels, fit_to_grid
 from rflow_jax.models.lora import Adapter
-from rflow_jax.pipeline import sample_keys
 from rflow_jax.prompts import Tokenizers, t5_prompt
+from rflow_jax.sampling import sample_keys
 from rflow_jax.weights import bundle
 from rflow_jax.weights.lora_export import save_lora
 
@@ -109,6 +109,7 @@ def test_a_lora_that_could_have_no_effect_is_refused(pipe):
 def test_without_lora_is_the_base_model(pipe, golden, reference):
     base = load_pipeline(str(golden / "pipeline"), dtype="float32", progress=False)
     bare = pipe.without_lora()
+    assert pipe.without_lora() is bare
     assert bare.bundle.weights["vae"] is pipe.bundle.weights["vae"]
     for one, other, with_lora in zip(_generate(bare), _generate(base), reference, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -1,0 +1,210 @@
+"""The compiled part of generating: tokens and seeds -> noise and encodings -> pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.errors import InputError
+from rflow_jax.flow.latents import PATCH, pack, rope_for, unpack
+from rflow_jax.flow.sampler import euler, guided
+from rflow_jax.models.attention import AttentionImpl
+from rflow_jax.models.autoencoder import AutoencoderKL, sample_posterior
+from rflow_jax.models.flux.blocks import Context
+from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.models.flux.embeddings import Rope
+from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
+from rflow_jax.typing import Array, Float, Int, UInt8
+
+Seed = int | tuple[int, ...]
+CONDITION_TIME = 0.0  # the condition is clean
+BLACK_GUIDANCE = 1.0  # the distilled guidance of the branch with the black condition
+
+# What a sample's key is folded with for each of its draws.
+NOISE, CONDITION, BLACK = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program depends on, besides the shapes of its arguments."""
+
+    height: int
+    width: int
+    condition_size: int | None  # None: no condition
+    token_pixels: int
+    flags: ConditionFlags
+    use_image_guidance: bool
+    use_condition_scale: bool
+    tiled: bool = False
+    attention: AttentionImpl = "auto"
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return self.height // self.token_pixels, self.width // self.token_pixels
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_grid[0] * self.image_grid[1]
+
+    @property
+    def condition_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of condition tokens."""
+        if self.condition_size is None:
+            return None
+        side = self.condition_size // self.token_pixels
+        return side, side
+
+
+class Inputs(NamedTuple):
+    """One batch, as it leaves the host."""
+
+    clip_ids: Int[Array, "b 77"]
+    t5_ids: Int[Array, "b t"]
+    keys: Array  # [b] random keys
+    condition: UInt8[Array, "b y x 3"] | None
+
+
+class Given(NamedTuple):
+    """What sampling is conditioned on."""
+
+    text: Float[Array, "b t e"]
+    pooled: Float[Array, "b p"]
+    condition: Float[Array, "b c f"] | None
+    black: Float[Array, "b c f"] | None
+
+
+class Scales(NamedTuple):
+    """Numbers that change without a new compilation."""
+
+    sigmas: Float[Array, " n"]
+    guidance: Float[Array, ""]
+    condition_scale: Float[Array, ""]
+    image_guidance_scale: Float[Array, ""]
+
+
+def sample_keys(seeds: Sequence[Seed]) -> Array:
+    """One key a seed, [b]; whole numbers of any size, or tuples of them.
+
+    The generator is named, so that neither JAX's defaults nor a seed above 32 bits change a picture.
+    """
+    data = np.stack([np.frombuffer(_digest(seed), np.uint32, count=2) for seed in seeds])
+    return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
+
+
+def _digest(seed: Seed) -> bytes:
+    """A hash of the numbers as they are written: no two seeds share it, of whatever size and length."""
+    numbers = seed if isinstance(seed, tuple) else (seed,)
+    if not numbers or any(not isinstance(number, int) or number < 0 for number in numbers):
+        raise InputError(f"a seed must be a whole number from 0, or a tuple of them, not {seed!r}")
+    return hashlib.sha256("-".join(map(str, numbers)).encode()).digest()
+
+
+def prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: Inputs) -> tuple[Array, Given]:
+    """Draws the noise, [b, i, f], and encodes the texts and the condition."""
+    _, pooled = nnx.merge(graphs.clip, weights["clip"])(inputs.clip_ids)
+    text = nnx.merge(graphs.t5, weights["t5"])(inputs.t5_ids)
+    vae = nnx.merge(graphs.vae, weights["vae"])
+    factor = vae.config.factor
+    grid = (program.height // factor, program.width // factor, vae.config.latent_channels)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), grid))(inputs.keys)
+    condition = black = None
+    if inputs.condition is not None:
+        encode = partial(encode_condition, vae, dtype, program.tiled)
+        condition = encode(inputs.condition, inputs.keys, CONDITION)
+        if program.use_image_guidance:
+            black = encode(jnp.zeros_like(inputs.condition), inputs.keys, BLACK)
+    return pack(noise), Given(text.astype(dtype), pooled.astype(dtype), condition, black)
+
+
+def encode_condition(
+    vae: AutoencoderKL, dtype: Any, tiled: bool, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
+) -> Float[Array, "b c f"]:
+    """Condition images -> packed latents, a draw from the posterior each; one image at a time to bound memory."""
+
+    def encode(one: tuple[Array, Array]) -> Array:
+        image, key = one
+        mean, logvar = vae.encode(to_network_range(image[None]).astype(dtype), tiled=tiled)
+        noise = jax.random.normal(jax.random.fold_in(key, draw), mean.shape)
+        sample = sample_posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32), noise)
+        return pack(vae.scale(sample))[0].astype(dtype)
+
+    return jax.lax.map(encode, (pixels, keys))
+
+
+def sample(
+    graphs: Any, dtype: Any, program: Program, weights: Any, noise: Array, given: Given, scales: Scales
+) -> tuple[Float[Array, "b i f"], UInt8[Array, "b y x 3"]]:
+    """Integrates the flow and decodes: (packed latents, pixels)."""
+    transformer = nnx.merge(graphs.transformer, *weights["transformer"])
+    rope = rope_for(transformer.config, given.text.shape[1], program.image_grid, program.condition_grid)
+    x, _ = euler(velocity_of(transformer, dtype, program, given, scales, rope), noise, scales.sigmas)
+    vae = nnx.merge(graphs.vae, weights["vae"])
+    images = decode_latents(vae, dtype, x, program.image_grid, program.tiled)
+    return x, to_pixels(images)
+
+
+def decode_latents(
+    vae: AutoencoderKL, dtype: Any, x: Float[Array, "b i f"], grid: tuple[int, int], tiled: bool
+) -> Float[Array, "b y x 3"]:
+    """Packed latents -> images, about [-1, 1]; one image at a time to bound memory."""
+    latents = unpack(x, *(PATCH * side for side in grid))
+    return jax.lax.map(lambda one: vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0], latents)
+
+
+def velocity_of(
+    transformer: FluxTransformer, dtype: Any, program: Program, given: Given, scales: Scales, rope: Rope
+) -> Callable[[Array, Array, Array], Array]:
+    """The velocity field of one batch: the network's, with image guidance where it is asked for.
+
+    It is a function of x and the number of the step; the step's time is in ``scales``.
+    """
+
+    def branch(condition: Array | None, guidance: Array | float) -> Callable[[Array, Array], Array]:
+        """The network with one condition and one guidance."""
+        scale = scales.condition_scale if program.use_condition_scale else None
+        ctx = transformer.context(program.image_tokens, condition, rope, scale, program.flags, program.attention)
+        modulations = _modulations_of_steps(transformer, scales.sigmas[:-1], guidance, given.pooled, dtype, ctx)
+
+        def velocity(x: Array, step: Array) -> Array:
+            at_step = jax.tree.map(lambda vectors: vectors[step], modulations)
+            return transformer.velocity(x.astype(dtype), given.text, condition, at_step, ctx).astype(jnp.float32)
+
+        return velocity
+
+    conditioned = branch(given.condition, scales.guidance)
+    if not program.use_image_guidance:
+        return lambda x, t, step: conditioned(x, step)
+    black = branch(given.black, BLACK_GUIDANCE)
+    return lambda x, t, step: guided(conditioned(x, step), black(x, step), scales.image_guidance_scale)
+
+
+def _modulations_of_steps(
+    transformer: FluxTransformer, times: Array, guidance: Array | float, pooled: Array, dtype: Any, ctx: Context
+) -> Modulations:
+    """The modulations of every step: leaves [steps, b, k, o]."""
+    steps, b = times.shape[0], pooled.shape[0]
+    guidances = jnp.full(steps * b, guidance, jnp.float32) if transformer.config.guidance_embeds else None
+    flat = transformer.modulations(
+        jnp.repeat(times, b), guidances, jnp.tile(pooled, (steps, 1)), CONDITION_TIME, dtype, ctx
+    )
+    return jax.tree.map(lambda vectors: vectors.reshape(steps, b, *vectors.shape[1:]), flat)
+
+
+def to_network_range(pixels: UInt8[Array, "*b 3"]) -> Float[Array, "*b 3"]:
+    """0..255 -> -1..1."""
+    return pixels.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+
+
+def to_pixels(images: Float[Array, "*b 3"]) -> UInt8[Array, "*b 3"]:
+    """-1..1 -> 0..255, clipped and rounded."""
+    unit = jnp.clip(images.astype(jnp.float32) / 2.0 + 0.5, 0.0, 1.0)
+    return jnp.round(unit * 255.0).astype(jnp.uint8)
