@@ -40,7 +40,7 @@ class PickledTensors(TensorFiles):
         tensor = self._tensors[key].detach().contiguous()
         info = self._infos[key]
         if info.dtype == ml_dtypes.bfloat16:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports] (an extra)
 
             return tensor.view(torch.int16).numpy().view(info.dtype)
         return tensor.numpy()
@@ -67,7 +67,7 @@ def open_pickle(*files: Path, allow: bool) -> PickledTensors:
 def _load(file: Path) -> dict[str, Any]:
     import pickle
 
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (an extra)
 
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
