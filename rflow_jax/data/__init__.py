@@ -1,0 +1,1 @@
+"""GenRef: where its records come from, which are drawn, and what becomes of them."""

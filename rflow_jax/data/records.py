@@ -1,0 +1,53 @@
+"""One record of GenRef, and what every store of them can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+SUBSETS = ("general", "length", "rule", "editing")
+
+
+class Record(NamedTuple):
+    """A pair of pictures of one prompt, as it is stored.
+
+    Attributes:
+        key: its name in the store.
+        subset: one of :data:`SUBSETS`.
+        reflection: what to change in the bad picture to get the good one; may be empty.
+        good_image, bad_image: encoded pictures (JPEG, PNG, WebP).
+    """
+
+    key: str
+    subset: str
+    prompt: str
+    reflection: str
+    good_image: bytes
+    bad_image: bytes
+
+
+class RecordError(Exception):
+    """A record that cannot be used (a corrupt picture, a missing member); says which and why."""
+
+
+class RecordSource(Protocol):
+    """Random access to the records of each subset. It can be pickled, to be read in worker processes.
+
+    Attributes:
+        counts: records of each subset.
+        fingerprint: of the set of records and their order; a checkpoint is only resumed on the same one.
+    """
+
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def read(self, subset: str, index: int) -> Record:
+        """Reads one record.
+
+        Raises:
+            RecordError: it cannot be used.
+        """
+        ...
