@@ -17,8 +17,12 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
+
+from rflow_jax import Pipeline, load_pipeline
+from rflow_jax.settings import Settings
 
 PROMPT = "a photo of two red apples and a bench"
 REFLECTION = "Make the second apple larger."
@@ -68,11 +72,6 @@ def command_line(folder: Path, out: Path, condition: Path, cache: Path, steps: i
 
 def in_process(folder: Path, condition: Path, batches: list[int], steps: int, side: int) -> None:
     """Load time, then batches of each size: the first (compiling) and the second."""
-    import jax
-
-    from rflow_jax import load_pipeline
-    from rflow_jax.settings import Settings
-
     memory = HostMemory(os.getpid())
     memory.start()
     begin = time.perf_counter()
@@ -87,31 +86,40 @@ def in_process(folder: Path, condition: Path, batches: list[int], steps: int, si
     )
     picture = Image.open(condition)
     for batch in batches:
-        for conditions in ([picture] * batch, None):
-            pipeline = pipe if conditions else pipe.without_lora()
-            times = []
-            for repeat in range(3):
-                begin = time.perf_counter()
-                images = pipeline.generate(
-                    [PROMPT] * batch,
-                    seeds=list(range(repeat, repeat + batch)),
-                    conditions=conditions,
-                    reflections=[REFLECTION] * batch if conditions else None,
-                    settings=Settings(
-                        height=side, width=side, condition_size=side // 2, batch_size=batch, num_inference_steps=steps
-                    ),
-                )
-                times.append(time.perf_counter() - begin)
-            assert np.asarray(images[0]).std() > 0, "a flat picture: something broke"
-            stats = jax.devices()[0].memory_stats() or {}
-            print(
-                f"batch {batch}, {f'{side // 2} px condition' if conditions else 'no condition'}: "
-                f"first {times[0]:.1f} s, then "
-                f"{min(times[1:]):.2f} s a batch = {min(times[1:]) / batch / steps * 1e3:.1f} ms a step and image "
-                f"(encoding and decoding included); "
-                f"device memory peak {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB",
-                flush=True,
+        for conditioned in (True, False):
+            settings = Settings(
+                height=side, width=side, condition_size=side // 2, batch_size=batch, num_inference_steps=steps
             )
+            report(pipe if conditioned else pipe.without_lora(), picture if conditioned else None, settings)
+
+
+def report(pipe: Pipeline, picture: Image.Image | None, settings: Settings, repeats: int = 3) -> None:
+    """Times batches of one kind; each repeat shifts the samples by a slot, which must not change a bit of them."""
+    batch, steps = settings.batch_size, settings.num_inference_steps
+    times, made = [], []
+    for repeat in range(repeats):
+        order = [(slot + repeat) % batch for slot in range(batch)]
+        begin = time.perf_counter()
+        images = pipe.generate(
+            [f"{PROMPT}, number {sample}" for sample in order],
+            seeds=order,
+            conditions=[picture.rotate(90 * sample) for sample in order] if picture else None,
+            reflections=[REFLECTION] * batch if picture else None,
+            settings=settings,
+        )
+        times.append(time.perf_counter() - begin)
+        made.append({sample: np.asarray(image) for sample, image in zip(order, images, strict=True)})
+    assert all(image.std() > 0 for image in made[0].values()), "a flat picture: something broke"
+    equal = all(np.array_equal(other[sample], made[0][sample]) for other in made for sample in range(batch))
+    stats = jax.devices()[0].memory_stats() or {}
+    kind = f"{settings.condition_size} px condition" if picture else "no condition"
+    print(
+        f"batch {batch}, {kind}: first {times[0]:.1f} s, then {min(times[1:]):.2f} s a batch = "
+        f"{min(times[1:]) / batch / steps * 1e3:.1f} ms a step and image (encoding and decoding included); "
+        f"device memory peak {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB; "
+        f"{'bit-equal in every slot' if equal else 'NOT EQUAL between slots'}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -129,7 +137,7 @@ def main() -> None:
         Image.fromarray(pixels).resize((arguments.side,) * 2, Image.Resampling.BICUBIC).save(condition)
         for run in ("cold", "warm"):
             command_line(arguments.folder, work / run, condition, work / "cache", arguments.steps, arguments.side)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "cache")
+        jax.config.update("jax_compilation_cache_dir", str(work / "cache"))
         in_process(arguments.folder, condition, arguments.batch, arguments.steps, arguments.side)
 
 
