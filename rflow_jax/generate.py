@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import PIL.Image
 from PIL.Image import Image
@@ -14,7 +14,7 @@ from PIL.Image import Image
 from rflow_jax.errors import InputError
 from rflow_jax.progress import count_progress
 from rflow_jax.search.store import png_bytes, write_file
-from rflow_jax.settings import Settings
+from rflow_jax.settings import Settings, require_dtype
 
 Seed = int | tuple[int, ...]
 
@@ -31,7 +31,7 @@ class GenerateConfig:
         out: folder for the images and their records.
         lora: the corrector's LoRA file or folder.
         lora_alpha: its alpha, for files that do not say; null is the rank.
-        dtype: number type of the weights and activations.
+        dtype: number type of the weights and activations, bfloat16 or float32.
         condition: the image to correct.
         reflection: what to change in it.
         refined_prompt: a more detailed prompt for T5; CLIP keeps the prompt.
@@ -44,7 +44,7 @@ class GenerateConfig:
     out: str
     lora: str | None = None
     lora_alpha: float | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: str = "bfloat16"
     condition: str | None = None
     reflection: str = ""
     refined_prompt: str = ""
@@ -56,6 +56,7 @@ class GenerateConfig:
             raise InputError("prompt is empty")
         if self.num_images < 1:
             raise InputError(f"num_images is {self.num_images}: give at least 1")
+        require_dtype(self.dtype)
 
 
 def generate(config: GenerateConfig, settings: Settings) -> int:

@@ -162,7 +162,7 @@ def load_pipeline(
         model: a converted folder, a folder in diffusers' layout, or the id of one on the Hub.
         lora: a LoRA file of any common format, a converted one, a folder that holds one, or the id of one on the Hub.
         lora_alpha: the LoRA's alpha where its file does not say it; the rank if None.
-        dtype: of weights and activations: ``bfloat16``, ``float32`` or ``float16``.
+        dtype: of weights and activations: ``bfloat16`` or ``float32``.
         attention: see :func:`rflow_jax.models.attention.attend`.
         mesh: devices to spread the weights over (axes ``fsdp``, ``tensor``); None: all on the first device.
         progress: show a bar while the weights are read.

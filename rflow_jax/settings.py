@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
 
-_GRID = 16  # the autoencoder shrinks by 8 and packing by 2
+DTYPES = ("bfloat16", "float32")
+_GRID = 16  # FLUX's: the autoencoder shrinks by 8 and packing by 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class Settings:
             raise InputError(
                 "condition_scale replaces the mask of union_cond_attn: false; set one of the two, not both"
             )
+
+
+def require_dtype(name: str) -> str:
+    """The name of a number type for weights and activations; raises InputError for one that cannot serve."""
+    if name == "float16":
+        raise InputError("dtype is float16: T5-XXL and FLUX go beyond its largest number, 65504; take bfloat16")
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}: give {' or '.join(DTYPES)}")
+    return name
 
 
 def _require_grid(name: str, value: int) -> None:

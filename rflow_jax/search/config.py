@@ -1,11 +1,10 @@
 """What a search is told: one YAML file, or the flags of ``infer.py noise`` and ``infer.py reflect``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.language.http import WriterConfig
-from rflow_jax.settings import Settings
+from rflow_jax.settings import Settings, require_dtype
 from rflow_jax.verifiers.openai import VerifierConfig
 
 LARGEST_SEED = 2**32 - 1
@@ -36,7 +35,7 @@ class SearchConfig:
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
         lora: the corrector's LoRA file or folder; used by reflect only.
         lora_alpha: its alpha, for files that do not say; null is the rank.
-        dtype: number type of the weights and activations.
+        dtype: number type of the weights and activations, bfloat16 or float32.
         seed: every image's noise derives from it.
         prompts_in_flight: prompts searched together; batches are filled across them.
         noise: images from fresh noise: all of ``noise``, and the first stage of ``reflect``.
@@ -50,7 +49,7 @@ class SearchConfig:
     model: str
     lora: str | None = None
     lora_alpha: float | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: str = "bfloat16"
     seed: int = 0
     prompts_in_flight: int = 16
     noise: Stage = field(default_factory=Stage)
@@ -65,6 +64,7 @@ class SearchConfig:
             raise InputError(f"seed is {self.seed}: give a number from 0 to {LARGEST_SEED}")
         if self.prompts_in_flight < 1:
             raise InputError("prompts_in_flight must be at least 1")
+        require_dtype(self.dtype)
 
     def require_reflect(self) -> None:
         """Checks what only ``reflect`` needs.

@@ -23,6 +23,7 @@ from rflow_jax.models.lora import attach, check_fit, linear_shapes
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.progress import byte_progress
 from rflow_jax.prompts import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
+from rflow_jax.settings import require_dtype
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, Component, read_json
 from rflow_jax.weights.files import TensorFiles
@@ -32,7 +33,6 @@ from rflow_jax.weights.load import ShardingFor, load_into
 from rflow_jax.weights.lora_files import read_lora
 from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
 DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
 STEPS, T5_LENGTH = 30, 512  # FLUX.1-dev, as the corrector was trained and evaluated
 
@@ -103,9 +103,8 @@ def load_bundle(
     progress: bool = True,
 ) -> Bundle:
     """Reads a model folder; see :func:`rflow_jax.pipeline.load_pipeline` for the arguments and errors."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
-    root, kind = resolve(model), DTYPES[dtype]
+    kind: Any = getattr(jnp, require_dtype(dtype))
+    root = resolve(model)
     places = _places(model, describe(root))
     adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
     configs = {component.folder: component.read_config(root) for component in COMPONENTS}

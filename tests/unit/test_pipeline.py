@@ -197,7 +197,8 @@ def test_errors_name_what_to_do(golden, tmp_path):
     shutil.copytree(golden / "pipeline", tmp_path / "part", ignore=shutil.ignore_patterns("tokenizer_2"))
     with pytest.raises(InputError, match="holds no tokenizer_2"):
         load_pipeline(str(tmp_path / "part"), progress=False)
-    with pytest.raises(InputError, match="dtype"):
-        load_pipeline(str(golden / "pipeline"), dtype="int7")
+    for dtype, message in (("int7", "give bfloat16 or float32"), ("float16", "take bfloat16")):
+        with pytest.raises(InputError, match=message):
+            load_pipeline(str(golden / "pipeline"), dtype=dtype)
     with pytest.raises(InputError, match="not a Hub id"):
         load_pipeline(str(golden / "pipeline"), lora=str(tmp_path / "none.safetensors"), progress=False)
