@@ -14,7 +14,7 @@ from PIL.Image import Image
 from rflow_jax.errors import InputError
 from rflow_jax.progress import count_progress
 from rflow_jax.search.store import png_bytes, write_file
-from rflow_jax.settings import Settings, require_dtype
+from rflow_jax.settings import Settings, require_dtype, require_lora_effect
 
 Seed = int | tuple[int, ...]
 
@@ -65,6 +65,8 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
     Raises:
         InputError: an input is not usable, or a file of that name was made otherwise.
     """
+    if config.lora is not None:
+        require_lora_effect(settings, with_condition=config.condition is not None)
     names = [f"seed_{_seed_text(seed)}" for seed in _seeds(config)]
     condition = None if config.condition is None else _open(Path(config.condition))
     out = Path(config.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 
@@ -15,13 +16,15 @@ from rflow_jax.errors import InputError
 from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.models.lora import without_condition_effect
 from rflow_jax.parallel.runtime import use_compilation_cache
 from rflow_jax.prompts import t5_prompt
 from rflow_jax.sampling import Inputs, Program, Scales, Seed, prepare, sample, sample_keys
-from rflow_jax.settings import Settings
+from rflow_jax.settings import Settings, require_lora_effect
 from rflow_jax.typing import Array
 from rflow_jax.weights.bundle import Bundle, load_bundle
 
+log = logging.getLogger(__name__)
 OnImages = Callable[[int, list[Image.Image]], None]
 
 
@@ -31,6 +34,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, *, attention: AttentionImpl = "auto"):
         self.bundle = bundle
         self.attention: AttentionImpl = attention
+        self._told_idle = False
         self._prepare = jax.jit(partial(prepare, bundle.graphs, bundle.dtype), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
         self._sample = jax.jit(partial(sample, bundle.graphs, bundle.dtype), static_argnums=0, donate_argnums=2)
@@ -78,20 +82,36 @@ class Pipeline:
 
         Raises:
             InputError: lists of different lengths, settings that don't fit the model, or a LoRA that could have no
-                effect (it acts on condition tokens and there is no condition).
+                effect (it acts on condition tokens alone, and there are none, or none of its linears sees them).
         """
         samples = _samples(prompts, seeds, conditions, reflections, refined_prompts)
-        if samples and self.bundle.has_lora and samples[0].condition is None and not settings.latent_lora:
-            raise InputError(
-                "the LoRA acts on condition tokens only, and without a condition it has no effect: give a condition, "
-                "set latent_lora, or leave the LoRA out"
-            )
+        if samples and self.bundle.has_lora:
+            self._require_lora_effect(settings, samples[0].condition is not None)
         images: list[Image.Image] = []
         for batch in self._batches(samples, self.resolve(settings)):
             if on_images:
                 on_images(len(images), batch)
             images += batch
         return images
+
+    def _require_lora_effect(self, settings: Settings, with_condition: bool) -> None:
+        require_lora_effect(settings, with_condition)
+        if settings.latent_lora:
+            return
+        paths = self.bundle.lora_paths
+        idle, unread = without_condition_effect(paths, self.bundle.flux_config.num_single_layers)
+        if len(idle) + len(unread) == len(paths):
+            raise InputError(
+                f"the LoRA acts on condition tokens only, and its {len(paths)} adapters, such as {paths[0]}, change "
+                "nothing there that the image sees: set latent_lora, or leave the LoRA out"
+            )
+        if idle and not self._told_idle:
+            self._told_idle = True
+            log.warning(
+                "%d of the LoRA's %d adapters have no effect without latent_lora: no condition token passes through "
+                "their linears, such as %s",
+                *(len(idle), len(paths), idle[0]),
+            )
 
     def _batches(self, samples: list[_Sample], settings: Settings) -> Iterator[list[Image.Image]]:
         """The images of each batch; the next batch is already on its way when one is handed out."""

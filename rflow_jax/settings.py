@@ -70,6 +70,22 @@ def require_dtype(name: str) -> str:
     return name
 
 
+def require_lora_effect(settings: Settings, with_condition: bool) -> None:
+    """Raises InputError for settings with which no LoRA can change the image."""
+    if settings.latent_lora:
+        return
+    if not with_condition:
+        raise InputError(
+            "the LoRA acts on condition tokens only, and without a condition it has no effect: give a condition, "
+            "set latent_lora, or leave the LoRA out"
+        )
+    if not settings.union_cond_attn and not settings.add_cond_attn:
+        raise InputError(
+            "the LoRA acts on condition tokens only, and with union_cond_attn false the image does not see these: "
+            "set union_cond_attn, add_cond_attn or latent_lora, or leave the LoRA out"
+        )
+
+
 def _require_grid(name: str, value: int) -> None:
     if value < 1 or value % _GRID:
         nearest = max(_GRID, round(value / _GRID) * _GRID)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +30,12 @@ REFLECTION_FLOW = (
     r"|double_blocks\.\d+\.image\.(mod|qkv\.[qkv]|out|ff\.down)"
     r"|single_blocks\.\d+\.(mod|qkv\.[qkv]|mlp|out)"
 )
+
+# What only text passes through, and the head, which only image tokens reach: a LoRA on condition tokens never acts here.
+NOT_ON_CONDITION = r"text_in|double_blocks\.\d+\.text\..*|final_mod|final_out"
+# It acts in the last block too, but nobody reads the condition tokens which that block gives. The original trains these
+# linears all the same.
+_UNREAD = r"single_blocks\.{last}\.(qkv\.q|mlp|out)"
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,20 @@ def select(modules: Mapping[str, Any], pattern: str) -> dict[str, Any]:
     if not chosen:
         raise InputError(f"the LoRA pattern {pattern!r} matches no linear, such as {next(iter(modules), None)!r}")
     return chosen
+
+
+def without_condition_effect(paths: Sequence[str], single_blocks: int) -> tuple[list[str], list[str]]:
+    """Which adapters cannot change an image where a LoRA acts on condition tokens only.
+
+    Args:
+        paths: dotted paths of the linears with an adapter.
+        single_blocks: of the network.
+
+    Returns:
+        Those whose linears no condition token passes through, and those whose result for the condition is not read.
+    """
+    idle = [path for path in paths if re.fullmatch(NOT_ON_CONDITION, path)]
+    return idle, [path for path in paths if re.fullmatch(_UNREAD.replace("{last}", str(single_blocks - 1)), path)]
 
 
 def detach(model: Model) -> Model:

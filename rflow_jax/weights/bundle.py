@@ -73,6 +73,14 @@ class Bundle:
         return self.vae_config.factor * PATCH
 
     @property
+    def lora_paths(self) -> list[str]:
+        """Dotted paths of the linears that carry an adapter."""
+        if not self.has_lora:
+            return []
+        states = (nnx.to_flat_state(state) for state in self.weights["transformer"])
+        return [".".join(map(str, path[:-1])) for state in states for path, _ in state if path[-1] == "lora_a"]
+
+    @property
     def clip_length(self) -> int:
         return self.clip_config.max_position_embeddings
 

@@ -1,5 +1,7 @@
 """The FLUX transformer: real sizes, flags that don't fit, attention's implementations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from rflow_jax.models.attention import attend
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
+from rflow_jax.models.lora import init_lora, without_condition_effect
 from tests.kit.compare import relative_error
 
 TINY = FluxConfig(
@@ -82,6 +85,17 @@ def test_flags_that_do_not_fit_are_refused(network):
         _call(network, flags=ConditionFlags(add_cond_attn=True))
     with pytest.raises(InputError, match="takes a guidance"):
         _call(network, guidance=None)
+
+
+def test_adapters_without_effect_on_condition_tokens_are_those_without_a_gradient():
+    config = dataclasses.replace(TINY, num_layers=2, num_single_layers=2)
+    network = init_lora(FluxTransformer(config, rngs=nnx.Rngs(0)), 1, pattern=".*", rngs=nnx.Rngs(1))
+    graph, matrices, rest = nnx.split(network, lambda path, _: path[-1] == "lora_b", ...)
+    gradient = jax.grad(lambda matrices: jnp.sum(jnp.square(_call(nnx.merge(graph, matrices, rest)))))(matrices)
+    moved = {".".join(map(str, path[:-1])): np.any(leaf[...]) for path, leaf in nnx.to_flat_state(gradient)}
+    idle, unread = without_condition_effect(list(moved), config.num_single_layers)
+    assert len(moved) > len(idle) + len(unread) > 0
+    assert {path for path, moves in moved.items() if not moves} == {*idle, *unread}
 
 
 @pytest.mark.parametrize(

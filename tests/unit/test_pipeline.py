@@ -11,10 +11,13 @@ from PIL import Image
 
 from rflow_jax import InputError, Settings, load_pipeline
 from rflow_jax.images import condition_pixels, fit_to_grid
-from rflow_jax.models.lora import Adapter
+from rflow_jax.models.flux.transformer import abstract_flux
+from rflow_jax.models.lora import Adapter, linear_shapes
+from rflow_jax.pipeline import Pipeline
 from rflow_jax.prompts import Tokenizers, t5_prompt
 from rflow_jax.sampling import sample_keys
 from rflow_jax.weights import bundle
+from rflow_jax.weights.components import TRANSFORMER
 from rflow_jax.weights.lora_export import save_lora
 
 SMALL = Settings(height=32, width=48, num_inference_steps=2, condition_size=32, batch_size=3, max_sequence_length=24)
@@ -104,6 +107,46 @@ def test_scales_have_an_effect(pipe, reference, scale):
 def test_a_lora_that_could_have_no_effect_is_refused(pipe):
     with pytest.raises(InputError, match="without a condition it has no effect"):
         pipe.generate(["a cat"], seeds=[0], settings=SMALL)
+
+
+def test_settings_that_hide_the_condition_leave_a_lora_without_effect(pipe):
+    with pytest.raises(InputError, match="the image does not see these"):
+        _generate(pipe, settings=dataclasses.replace(SMALL, union_cond_attn=False))
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Everything is checked, and nothing generated."""
+    monkeypatch.setattr(Pipeline, "_batches", lambda *_: iter(()))
+
+
+def _with_lora(golden, folder, *paths: str):
+    """The golden pipeline with a random LoRA on these linears."""
+    shapes, rng = linear_shapes(abstract_flux(TRANSFORMER.read_config(golden / "pipeline"))), np.random.default_rng(0)
+    adapters = {
+        path: Adapter(rng.normal(size=(2, shapes[path][0])), rng.normal(size=(shapes[path][1], 2))) for path in paths
+    }
+    save_lora(adapters, folder / "lora")
+    return load_pipeline(str(golden / "pipeline"), lora=str(folder / "lora"), dtype="float32", progress=False)
+
+
+def test_a_lora_on_text_and_head_alone_is_refused_unless_latent(golden, tmp_path, no_work):
+    last = len(TRANSFORMER.abstract(TRANSFORMER.read_config(golden / "pipeline")).single_blocks) - 1
+    pipe = _with_lora(
+        golden, tmp_path, "text_in", "double_blocks.0.text.qkv.q", "final_out", f"single_blocks.{last}.out"
+    )
+    with pytest.raises(InputError, match=r"its 4 adapters, such as .*: set latent_lora"):
+        _generate(pipe)
+    assert _generate(pipe, settings=dataclasses.replace(SMALL, latent_lora=True)) == []
+
+
+def test_a_lora_of_which_a_part_acts_is_told_once(golden, tmp_path, caplog, no_work):
+    pipe = _with_lora(golden, tmp_path, "text_in", "final_out", "image_in")
+    assert _generate(pipe) == _generate(pipe) == []
+    assert caplog.messages == [
+        "2 of the LoRA's 3 adapters have no effect without latent_lora: no condition token passes through their "
+        "linears, such as final_out"
+    ]
 
 
 def test_without_lora_is_the_base_model(pipe, golden, reference):
