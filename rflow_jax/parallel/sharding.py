@@ -11,7 +11,9 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -23,6 +25,8 @@ RULES: Rules = (
     (r".*\.(q|k|v|up|gate|mlp|mod)\.kernel", PartitionSpec(FSDP, TENSOR)),
     (r".*\.(out|down)\.kernel", PartitionSpec(TENSOR, FSDP)),
     (r".*\.kernel", PartitionSpec(FSDP)),
+    (r".*\.lora_a", PartitionSpec(FSDP)),
+    (r".*\.lora_b", PartitionSpec(None, FSDP)),
     (r".*\.?embedding", PartitionSpec(None, FSDP)),
     (r".*", PartitionSpec()),
 )
@@ -40,6 +44,15 @@ def sharding_for(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, 
         return NamedSharding(mesh, fit(spec, path, shape, mesh))
 
     return choose
+
+
+def put_by(choose: Callable[[str, tuple[int, ...]], Sharding]) -> Callable[[str, np.ndarray], jax.Array]:
+    """(dotted path, array) -> the array where ``choose`` says; every device gets its own slice and no other."""
+
+    def put(path: str, value: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, choose(path, value.shape), lambda index: value[index])
+
+    return put
 
 
 def fit(spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -20,7 +20,7 @@ from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach, check_fit, linear_shapes
-from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.progress import byte_progress
 from rflow_jax.prompts import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
 from rflow_jax.settings import require_dtype
@@ -117,16 +117,17 @@ def load_bundle(
     adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
     configs = {component.folder: component.read_config(root) for component in COMPONENTS}
     schedule = Schedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
-    put = None if mesh is None else sharding_for(mesh)
+    choose = None if mesh is None else sharding_for(mesh)
     with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds: meanwhile, read weights
         tokenizers = aside.submit(Tokenizers, root)
         networks = {component.folder: component.abstract(configs[component.folder], kind) for component in COMPONENTS}
         transformer: Any = networks[components.TRANSFORMER.folder]
         if adapters is not None:  # said before gigabytes are read, and not after
             check_fit(adapters.adapters, linear_shapes(transformer), adapters.where)
-        _load_networks(networks, places, configs, kind, put, progress)
+        _load_networks(networks, places, configs, kind, choose, progress)
     if adapters is not None:
-        attach(transformer, adapters.adapters, dtype=kind, where=adapters.where)
+        put = None if choose is None else put_by(choose)
+        attach(transformer, adapters.adapters, dtype=kind, put=put, where=adapters.where)
     flux_graph, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
     parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}
     (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = parts.values()
@@ -161,7 +162,7 @@ def _load_networks(
     places: dict[str, Path],
     configs: dict[str, Any],
     dtype: Any,
-    put: ShardingFor | None,
+    choose: ShardingFor | None,
     progress: bool,
 ) -> None:
     """Fills every network with its weights; one bar, in bytes, over all of them."""
@@ -171,7 +172,7 @@ def _load_networks(
         for component in COMPONENTS:
             name = component.folder
             bar.update(task, description=f"loading {name}")
-            how = {"dtype": dtype, "sharding_for": put, "on_bytes": lambda done: bar.advance(task, done)}
+            how = {"dtype": dtype, "sharding_for": choose, "on_bytes": lambda done: bar.advance(task, done)}
             sources[name].load(networks[name], component, configs[name], **how)
 
 
