@@ -17,7 +17,7 @@ from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.lora import without_condition_effect
-from rflow_jax.parallel.runtime import use_compilation_cache
+from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
 from rflow_jax.prompts import t5_prompt
 from rflow_jax.sampling import Inputs, Program, Scales, Seed, prepare, sample, sample_keys
 from rflow_jax.settings import Settings, require_lora_effect
@@ -85,6 +85,7 @@ class Pipeline:
                 effect (it acts on condition tokens alone, and there are none, or none of its linears sees them).
         """
         samples = _samples(prompts, seeds, conditions, reflections, refined_prompts)
+        self._require_sizes(settings)
         if samples and self.bundle.has_lora:
             self._require_lora_effect(settings, samples[0].condition is not None)
         images: list[Image.Image] = []
@@ -93,6 +94,12 @@ class Pipeline:
                 on_images(len(images), batch)
             images += batch
         return images
+
+    def _require_sizes(self, settings: Settings) -> None:
+        unit = self.bundle.token_pixels
+        for name in ("height", "width", "condition_size"):
+            if (size := getattr(settings, name)) % unit:
+                raise InputError(f"{name} is {size}: {self.bundle.name} makes images in multiples of {unit} pixels")
 
     def _require_lora_effect(self, settings: Settings, with_condition: bool) -> None:
         require_lora_effect(settings, with_condition)
@@ -122,13 +129,17 @@ class Pipeline:
             assert program is not None
             chunk = samples[start : start + size]
             padded = chunk + chunk[-1:] * (size - len(chunk))
-            noise, given = self._prepare(program, self.bundle.weights, self._inputs(padded, settings))
-            _, pixels = self._sample(program, self.bundle.weights, noise, given, self._scales(settings))
+            pixels = self._run(program, self._inputs(padded, settings), self._scales(settings))
             if waiting:
                 yield _to_images(*waiting)
             waiting = len(chunk), pixels
         if waiting:
             yield _to_images(*waiting)
+
+    def _run(self, program: Program, inputs: Inputs, scales: Scales) -> Array:
+        with reproducible(self.bundle.dtype):
+            noise, given = self._prepare(program, self.bundle.weights, inputs)
+            return self._sample(program, self.bundle.weights, noise, given, scales)[1]
 
     def _program(self, settings: Settings, with_condition: bool) -> Program:
         return Program(

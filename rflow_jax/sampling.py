@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from rflow_jax.models.flux.embeddings import Rope
 from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
 from rflow_jax.typing import Array, Float, Int, UInt8
 
-Seed = int | tuple[int, ...]
+Seed = SupportsIndex | tuple[SupportsIndex, ...]
 CONDITION_TIME = 0.0  # the condition is clean
 BLACK_GUIDANCE = 1.0  # the distilled guidance of the branch with the black condition
 
@@ -92,9 +93,14 @@ class Scales(NamedTuple):
 
 
 def sample_keys(seeds: Sequence[Seed]) -> Array:
-    """One key a seed, [b]; whole numbers of any size, or tuples of them.
+    """One key a seed, [b]; whole numbers of any size (numpy's too), or tuples of them.
 
-    The generator is named, so that neither JAX's defaults nor a seed above 32 bits change a picture.
+    A key follows from the numbers alone. The generator is named, so JAX's default does not matter; which bits it draws
+    from a key also depends on ``jax_threefry_partitionable``, which the pipeline holds on
+    (:func:`rflow_jax.parallel.runtime.reproducible`).
+
+    Raises:
+        InputError: a seed that is none.
     """
     data = np.stack([np.frombuffer(_digest(seed), np.uint32, count=2) for seed in seeds])
     return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
@@ -103,9 +109,15 @@ def sample_keys(seeds: Sequence[Seed]) -> Array:
 def _digest(seed: Seed) -> bytes:
     """A hash of the numbers as they are written: no two seeds share it, of whatever size and length."""
     numbers = seed if isinstance(seed, tuple) else (seed,)
-    if not numbers or any(not isinstance(number, int) or number < 0 for number in numbers):
+    try:
+        if any(isinstance(number, bool) for number in numbers):  # they are numbers to Python, and a mistake here
+            raise TypeError
+        whole = [operator.index(number) for number in numbers]
+    except TypeError:
+        whole = []
+    if not whole or min(whole) < 0:
         raise InputError(f"a seed must be a whole number from 0, or a tuple of them, not {seed!r}")
-    return hashlib.sha256("-".join(map(str, numbers)).encode()).digest()
+    return hashlib.sha256("-".join(map(str, whole)).encode()).digest()
 
 
 def prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: Inputs) -> tuple[Array, Given]:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields
 from rflow_jax.errors import InputError
 
 DTYPES = ("bfloat16", "float32")
-_GRID = 16  # FLUX's: the autoencoder shrinks by 8 and packing by 2
+_GRID = (
+    16  # FLUX's: the autoencoder shrinks by 8 and packing by 2; said before a model is loaded, which may ask for more
+)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+
+@contextmanager
+def reproducible(dtype: Any) -> Iterator[None]:
+    """While a program is called (and so traced): its numbers follow from its code, and not from JAX's settings.
+
+    Products of float32 are products of float32, which a GPU would else round to TensorFloat-32 and a TPU to bfloat16;
+    random bits are those of ``jax_threefry_partitionable``, JAX's default, also where that is switched off.
+    """
+    precision = jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
+    with precision, jax.threefry_partitionable(True):
+        yield
 
 
 def use_compilation_cache() -> None:

@@ -176,6 +176,12 @@ def test_nothing_to_do(pipe):
     assert pipe.generate([], seeds=[], settings=SMALL) == []
 
 
+def test_sizes_follow_the_models_own_grid(pipe, monkeypatch):
+    monkeypatch.setattr(bundle.Bundle, "token_pixels", 32)
+    with pytest.raises(InputError, match=r"width is 48: .*pipeline makes images in multiples of 32 pixels"):
+        _generate(pipe)
+
+
 @pytest.mark.parametrize("how", [{"seeds": [0]}, {"conditions": _pictures(1)}, {"reflections": ["x"]}])
 def test_lists_of_different_lengths(pipe, how):
     with pytest.raises(InputError, match="one for each prompt"):
@@ -189,11 +195,17 @@ def test_a_condition_for_some_prompts_only(pipe):
         _generate(pipe, conditions=[None] * 3)
 
 
+def test_seeds_of_numpy_are_seeds():
+    seeds = [7, (7, 1)]
+    same = [np.int64(7), (np.uint32(7), np.int8(1))]
+    np.testing.assert_array_equal(*(jax.random.key_data(sample_keys(each)) for each in (seeds, same)))
+
+
 def test_seeds_of_any_size_give_different_keys():
     seeds = [0, 1, 2**32, 2**32 + 1, 2**70, (0, 1), (1, 0), (0, 0, 1)]
     data = jax.random.key_data(sample_keys(seeds))
     assert len({tuple(key) for key in data.tolist()}) == len(seeds)
-    for bad in (-1, (), (1, -2)):
+    for bad in (-1, (), (1, -2), True, (1, False), np.int64(-1)):
         with pytest.raises(InputError, match="whole number"):
             sample_keys([bad])
 
