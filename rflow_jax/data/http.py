@@ -1,0 +1,169 @@
+"""Files over HTTP(S) and on the Hub: how large they are, and byte ranges of them.
+
+The client belongs to one process and is made when first used, so that nothing here hinders forking or pickling.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
+
+from rflow_jax.data.patience import Patience, Trouble, brisk, patiently, public
+from rflow_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import httpx
+
+_MOVED_FOR = 600.0  # seconds; signed addresses of the Hub and of object stores hold for an hour
+_BUSY = {408, 425, 429}
+_HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+
+
+class NoRanges(InputError):
+    """The server sends whole files only."""
+
+
+class Probe(NamedTuple):
+    """What a server says about a file; ``size`` in bytes, None if it does not say."""
+
+    size: int | None
+    version: str
+    ranges: bool
+
+
+def probe_http(url: str, patience: Patience) -> Probe:
+    """Asks for the first byte, which tells more than HEAD does and works with addresses signed for GET.
+
+    Raises:
+        InputError: there is no such file, or no answer.
+    """
+
+    def attempt() -> Probe:
+        with http_get(url, {"Range": "bytes=0-0"}, patience) as (response, _):
+            version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
+            if response.status_code == 200:
+                length = response.headers.get("Content-Length")
+                return Probe(int(length) if length else None, version, False)
+            total = _content_range(response)[2]
+            return Probe(total, version, True)
+
+    return patiently(attempt, url, patience)
+
+
+def http_range(url: str, start: int, length: int, size: int | None, patience: Patience) -> bytes:
+    """Exactly the ``length`` bytes from ``start``.
+
+    Args:
+        size: the file's size when it was indexed; another one now is an error.
+
+    Raises:
+        NoRanges: the server ignores the range.
+        InputError: there is no such file, it changed, or no answer.
+    """
+
+    def attempt() -> bytes:
+        with http_get(url, {"Range": f"bytes={start}-{start + length - 1}"}, patience) as (response, chunks):
+            if response.status_code == 200:
+                raise NoRanges(
+                    f"{public(url)}: the server does not serve byte ranges; download the shards or stream them"
+                )
+            first, last, total = _content_range(response)
+            if size is not None and total is not None and total != size:
+                raise InputError(f"{public(url)}: {total} bytes, {size} when it was indexed; start again to index it")
+            if (first, last) != (start, start + length - 1):
+                raise Trouble(f"bytes {first}-{last} came instead of {start}-{start + length - 1}")
+            data = b"".join(chunks)
+        if len(data) != length:
+            raise Trouble(f"{len(data)} bytes came instead of {length}")
+        return data
+
+    return patiently(attempt, url, patience)
+
+
+@contextmanager
+def http_get(url: str, headers: dict[str, str], patience: Patience) -> Iterator[tuple[httpx.Response, Iterator[bytes]]]:
+    """One GET: the response (status 200, 206 or 416) and its body, chunk by chunk.
+
+    Raises:
+        Trouble: another attempt may help.
+        InputError: none will.
+    """
+    import httpx
+
+    known = _moved.get(url)
+    moved = known is not None and time.monotonic() < known[1]
+    address, own = (known[0], {}) if known is not None and moved else _address(url)
+    headers = {"Accept-Encoding": "identity", **own, **headers}
+    try:
+        with _client().stream("GET", address, headers=headers, timeout=patience.timeout) as response:
+            if response.status_code not in (200, 206, 416) and moved:
+                _moved.pop(url, None)
+                raise Trouble(f"status {response.status_code} where it was redirected to")
+            _check_status(url, response)
+            if response.history and not moved:
+                _moved[url] = (str(response.url), time.monotonic() + _MOVED_FOR)
+            yield response, brisk(response.iter_raw(), patience.timeout)
+    except httpx.TransportError as error:
+        raise Trouble(f"{error or 'no answer'} ({type(error).__name__})") from error
+    except httpx.InvalidURL as error:
+        raise InputError(f"{public(url)}: not a valid address ({error})") from error
+
+
+_clients: dict[int, httpx.Client] = {}
+_moved: dict[str, tuple[str, float]] = {}  # address -> where it redirects to, and until when that is believed
+
+
+def _client() -> httpx.Client:
+    import httpx
+
+    # One per process: a forked child must not speak on its parent's connections.
+    if (client := _clients.get(os.getpid())) is None:
+        # Its log lines name every request, with the signatures that are in the addresses.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        client = _clients.setdefault(os.getpid(), httpx.Client(follow_redirects=True, limits=limits))
+    return client
+
+
+def _address(url: str) -> tuple[str, dict[str, str]]:
+    if not url.startswith("hf://"):
+        return url, {}
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # pyright: ignore[reportPrivateImportUsage]
+
+    match = _HUB.fullmatch(url)
+    if match is None:
+        raise InputError(f"{url}: not of the form hf://datasets/owner/name/file.tar")
+    kind, repository, revision, path = match.groups()
+    revision = unquote(revision) if revision else None
+    address = hf_hub_url(repository, path, repo_type=kind.removesuffix("s") if kind else None, revision=revision)
+    return address, build_hf_headers()
+
+
+def _check_status(url: str, response: httpx.Response) -> None:
+    status = response.status_code
+    if status in _BUSY or status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        raise Trouble(f"status {status}", float(wait) if wait.isdecimal() else 0.0)
+    if status in (401, 403):
+        hint = "set HF_TOKEN" if url.startswith("hf://") else "the address needs a password or a signature"
+        raise InputError(f"{public(url)}: access is refused (status {status}); {hint}")
+    if status not in (200, 206, 416):
+        raise InputError(f"{public(url)}: status {status}; check the address")
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise InputError(f"{public(url)}: the server compresses what it sends, so byte ranges cannot be trusted")
+
+
+def _content_range(response: httpx.Response) -> tuple[int, int, int | None]:
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match is None:
+        raise Trouble(f"status {response.status_code} without a usable Content-Range")
+    first, last, total = match.groups()
+    return int(first or 0), int(last or -1), None if total == "*" else int(total)
