@@ -27,6 +27,12 @@ class Schedule:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
 
+    def __post_init__(self) -> None:
+        if self.max_image_seq_len <= self.base_image_seq_len:
+            raise InputError("scheduler_config.json: max_image_seq_len must be above base_image_seq_len")
+        if self.shift <= 0:
+            raise InputError(f"scheduler_config.json: shift is {self.shift}; expected a number above 0")
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Schedule:
         """From the content of ``scheduler_config.json``; raises InputError for another kind of schedule."""

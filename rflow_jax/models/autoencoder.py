@@ -95,7 +95,8 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
             raise InputError(f"vae config: {key} is not supported, only scaling_factor and shift_factor")
     levels = len(config.get("block_out_channels", _SILENT["block_out_channels"]))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if (got := list(config.get(key, [kind] * levels))) != [kind] * levels:
+        got = config.get(key, [kind] * levels)
+        if not isinstance(got, list | tuple) or list(got) != [kind] * levels:
             raise InputError(f"vae config: {key} must be {levels} times {kind!r}, got {got}")
 
 

@@ -31,7 +31,7 @@ REFLECTION_FLOW = (
     r"|single_blocks\.\d+\.(mod|qkv\.[qkv]|mlp|out)"
 )
 
-# What only text passes through, and the head, which only image tokens reach: there a LoRA on condition tokens never acts.
+# What only text passes through, and the head, which only image tokens reach: no place for a LoRA on condition tokens.
 NOT_ON_CONDITION = r"text_in|double_blocks\.\d+\.text\..*|final_mod|final_out"
 # It acts in the last block too, but nobody reads the condition tokens which that block gives. The original trains these
 # linears all the same.

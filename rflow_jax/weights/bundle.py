@@ -25,7 +25,7 @@ from rflow_jax.progress import byte_progress
 from rflow_jax.prompts import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
 from rflow_jax.settings import require_dtype
 from rflow_jax.weights import components
-from rflow_jax.weights.components import COMPONENTS, Component, read_json
+from rflow_jax.weights.components import COMPONENTS, Component, read_schedule
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.folders import ModelPath, describe
 from rflow_jax.weights.hub import resolve, resolve_lora
@@ -116,7 +116,7 @@ def load_bundle(
     places = _places(model, describe(root))
     adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
     configs = {component.folder: component.read_config(root) for component in COMPONENTS}
-    schedule = Schedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
+    schedule = read_schedule(root)
     choose = None if mesh is None else sharding_for(mesh)
     with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds: meanwhile, read weights
         tokenizers = aside.submit(Tokenizers, root)

@@ -12,7 +12,7 @@ from typing import Any
 from rflow_jax.errors import InputError
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component, read_json
+from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component, read_object
 from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.folders import TRANSFORMER_CLASS, ModelPath, describe
@@ -126,9 +126,11 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
 
 
 def _from_folder(component: Component, folder: Path, options: Options) -> Source:
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     files = _open_folder(folder, options.allow_pickle)
-    return Source(component, config, files, component.table_for(files, component.config.from_json(config)))
+    return Source(
+        component, config, files, component.table_for(files, component.config_of(config, folder / "config.json"))
+    )
 
 
 def _bfl_transformer(file: Path, options: Options) -> Source:
@@ -166,7 +168,7 @@ def _copy_rest(found: ModelPath, options: Options, dst: Path) -> None:
         if found.info:
             _write_json(dst / "model_index.json", found.info)
         return
-    config = FluxConfig.from_json(read_json(dst / TRANSFORMER.folder / "config.json"))
+    config = FluxConfig.from_json(read_object(dst / TRANSFORMER.folder / "config.json"))
     (dst / "scheduler").mkdir()
     _write_json(dst / "scheduler" / "scheduler_config.json", _scheduler(config))
     if all((dst / component.folder).is_dir() for component in COMPONENTS):

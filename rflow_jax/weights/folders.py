@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, read_json
+from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, read_object
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.names.flux import is_bfl
 from rflow_jax.weights.pickles import is_pickle
@@ -52,7 +52,7 @@ def describe(path: Path) -> ModelPath:
     if (path / MODEL_FILE).is_file():
         return _converted(path)
     if (path / "model_index.json").is_file():
-        info = read_json(path / "model_index.json")
+        info = read_object(path / "model_index.json")
         found = {c.folder: path / c.folder for c in COMPONENTS if (path / c.folder / "config.json").is_file()}
         if TRANSFORMER.folder not in found:
             raise InputError(f"{path}: has a model_index.json but no transformer/config.json; fetch the whole folder")
@@ -74,8 +74,8 @@ def _single_file(path: Path) -> ModelPath:
 
 
 def _converted(path: Path) -> ModelPath:
-    info = read_json(path / MODEL_FILE)
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
+    info = read_object(path / MODEL_FILE)
+    if info.get("format") != FORMAT:
         raise InputError(f"{path / MODEL_FILE}: not written by convert_weights")
     if info.get("version") != VERSION:
         raise InputError(f"{path}: format version {info.get('version')}, this program reads {VERSION}; convert again")
@@ -84,4 +84,4 @@ def _converted(path: Path) -> ModelPath:
 
 def _is_transformer(path: Path) -> bool:
     config = path / "config.json"
-    return config.is_file() and read_json(config).get("_class_name") == TRANSFORMER_CLASS
+    return config.is_file() and read_object(config).get("_class_name") == TRANSFORMER_CLASS

@@ -20,7 +20,7 @@ from convert_weights.__main__ import main
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
-from rflow_jax.weights.components import COMPONENTS, TRANSFORMER
+from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, VAE, read_schedule
 from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.convert import Options, convert_flux
 from rflow_jax.weights.files import TensorFiles
@@ -107,6 +107,48 @@ def test_dtype_and_sharding(tmp_path, single_file, storage):
         {path: value.astype(jnp.bfloat16) for path, value in parameter_values(got).items()},
         {path: value.astype(jnp.bfloat16) for path, value in parameter_values(want).items()},
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("transformer/config.json", {"num_layers": "2"}, "num_layers is '2'; expected a whole number"),
+        ("transformer/config.json", {"num_attention_heads": 2.5}, "expected a whole number"),
+        ("transformer/config.json", {"num_attention_heads": 0}, "expected a whole number above 0"),
+        ("transformer/config.json", {"guidance_embeds": "yes"}, "guidance_embeds is 'yes'; expected true or false"),
+        ("transformer/config.json", {"axes_dims_rope": 16}, "axes_dims_rope is 16; expected a list of whole numbers"),
+        ("transformer/config.json", {"axes_dims_rope": [4, None]}, "expected a list of whole numbers"),
+        ("text_encoder/config.json", {"hidden_act": None}, "hidden_act is None; expected a text"),
+        ("text_encoder_2/config.json", {"d_model": [24]}, r"d_model is \[24\]; expected a whole number"),
+        (
+            "text_encoder_2/config.json",
+            {"layer_norm_epsilon": "1e-6"},
+            "layer_norm_epsilon is '1e-6'; expected a number",
+        ),
+        ("vae/config.json", {"block_out_channels": None}, "block_out_channels is None; expected a list"),
+        ("vae/config.json", {"sample_size": [[64]]}, "sample_size is .*; expected a list of whole numbers"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor is nan; expected a number"),
+        ("scheduler/scheduler_config.json", {"shift": "3"}, "shift is '3'; expected a number"),
+        ("scheduler/scheduler_config.json", {"base_image_seq_len": None}, "base_image_seq_len is None"),
+    ],
+)
+def test_a_wrong_type_in_a_configuration_names_file_and_key(tmp_path, model, file, change, message):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    read = {c.folder: c.read_config for c in COMPONENTS} | {"scheduler": read_schedule}
+    with pytest.raises(InputError, match=f"{path}: .*{message}"):
+        read[path.parent.name](tmp_path / "model")
+    path.write_text("[1]")
+    with pytest.raises(InputError, match=f"{path}: holds a list; expected an object"):
+        read[path.parent.name](tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [{"down_block_types": None}, {"up_block_types": 3}])
+def test_block_types_that_are_no_list(model, change):
+    content = json.loads((model / "vae" / "config.json").read_text()) | change
+    with pytest.raises(InputError, match="_block_types must be 4 times"):
+        VAE.config_of(content, model)
 
 
 def test_a_single_file(tmp_path, single_file):

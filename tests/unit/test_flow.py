@@ -60,7 +60,14 @@ def test_a_shift_of_one_is_none():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"_class_name": "DDIMScheduler"}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1}]
+    "bad",
+    [
+        {"_class_name": "DDIMScheduler"},
+        {"use_karras_sigmas": True},
+        {"shift_terminal": 0.1},
+        {"shift": 0.0},
+        {"max_image_seq_len": 256},
+    ],
 )
 def test_other_schedules_are_refused(bad):
     with pytest.raises(InputError, match=r"scheduler_config\.json"):

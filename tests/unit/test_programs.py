@@ -100,8 +100,8 @@ def test_tiling_leaves_small_pictures_alone(pipe, plain):
 def test_tiling_of_large_pictures_and_conditions(pipe, large):
     whole, tiled = _image(pipe, **large), _image(pipe, **large, vae_tiling=True)
     assert whole.shape == tiled.shape
-    print(large, np.abs(whole - tiled).mean(), np.abs(whole - tiled).max(), whole.std())
-    assert 0 < np.abs(whole - tiled).mean() < 8
+    # Each tile is normalised by itself, and here a tile is few pixels: alike, and not the same.
+    assert 0 < np.abs(whole - tiled).mean() < whole.std() / 4
 
 
 def test_without_union_attention_the_image_does_not_see_the_condition(pipe, plain):
