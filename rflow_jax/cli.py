@@ -1,8 +1,11 @@
 """What the command lines share: parsers over dataclasses, and errors that are one line.
 
-Exit status: 0 done, 2 bad input (one line, no traceback), 130 interrupted, 1 otherwise.
+Exit status: 0 done, 2 bad input (one line, no traceback), 130 interrupted, 1 otherwise. A full disk or an error of a
+device is one line too, and a bug a traceback.
 """
 
+import errno
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -19,6 +22,21 @@ T = TypeVar("T")
 
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|option |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "the disk is full; free some space or name another place",
+    errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
+    errno.EIO: "the device reports an error; look after the disk, or copy the file again",
+}
+_OF_THE_USER = {
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a part of this path is a file and no folder",
+    errno.EISDIR: "a folder, where a file is expected",
+    errno.EACCES: "no permission; change its rights or name another place",
+    errno.EPERM: "not permitted; change its rights or name another place",
+    errno.EROFS: "the disk is read-only; name another place",
+    errno.ENAMETOOLONG: "this name is too long",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,14 @@ def run(main: Callable[[], int | None]) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python must not try to write the rest of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE | _OF_THE_USER.keys():
+            raise
+        return _fail(_of_files(error), 1 if error.errno in _OF_THE_MACHINE else 2)
     except Exception as error:
         # JAX has no exception class of its own for this, only the status in the text.
         if _OUT_OF_MEMORY not in str(error):
@@ -128,6 +154,12 @@ def _config_file(argv: Sequence[str]) -> str:
     following = zip(argv, [*argv[1:], ""], strict=False)
     files = [after if word == "--config" else word.partition("=")[2] for word, after in following if "--config" in word]
     return ", ".join(files) or "the command line"
+
+
+def _of_files(error: OSError) -> str:
+    what = (_OF_THE_USER | _OF_THE_MACHINE)[error.errno or 0]
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{where or 'a file'}: {what}"
 
 
 def _fail(message: str, status: int) -> int:

@@ -168,7 +168,9 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__", {})
             start = 8 + length
-            infos = {key: _info(file, entry, start) for key, entry in header.items()}
+            infos = {key: _info(file, key, entry, start) for key, entry in header.items()}
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: not a safetensors file (its header does not parse: {error})") from error
     end = max((info.offset + info.nbytes for info in infos.values()), default=start)
@@ -177,9 +179,11 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
-def _info(file: Path, entry: dict, start: int) -> TensorInfo:
+def _info(file: Path, key: str, entry: dict, start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if (name := entry["dtype"]) not in DTYPES:
+        raise InputError(f"{file}: {key} is stored as {name}, which is not read; take a file in BF16 or F32")
+    dtype, shape = DTYPES[name], tuple(entry["shape"])
     if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
         raise ValueError("byte range and shape disagree")
     return TensorInfo(file, dtype, shape, start + begin, end - begin)

@@ -50,6 +50,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     repository, _, revision = name.partition("@")
@@ -64,8 +65,10 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         raise InputError(f"{name}: gated on the Hub; accept its licence there and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise InputError(f"{name}: no such folder, and not on the Hub (private ones need HF_TOKEN)") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{name}: {repository} is on the Hub, but has no revision {revision or 'main'}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         try:
             return Path(download(local_files_only=True))
         except LocalEntryNotFoundError:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,10 +84,27 @@ def save_orbax(conversion: Conversion, folder: Path, *, on_bytes: OnBytes | None
     registry = type_handlers.create_type_handler_registry(
         (jax.Array, type_handlers.ArrayHandler()), (Pending, PendingHandler(on_bytes))
     )
-    with ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
-    ) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    with _os_errors(folder), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(tree)))
+
+
+@contextmanager
+def _os_errors(folder: Path) -> Iterator[None]:
+    """Errors of files are ``OSError`` again: TensorStore reports a full disk as a ``ValueError``.
+
+    Orbax's log is silent meanwhile: it would print the traceback of what it also raises.
+    """
+    log = logging.getLogger("absl")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except ValueError as error:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
+        raise
+    finally:
+        log.disabled = before
 
 
 def orbax_leaves(folder: Path) -> dict[str, Leaf]:
@@ -105,7 +126,7 @@ def read_orbax(
     folder: Path, leaves: Sequence[Leaf], shardings: Sequence[jax.sharding.Sharding], dtype: Any = None
 ) -> Iterator[tuple[Leaf, jax.Array]]:
     """Every leaf on its devices, read a window at a time."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _os_errors(folder), ocp.PyTreeCheckpointer() as checkpointer:
         for window in _windows(list(zip(leaves, shardings, strict=True))):
             item = {tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf, _ in window}
             args = {

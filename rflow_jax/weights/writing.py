@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -60,7 +59,8 @@ def whole(dst: str | os.PathLike[str]) -> Iterator[Path]:
     no model and is replaced by the next attempt.
 
     Raises:
-        InputError: ``dst`` exists, or the disk is full.
+        InputError: ``dst`` exists.
+        OSError: it cannot be written; names ``dst``.
     """
     dst = Path(dst)
     if dst.exists():
@@ -73,8 +73,9 @@ def whole(dst: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, dst)
     except OSError as error:
         _remove(partial)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{dst}: the disk is full; free some space or name another place") from error
+        # A write does not know its file's name, and the partial one is gone.
+        if error.filename is None or str(error.filename).startswith(str(partial)):
+            error.filename = str(dst)
         raise
     except BaseException:
         _remove(partial)
@@ -86,7 +87,7 @@ def need_space(dst: Path, nbytes: int) -> None:
     there = next(p for p in (dst.absolute(), *dst.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < nbytes:
-        raise InputError(f"{dst}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+        raise InputError(f"{dst}: needs {nbytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
 
 
 def _header(infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:

@@ -1,6 +1,8 @@
 """The command line with everything but a model."""
 
+import errno
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -117,6 +119,41 @@ def test_other_exit_statuses(capsys):
     assert "lower batch_size" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="other"):
         cli.run(lambda: raises(RuntimeError("other")))
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (errno.ENOSPC, 1, "/x/y: the disk is full; free some space"),
+        (errno.EIO, 1, "/x/y: the device reports an error"),
+        (errno.EACCES, 2, "/x/y: no permission"),
+        (errno.ENOENT, 2, "/x/y: no such file or folder"),
+        (errno.EISDIR, 2, "/x/y: a folder, where a file is expected"),
+    ],
+)
+def test_errors_of_files_are_one_line(capsys, number, status, message):
+    def fails():
+        raise OSError(number, "as the system says it", "/x/y")
+
+    assert cli.run(fails) == status
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_an_error_of_the_system_that_nobody_can_act_on_keeps_its_traceback():
+    def fails():
+        raise OSError("no number")
+
+    with pytest.raises(OSError, match="no number"):
+        cli.run(fails)
+
+
+def test_output_that_nobody_reads_on_ends_quietly():
+    code = "import sys; from rflow_jax import cli; sys.exit(cli.run(lambda: print('x' * 10_000_000)))"
+    command = f"{sys.executable} -c {shlex.quote(code)} | head -c 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("x", "")
 
 
 def test_help_is_quick_and_loads_no_network():

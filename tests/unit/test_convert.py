@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
@@ -107,6 +108,16 @@ def test_dtype_and_sharding(tmp_path, single_file, storage):
         {path: value.astype(jnp.bfloat16) for path, value in parameter_values(got).items()},
         {path: value.astype(jnp.bfloat16) for path, value in parameter_values(want).items()},
     )
+
+
+def test_a_disk_that_fills_while_orbax_writes_is_an_error_of_the_disk(tmp_path, model, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out'"):
+        convert_flux(model, tmp_path / "out", Options(storage="orbax"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
