@@ -29,7 +29,9 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, resolve, kind, message):
         if local_files_only:
             raise LocalEntryNotFoundError("not in the cache")
         # Without its constructor, which wants a response of whichever HTTP library this version of the Hub's uses.
-        raise kind.__new__(kind, "503 Server Error\n\nfor url")
+        error = kind.__new__(kind)
+        error.args = ("503 Server Error\n\nfor url",)
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=f"^owner/name@v2: .*{message}") as error:
