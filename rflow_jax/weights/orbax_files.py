@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 from collections import deque
@@ -38,6 +39,10 @@ class Pending:
         return self.leaf.shape
 
     @property
+    def size(self) -> int:  # asked for by versions before 0.12.4
+        return math.prod(self.shape)
+
+    @property
     def dtype(self) -> np.dtype:
         return self.leaf.dtype
 
@@ -49,7 +54,7 @@ class PendingHandler(type_handlers.NumpyHandler):
     """
 
     def __init__(self, on_bytes: OnBytes | None = None):
-        super().__init__(deepcopy_host_arrays=False)
+        super().__init__()
         self._on_bytes = on_bytes
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
