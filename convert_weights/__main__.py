@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from rflow_jax.cli import run
+from rflow_jax.cli import plain, run
 from rflow_jax.errors import InputError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
     except ArgumentError as error:
-        raise InputError(" ".join(str(error.message).split())) from error
+        raise InputError(plain(error)) from error
     return commands[parsed.command](parsed[parsed.command])
 
 
@@ -30,6 +30,7 @@ def flux(args: Namespace) -> int:
     from ml_dtypes import bfloat16
 
     from rflow_jax.weights.convert import Options, convert_flux
+    from rflow_jax.weights.hub import resolve
 
     dtype = None
     if args.dtype is not None:
@@ -41,8 +42,9 @@ def flux(args: Namespace) -> int:
         ae=args.ae and Path(args.ae),
         text=args.text and Path(args.text),
     )
+    src = resolve(args.src)
     with _Progress() as progress:
-        convert_flux(Path(args.src), Path(args.dst), options, progress)
+        convert_flux(src, Path(args.dst), options, progress)
     print(f"{args.dst}: converted")
     return 0
 

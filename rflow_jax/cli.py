@@ -23,6 +23,7 @@ T = TypeVar("T")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|option |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 _OF_THE_MACHINE = {
     errno.ENOSPC: "the disk is full; free some space or name another place",
     errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
@@ -30,6 +31,7 @@ _OF_THE_MACHINE = {
 }
 _OF_THE_USER = {
     errno.ENOENT: "no such file or folder",
+    errno.EEXIST: "a file of this name is in the way",
     errno.ENOTDIR: "a part of this path is a file and no folder",
     errno.EISDIR: "a folder, where a file is expected",
     errno.EACCES: "no permission; change its rights or name another place",
@@ -141,13 +143,29 @@ def _require_sections(namespace: Namespace, configs: Iterable[type]) -> None:
 
 
 def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser | None) -> str:
-    text = " ".join(str(error.message).split())
+    text = plain(error)
     unknown = _UNKNOWN.search(text)
     if parser is None or unknown is None or "Parser key" in text:
+        if text.startswith("Unexpected config"):  # repeats the whole file
+            return f"{_config_file(argv)}: expected keys with values"
         return text.replace('"<unicode string>"', _config_file(argv))
     # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
     key = unknown[1]
     return f"unknown key {key}: did you mean {nearest(key, parser.get_defaults().keys())}?"
+
+
+def plain(error: ArgumentError) -> str:
+    """jsonargparse's message in the words of the command line, on one line."""
+    text = " ".join(str(error.message).split())
+    if required := re.fullmatch(r"the following arguments are required: (.*)", text):
+        names = (name.rpartition(".")[2] for name in required[1].split(", "))
+        return f"missing: {', '.join(names)}"
+    # Only for values that are plain: of a section or a list the message says where in it the mistake is.
+    wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?: Given value type: .*)?(?:Given|Got) value: (.*)', text)
+    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", wrong[2])) if wrong else {}
+    if wrong is None or not kinds or not kinds.keys() <= _KINDS.keys():
+        return text
+    return f"{wrong[1]} is {wrong[3]}: give {' or '.join(_KINDS[kind] for kind in kinds)}"
 
 
 def _config_file(argv: Sequence[str]) -> str:

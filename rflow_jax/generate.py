@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from rflow_jax.settings import Settings, require_dtype, require_lora_effect
 
 Seed = int | tuple[int, ...]
 
+log = logging.getLogger(__name__)
 _DECIDED_BY_THE_MODEL = ("num_inference_steps", "max_sequence_length")
 
 
@@ -57,6 +60,10 @@ class GenerateConfig:
         if self.num_images < 1:
             raise InputError(f"num_images is {self.num_images}: give at least 1")
         require_dtype(self.dtype)
+        if self.lora_alpha is not None and self.lora is None:
+            raise InputError("lora_alpha is given without a lora")
+        if self.reflection and self.condition is None:
+            raise InputError("reflection says what to change in a condition: give one, or put it into refined_prompt")
 
 
 def generate(config: GenerateConfig, settings: Settings) -> int:
@@ -67,6 +74,8 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
     """
     if config.lora is not None:
         require_lora_effect(settings, with_condition=config.condition is not None)
+    elif config.condition is not None:
+        log.warning("a condition without a lora: FLUX itself has not learned to correct an image")
     names = [f"seed_{_seed_text(seed)}" for seed in _seeds(config)]
     condition = None if config.condition is None else _open(Path(config.condition))
     out = Path(config.out)
@@ -75,6 +84,10 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
         _require_free(out / name, record)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Said now, and not after the model has been loaded.
+        tempfile.TemporaryFile(dir=out).close()
+    except FileExistsError as error:
+        raise InputError(f"{out}: is a file; give a folder as --out") from error
     except OSError as error:
         raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
 

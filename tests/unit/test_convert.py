@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert_weights.__main__ import main
+from rflow_jax.cli import run
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
@@ -297,6 +298,20 @@ class TestCommandLine:
     def test_a_bad_command_line(self, argv):
         with pytest.raises(InputError):
             main(argv)
+
+    def test_messages_are_in_the_words_of_the_command_line(self, tmp_path):
+        for argv, message in (
+            (["flux"], "^missing: src, dst$"),
+            (["lora", "a", "b", "--alpha", "x"], "^alpha is x: give a number$"),
+            (["flux", "nowhere", str(tmp_path)], "^nowhere: no such file or folder, and not a Hub id"),
+        ):
+            with pytest.raises(InputError, match=message):
+                main(argv)
+
+    def test_a_folder_below_a_file(self, tmp_path, model, capsys):
+        (tmp_path / "file").touch()
+        assert run(lambda: main(["flux", str(model), str(tmp_path / "file" / "out")])) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: a file of this name is in the way\n"
 
     def test_errors_are_one_line(self, tmp_path):
         command = [sys.executable, "-m", "convert_weights", "flux", str(tmp_path / "none"), str(tmp_path / "out")]
