@@ -53,6 +53,8 @@ class Tokenizers:
 
 
 def _load(folder: Path) -> Any:
+    # Else it advises everyone to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
 
     if not folder.is_dir():
