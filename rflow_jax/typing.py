@@ -19,6 +19,6 @@ z     latent channels (``4z`` after packing 2 x 2 patches)
 Times follow one convention: ``t`` in [0, 1], 1 is pure noise.
 """
 
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "UInt8", "UInt32"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rflow_jax.models.attention import AttentionImpl
+from rflow_jax.models.flux.blocks import Remat
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
 from rflow_jax.models.flux.transformer import FluxTransformer
@@ -46,11 +47,13 @@ def predict(
     dtype: Any = jnp.float32,
     flags: ConditionFlags = ConditionFlags(),
     attention: AttentionImpl = "auto",
+    remat: Remat = "none",
 ) -> Float[Array, "b i f"]:
     """The network's velocity at x_t, with the guidance of training, as float32.
 
     Args:
         dtype: what the network computes in.
+        flags, attention, remat: as in the network's call.
     """
     guidance = jnp.full_like(t, TRAINING_GUIDANCE) if network.config.guidance_embeds else None
     velocity = network(
@@ -63,6 +66,7 @@ def predict(
         condition=examples.condition,
         flags=flags,
         attention=attention,
+        remat=remat,
     )
     return velocity.astype(jnp.float32)
 

@@ -19,7 +19,10 @@ class OptimizerConfig:
 
     Attributes:
         name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
-        lr: learning rate.
+        lr: learning rate, the highest of its schedule.
+        schedule: how it goes on after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
+        warmup_steps: it rises in a straight line over so many steps.
+        decay_steps: the step at which ``linear`` and ``cosine`` end.
         clip: the gradients' global norm is cut down to this.
         weight_decay: decoupled, as in AdamW.
         betas: decay of the averages of gradients and of their squares.
@@ -31,6 +34,9 @@ class OptimizerConfig:
 
     name: Literal["prodigy", "adamw", "sgd"] = "prodigy"
     lr: float = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
     clip: float = 0.5
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -43,6 +49,28 @@ class OptimizerConfig:
         for name in ("lr", "clip", "eps", "d0", "d_coef"):
             if not getattr(self, name) > 0:
                 raise InputError(f"optimizer.{name} is {getattr(self, name)}: give a positive number")
+        if self.warmup_steps < 0:
+            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}: give at least 0")
+        if self.schedule != "constant" and (self.decay_steps or 0) <= self.warmup_steps:
+            raise InputError(
+                f"optimizer.schedule {self.schedule} ends at decay_steps: give optimizer.decay_steps a number above "
+                f"warmup_steps ({self.warmup_steps})"
+            )
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Learning rate by the number of steps taken."""
+    lr, warmup = config.lr, config.warmup_steps
+    if config.schedule == "constant":
+        after = optax.constant_schedule(lr)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(lr, 0.0, (config.decay_steps or 0) - warmup)
+    else:
+        after = optax.cosine_decay_schedule(lr, (config.decay_steps or 0) - warmup)
+    if not warmup:
+        return after
+    # The first step is not lost on a rate of zero.
+    return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, warmup - 1), after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -52,10 +80,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _after_clip(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "sgd":
-        return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(config.lr))
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(learning_rate(config)))
     if config.name == "adamw":
         b1, b2 = config.betas
-        return optax.adamw(config.lr, b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
+        return optax.adamw(learning_rate(config), b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
     return prodigy(config)
 
 
@@ -66,8 +94,9 @@ def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:
     the decayed parameter is rounded before the step is added. In one sum, a decay that would be rounded away adds to
     every step.
     """
+    rate = learning_rate(config)
     inner = optax.contrib.prodigy(
-        config.lr,
+        rate,
         betas=config.betas,
         eps=config.eps,
         estim_lr0=config.d0,
@@ -79,7 +108,7 @@ def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:
         beta1, beta2 = config.betas
         taken = state.count + 1
         correction = (1 - beta2**taken) ** 0.5 / (1 - beta1**taken)
-        decay = config.weight_decay * config.lr * state.estim_lr * correction
+        decay = config.weight_decay * rate(state.count) * state.estim_lr * correction
         steps, state = inner.update(updates, state, params)
 
         def change(p: Array, step: Array) -> Array:

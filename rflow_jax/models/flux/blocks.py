@@ -7,8 +7,9 @@ and image, row 1 (if there is a condition) for the condition. A LoRA acts on the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,11 @@ from rflow_jax.typing import Array, Float
 
 NORM_EPS = 1e-6
 
+# "none" keeps every intermediate result of a block for the backward pass; "dots" the results of products, and computes
+# the rest again; "full" keeps a block's inputs alone.
+Remat = Literal["none", "dots", "full"]
+_SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
 
 @dataclass(frozen=True)
 class Context:
@@ -34,6 +40,7 @@ class Context:
         flags: how the condition takes part.
         condition_scale: scalar; its logarithm is added to the attention logits between the condition and the rest.
         attention: see :func:`rflow_jax.models.attention.attend`.
+        remat: what the backward pass computes again, see :data:`Remat`.
     """
 
     rope: Rope
@@ -41,6 +48,13 @@ class Context:
     flags: ConditionFlags = ConditionFlags()
     condition_scale: Array | None = None
     attention: AttentionImpl = "auto"
+    remat: Remat = "none"
+
+    def remember(self, block: Callable[..., Any]) -> Callable[..., Any]:
+        """A block that keeps for its backward pass only what ``remat`` says."""
+        if self.remat == "none":
+            return block
+        return jax.checkpoint(block, policy=_SAVED[self.remat])
 
     def lora_rows(self, tokens: int) -> LoraRows:
         """The rows of an array that ends in the condition's on which the LoRA acts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,15 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import Context, DoubleBlock, DoubleModulation, Modulation, SingleBlock, modulate
+from rflow_jax.models.flux.blocks import (
+    Context,
+    DoubleBlock,
+    DoubleModulation,
+    Modulation,
+    Remat,
+    SingleBlock,
+    modulate,
+)
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.embeddings import TIME_FEATURES, MLPEmbedder, Rope, time_features
 from rflow_jax.models.layers import Linear, abstract
@@ -61,6 +70,7 @@ class FluxTransformer(nnx.Module):
         condition_scale: Float[Array, ""] | None = None,
         flags: ConditionFlags = ConditionFlags(),
         attention: AttentionImpl = "auto",
+        remat: Remat = "none",
     ) -> Float[Array, "b i f"]:
         """The velocity x_1 - x_0 at x_t = (1 - t) x_0 + t x_1.
 
@@ -75,11 +85,12 @@ class FluxTransformer(nnx.Module):
             c_t: the condition's time.
             condition_scale: strength of the attention between the condition and the rest; None is 1.
             flags, attention: see their classes.
+            remat: what training computes again to save memory, see :data:`rflow_jax.models.flux.blocks.Remat`.
 
         Raises:
             InputError: flags that exclude each other, or that don't fit the number of tokens.
         """
-        ctx = self.context(latents.shape[1], condition, rope, condition_scale, flags, attention)
+        ctx = self.context(latents.shape[1], condition, rope, condition_scale, flags, attention, remat)
         modulations = self.modulations(t, guidance, pooled, c_t, latents.dtype, ctx)
         return self.velocity(latents, text, condition, modulations, ctx)
 
@@ -115,10 +126,11 @@ class FluxTransformer(nnx.Module):
         """The part of the network that depends on tokens; :meth:`__call__` says what goes in and out."""
         text, image = self.embed_tokens(latents, text, condition, ctx)
         for block, modulation in zip(self.double_blocks, modulations.double, strict=True):
-            text, image = block(text, image, modulation, ctx)
+            run = ctx.remember(partial(block, ctx=ctx))
+            text, image = run(text, image, modulation)
         x = jnp.concatenate([text, image], axis=1)
         for block, modulation in zip(self.single_blocks, modulations.single, strict=True):
-            x = block(x, modulation, ctx)
+            x = ctx.remember(partial(block, ctx=ctx))(x, modulation)
         return self.head(x[:, text.shape[1] : x.shape[1] - ctx.n_condition], modulations.final, ctx)
 
     def context(
@@ -129,10 +141,11 @@ class FluxTransformer(nnx.Module):
         condition_scale: Array | None,
         flags: ConditionFlags,
         attention: AttentionImpl = "auto",
+        remat: Remat = "none",
     ) -> Context:
         """Checks that the flags fit each other and the tokens. Without a condition they have no effect."""
         if condition is None:
-            return Context(rope, flags=flags, attention=attention)
+            return Context(rope, flags=flags, attention=attention, remat=remat)
         if condition_scale is not None and not flags.union_cond_attn:
             raise InputError(
                 "condition_scale works through union attention: set union_cond_attn or leave the scale at 1"
@@ -142,7 +155,7 @@ class FluxTransformer(nnx.Module):
                 f"add_cond_attn needs as many condition tokens as image tokens, not {condition.shape[1]} and "
                 f"{image_tokens}: give the condition the image's size"
             )
-        return Context(rope, condition.shape[1], flags, condition_scale, attention)
+        return Context(rope, condition.shape[1], flags, condition_scale, attention, remat)
 
     def embed_tokens(
         self, latents: Array, text: Array, condition: Array | None, ctx: Context

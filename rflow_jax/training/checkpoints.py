@@ -1,0 +1,183 @@
+"""Checkpoints of a run: written aside while training goes on, found again whole, exported for other programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from rflow_jax.errors import InputError
+from rflow_jax.training.model import Trained
+from rflow_jax.training.step import State
+from rflow_jax.weights.lora_export import export_lora
+
+CHECKPOINTS, EXPORTS = "checkpoints", "lora"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept.
+
+    Attributes:
+        every: steps between two.
+        keep_last: so many of the newest are kept.
+        keep_every: those at multiples of it are kept for good.
+        export: also write the LoRA as ``lora/{step}/pytorch_lora_weights.safetensors``.
+    """
+
+    every: int = 2000
+    keep_last: int = 3
+    keep_every: int | None = None
+    export: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"checkpoint.{name} is {getattr(self, name)}: give at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise InputError(f"checkpoint.keep_every is {self.keep_every}: give at least 1, or null")
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder.
+
+    A checkpoint becomes visible when all of it is on disk, so a kill at any moment leaves the ones before whole.
+    """
+
+    def __init__(self, out: Path, config: CheckpointConfig):
+        self.out, self.config = out, config
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last, keep_period=config.keep_every, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager((out / CHECKPOINTS).absolute(), options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, the newest last."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State, position: dict[str, Any], config: dict[str, Any], trained: Trained) -> None:
+        """Begins to write; the state is copied first, so that training can go on.
+
+        Args:
+            position: of the data, so that the next run reads on where this one stopped.
+            config: the run's, to be compared when it is resumed.
+        """
+        step = int(jax.device_get(state.step))
+        if step in self.steps:
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_tree(state)),
+            position=ocp.args.JsonSave(position),
+            config=ocp.args.JsonSave(config),
+        )
+        self._manager.save(step, args=items)
+        if self.config.export and trained.is_lora:
+            self._export(step, state, trained)
+
+    def restore(self, like: State, trained_for: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
+        """The newest state that can be read, with the data's position; None if there is no checkpoint.
+
+        A damaged checkpoint is set aside with a warning, and the one before it is taken.
+
+        Args:
+            like: a state with the shapes and places wanted.
+            trained_for: the settings that must be as they were, by their dotted names.
+
+        Raises:
+            InputError: the checkpoint is of another model or run, or none can be read.
+        """
+        found = self.steps
+        for step in reversed(found):
+            try:
+                config = self._read(step, config=ocp.args.JsonRestore())["config"]
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            _require_same(config, trained_for, self.out / CHECKPOINTS / str(step))
+            try:
+                items = {"state": ocp.args.StandardRestore(_abstract(like)), "position": ocp.args.JsonRestore()}
+                read = self._read(step, **items)
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            return _state(like, read["state"]), read["position"]
+        if found:
+            raise InputError(f"{self.out / CHECKPOINTS}: no checkpoint can be read; start afresh with another out")
+        return None
+
+    def wait(self) -> None:
+        """Returns when all is on disk; raises what went wrong in writing."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        folder = self.out / CHECKPOINTS / str(step)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        log.warning("%s: cannot be read (%s); going back to the checkpoint before it", folder, reason)
+        if jax.process_index() == 0:
+            aside = self.out / f"damaged_{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged {step}")
+        self._manager.reload()
+
+    def _export(self, step: int, state: State, trained: Trained) -> None:
+        trainable = state.trainable
+        if jax.process_count() > 1:
+            trainable = multihost_utils.process_allgather(trainable, tiled=True)
+        if jax.process_index():
+            return
+        folder = self.out / EXPORTS
+        export_lora(nnx.merge(trained.graph, jax.device_get(trainable), trained.frozen), _fresh(folder / str(step)))
+        kept = {str(step) for step in self.steps} | {str(step)}
+        for other in folder.iterdir():
+            if other.name not in kept and other.name.isdigit():
+                shutil.rmtree(other)
+
+
+def _fresh(folder: Path) -> Path:
+    """What a killed run left of an export is written again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _tree(state: State) -> dict[str, Any]:
+    """Leaves by their place in the state: nothing of the classes of Flax or optax goes into the file."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _abstract(like: State) -> dict[str, Any]:
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _tree(like).items()
+    }
+
+
+def _state(like: State, read: dict[str, Any]) -> State:
+    return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in _tree(like)])
+
+
+def _require_same(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    for name, value in wanted.items():
+        # By way of JSON, as it was stored: tuples are lists there.
+        if name in stored and stored[name] != json.loads(json.dumps(value)):
+            raise InputError(
+                f"{where}: was trained with {name} {stored[name]!r}, and now it is {value!r}; resume with the same, or "
+                "start afresh with another out"
+            )

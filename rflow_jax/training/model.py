@@ -1,0 +1,134 @@
+"""The model that is trained: which of its parameters move, in which number type, and where they live."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.lora import REFLECTION_FLOW, attach, init_lora
+from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.training.step import INIT
+from rflow_jax.weights.bundle import Bundle, load_bundle
+from rflow_jax.weights.hub import resolve_lora
+from rflow_jax.weights.load import ShardingFor
+from rflow_jax.weights.lora_files import read_lora
+
+
+@dataclass(frozen=True)
+class TrainableConfig:
+    """What is trained.
+
+    Attributes:
+        rank: of the LoRA.
+        alpha: its strength is alpha / rank; null is the rank.
+        pattern: regular expression on dotted paths: the linears that get an adapter.
+        lora: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
+        parameters: regular expression on dotted parameter paths: train these and no LoRA (".*" is all of them).
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    pattern: str = REFLECTION_FLOW
+    lora: str | None = None
+    parameters: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"trainable.rank is {self.rank}: give at least 1")
+        if self.parameters is not None and self.lora is not None:
+            raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora has no place")
+        for name in ("pattern", "parameters"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise InputError(f"trainable.{name}: no regular expression ({error})") from error
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in two parts.
+
+    Attributes:
+        bundle: everything that stays as it is; its transformer's weights are ``frozen``.
+        graph: of the transformer, to be merged with both parts.
+        trainable: the parameters that move, float32.
+        frozen: the others, in the bundle's number type.
+        is_lora: whether what moves is a LoRA.
+    """
+
+    bundle: Bundle
+    graph: Any
+    trainable: Any
+    frozen: Any
+    is_lora: bool
+
+    def bundle_with(self, trainable: Any) -> Bundle:
+        """The bundle to generate with, the moving parameters as given."""
+        weights = self.bundle.weights | {"transformer": (self.frozen, trainable)}
+        return replace(
+            self.bundle,
+            graphs=self.bundle.graphs._replace(transformer=self.graph),
+            weights=weights,
+            has_lora=self.is_lora,
+        )
+
+
+def load_trained(model: str, config: TrainableConfig, *, seed: int, dtype: str, mesh: Mesh) -> Trained:
+    """Loads a model onto the mesh and takes apart what moves and what stays.
+
+    Raises:
+        InputError: the model, the LoRA or a pattern is not usable.
+    """
+    bundle = load_bundle(model, lora=None, lora_alpha=None, dtype=dtype, mesh=mesh)
+    transformer = nnx.merge(bundle.graphs.transformer, *bundle.weights["transformer"])
+    if config.parameters is None:
+        _attach(transformer, config, seed)
+        graph, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
+    else:
+        chosen = re.compile(config.parameters)
+        graph, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(_dotted(path))), ...)
+        if not jax.tree.leaves(trainable):
+            raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {model}")
+        # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+        trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    put = sharding_for(mesh)
+    return Trained(bundle, graph, _on_mesh(trainable, put), _on_mesh(frozen, put), config.parameters is None)
+
+
+def count(state: Any) -> int:
+    """Numbers in a state."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def _attach(transformer: Any, config: TrainableConfig, seed: int) -> None:
+    if config.lora is not None:
+        read = read_lora(resolve_lora(config.lora), alpha=config.alpha)
+        attach(transformer, read.adapters, dtype=jnp.float32, where=read.where)
+        return
+    rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
+    init_lora(transformer, config.rank, alpha=config.alpha, pattern=config.pattern, rngs=rngs)
+
+
+def _on_mesh(state: Any, put: ShardingFor) -> Any:
+    """The state with every leaf where the rules want it; what already lies there stays."""
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        sharding = put(_dotted(path), leaf.shape)
+        if leaf.sharding == sharding:
+            return leaf
+        # By way of the host: the leaf may lie on one device of this process alone.
+        return jax.device_put(jax.device_get(leaf), sharding)
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, variable.replace(place(path, variable.get_value()))) for path, variable in flat])
+
+
+def _dotted(path: Any) -> str:
+    return ".".join(map(str, path))

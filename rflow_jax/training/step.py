@@ -1,0 +1,202 @@
+"""One optimizer step: encode a batch, draw times and noise, differentiate, clip, move. Compiled over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rflow_jax.flow.latents import rope_for
+from rflow_jax.models.attention import AttentionImpl
+from rflow_jax.models.flux.blocks import Remat
+from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.models.flux.embeddings import Rope
+from rflow_jax.parallel.mesh import BATCH
+from rflow_jax.sampling import encode_condition
+from rflow_jax.training.objective import Examples, flow_matching_loss
+from rflow_jax.typing import Array, Float, Int, UInt8, UInt32
+
+# What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
+TIME, NOISE, GOOD, BAD = range(4)
+INIT = 2**32 - 1  # no sample has this number
+
+
+class Inputs(NamedTuple):
+    """A batch as it leaves the host.
+
+    Attributes:
+        numbers: of the samples, counted from the beginning of the run: all randomness of a sample follows from it.
+    """
+
+    good: UInt8[Array, "b y x 3"]
+    bad: UInt8[Array, "b v w 3"]
+    clip_ids: Int[Array, "b 77"]
+    t5_ids: Int[Array, "b t"]
+    numbers: UInt32[Array, " b"]
+
+
+class State(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        step: steps taken.
+        trainable: parameters, float32.
+        optimizer: the optimizer's state.
+    """
+
+    step: Int[Array, ""]
+    trainable: Any
+    optimizer: Any
+
+
+class Report(NamedTuple):
+    """What a step tells."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]  # before the clip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a training batch, in tokens; rotary angles follow from them."""
+
+    text: int
+    image: tuple[int, int]
+    condition: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a step is computed.
+
+    Attributes:
+        dtype: of the activations.
+        accumulation: a batch is taken in so many parts, one after the other.
+    """
+
+    seed: int
+    dtype: Any
+    shape: Shape
+    flags: ConditionFlags = ConditionFlags()
+    remat: Remat = "full"
+    accumulation: int = 1
+    attention: AttentionImpl = "auto"
+
+
+def sample_keys(seed: int, numbers: UInt32[Array, " b"]) -> Array:
+    """One key a sample, [b], whatever the batch it lies in."""
+    run = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(partial(jax.random.fold_in, run))(numbers)
+
+
+def make_encode(bundle: Any, recipe: Recipe, mesh: Mesh) -> Callable[[Any, Inputs], Examples]:
+    """A jitted function of (the encoders' weights, inputs)."""
+    graphs, dtype = bundle.graphs, recipe.dtype
+
+    # Pictures go one at a time through the autoencoder to bound memory, on each device its own.
+    @partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), BATCH, BATCH), out_specs=BATCH, check_vma=False)
+    def tokens(vae: Any, inputs: tuple[Array, Array], keys: Array) -> tuple[Array, Array]:
+        network = nnx.merge(graphs.vae, vae)
+        good, bad = inputs
+        encode = partial(encode_condition, network, dtype, False)
+        return encode(good, keys, GOOD).astype(jnp.float32), encode(bad, keys, BAD)
+
+    @jax.jit
+    def encode(weights: Any, inputs: Inputs) -> Examples:
+        keys = sample_keys(recipe.seed, inputs.numbers)
+        x_0, condition = tokens(weights["vae"], (inputs.good, inputs.bad), keys)
+        _, pooled = nnx.merge(graphs.clip, weights["clip"])(inputs.clip_ids)
+        text = nnx.merge(graphs.t5, weights["t5"])(inputs.t5_ids)
+        return Examples(x_0, condition, text.astype(dtype), pooled.astype(dtype))
+
+    return encode
+
+
+def batch_loss(
+    network: Any, recipe: Recipe, rope: Rope, examples: Examples, keys: Array, t: Array | None = None
+) -> Float[Array, ""]:
+    """The loss at each sample's own time (the sigmoid of a standard normal) and noise.
+
+    Args:
+        t: times to take instead of drawn ones, [b].
+    """
+    draw = partial(jax.vmap, in_axes=0)
+    if t is None:
+        t = jax.nn.sigmoid(draw(lambda key: jax.random.normal(jax.random.fold_in(key, TIME)))(keys))
+    shape = examples.x_0.shape[1:]
+    x_1 = draw(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), shape))(keys)
+    how = {"dtype": recipe.dtype, "flags": recipe.flags, "attention": recipe.attention, "remat": recipe.remat}
+    return flow_matching_loss(network, examples, t, x_1, rope, **how)
+
+
+def make_step(
+    graph: Any, config: Any, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh, shardings: Any
+) -> Callable[[State, Any, Examples, Array], tuple[State, Report]]:
+    """A jitted function of (state, frozen parameters, examples, numbers of the samples); the state is donated.
+
+    Args:
+        graph, config: of the transformer.
+        shardings: of the state.
+    """
+    rope = rope_for(config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
+
+    def loss_of(trainable: Any, frozen: Any, part: tuple[Examples, Array]) -> Array:
+        examples, numbers = part
+        keys = sample_keys(recipe.seed, numbers)
+        return batch_loss(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys)
+
+    def gradients(trainable: Any, frozen: Any, whole: tuple[Examples, Array]) -> tuple[Array, Any]:
+        """Loss and gradient of the batch, taken in parts."""
+        if recipe.accumulation == 1:
+            return jax.value_and_grad(loss_of)(trainable, frozen, whole)
+        parts = jax.tree.map(partial(_in_parts, parts=recipe.accumulation, mesh=mesh), whole)
+
+        def add(total: tuple[Array, Any], part: Any) -> tuple[tuple[Array, Any], None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(trainable, frozen, part)), None
+
+        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / recipe.accumulation, total)
+
+    def step(state: State, frozen: Any, examples: Examples, numbers: Array) -> tuple[State, Report]:
+        loss, gradient = gradients(state.trainable, frozen, (examples, numbers))
+        updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return State(state.step + 1, trainable, moved), Report(loss, optax.tree.norm(gradient))
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:
+    """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
+
+    def split(rows: Array) -> Array:
+        return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
+
+    return jax.shard_map(split, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))(x)
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Any]:
+    """The state before the first step, and where its leaves live: an optimizer's numbers with their parameter."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda x: x.sharding, trainable)
+    optimizer_places = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, trainable),
+        places,
+        transform_non_params=lambda _: everywhere,
+    )
+    kept: Any = everywhere
+    shardings = State(kept, places, optimizer_places)
+    # Copied: Prodigy remembers the first parameters, and a donated buffer must not be in the state twice.
+    init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=optimizer_places)
+    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    return State(step, trainable, init(trainable)), shardings

@@ -1,0 +1,181 @@
+"""What a run tells while it goes: one line a while, a JSON lines file always, TensorBoard and wandb."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from rflow_jax.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+# Dense bfloat16 TFLOP/s a chip, by what JAX calls the device: vendors' data sheets.
+PEAK_TFLOPS = {
+    "NVIDIA A100": 312,
+    "NVIDIA H100": 989,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5p": 459,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+}
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How a run is watched.
+
+    Attributes:
+        every: steps between two lines.
+        tensorboard: write TensorBoard's files into ``tensorboard``.
+        wandb: name of a Weights & Biases project to report to as well.
+        peak_tflops: of one device, for the FLOP utilisation; null: known by the device's name.
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InputError(f"watch.every is {self.every}: give at least 1")
+
+
+def peak_flops(config: WatchConfig) -> float | None:
+    """FLOP/s that all devices together could do; None if that is not known."""
+    name = jax.devices()[0].device_kind
+    known = next((value for prefix, value in PEAK_TFLOPS.items() if name.startswith(prefix)), None)
+    tflops = config.peak_tflops or known
+    return tflops * 1e12 * jax.device_count() if tflops else None
+
+
+class Watch:
+    """Collects what each step tells and writes it every so often; only the first process writes.
+
+    Args:
+        flops: of one sample, forward and backward, without what is computed again.
+        resumed: the step that the run goes on from: later lines of an earlier try are dropped.
+    """
+
+    def __init__(self, out: Path, config: WatchConfig, *, steps: int, flops: float, resumed: int):
+        self.config, self.steps, self.flops = config, steps, flops
+        self.writes = jax.process_index() == 0
+        self._peak = peak_flops(config)
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._file = out / METRICS
+        self._subsets: Counter[str] = Counter()
+        self._samples = self._skipped = 0
+        self._waited, self._since = 0.0, time.perf_counter()
+        self._board = self._wandb = None
+        if self.writes:
+            _keep_until(self._file, resumed)
+            self._open_boards(out)
+
+    def step(self, step: int, report: Any, batch: Any, samples: int, optimizer: dict[str, float]) -> None:
+        """Takes in one step, after it is done.
+
+        Args:
+            report: the step's numbers, on the host.
+            batch: the host's batch: its subsets, skipped records and waiting time are counted.
+            samples: of all processes.
+            optimizer: further numbers to show, such as Prodigy's d.
+        """
+        self._samples += samples
+        self._subsets.update(batch.subsets)
+        self._skipped += len(batch.skipped)
+        self._waited += batch.waited
+        if step % self.config.every and step != self.steps:
+            return
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        line: dict[str, Any] = {"step": step, "loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
+        line |= optimizer
+        line |= {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
+        if self._peak:
+            line["mfu"] = self.flops * self._samples / seconds / self._peak
+        line |= {"skipped": self._skipped, "subsets": dict(sorted(self._subsets.items()))}
+        line["samples"] = batch.digest
+        self.write(line)
+        self._show(line)
+        self._samples, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes numbers of one step to every place."""
+        if not self.writes:
+            return
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        numbers |= {f"subsets/{name}": count for name, count in line.get("subsets", {}).items()}
+        if self._board:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, line["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=line["step"])
+
+    def restart_clock(self) -> None:
+        """Time until now (compiling, validation) does not count as training."""
+        self._samples, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line on standard error."""
+        if self.writes:
+            self._console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}", f"|g| {line['gradient_norm']:.3g}"]
+        parts += [f"d {line['d']:.3g}"] if "d" in line else []
+        parts += [f"{line['samples_per_s']:.2f} samples/s"]
+        parts += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
+        parts += [f"data wait {line['data_wait']:.0%}", " ".join(f"{k} {v}" for k, v in line["subsets"].items())]
+        parts += [f"{line['skipped']} skipped"] if line["skipped"] else []
+        self.say(", ".join(parts))
+
+    def _open_boards(self, out: Path) -> None:
+        if self.config.tensorboard:
+            self._board = importlib.import_module("tensorboardX").SummaryWriter(str(out / "tensorboard"))
+        if self.config.wandb:
+            try:
+                wandb = importlib.import_module("wandb")
+            except ImportError as error:
+                raise InputError("watch.wandb: the package is not installed: pip install wandb") from error
+            self._wandb = wandb
+            wandb.init(project=self.config.wandb, dir=str(out), resume="allow", id=_run_id(out))
+
+
+def _run_id(out: Path) -> str:
+    return out.absolute().name.replace("/", "-")
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Drops lines past ``step``, and one that a kill cut short."""
+    if not file.exists():
+        return
+    kept = []
+    for text in file.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("step", 0) <= step:
+            kept.append(text + "\n")
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, file)
