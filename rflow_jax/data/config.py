@@ -1,0 +1,82 @@
+"""What a training run is told about its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rflow_jax.data.choice import Choice
+from rflow_jax.data.patience import Patience
+from rflow_jax.errors import InputError
+
+Format = Literal["tar", "stream", "tfds", "precomputed"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """GenRef: where it lies, what is drawn, and what is done to a record.
+
+    Attributes:
+        shards: tar files: paths, folders, hf://, http(s)://, gs:// or s3:// addresses, with {000..208} and *; or the
+            folder of a TFDS data set or of precomputed latents.
+        format: ``tar`` reads records by byte range, after one pass for an index; ``stream`` reads each shard once, in
+            order, for what has no byte ranges; ``tfds`` and ``precomputed`` are folders made by
+            ``python -m rflow_jax.data.convert``.
+        split_ratios: for each subset its weight at each stage; a subset that is left out is never drawn.
+        training_stages: the optimizer steps of these stages; between two the weights are interpolated.
+        target_size: pixels of the square that training images are cut to.
+        condition_size: pixels of the bad image's square.
+        crop: ``random``, or ``center``: the same for a record each time, as precomputed latents need it.
+        drop_text_prob: how often T5 gets no text.
+        drop_image_prob: how often the condition is black and the reflection goes (never of editing).
+        drop_reflection_prob: how often T5 gets the prompt without the reflection.
+        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        prefetch: batches made in advance.
+        skip_limit: so many unusable records, all processes' own count, end the run.
+        cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
+        allow_shell: whether ``pipe:`` shards may run shell commands.
+        buffer: records of each subset held back to be shuffled (``stream`` alone).
+        patience: how long a server is waited for.
+    """
+
+    shards: str | list[str]
+    format: Format = "tar"
+    split_ratios: dict[str, list[float]] = field(
+        default_factory=lambda: {
+            "general": [0.1, 0.3],
+            "length": [0.1, 0.3],
+            "rule": [0.1, 0.4],
+            "editing": [0.7, 0.0],
+        }
+    )
+    training_stages: list[int] = field(default_factory=lambda: [0, 5000])
+    target_size: int = 1024
+    condition_size: int = 512
+    crop: Literal["random", "center"] = "random"
+    drop_text_prob: float = 0.1
+    drop_image_prob: float = 0.1
+    drop_reflection_prob: float = 0.1
+    workers: int | None = None
+    prefetch: int = 4
+    skip_limit: int = 1000
+    cache: str | None = None
+    allow_shell: bool = False
+    buffer: int = 1000
+    patience: Patience = Patience()
+
+    def __post_init__(self) -> None:
+        Choice(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # says what is wrong with them
+        for name, least in {"target_size": 1, "condition_size": 1, "prefetch": 1, "skip_limit": 0, "buffer": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"data.{name} is {getattr(self, name)}: give at least {least}")
+        for name in ("drop_text_prob", "drop_image_prob", "drop_reflection_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"data.{name} is {getattr(self, name)}: give a number from 0 to 1")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"data.workers is {self.workers}: give at least 0")
+
+    def require_grid(self, token_pixels: int) -> None:
+        """Raises InputError unless the sizes are whole numbers of the model's tokens."""
+        for name in ("target_size", "condition_size"):
+            if getattr(self, name) % token_pixels:
+                raise InputError(f"data.{name} is {getattr(self, name)}: give a multiple of {token_pixels}")
