@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 
 T = TypeVar("T")
 
@@ -66,6 +66,8 @@ def run(main: Callable[[], int | None]) -> int:
         return main() or 0
     except InputError as error:
         return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
@@ -103,7 +105,27 @@ def dispatch(commands: Mapping[str, Command], description: str, argv: Sequence[s
         _require_sections(namespace, commands[name].configs)
     except ArgumentError as error:
         raise InputError(_explain(error, argv, parsers.get(name))) from error
-    command, ready = commands[name], parsers[name].instantiate(namespace)
+    return _call(commands[name], parsers[name], namespace)
+
+
+def run_command(command: Command, argv: Sequence[str] | None = None) -> int | None:
+    """Parses the command line of a program that does one thing, and runs it.
+
+    Raises:
+        InputError: as :func:`dispatch`.
+    """
+    parser = _subparser(command)
+    argv = _spell_out_switches(list(sys.argv[1:] if argv is None else argv), command.configs)
+    try:
+        namespace = parser.parse_args(argv)
+        _require_sections(namespace, command.configs)
+    except ArgumentError as error:
+        raise InputError(_explain(error, argv, parser)) from error
+    return _call(command, parser, namespace)
+
+
+def _call(command: Command, parser: ArgumentParser, namespace: Namespace) -> int | None:
+    ready = parser.instantiate(namespace)
     return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
 

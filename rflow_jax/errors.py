@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The command lines print the message without a traceback and exit with status 2. Library callers can
     catch it as a ``ValueError``.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though what it was told is right: one line that says why and what is saved.
+
+    The command lines print the message without a traceback and exit with status 1.
     """

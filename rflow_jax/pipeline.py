@@ -10,6 +10,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from rflow_jax.errors import InputError
@@ -241,4 +242,6 @@ def _samples(
 
 
 def _to_images(count: int, pixels: Array) -> list[Image.Image]:
-    return [Image.fromarray(array) for array in np.asarray(pixels)[:count]]
+    # With several processes the devices hold it in parts, which no process has all of.
+    whole = pixels if pixels.is_fully_addressable else multihost_utils.process_allgather(pixels, tiled=True)
+    return [Image.fromarray(array) for array in np.asarray(whole)[:count]]

@@ -67,10 +67,20 @@ def samples_along(mesh: Mesh) -> int:
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
-def put_batch(mesh: Mesh, tree: Any) -> Any:
-    """This process's rows (numpy) -> arrays over the whole mesh, the first axis cut along the batch."""
+def put_batch(mesh: Mesh, tree: Any, *, whole: bool = False) -> Any:
+    """Rows on the host (numpy) -> arrays over the whole mesh, the first axis cut along the batch.
+
+    Args:
+        whole: every process has all rows; else each has those of its own devices, in order.
+    """
     sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        if whole:
+            return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(lambda rows: put(np.asarray(rows)), tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -26,17 +26,10 @@ from PIL.Image import Image
 
 from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
+from rflow_jax.files import write_file
 from rflow_jax.search.chains import Sample, Seed, best_first, chains, last_round
 
 RECORDS = "records.jsonl"
-
-
-def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a file that is there whole or not at all, also if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(temporary, path)
 
 
 def json_line(value: Mapping[str, Any]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,29 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
+from rflow_jax.training.folder import fresh
 from rflow_jax.training.model import Trained
 from rflow_jax.training.step import State
 from rflow_jax.weights.lora_export import export_lora
 
+# Settings a resumed run must have as they were: else its numbers would mean something else, or its state would not fit.
+MUST_STAY = (
+    *("model", "trainable.*", "optimizer.name"),
+    *(
+        "train.batch_size",
+        "train.dtype",
+        "train.seed",
+        "train.*_attn",
+        "train.latent_lora",
+        "train.max_sequence_length",
+    ),
+    *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*"),
+)
+# Those whose change says nothing about the training; of all others (the learning rate, say) it is told.
+MAY_CHANGE = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
+
+_DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 CHECKPOINTS, EXPORTS = "checkpoints", "lora"
 log = logging.getLogger(__name__)
 
@@ -68,11 +90,21 @@ class Checkpoints:
     def save(self, state: State, position: dict[str, Any], config: dict[str, Any], trained: Trained) -> None:
         """Begins to write; the state is copied first, so that training can go on.
 
+        A checkpoint that could not be written is noticed here or in :meth:`wait`.
+
         Args:
             position: of the data, so that the next run reads on where this one stopped.
-            config: the run's, to be compared when it is resumed.
+            config: the run's settings by their dotted names.
+
+        Raises:
+            RunError: this checkpoint, or the one before it, could not be written.
         """
-        step = int(jax.device_get(state.step))
+        with self._disk_errors():
+            self._save(int(jax.device_get(state.step)), state, position, config, trained)
+
+    def _save(
+        self, step: int, state: State, position: dict[str, Any], config: dict[str, Any], trained: Trained
+    ) -> None:
         if step in self.steps:
             return
         items = ocp.args.Composite(
@@ -84,14 +116,14 @@ class Checkpoints:
         if self.config.export and trained.is_lora:
             self._export(step, state, trained)
 
-    def restore(self, like: State, trained_for: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
+    def restore(self, like: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
         """The newest state that can be read, with the data's position; None if there is no checkpoint.
 
         A damaged checkpoint is set aside with a warning, and the one before it is taken.
 
         Args:
             like: a state with the shapes and places wanted.
-            trained_for: the settings that must be as they were, by their dotted names.
+            config: the run's settings by their dotted names, compared with those of the checkpoint.
 
         Raises:
             InputError: the checkpoint is of another model or run, or none can be read.
@@ -99,11 +131,11 @@ class Checkpoints:
         found = self.steps
         for step in reversed(found):
             try:
-                config = self._read(step, config=ocp.args.JsonRestore())["config"]
+                stored = self._read(step, config=ocp.args.JsonRestore())["config"]
             except Exception as error:
                 self._set_aside(step, error)
                 continue
-            _require_same(config, trained_for, self.out / CHECKPOINTS / str(step))
+            _compare(stored, config, self.out / CHECKPOINTS / str(step))
             try:
                 items = {"state": ocp.args.StandardRestore(_abstract(like)), "position": ocp.args.JsonRestore()}
                 read = self._read(step, **items)
@@ -116,8 +148,27 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when all is on disk; raises what went wrong in writing."""
-        self._manager.wait_until_finished()
+        """Returns when all is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A disk that is full is one line, whichever library below noticed it."""
+        try:
+            yield
+        except Exception as error:
+            if getattr(error, "errno", None) not in _DISK and not any(word in str(error) for word in _DISK.values()):
+                raise
+            kept = f"the newest whole checkpoint is of step {self.steps[-1]}" if self.steps else "none is whole"
+            raise RunError(
+                f"{self.out}: the checkpoint cannot be written, the disk is full or a quota is used up; {kept}; free "
+                "some space and go on with --resume"
+            ) from error
 
     def close(self) -> None:
         self._manager.close()
@@ -144,17 +195,11 @@ class Checkpoints:
         if jax.process_index():
             return
         folder = self.out / EXPORTS
-        export_lora(nnx.merge(trained.graph, jax.device_get(trainable), trained.frozen), _fresh(folder / str(step)))
+        export_lora(nnx.merge(trained.graph, jax.device_get(trainable), trained.frozen), fresh(folder / str(step)))
         kept = {str(step) for step in self.steps} | {str(step)}
         for other in folder.iterdir():
             if other.name not in kept and other.name.isdigit():
                 shutil.rmtree(other)
-
-
-def _fresh(folder: Path) -> Path:
-    """What a killed run left of an export is written again."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 def _tree(state: State) -> dict[str, Any]:
@@ -173,11 +218,23 @@ def _state(like: State, read: dict[str, Any]) -> State:
     return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in _tree(like)])
 
 
-def _require_same(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def _compare(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Refuses what must stay, and tells of other changes."""
+    changed = {}
     for name, value in wanted.items():
         # By way of JSON, as it was stored: tuples are lists there.
         if name in stored and stored[name] != json.loads(json.dumps(value)):
+            changed[name] = f"{name} {stored[name]!r}", f"{value!r}"
+    for name, (before, now) in changed.items():
+        if _is_one_of(name, MUST_STAY):
             raise InputError(
-                f"{where}: was trained with {name} {stored[name]!r}, and now it is {value!r}; resume with the same, or "
-                "start afresh with another out"
+                f"{where}: was trained with {before}, and now it is {now}; resume with the same, or start afresh with "
+                "another out"
             )
+    told = [f"{before} is now {now}" for name, (before, now) in changed.items() if not _is_one_of(name, MAY_CHANGE)]
+    if told:
+        log.warning("resumed with other settings: %s", "; ".join(told))
+
+
+def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

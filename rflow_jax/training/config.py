@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rflow_jax.data.config import DataConfig
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.blocks import Remat
@@ -14,6 +16,7 @@ from rflow_jax.settings import require_dtype
 from rflow_jax.training.checkpoints import CheckpointConfig
 from rflow_jax.training.model import TrainableConfig
 from rflow_jax.training.optimizers import OptimizerConfig
+from rflow_jax.training.validation import ValidationConfig
 from rflow_jax.training.watch import WatchConfig
 
 LARGEST_SEED = 2**32 - 1
@@ -81,12 +84,15 @@ class RunConfig:
         train: the steps.
         mesh: how the devices are arranged.
         distributed: several processes as one run.
+        data: what it is trained on.
         checkpoint: when the run is saved.
+        validation: how it is tried on held-out records.
         watch: how it is watched.
     """
 
     model: str
     out: str
+    data: DataConfig
     resume: bool = False
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -94,21 +100,17 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
-    def must_stay(self) -> dict[str, Any]:
-        """What a resumed run must have as it was, by dotted names: else its numbers would mean something else."""
-        whole = asdict(self)
-        sections = {"trainable": whole["trainable"], "optimizer": whole["optimizer"]}
-        named = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-        steps = (
-            "batch_size",
-            "dtype",
-            "seed",
-            "union_cond_attn",
-            "add_cond_attn",
-            "latent_lora",
-            "max_sequence_length",
-        )
-        named |= {f"train.{key}": whole["train"][key] for key in steps}
-        return {"model": self.model} | named
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name."""
+        return dict(_flat(asdict(self)))
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

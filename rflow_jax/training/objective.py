@@ -71,15 +71,15 @@ def predict(
     return velocity.astype(jnp.float32)
 
 
-def flow_matching_loss(
+def flow_matching_losses(
     network: FluxTransformer,
     examples: Examples,
     t: Float[Array, " b"],
     x_1: Float[Array, "b i f"],
     rope: Rope,
     **how: Any,
-) -> Float[Array, ""]:
-    """Mean squared error of the velocity to x_1 - x_0, over the batch.
+) -> Float[Array, " b"]:
+    """Mean squared error of the velocity to x_1 - x_0, of each sample.
 
     Args:
         t: times in [0, 1], 1 is noise; the corrector is trained with the sigmoid of a standard normal.
@@ -87,4 +87,9 @@ def flow_matching_loss(
         how: as in :func:`predict`.
     """
     velocity = predict(network, examples, noisy(examples.x_0, x_1, t), t, rope, **how)
-    return jnp.mean(jnp.square(velocity - (x_1 - examples.x_0)))
+    return jnp.mean(jnp.square(velocity - (x_1 - examples.x_0)), axis=(1, 2))
+
+
+def flow_matching_loss(*args: Any, **how: Any) -> Float[Array, ""]:
+    """The mean of :func:`flow_matching_losses` over the batch."""
+    return jnp.mean(flow_matching_losses(*args, **how))

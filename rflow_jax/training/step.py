@@ -20,7 +20,7 @@ from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
 from rflow_jax.parallel.mesh import BATCH
 from rflow_jax.sampling import encode_condition
-from rflow_jax.training.objective import Examples, flow_matching_loss
+from rflow_jax.training.objective import Examples, flow_matching_losses
 from rflow_jax.typing import Array, Float, Int, UInt8, UInt32
 
 # What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
@@ -57,10 +57,16 @@ class State(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a step tells."""
+    """What a step tells.
+
+    Attributes:
+        gradient_norm: before the clip.
+        d: Prodigy's estimate of the distance; None with other optimizers.
+    """
 
     loss: Float[Array, ""]
-    gradient_norm: Float[Array, ""]  # before the clip
+    gradient_norm: Float[Array, ""]
+    d: Float[Array, ""] | None
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,10 @@ def make_encode(bundle: Any, recipe: Recipe, mesh: Mesh) -> Callable[[Any, Input
     return encode
 
 
-def batch_loss(
+def batch_losses(
     network: Any, recipe: Recipe, rope: Rope, examples: Examples, keys: Array, t: Array | None = None
-) -> Float[Array, ""]:
-    """The loss at each sample's own time (the sigmoid of a standard normal) and noise.
+) -> Float[Array, " b"]:
+    """The loss of each sample at its own time (the sigmoid of a standard normal) and noise.
 
     Args:
         t: times to take instead of drawn ones, [b].
@@ -133,7 +139,7 @@ def batch_loss(
     shape = examples.x_0.shape[1:]
     x_1 = draw(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), shape))(keys)
     how = {"dtype": recipe.dtype, "flags": recipe.flags, "attention": recipe.attention, "remat": recipe.remat}
-    return flow_matching_loss(network, examples, t, x_1, rope, **how)
+    return flow_matching_losses(network, examples, t, x_1, rope, **how)
 
 
 def make_step(
@@ -150,7 +156,7 @@ def make_step(
     def loss_of(trainable: Any, frozen: Any, part: tuple[Examples, Array]) -> Array:
         examples, numbers = part
         keys = sample_keys(recipe.seed, numbers)
-        return batch_loss(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys)
+        return jnp.mean(batch_losses(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys))
 
     def gradients(trainable: Any, frozen: Any, whole: tuple[Examples, Array]) -> tuple[Array, Any]:
         """Loss and gradient of the batch, taken in parts."""
@@ -169,7 +175,8 @@ def make_step(
         loss, gradient = gradients(state.trainable, frozen, (examples, numbers))
         updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return State(state.step + 1, trainable, moved), Report(loss, optax.tree.norm(gradient))
+        report = Report(loss, optax.tree.norm(gradient), optax.tree.get(moved, "estim_lr"))
+        return State(state.step + 1, trainable, moved), report
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from rflow_jax.errors import InputError
 
 METRICS = "metrics.jsonl"
+SKIPPED_SHOWN = 10  # records named one by one; all are counted
 
 # Dense bfloat16 TFLOP/s a chip, by what JAX calls the device: vendors' data sheets.
 PEAK_TFLOPS = {
@@ -62,53 +63,68 @@ def peak_flops(config: WatchConfig) -> float | None:
 
 
 class Watch:
-    """Collects what each step tells and writes it every so often; only the first process writes.
+    """Writes what each step tells, and one line a while on standard error; only the first process writes.
 
     Args:
+        batch_size: samples of a step, of all processes.
         flops: of one sample, forward and backward, without what is computed again.
         resumed: the step that the run goes on from: later lines of an earlier try are dropped.
     """
 
-    def __init__(self, out: Path, config: WatchConfig, *, steps: int, flops: float, resumed: int):
-        self.config, self.steps, self.flops = config, steps, flops
+    def __init__(self, out: Path, config: WatchConfig, *, steps: int, batch_size: int, flops: float, resumed: int):
+        self.config, self.steps, self.flops, self.batch_size = config, steps, flops, batch_size
         self.writes = jax.process_index() == 0
         self._peak = peak_flops(config)
         self._console = Console(stderr=True, soft_wrap=True)
         self._file = out / METRICS
-        self._subsets: Counter[str] = Counter()
-        self._samples = self._skipped = 0
-        self._waited, self._since = 0.0, time.perf_counter()
+        self._skipped = 0
+        self._losses: list[float] = []
+        self.restart_clock()
         self._board = self._wandb = None
         if self.writes:
             _keep_until(self._file, resumed)
             self._open_boards(out)
 
-    def step(self, step: int, report: Any, batch: Any, samples: int, optimizer: dict[str, float]) -> None:
+    def step(self, step: int, report: Any, batch: Any, drawn: Mapping[str, int]) -> None:
         """Takes in one step, after it is done.
 
         Args:
             report: the step's numbers, on the host.
-            batch: the host's batch: its subsets, skipped records and waiting time are counted.
-            samples: of all processes.
-            optimizer: further numbers to show, such as Prodigy's d.
+            batch: the host's batch.
+            drawn: samples of each subset so far, of all processes.
         """
-        self._samples += samples
-        self._subsets.update(batch.subsets)
-        self._skipped += len(batch.skipped)
+        self._samples += self.batch_size
         self._waited += batch.waited
-        if step % self.config.every and step != self.steps:
-            return
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self._losses.append(float(report.loss))
+        self._tell_skipped(batch.skipped)
         line: dict[str, Any] = {"step": step, "loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
-        line |= optimizer
-        line |= {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
-        if self._peak:
-            line["mfu"] = self.flops * self._samples / seconds / self._peak
-        line |= {"skipped": self._skipped, "subsets": dict(sorted(self._subsets.items()))}
-        line["samples"] = batch.digest
+        line |= {} if report.d is None else {"d": float(report.d)}
+        line |= {"drawn": dict(drawn), "samples": batch.digest}
+        if step % self.config.every == 0 or step == self.steps:
+            line |= self._pace()
+            self._show(line)
+            self.restart_clock()
+            self._losses = []
         self.write(line)
-        self._show(line)
-        self._samples, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Takes in the losses on held-out records; the time it took does not count as training."""
+        self.write({"step": step, **losses})
+        numbers = ", ".join(f"{name.rpartition('/')[2]} {loss:.4f}" for name, loss in losses.items())
+        self.say(f"step {step}/{self.steps}, validation loss: {numbers}")
+        self.restart_clock()
+
+    def _pace(self) -> dict[str, Any]:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        pace = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
+        if self._peak:
+            pace["mfu"] = self.flops * self._samples / seconds / self._peak
+        return pace | {"skipped": self._skipped}
+
+    def _tell_skipped(self, skipped: Sequence[str]) -> None:
+        for reason in skipped[: max(0, SKIPPED_SHOWN - self._skipped)]:
+            self.say(f"skipped {reason}")
+        self._skipped += len(skipped)
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes numbers of one step to every place."""
@@ -117,7 +133,7 @@ class Watch:
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-        numbers |= {f"subsets/{name}": count for name, count in line.get("subsets", {}).items()}
+        numbers |= {f"drawn/{name}": count for name, count in line.get("drawn", {}).items()}
         if self._board:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, line["step"])
@@ -140,11 +156,12 @@ class Watch:
             self._wandb.finish()
 
     def _show(self, line: dict[str, Any]) -> None:
-        parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}", f"|g| {line['gradient_norm']:.3g}"]
+        loss = sum(self._losses) / len(self._losses)
+        parts = [f"step {line['step']}/{self.steps}", f"loss {loss:.4f}", f"|g| {line['gradient_norm']:.3g}"]
         parts += [f"d {line['d']:.3g}"] if "d" in line else []
         parts += [f"{line['samples_per_s']:.2f} samples/s"]
         parts += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
-        parts += [f"data wait {line['data_wait']:.0%}", " ".join(f"{k} {v}" for k, v in line["subsets"].items())]
+        parts += [f"data wait {line['data_wait']:.0%}", " ".join(f"{k} {v}" for k, v in line["drawn"].items())]
         parts += [f"{line['skipped']} skipped"] if line["skipped"] else []
         self.say(", ".join(parts))
 

@@ -1,0 +1,61 @@
+"""Batches on the devices: tokenized and sent while the step before is computed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from rflow_jax.data.loader import HostBatch
+from rflow_jax.parallel.mesh import BATCH, put_batch
+from rflow_jax.training.step import Inputs
+from rflow_jax.weights.bundle import Bundle
+
+AHEAD = 2
+
+
+def slots_here(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold."""
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return sorted({row for rows, *_ in filter(None, places.values()) for row in range(*rows.indices(batch_size))})
+
+
+def put_pixels(bundle: Bundle, text_length: int, mesh: Mesh) -> Callable[[HostBatch], Inputs]:
+    """A function that tokenizes a batch and puts it onto the mesh."""
+    tokenizers = bundle.tokenizers
+
+    def put(batch: HostBatch) -> Inputs:
+        clip_ids = tokenizers.clip(batch.prompts, bundle.clip_length)
+        t5_ids = tokenizers.t5(batch.t5_texts, text_length)
+        return put_batch(mesh, Inputs(batch.good, batch.bad, clip_ids, t5_ids, batch.numbers))
+
+    return put
+
+
+def feed(batches: Iterator[Any], put: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """(batch, its arrays on the devices); two are made in advance, in a thread.
+
+    ``waited`` of a batch becomes the seconds for which the consumer waited.
+    """
+
+    def make() -> tuple[Any, Any]:
+        batch = next(batches)
+        return batch, jax.block_until_ready(put(batch))
+
+    with ThreadPoolExecutor(1, "feed") as thread:
+        pending = deque(thread.submit(make) for _ in range(AHEAD))
+        try:
+            while True:
+                begin = time.perf_counter()
+                batch, arrays = pending.popleft().result()
+                waited = time.perf_counter() - begin
+                pending.append(thread.submit(make))
+                yield batch._replace(waited=waited), arrays
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,213 @@
+"""``train.py`` as a user runs it: killed, stopped, resumed, on several processes, and told nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rflow_jax.data.make_genref import make_genref
+from rflow_jax.pipeline import load_pipeline
+
+ROOT = Path(__file__).parents[2]
+STEPS, TIMINGS = 20, {"samples_per_s", "data_wait", "skipped", "mfu"}
+LIMIT = 300  # seconds that a run may take on a slow machine
+
+
+class Place:
+    """Shards, and a cache of compiled programs for all the runs of this file."""
+
+    def __init__(self, root: Path):
+        self.root, self.shards = root, root / "genref"
+        make_genref(self.shards, shards=3)
+
+    def command(self, out: str, *flags: str) -> list[str]:
+        return [
+            *(sys.executable, "train.py", "--config", "configs/corrector_debug.yaml"),
+            *("--data.shards", f"{self.shards}/{{000..001}}.tar", "--validation.shards", f"{self.shards}/002.tar"),
+            *("--out", str(self.root / out), "--data.cache", str(self.root / "index"), *flags),
+        ]
+
+    def environment(self, devices: int = 1) -> dict[str, str]:
+        return os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, out: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(out, *flags),
+            cwd=ROOT,
+            env=self.environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, out: str, *flags: str, devices: int = 1) -> tuple[int, str]:
+        process = self.start(out, *flags, devices=devices)
+        text, _ = process.communicate(timeout=LIMIT)
+        return process.returncode, text
+
+    def steps(self, out: str) -> dict[int, dict[str, Any]]:
+        """step -> its numbers, without what depends on the clock."""
+        file = self.root / out / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        steps = [line for line in lines if "loss" in line]
+        assert len({line["step"] for line in steps}) == len(steps), "a step is there twice"
+        return {line["step"]: {key: line[key] for key in line.keys() - TIMINGS} for line in steps}
+
+    def wait_for_step(self, process: subprocess.Popen[str], out: str, step: int) -> None:
+        until = time.monotonic() + LIMIT
+        file = self.root / out / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < until:
+            if file.exists() and f'"step": {step},' in file.read_text():
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return Place(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> dict[int, dict[str, Any]]:
+    """A run that nothing happens to."""
+    status, text = place.run("whole")
+    assert status == 0, text
+    return place.steps("whole")
+
+
+def test_a_run_leaves_what_it_promises(place, whole):
+    out = place.root / "whole"
+    assert list(whole) == list(range(1, STEPS + 1))
+    assert sorted(int(f.name) for f in (out / "checkpoints").iterdir() if f.name.isdigit()) == [15, 20]
+    assert {f.name for f in (out / "lora").iterdir()} == {"15", "20"}
+    assert any((out / "tensorboard").iterdir())
+    assert (out / "config.yaml").exists()
+    assert sum(whole[STEPS]["drawn"].values()) == STEPS * 4
+    pictures = sorted((out / "validation" / "0000020").iterdir())
+    assert [p.name for p in pictures] == [f"{name}_0.png" for name in ("editing", "general", "length", "rule")]
+    assert Image.open(pictures[0]).size == (3 * 64, 64)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tried = [line["step"] for line in lines if "validation/all" in line]
+    assert tried == [0, 10, 20]
+    assert {"validation/general", "validation/editing"} <= lines[0].keys()
+
+
+def test_the_exported_lora_generates(place, whole):
+    lora = place.root / "whole" / "lora" / str(STEPS)
+    pipe = load_pipeline("tests/golden/pipeline", lora=str(lora), dtype="float32", progress=False)
+    assert len(pipe.bundle.lora_paths) > 10
+
+
+def test_killed_three_times_at_random_it_does_what_it_would_have_done(place, whole):
+    seed = int.from_bytes(os.urandom(4), "big")
+    chance = random.Random(seed)
+    print("seed", seed)
+    reached = []
+    for _ in range(3):
+        process = place.start("killed", "--resume", "true")
+        # Somewhere in the loop, or while a checkpoint is being written.
+        begun = max(place.steps("killed") or [0])
+        place.wait_for_step(process, "killed", min(begun // 5 * 5 + chance.randint(1, 6), STEPS - 1))
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached.append(max(place.steps("killed")))
+    status, text = place.run("killed", "--resume", "true")
+    assert status == 0, text
+    assert place.steps("killed") == whole, reached
+
+
+def test_sigterm_saves_and_exits_with_0(place, whole):
+    process = place.start("stopped")
+    place.wait_for_step(process, "stopped", 7)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, text
+    stopped = max(place.steps("stopped"))
+    assert 7 <= stopped < STEPS
+    assert f"step {stopped} is saved" in text
+    assert (place.root / "stopped" / "checkpoints" / str(stopped)).is_dir()
+    status, text = place.run("stopped", "--resume", "true")
+    assert status == 0, text
+    assert place.steps("stopped") == whole
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(place, whole):
+    status, text = place.run("damaged", "--train.steps", "10")
+    assert status == 0, text
+    newest = place.root / "damaged" / "checkpoints" / "10"
+    largest = max((f for f in newest.rglob("*") if f.is_file() and "state" in str(f)), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    status, text = place.run("damaged", "--resume", "true")
+    assert status == 0, text
+    assert "going back to the checkpoint before it" in text
+    assert (place.root / "damaged" / "damaged_10").is_dir()
+    assert place.steps("damaged") == whole
+
+
+def test_two_processes_give_the_losses_of_one(place, whole):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--mesh.fsdp", "2", "--distributed.enabled", "true", "--distributed.num_processes", "2"]
+    flags += ["--distributed.coordinator", f"localhost:{port}", "--train.steps", "10"]
+    both = [place.start("two", *flags, "--distributed.process_id", str(i), devices=2) for i in range(2)]
+    texts = [process.communicate(timeout=LIMIT)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    steps = place.steps("two")
+    assert list(steps) == list(range(1, 11))
+    for step, line in steps.items():
+        assert line["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5)
+        assert line["drawn"] == whole[step]["drawn"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.shards", "/nowhere/*.tar"], ["/nowhere/*.tar", "no shard matches"]),
+        (["--data.split_ratios", "{generel: [1, 1]}"], ["generel", "did you mean general?"]),
+        (["--mesh.fsdp", "3"], ["mesh", "does not divide 1 device"]),
+        (["--train.batchsize", "8"], ["train.batchsize", "did you mean train.batch_size?"]),
+        (["--train.accumulation", "3"], ["train.batch_size", "multiple of 3"]),
+        (["--data.target_size", "70"], ["data.target_size", "multiple of"]),
+        (["--model", "/nowhere"], ["/nowhere"]),
+        (["--trainable.pattern", "nothing"], ["nothing"]),
+    ],
+    ids=["shards", "subset", "mesh", "key", "batch", "size", "model", "pattern"],
+)
+def test_bad_input_is_one_line(place, flags, words):
+    status, text = place.run("bad", *flags)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert status == 2, text
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    assert all(word in lines[0] for word in words), lines
+
+
+def test_a_checkpoint_of_another_model_is_refused(place, whole):
+    status, text = place.run("whole", "--resume", "true", "--trainable.rank", "8")
+    assert status == 2, text
+    assert "trainable.rank" in text
+    assert place.steps("whole") == whole
+
+
+def test_a_folder_in_use_is_refused(place, whole):
+    status, text = place.run("whole")
+    assert status == 2, text
+    assert "--resume" in text
