@@ -1,0 +1,273 @@
+"""Batches in their order, their records read and decoded by worker processes in advance."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.examples import Example, make_example
+from rflow_jax.data.mixture import Draw, Mixture
+from rflow_jax.data.records import RecordError, RecordSource
+from rflow_jax.data.workers import start_workers, worker_count
+from rflow_jax.errors import InputError, RunError
+
+
+class HostBatch(NamedTuple):
+    """This process's samples of one optimizer step.
+
+    Attributes:
+        numbers: uint32 [b], of the samples in the whole training.
+        good, bad: uint8 [b, y, y, 3] and [b, v, v, 3].
+        prompts, t5_texts: what CLIP and T5 are told.
+        skipped: of each record that could not be used and was replaced, its key and why.
+        waited: seconds for which the consumer waited.
+        digest: hash of all that was drawn and decoded.
+    """
+
+    step: int
+    numbers: np.ndarray
+    good: np.ndarray
+    bad: np.ndarray
+    prompts: list[str]
+    t5_texts: list[str]
+    subsets: list[str]
+    skipped: list[str]
+    waited: float
+    digest: str
+
+
+class Made(NamedTuple):
+    """What a worker hands back: an example and its hash, or why there is none."""
+
+    example: Example | None
+    digest: bytes
+    trouble: str = ""
+
+
+class Plan(Protocol):
+    """Which samples this process makes at each step.
+
+    A job can be pickled, and has the ``number`` of its sample.
+    """
+
+    def jobs(self, step: int) -> Sequence[Any]: ...
+
+    def replacement(self, job: Any, attempt: int) -> Any:
+        """Another one for a job whose record cannot be used."""
+        ...
+
+    def drawn(self, step: int) -> dict[str, int]:
+        """Samples of each subset before a step, of all processes."""
+        ...
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the data stands before a step, to be kept as JSON."""
+        ...
+
+
+class Loader:
+    """Batches of a plan from one step on, for ever; a context manager that ends its workers.
+
+    Args:
+        make: job -> Made; can be pickled.
+
+    Raises:
+        InputError: a shard is gone, or too many records cannot be used.
+        RunError: a worker process died.
+    """
+
+    def __init__(self, plan: Plan, make: Callable[[Any], Made], config: DataConfig, start: int):
+        self._plan, self._config, self._start = plan, config, start
+        self._skipped = 0
+        workers = worker_count(config.workers)
+        self._pool: Executor = start_workers(make, workers) if workers else ThreadPoolExecutor(1, "data")
+        self._make = _in_worker if workers else make
+
+    def drawn(self, step: int) -> dict[str, int]:
+        """Samples of each subset before a step, of all processes."""
+        return self._plan.drawn(step)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the data stands before a step, to be kept as JSON."""
+        return self._plan.position(step)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers; what they are at is thrown away."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        ahead: deque[tuple[int, list[tuple[Any, Future[Made]]]]] = deque()
+        step = self._start
+        while True:
+            while len(ahead) <= self._config.prefetch:
+                ahead.append((step, [(job, self._submit(job)) for job in self._plan.jobs(step)]))
+                step += 1
+            begin = time.perf_counter()
+            yield self._collect(*ahead.popleft(), begin)
+
+    def _collect(self, step: int, jobs: list[tuple[Any, Future[Made]]], begin: float) -> HostBatch:
+        skipped: list[str] = []
+        made = [self._result(job, future, skipped) for job, future in jobs]
+        examples = [one.example for one in made if one.example is not None]
+        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
+        return HostBatch(
+            step,
+            np.asarray([job.number for job, _ in jobs], np.uint32),
+            np.stack([example.good for example in examples]),
+            np.stack([example.bad for example in examples]),
+            [example.prompt for example in examples],
+            [example.t5_text for example in examples],
+            [example.subset for example in examples],
+            skipped,
+            time.perf_counter() - begin,
+            digest,
+        )
+
+    def _result(self, job: Any, future: Future[Made], skipped: list[str]) -> Made:
+        for attempt in range(self._config.skip_limit + 2):
+            try:
+                made = future.result()
+            except BrokenProcessPool as error:
+                raise RunError(
+                    "data: a worker process died, for want of memory perhaps; lower data.workers or data.prefetch, and "
+                    "go on with --resume"
+                ) from error
+            if made.example is not None:
+                return made
+            skipped.append(made.trouble)
+            self._skipped += 1
+            if self._skipped > self._config.skip_limit:
+                break
+            future = self._submit(self._plan.replacement(job, attempt))
+        raise InputError(
+            f"data: {self._skipped} records cannot be used, more than data.skip_limit ({self._config.skip_limit}) "
+            f"allows; the last is {skipped[-1]}"
+        )
+
+    def _submit(self, job: Any) -> Future[Made]:
+        try:
+            return self._pool.submit(self._make, job)
+        except BrokenProcessPool as error:
+            broken: Future[Made] = Future()
+            broken.set_exception(error)
+            return broken
+
+
+@dataclass(frozen=True)
+class MakeFromSource:
+    """Reads the record that a draw names, and makes its example."""
+
+    source: RecordSource
+    config: DataConfig
+    seed: int
+
+    def __call__(self, draw: Draw) -> Made:
+        try:
+            example = make_example(self.source.read(draw.subset, draw.index), self.config, self.seed, draw.number)
+        except RecordError as error:
+            return Made(None, b"", str(error))
+        return Made(example, digest_of(example))
+
+
+class MixturePlan:
+    """Draws of a mixture over records with random access."""
+
+    def __init__(self, mixture: Mixture, slots: Sequence[int], fingerprint: str):
+        self._mixture, self._slots, self._fingerprint = mixture, list(slots), fingerprint
+
+    def jobs(self, step: int) -> list[Draw]:
+        draws = self._mixture.draws(step)
+        return [draws[slot] for slot in self._slots]
+
+    def replacement(self, job: Draw, attempt: int) -> Draw:
+        return self._mixture.replacement(job, attempt)
+
+    def drawn(self, step: int) -> dict[str, int]:
+        return self._mixture.position(step)["drawn"]
+
+    def position(self, step: int) -> dict[str, Any]:
+        return self._mixture.position(step) | {"fingerprint": self._fingerprint}
+
+
+def digest_of(example: Example) -> bytes:
+    """A hash of everything in an example."""
+    texts = "\0".join([example.key, example.subset, example.prompt, example.t5_text])
+    sums = (zlib.crc32(np.ascontiguousarray(pixels).data) for pixels in (example.good, example.bad))
+    return hashlib.sha256(f"{texts}\0{list(sums)}".encode()).digest()
+
+
+def open_source(config: DataConfig) -> RecordSource:
+    """The records with random access.
+
+    Raises:
+        InputError: there are none, or the format has no random access.
+    """
+    if config.format == "tar":
+        from rflow_jax.data.tar_source import open_tars
+
+        cache = Path(config.cache) if config.cache else None
+        return open_tars(config.shards, cache=cache, patience=config.patience)
+    if config.format == "tfds":
+        from rflow_jax.data.tfds_source import open_tfds
+
+        return open_tfds(config.shards)
+    raise InputError(f"data.format is {config.format}: it has no random access; give tar or tfds")
+
+
+def open_loader(
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    slots: Sequence[int],
+    start: int = 0,
+    position: Mapping[str, Any] | None = None,
+) -> Loader:
+    """The batches from step ``start`` on.
+
+    Args:
+        batch_size: samples of a step, over all processes.
+        slots: which of them this process makes.
+        position: as :meth:`Loader.position` gave it, of a run that goes on.
+
+    Raises:
+        InputError: the records are not usable, or not those of the position.
+    """
+    source = open_source(config)
+    require_same_records(position, source.fingerprint)
+    mixture = Mixture(source.counts, config.split_ratios, config.training_stages, seed, batch_size, position)
+    plan = MixturePlan(mixture, slots, source.fingerprint)
+    return Loader(plan, MakeFromSource(source, config, seed), config, start)
+
+
+def require_same_records(position: Mapping[str, Any] | None, fingerprint: str) -> None:
+    """Raises InputError if a run would go on with other records than it began with."""
+    if position is not None and position.get("fingerprint") != fingerprint:
+        raise InputError(
+            "data.shards: these are not the records the run began with (other shards, or another order); give the "
+            "same, or start afresh with another out"
+        )
+
+
+def _in_worker(job: Any) -> Made:
+    from rflow_jax.data import workers
+
+    return workers.make(job)
