@@ -6,7 +6,7 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rflow_jax.data.choice import random_words
 from rflow_jax.data.config import DataConfig
@@ -115,6 +115,8 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise RecordError(f"{name} cannot be decoded (no image of a known format)") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds, struct.error among them
         raise RecordError(f"{name} cannot be decoded ({' '.join(str(error).split())[:100]})") from error
 

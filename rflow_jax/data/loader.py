@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class Made(NamedTuple):
     trouble: str = ""
 
 
+@runtime_checkable
 class Plan(Protocol):
     """Which samples this process makes at each step.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 SUBSETS = ("general", "length", "rule", "editing")
 
@@ -30,6 +30,7 @@ class RecordError(Exception):
     """A record that cannot be used (a corrupt picture, a missing member); says which and why."""
 
 
+@runtime_checkable
 class RecordSource(Protocol):
     """Random access to the records of each subset. It can be pickled, to be read in worker processes.
 
