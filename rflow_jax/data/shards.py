@@ -76,7 +76,8 @@ def expand(patterns: str | Sequence[str], *, allow_shell: bool = False, patience
     stores = {scheme: Store(name) for scheme, name in stores.items()}
     with ThreadPoolExecutor(_LOOKUPS) as pool:
         found = pool.map(partial(_find, stores=stores, patience=patience), names)
-        return list(dict.fromkeys(shard for shards in found for shard in shards))
+        # By address: a store may word the version of a file in one way in a listing and in another alone.
+        return list({shard.url: shard for shards in found for shard in shards}.values())
 
 
 def _braces(pattern: str) -> list[str]:

