@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import Any
 
 _make: Callable[[Any], Any] | None = None
@@ -23,14 +26,30 @@ def start_workers(make: Callable[[Any], Any], count: int) -> ProcessPoolExecutor
 
     Started afresh and not forked: a fork of a process in which JAX's threads run can hang.
     """
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(make,))
+    return ProcessPoolExecutor(count, mp_context=_Context(), initializer=_begin, initargs=(make,))
 
 
 def make(job: Any) -> Any:
     """What ``start_workers`` was given, called in a worker."""
     assert _make is not None
     return _make(job)
+
+
+class _Process(SpawnProcess):
+    """A process that does not run the parent's main file again, which would import all of JAX for nothing."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return SpawnProcess._Popen(process_obj)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Process
 
 
 def _begin(make: Callable[[Any], Any]) -> None:

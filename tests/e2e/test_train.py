@@ -163,6 +163,30 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(place, wh
     assert place.steps("damaged") == whole
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk with room for two checkpoints and no third."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(place, whole, small_disk):
+    out = small_disk / "run"
+    status, text = place.run(str(out), "--checkpoint.keep_every", "5", "--watch.tensorboard", "false")
+    assert status == 1, text
+    assert "Traceback" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    assert "the disk is full" in line
+    newest = int(line.partition("newest whole checkpoint is of step ")[2].partition(";")[0])
+    subprocess.run(["mount", "-o", "remount,size=32m", small_disk], check=True)
+    status, text = place.run(str(out), "--resume", "true")
+    assert status == 0, text
+    assert f"step {newest} of {STEPS}" in text
+    assert place.steps(str(out)) == whole
+
+
 def test_two_processes_give_the_losses_of_one(place, whole):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -165,6 +165,24 @@ def test_workers_end_with_their_killed_parent(config, tmp_path):
     assert not any(is_alive(pid) for pid in pids)
 
 
+WITH_JAX = """
+import jax
+from rflow_jax.data.workers import make, start_workers
+from tests.kit.loaded import is_loaded
+if __name__ == "__main__":
+    with start_workers(is_loaded, 1) as pool:
+        print(*pool.map(make, ["jax", "numpy", "rflow_jax.data.workers"]))
+"""
+
+
+def test_workers_do_not_import_what_the_main_file_does(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(WITH_JAX)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["False", "False", "True"], done.stderr
+
+
 def is_alive(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

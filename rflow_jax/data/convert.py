@@ -1,0 +1,88 @@
+"""GenRef in other forms: ``python -m rflow_jax.data.convert tfds SHARDS OUT``, ``... precompute ... OUT``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rflow_jax import cli
+from rflow_jax.data.patience import Patience
+from rflow_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class TfdsConfig:
+    """What is written as a data set of TFDS.
+
+    Attributes:
+        shards: tar files, as for training.
+        out: folder; the data set goes to genref/1.0.0 in it.
+        cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
+        patience: how long a server is waited for.
+    """
+
+    shards: str | list[str]
+    out: str
+    cache: str | None = None
+    patience: Patience = field(default_factory=Patience)
+
+
+def tfds(config: TfdsConfig) -> None:
+    """Tar shards -> ArrayRecord."""
+    from rflow_jax.data.tar_source import open_tars
+    from rflow_jax.data.tfds_source import import_tfds
+
+    import_tfds()  # said before shards are indexed, and not after
+    from rflow_jax.data.tfds_builder import write_tfds
+
+    source = open_tars(config.shards, cache=Path(config.cache) if config.cache else None, patience=config.patience)
+    folder = write_tfds(source, Path(config.out))
+    counts = ", ".join(f"{name} {count}" for name, count in source.counts.items())
+    print(f"{folder}: {sum(source.counts.values())} records ({counts})")
+
+
+COMMANDS = {
+    "tfds": cli.Command("Write tar shards as a data set of TFDS: convert tfds SHARDS OUT.", (TfdsConfig,), tfds),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """The command line; the folder may be given without its flag, and so may the shards of ``tfds``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return cli.dispatch(COMMANDS, "GenRef in other forms.", name_places(argv))
+
+
+def name_places(argv: list[str]) -> list[str]:
+    """The command line with flags in place of bare words: the last is the folder, those before it are shards.
+
+    Raises:
+        InputError: there are too many.
+    """
+    if not argv or argv[0] not in COMMANDS:
+        return argv
+    bare, rest = _bare_words(argv[1:])
+    shards, out = bare[:-1], bare[-1:]
+    if shards and argv[0] != "tfds":
+        raise InputError(f"{argv[0]}: {shards[0]} is too much; give one folder, and the shards as --data.shards")
+    flags = [f"--out={word}" for word in out]
+    if shards:
+        flags.append(f"--shards={shards[0] if len(shards) == 1 else json.dumps(shards)}")
+    return [argv[0], *flags, *rest]
+
+
+def _bare_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """(words that are neither flags nor values of flags, the others)."""
+    bare, rest = [], []
+    takes_value = False
+    for word in words:
+        is_flag = word.startswith("--")
+        (bare if not is_flag and not takes_value else rest).append(word)
+        takes_value = is_flag and "=" not in word
+    return bare, rest
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
