@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
 from rflow_jax.errors import InputError
 from rflow_jax.progress import count_progress
 
 NAME, VERSION = "genref", "1.0.0"
-_KEY_BITS = 128
+RECORDS_IN_FILE = 512  # about 0.8 GB of GenRef
 
 
 class GenRef(tfds.core.GeneratorBasedBuilder):
@@ -55,15 +57,38 @@ class GenRef(tfds.core.GeneratorBasedBuilder):
         return {name: self._generate_examples(name) for name in SUBSETS if self._source.counts.get(name, 0)}
 
     def _generate_examples(self, subset: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        source = self._source
-        assert source is not None
-        count = source.counts[subset]
-        for index in range(count):
-            # TFDS writes in the order of the keys, by way of files which each hold a range of the 128-bit numbers:
-            # keys that fill the whole range spread over the files, of which one at a time is in memory.
-            yield (index << _KEY_BITS) // count, _example(source, subset, index)
+        assert self._source is not None
+        for index in range(self._source.counts[subset]):
+            yield index, _example(self._source, subset, index)
             if self._progress is not None:
                 self._progress()
+
+    def _generate_splits(self, dl_manager: Any, download_config: Any) -> list[Any]:
+        """Writes records as they come.
+
+        TFDS's own way sorts them, in files of its own that need TensorFlow as soon as a split is larger than 1 GB.
+        """
+        return [self._write_split(name, found) for name, found in self._split_generators(dl_manager).items()]
+
+    def _write_split(self, name: str, found: Iterator[tuple[int, dict[str, Any]]]) -> Any:
+        features: Any = self.info.features
+        assert self._source is not None
+        lengths = [len(part) for part in batched_range(self._source.counts[name], RECORDS_IN_FILE)]
+        template, written = self._get_filename_template(split_name=name), 0
+        for number, length in enumerate(lengths):
+            path = template.sharded_filepath(shard_index=number, num_shards=len(lengths))
+            writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # pictures do not shrink any more
+            for _, example in islice(found, length):
+                content = features.serialize_example(example)
+                writer.write(content)
+                written += len(content)
+            writer.close()
+        return tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=written, filename_template=template)
+
+
+def batched_range(count: int, size: int) -> list[range]:
+    """range(count) in pieces of ``size``; the last may be shorter."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _example(source: RecordSource, subset: str, index: int) -> dict[str, Any]:
@@ -77,8 +102,6 @@ def _example(source: RecordSource, subset: str, index: int) -> dict[str, Any]:
 
 def write_tfds(source: RecordSource, out: Path, *, show: bool = True) -> Path:
     """Writes all records to ``out/genref/1.0.0``; that folder is there whole or not at all.
-
-    Needs room for the largest subset once more while it is written.
 
     Args:
         show: draw a progress bar.

@@ -59,8 +59,8 @@ class TfdsSource:
             raise InputError(f"{self._folder}: {subset} {index} cannot be read ({_line(error)})") from error
         if found["trouble"]:
             raise RecordError(found["trouble"].decode())
-        texts = (found[name].decode() for name in ("prompt", "reflection"))
-        return Record(found["key"].decode("utf-8", "replace"), subset, *texts, found["good_image"], found["bad_image"])
+        key, prompt, reflection = (found[name].decode() for name in ("key", "prompt", "reflection"))
+        return Record(key, subset, prompt, reflection, found["good_image"], found["bad_image"])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_splits": {}}  # open files stay with their process
@@ -98,7 +98,9 @@ def import_tfds() -> Any:
         import array_record  # noqa: F401
         import tensorflow_datasets
     except ImportError as error:
-        raise InputError(f"TFDS needs a package that is not installed ({error}): pip install rflow_jax[tfds]") from error
+        raise InputError(
+            f"TFDS needs a package that is not installed ({error}): pip install rflow_jax[tfds]"
+        ) from error
     return tensorflow_datasets
 
 
