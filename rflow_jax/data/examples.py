@@ -101,8 +101,8 @@ def pictures(
     bad = _resize(bad, good.size)
     size = _shorter_edge(good.size, config.target_size)
     box = _square(size, config.target_size, down, right)
-    square = (config.condition_size,) * 2
-    bad = _resize(_resize(bad, size).crop(box), square)
+    small = config.condition_size, config.condition_size
+    bad = _resize(_resize(bad, size).crop(box), small)
     return np.asarray(_resize(good, size).crop(box)), np.asarray(bad)
 
 

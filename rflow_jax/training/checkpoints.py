@@ -80,14 +80,25 @@ class Checkpoints:
 
     def __init__(self, out: Path, config: CheckpointConfig):
         self.out, self.config = out, config
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every, enable_async_checkpointing=True
-        )
-        self._manager = ocp.CheckpointManager((out / CHECKPOINTS).absolute(), options=options)
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Opened when first needed: a run that cannot begin leaves nothing in its folder."""
+        if self._opened is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.config.keep_last,
+                keep_period=self.config.keep_every,
+                enable_async_checkpointing=True,
+            )
+            self._opened = ocp.CheckpointManager((self.out / CHECKPOINTS).absolute(), options=options)
+        return self._opened
 
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, the newest last."""
+        if self._opened is None and not (self.out / CHECKPOINTS).exists():
+            return []
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, position: dict[str, Any], config: dict[str, Any], trained: Trained) -> None:
@@ -158,9 +169,10 @@ class Checkpoints:
         Raises:
             RunError: it could not be written.
         """
-        with self._disk_errors():
-            self._manager.wait_until_finished()
-            self._seal()
+        if self._opened is not None:
+            with self._disk_errors():
+                self._opened.wait_until_finished()
+                self._seal()
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -177,7 +189,8 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -32,7 +32,7 @@ def put_pixels(bundle: Bundle, text_length: int, mesh: Mesh) -> Callable[[HostBa
     def put(batch: HostBatch) -> Inputs:
         clip_ids = tokenizers.clip(batch.prompts, bundle.clip_length)
         t5_ids = tokenizers.t5(batch.t5_texts, text_length)
-        return put_batch(mesh, Inputs(batch.good, batch.bad, clip_ids, t5_ids, batch.numbers))
+        return Inputs(*put_batch(mesh, (batch.good, batch.bad, clip_ids, t5_ids, batch.numbers)))
 
     return put
 

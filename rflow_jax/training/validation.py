@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,7 +114,7 @@ class Validation:
         for first in range(0, len(self.held_out), size):
             numbers = np.minimum(np.arange(first, first + size), len(self.held_out) - 1).astype(np.uint32)
             chosen = [self.held_out[number][1] for number in numbers]
-            host = Inputs(
+            host = (
                 np.stack([example.good for example in chosen]),
                 np.stack([example.bad for example in chosen]),
                 bundle.tokenizers.clip([example.prompt for example in chosen], bundle.clip_length),
@@ -121,7 +122,7 @@ class Validation:
                 numbers,
             )
             # Every process reads all records, and keeps the rows of its devices.
-            inputs = put_batch(self.mesh, host, whole=True)
+            inputs = Inputs(*put_batch(self.mesh, host, whole=True))
             with reproducible(self._recipe.dtype):
                 yield first, encode(encoders, inputs), inputs.numbers
 
@@ -170,7 +171,7 @@ class Validation:
             side_by_side([Image.fromarray(example.bad), Image.fromarray(example.good), image]).save(folder / name)
 
     def _with_picture(self) -> Iterator[tuple[str, Record, Example]]:
-        taken = dict.fromkeys(SUBSETS, 0)
+        taken: Counter[str] = Counter()
         for record, example in self.held_out:
             if taken[record.subset] < self.config.pictures:
                 yield f"{record.subset}_{taken[record.subset]}.png", record, example

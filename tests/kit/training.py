@@ -1,0 +1,57 @@
+"""A few steps of training on a tiny model, without a data loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from rflow_jax.training.model import TrainableConfig, load_trained
+from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rflow_jax.training.step import Inputs, Recipe, Shape, init_state, make_encode, make_step
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BATCH, TEXT, STEPS = 8, 16, 2
+
+
+def batch(step: int) -> Inputs:
+    rng = np.random.default_rng(step)
+    first = step * BATCH
+    return Inputs(
+        rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8),
+        rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
+        rng.integers(0, 50, (BATCH, 77)).astype(np.int32),
+        rng.integers(0, 50, (BATCH, TEXT)).astype(np.int32),
+        np.arange(first, first + BATCH, dtype=np.uint32),
+    )
+
+
+class TrainingRun:
+    """A few steps of training on a tiny model."""
+
+    def __init__(self, mesh: MeshConfig, devices: int, trainable: TrainableConfig | None = None, **how):
+        self.mesh = make_mesh(mesh, jax.devices()[:devices])
+        self.trained = load_trained(
+            str(GOLDEN / "pipeline"), trainable or TrainableConfig(rank=4), seed=0, dtype="float32", mesh=self.mesh
+        )
+        optimizer = make_optimizer(OptimizerConfig("adamw", lr=1e-2))
+        recipe = Recipe(0, jnp.float32, Shape(TEXT, (2, 2), (1, 1)), **how)
+        self.state, shardings = init_state(self.trained.trainable, optimizer, self.mesh)
+        self._encode = make_encode(self.trained.bundle, recipe, self.mesh)
+        config = self.trained.bundle.flux_config
+        self._step = make_step(self.trained.graph, config, optimizer, recipe, self.mesh, shardings)
+
+    def losses(self, steps: range = range(STEPS)) -> np.ndarray:
+        """[steps, 2]: losses and norms of the gradients."""
+        weights, found = self.trained.bundle.weights, []
+        encoders = {name: weights[name] for name in ("vae", "clip", "t5")}
+        for step in steps:
+            inputs = put_batch(self.mesh, batch(step))
+            examples = self._encode(encoders, inputs)
+            with jax.transfer_guard("disallow"):
+                self.state, report = self._step(self.state, self.trained.frozen, examples, inputs.numbers)
+            found.append(jax.device_get((report.loss, report.gradient_norm)))
+        return np.asarray(found)
