@@ -1,0 +1,124 @@
+"""What a run tells, and its settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rflow_jax import cli
+from rflow_jax.errors import InputError
+from rflow_jax.training.config import RunConfig
+from rflow_jax.training.folder import CONFIG, write_config
+from rflow_jax.training.optimizers import OptimizerConfig, learning_rate
+from rflow_jax.training.watch import METRICS, SKIPPED_SHOWN, Watch, WatchConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def tell(watch: Watch, steps: range, skipped: list[str] | None = None) -> None:
+    for step in steps:
+        report = SimpleNamespace(loss=np.float32(step), gradient_norm=np.float32(0.5), d=None)
+        watch.step(step, report, SimpleNamespace(skipped=skipped or [], waited=0.0, digest=f"{step}"), {"rule": step})
+
+
+def watch(out: Path, resumed: int = 0, **how) -> Watch:
+    config = WatchConfig(every=2, peak_tflops=1.0, **how)
+    return Watch(out, config, steps=5, batch_size=4, flops=1e9, resumed=resumed)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def test_every_step_is_a_line_and_the_pace_comes_now_and_then(tmp_path, capsys):
+    one = watch(tmp_path)
+    tell(one, range(1, 6))
+    one.close()
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    assert ["mfu" in line for line in found] == [False, True, False, True, True]
+    assert found[3]["drawn"] == {"rule": 4}
+    assert 0 < found[1]["mfu"] * 1e12 == pytest.approx(found[1]["samples_per_s"] * 1e9 / 8)  # on 8 devices
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in shown] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert "loss 1.5000" in shown[0]  # the mean since the last line
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_drops_the_lines_past_its_step_and_one_that_was_cut(tmp_path):
+    tell(watch(tmp_path, tensorboard=False), range(1, 5))
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 5, "lo')
+    tell(watch(tmp_path, resumed=2, tensorboard=False), range(3, 6))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_skipped_records_are_named_up_to_a_number_and_all_counted(tmp_path, capsys):
+    tell(watch(tmp_path, tensorboard=False), range(1, 6), skipped=["a: no picture"] * 7)
+    assert capsys.readouterr().err.count("skipped a: no picture") == SKIPPED_SHOWN
+    assert lines(tmp_path)[-1]["skipped"] == 35
+
+
+def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
+    logged, started = [], {}
+    fake = SimpleNamespace(
+        init=lambda **how: started.update(how),
+        log=lambda numbers, step: logged.append((step, numbers)),
+        finish=lambda: started.update(finished=True),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    one = watch(tmp_path, wandb="corrector", tensorboard=False)
+    tell(one, range(1, 3))
+    one.close()
+    assert started["project"] == "corrector"
+    assert started["finished"]
+    assert [step for step, _ in logged] == [1, 2]
+    assert logged[1][1]["drawn/rule"] == 2
+
+
+def test_wandb_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        watch(tmp_path, wandb="corrector")
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        ({}, [2.0, 2.0, 2.0]),
+        ({"warmup_steps": 4}, [0.5, 2.0, 2.0]),
+        ({"schedule": "linear", "decay_steps": 10}, [2.0, 1.2, 0.0]),
+        ({"schedule": "cosine", "decay_steps": 10}, [2.0, 1 + math.cos(0.4 * math.pi), 0.0]),
+        ({"schedule": "linear", "warmup_steps": 2, "decay_steps": 10}, [1.0, 1.5, 0.0]),
+    ],
+)
+def test_schedules(how, want):
+    rate = learning_rate(OptimizerConfig("adamw", lr=2.0, **how))
+    np.testing.assert_allclose([float(rate(step)) for step in (0, 4, 10)], want, atol=1e-6)
+
+
+def test_a_schedule_needs_its_end():
+    with pytest.raises(InputError, match="decay_steps"):
+        OptimizerConfig("adamw", schedule="cosine")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("corrector_*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path):
+    config = read(recipe)
+    write_config(tmp_path, asdict(config))
+    assert read(tmp_path / CONFIG) == config
+    assert recipe.read_text().startswith("# ")
+    assert f"--config configs/{recipe.name}" in recipe.read_text()
+
+
+def read(file: Path) -> RunConfig:
+    found: list[RunConfig] = []
+    cli.run_command(cli.Command("", (RunConfig,), found.append), ["--config", str(file)])
+    return found[0]
