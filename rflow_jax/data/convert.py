@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rflow_jax import cli
 from rflow_jax.data.patience import Patience
+from rflow_jax.data.precomputed import PrecomputeConfig
 from rflow_jax.errors import InputError
 
 
@@ -44,8 +45,21 @@ def tfds(config: TfdsConfig) -> None:
     print(f"{folder}: {sum(source.counts.values())} records ({counts})")
 
 
+def precompute(config: PrecomputeConfig) -> None:
+    """Tar shards or a data set of TFDS -> latents and embeddings."""
+    from rflow_jax.data.precompute import precompute as run
+    from rflow_jax.parallel.runtime import use_compilation_cache
+
+    use_compilation_cache()
+    counts = run(config)
+    print(f"{config.out}: {sum(counts.values())} records")
+
+
 COMMANDS = {
     "tfds": cli.Command("Write tar shards as a data set of TFDS: convert tfds SHARDS OUT.", (TfdsConfig,), tfds),
+    "precompute": cli.Command(
+        "Encode records once: convert precompute --model M --data.shards SHARDS OUT.", (PrecomputeConfig,), precompute
+    ),
 }
 
 

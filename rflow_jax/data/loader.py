@@ -49,9 +49,9 @@ class HostBatch(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a worker hands back: an example and its hash, or why there is none."""
+    """What a worker hands back: an example (of pictures or of latents) and its hash, or why there is none."""
 
-    example: Example | None
+    example: Any
     digest: bytes
     trouble: str = ""
 
@@ -124,22 +124,25 @@ class Loader:
             begin = time.perf_counter()
             yield self._collect(*ahead.popleft(), begin)
 
-    def _collect(self, step: int, jobs: list[tuple[Any, Future[Made]]], begin: float) -> HostBatch:
+    def _collect(self, step: int, jobs: list[tuple[Any, Future[Made]]], begin: float) -> Any:
         skipped: list[str] = []
         made = [self._result(job, future, skipped) for job, future in jobs]
-        examples = [one.example for one in made if one.example is not None]
-        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
+        numbers = np.asarray([job.number for job, _ in jobs], np.uint32)
+        return self._batch(step, numbers, made, skipped, time.perf_counter() - begin)
+
+    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
+        examples = [one.example for one in made]
         return HostBatch(
             step,
-            np.asarray([job.number for job, _ in jobs], np.uint32),
+            numbers,
             np.stack([example.good for example in examples]),
             np.stack([example.bad for example in examples]),
             [example.prompt for example in examples],
             [example.t5_text for example in examples],
             [example.subset for example in examples],
             skipped,
-            time.perf_counter() - begin,
-            digest,
+            waited,
+            hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16],
         )
 
     def _result(self, job: Any, future: Future[Made], skipped: list[str]) -> Made:
@@ -252,6 +255,11 @@ def open_loader(
     Raises:
         InputError: the records are not usable, or not those of the position.
     """
+    if config.format == "precomputed":
+        from rflow_jax.data.precomputed import open_latent_loader
+
+        how = {"seed": seed, "batch_size": batch_size, "slots": slots}
+        return open_latent_loader(config, **how, start=start, position=position)
     source = open_source(config)
     require_same_records(position, source.fingerprint)
     mixture = Mixture(source.counts, config.split_ratios, config.training_stages, seed, batch_size, position)
