@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from rflow_jax.data.config import DataConfig
 from rflow_jax.data.encoders import Encoded, Encoders, encode, identity_of, load_encoders
-from rflow_jax.data.examples import pictures
 from rflow_jax.data.loader import open_source
 from rflow_jax.data.precomputed import (
     COMPLETE,
@@ -34,7 +29,8 @@ from rflow_jax.data.precomputed import (
     require_same,
     settings_text,
 )
-from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
+from rflow_jax.data.prepare import Job, Prepare, Prepared, ahead
+from rflow_jax.data.records import SUBSETS, RecordSource
 from rflow_jax.data.workers import make as in_worker
 from rflow_jax.data.workers import start_workers, worker_count
 from rflow_jax.errors import InputError
@@ -45,39 +41,6 @@ from rflow_jax.progress import count_progress
 from rflow_jax.weights.writing import save_tensors, whole
 
 AHEAD = 4  # batches that are decoded in advance
-
-
-class Job(NamedTuple):
-    """A record to be encoded."""
-
-    subset: str
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-class Prepared(NamedTuple):
-    """A record's texts and, if it can be used, its pictures: uint8 [y, y, 3] and [v, v, 3]."""
-
-    entry: Entry
-    good: np.ndarray | None = None
-    bad: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Reads and decodes a record; can be pickled."""
-
-    source: RecordSource
-    config: DataConfig
-
-    def __call__(self, job: Job) -> Prepared:
-        try:
-            record = self.source.read(*job)
-            good, bad = pictures(record, self.config)
-        except RecordError as error:
-            return Prepared(Entry("", "", "", str(error)))
-        if self.config.crop != "center":
-            _require_square(record)
-        return Prepared(Entry(record.key, record.prompt, record.reflection), good, bad)
 
 
 def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]:
@@ -145,7 +108,7 @@ class Writer:
         make = in_worker if self._workers else prepare
         with start_workers(prepare, self._workers) if self._workers else ThreadPoolExecutor(1) as pool:
             try:
-                encoded = self._encoded(_ahead(pool, make, jobs, AHEAD * self._size))
+                encoded = self._encoded(ahead(pool, make, jobs, AHEAD * self._size))
                 for name, group in groupby(zip(jobs, encoded, strict=True), lambda pair: file_name(*pair[0])):
                     yield _write_file(out / name, [tensors for _, tensors in group])
             except BaseException:
@@ -203,17 +166,6 @@ def _begin(out: Path, settings: Settings) -> None:
         write_file(out / SETTINGS, settings_text(settings))
 
 
-def _ahead(pool: Executor, make: Any, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:
-    """What the pool makes of the jobs, in order; so many are under way."""
-    waiting: deque[Future[Prepared]] = deque()
-    for job in jobs:
-        waiting.append(pool.submit(make, job))
-        if len(waiting) > count:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def _apart(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
     arrays, row = jax.device_get(encoded), 0
     for one in batch:
@@ -238,16 +190,6 @@ def _write_file(path: Path, records: list[tuple[Entry, dict[str, np.ndarray]]]) 
     with whole(path) as file:
         save_tensors(file, tensors, {"entries": json.dumps([list(entry) for entry, _ in records])})
     return len(records)
-
-
-def _require_square(record: Record) -> None:
-    with Image.open(io.BytesIO(record.good_image)) as image:
-        width, height = image.size
-    if width != height:
-        raise InputError(
-            f"{record.key}: {width} x {height} pixels are cut at a place drawn anew each time, which nothing that is "
-            "computed once can follow; set data.crop to center, here and in training"
-        )
 
 
 def _there(pixels: np.ndarray | None) -> np.ndarray:

@@ -179,6 +179,11 @@ def test_a_crop_that_is_drawn_needs_square_pictures(made, tmp_path):
         precompute(wide, show=False)
 
 
+def test_workers_do_not_import_jax():
+    script = "import sys; import rflow_jax.data.prepare; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
 def test_the_command_says_what_is_missing():
     command = [sys.executable, "-m", "rflow_jax.data.convert", "precompute", "--data.shards", "nowhere", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,73 @@
+"""Records read and decoded to be encoded; in worker processes, so nothing here imports JAX."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.examples import pictures
+from rflow_jax.data.precomputed import Entry
+from rflow_jax.data.records import Record, RecordError, RecordSource
+from rflow_jax.errors import InputError
+
+
+class Job(NamedTuple):
+    """A record to be encoded."""
+
+    subset: str
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class Prepared(NamedTuple):
+    """A record's texts and, if it can be used, its pictures: uint8 [y, y, 3] and [v, v, 3]."""
+
+    entry: Entry
+    good: np.ndarray | None = None
+    bad: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Reads and decodes a record; can be pickled."""
+
+    source: RecordSource
+    config: DataConfig
+
+    def __call__(self, job: Job) -> Prepared:
+        try:
+            record = self.source.read(*job)
+            good, bad = pictures(record, self.config)
+        except RecordError as error:
+            return Prepared(Entry("", "", "", str(error)))
+        if self.config.crop != "center":
+            _require_square(record)
+        return Prepared(Entry(record.key, record.prompt, record.reflection), good, bad)
+
+
+def ahead(pool: Executor, make: Any, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:
+    """What the pool makes of the jobs, in order; so many are under way."""
+    waiting: deque[Future[Prepared]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(make, job))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _require_square(record: Record) -> None:
+    with Image.open(io.BytesIO(record.good_image)) as image:
+        width, height = image.size
+    if width != height:
+        raise InputError(
+            f"{record.key}: {width} x {height} pixels are cut at a place drawn anew each time, which nothing that is "
+            "computed once can follow; set data.crop to center, here and in training"
+        )
