@@ -157,14 +157,22 @@ class Loader:
             if made.example is not None:
                 return made
             skipped.append(made.trouble)
-            self._skipped += 1
-            if self._skipped > self._config.skip_limit:
-                break
+            self._skip([made.trouble])
             future = self._submit(self._plan.replacement(job, attempt))
-        raise InputError(
-            f"data: {self._skipped} records cannot be used, more than data.skip_limit ({self._config.skip_limit}) "
-            f"allows; the last is {skipped[-1]}"
-        )
+        raise AssertionError("the limit ends it before")
+
+    def _skip(self, troubles: Sequence[str]) -> None:
+        """Counts what could not be used.
+
+        Raises:
+            InputError: it is too much.
+        """
+        self._skipped += len(troubles)
+        if troubles and self._skipped > self._config.skip_limit:
+            raise InputError(
+                f"data: {self._skipped} records cannot be used, more than data.skip_limit ({self._config.skip_limit}) "
+                f"allows; the last is {troubles[-1]}"
+            )
 
     def _submit(self, job: Any) -> Future[Made]:
         try:
@@ -255,11 +263,15 @@ def open_loader(
     Raises:
         InputError: the records are not usable, or not those of the position.
     """
+    how = {"seed": seed, "batch_size": batch_size, "slots": slots}
     if config.format == "precomputed":
         from rflow_jax.data.precomputed import open_latent_loader
 
-        how = {"seed": seed, "batch_size": batch_size, "slots": slots}
         return open_latent_loader(config, **how, start=start, position=position)
+    if config.format == "stream":
+        from rflow_jax.data.stream import open_stream
+
+        return open_stream(config, **how, start=start, position=position)
     source = open_source(config)
     require_same_records(position, source.fingerprint)
     mixture = Mixture(source.counts, config.split_ratios, config.training_stages, seed, batch_size, position)
