@@ -30,12 +30,14 @@ class DataConfig:
         drop_text_prob: how often T5 gets no text.
         drop_image_prob: how often the condition is black and the reflection goes (never of editing).
         drop_reflection_prob: how often T5 gets the prompt without the reflection.
-        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process. A stream
+            is read by the run itself and decoded by them; ``precomputed`` needs none.
         prefetch: batches made in advance.
         skip_limit: so many unusable records, all processes' own count, end the run.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         allow_shell: whether ``pipe:`` shards may run shell commands.
-        buffer: records of each subset held back to be shuffled (``stream`` alone).
+        buffer: records of each subset held in memory to be shuffled, in every process (``stream`` alone); of GenRef
+            about 1.6 MB each.
         patience: how long a server is waited for.
     """
 

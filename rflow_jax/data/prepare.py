@@ -6,6 +6,7 @@ import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import pictures
 from rflow_jax.data.precomputed import Entry
 from rflow_jax.data.records import Record, RecordError, RecordSource
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 
 
 class Job(NamedTuple):
@@ -53,14 +54,23 @@ class Prepare:
 
 
 def ahead(pool: Executor, make: Any, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:
-    """What the pool makes of the jobs, in order; so many are under way."""
+    """What the pool makes of the jobs, in order; so many are under way.
+
+    Raises:
+        RunError: a worker process died.
+    """
     waiting: deque[Future[Prepared]] = deque()
-    for job in jobs:
-        waiting.append(pool.submit(make, job))
-        if len(waiting) > count:
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(make, job))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process died, for want of memory perhaps; lower data.workers, and give the same command again"
+        ) from error
 
 
 def _require_square(record: Record) -> None:

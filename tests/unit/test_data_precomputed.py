@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,8 +20,11 @@ from rflow_jax.data.loader import open_loader
 from rflow_jax.data.make_genref import make_genref
 from rflow_jax.data.precompute import precompute
 from rflow_jax.data.precomputed import COMPLETE, PrecomputeConfig, open_latents
+from rflow_jax.data.prepare import Job, ahead
 from rflow_jax.data.tar_source import open_tars
-from rflow_jax.errors import InputError
+from rflow_jax.data.workers import make as in_worker
+from rflow_jax.data.workers import start_workers
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.training.feed import put_pixels
@@ -177,6 +181,15 @@ def test_a_crop_that_is_drawn_needs_square_pictures(made, tmp_path):
     wide = replace(config, data=replace(config.data, shards=str(tmp_path / "wide.tar")), out=str(tmp_path / "wide"))
     with pytest.raises(InputError, match=r"40 x 32 pixels .* set data.crop to center"):
         precompute(wide, show=False)
+
+
+def dies(job):
+    os._exit(1)
+
+
+def test_a_dead_worker_is_an_error():
+    with start_workers(dies, 1) as pool, pytest.raises(RunError, match="give the same command again"):
+        list(ahead(pool, in_worker, [Job("rule", i) for i in range(50)], 3))
 
 
 def test_workers_do_not_import_jax():
