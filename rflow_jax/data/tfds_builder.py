@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -121,6 +122,7 @@ def write_tfds(source: RecordSource, out: Path, *, show: bool = True) -> Path:
         builder = GenRef(
             source=source, progress=lambda: bar.advance(task), data_dir=str(out), file_format="array_record"
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
-            builder.download_and_prepare(download_dir=str(out / NAME / "downloads"))
+        # It announces a download, and makes a folder for what would be downloaded.
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as empty:
+            builder.download_and_prepare(download_dir=empty)
     return folder
