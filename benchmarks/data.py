@@ -38,16 +38,19 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def photo(rng: np.random.Generator, size: int) -> bytes:
-    """A JPEG with detail at every scale, as photographs have."""
+    """A JPEG with detail at every scale; at 1024 pixels about 0.75 MB, as GenRef's are on average.
+
+    (209 shards of 8 GB hold 1.07 million pairs.)
+    """
     total = np.zeros((size, size, 3), np.float32)
     side = 4
     while side <= size:
         layer = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize((size, size), BICUBIC)
-        total += (np.asarray(layer, np.float32) - 128) / side**0.8
+        total += (np.asarray(layer, np.float32) - 128) / side**0.2
         side *= 2
     scaled = 128 + total * (100 / np.abs(total).max())
     buffer = io.BytesIO()
-    Image.fromarray(scaled.astype(np.uint8)).save(buffer, "JPEG", quality=92)
+    Image.fromarray(scaled.astype(np.uint8)).save(buffer, "JPEG", quality=98)
     return buffer.getvalue()
 
 

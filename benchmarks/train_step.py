@@ -1,9 +1,10 @@
 """Milliseconds and memory of one training step on this machine's accelerator, with random weights and encoded samples.
 
-    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--repeats 5]
+    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--repeats 5] [--profile]
 
 A rank-32 LoRA in float32 on a bfloat16 base, Prodigy, a condition; encoding pictures and texts is not included. Prints
-a table: batch, remat, milliseconds a step and a sample, model TFLOP/s (two forward passes' worth), device memory.
+a table: batch, remat, milliseconds a step and a sample, model TFLOP/s (two forward passes' worth), seconds of the first
+call, the device memory taken at most by this row or one before it: ask for one row where memory is the question.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.step import SIZES, TOKEN_PIXELS, random_network
+from benchmarks.step import SIZES, STEPS_A_CALL, TOKEN_PIXELS, print_kernels, random_network
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
@@ -40,7 +41,7 @@ def encoded(config: FluxConfig, batch: int, shape: Shape) -> Examples:
     )
 
 
-def measure(graph, trainable, frozen, config, sizes, batch: int, remat: str, repeats: int) -> str:
+def measure(graph, trainable, frozen, config, sizes, batch: int, remat: str, repeats: int, profile: bool) -> str:
     """One row of the table."""
     side, condition_side, text = sizes
     shape = Shape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
@@ -51,21 +52,34 @@ def measure(graph, trainable, frozen, config, sizes, batch: int, remat: str, rep
     step = make_step(graph, config, optimizer, recipe, mesh, shardings)
     examples = put_batch(mesh, jax.device_get(encoded(config, batch, shape)))
     numbers = put_batch(mesh, np.arange(batch, dtype=np.uint32))
-    times, losses = [], []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
+    begin = time.perf_counter()
+    state, report = step(state, frozen, examples, numbers)
+    losses, moments = [float(report.loss)], [time.perf_counter()]
+    first = moments[0] - begin
+    state, told = step(state, frozen, examples, numbers)
+    for _ in range(repeats):  # as in training, a step's loss is read once the next step is under way
         state, report = step(state, frozen, examples, numbers)
-        losses.append(float(report.loss))
-        times.append(time.perf_counter() - begin)
+        losses.append(float(told.loss))
+        moments.append(time.perf_counter())
+        told = report
+    if profile:
+
+        def few() -> None:
+            nonlocal state
+            for _ in range(STEPS_A_CALL):
+                state, report = step(state, frozen, examples, numbers)
+            report.loss.block_until_ready()
+
+        print_kernels(few)
     if not np.isfinite(losses).all():
         raise SystemExit("not finite: the figures would mean nothing")
-    seconds = statistics.median(times[1:])
+    seconds = statistics.median(np.diff(moments))
     tokens = {"text": text, "image": shape.image[0] ** 2, "condition": shape.condition[0] ** 2}
     flops = 2 * batch * forward_flops(config, **tokens)
     stats = jax.devices()[0].memory_stats() or {}
     return (
         f"{batch:5d} {remat:6s} {seconds * 1e3:9.1f} {seconds * 1e3 / batch:10.1f} {flops / seconds / 1e12:8.0f} "
-        f"{times[0]:13.1f} {stats.get('peak_bytes_in_use', 0) / 2**30:9.1f}  {losses[0]:.4f} -> {losses[-1]:.4f}"
+        f"{first:13.1f} {stats.get('peak_bytes_in_use', 0) / 2**30:9.1f}  {losses[0]:.4f} -> {losses[-1]:.4f}"
     )
 
 
@@ -76,6 +90,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--remat", nargs="+", default=["full", "dots"], choices=("none", "dots", "full"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     arguments = parser.parse_args()
     config, *sizes = SIZES[arguments.size]
     graph, state = random_network(config, jnp.bfloat16)
@@ -87,7 +102,8 @@ def main() -> None:
     for remat in arguments.remat:
         for batch in arguments.batch:
             try:
-                row = measure(graph, trainable, frozen, config, sizes, batch, remat, arguments.repeats)
+                how = batch, remat, arguments.repeats, arguments.profile
+                row = measure(graph, trainable, frozen, config, sizes, *how)
             except jax.errors.JaxRuntimeError as error:
                 if OUT_OF_MEMORY not in str(error):
                     raise

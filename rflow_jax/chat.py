@@ -117,8 +117,10 @@ class Chat:
         )
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._loop = asyncio.new_event_loop()
+        self._closing = threading.Lock()
         # A daemon: an interrupted process does not wait for answers.
-        threading.Thread(target=_serve, args=(self._loop,), name="chat", daemon=True).start()
+        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="chat", daemon=True)
+        self._thread.start()
         # The client's own log lines name every request; a run of thousands has a progress bar instead.
         for name in ("httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -144,9 +146,11 @@ class Chat:
             await asyncio.gather(*waiting, return_exceptions=True)
             await self._client.close()
 
-        if not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._closing:
+            if self._thread.is_alive():
+                asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()  # a loop that was told to stop, but still runs, would take no second close
 
     async def _ask(self, question: Question) -> Any:
         import openai

@@ -201,3 +201,11 @@ def test_closing_gives_up_what_is_waiting():
             assert isinstance(waiting.exception(timeout=5), CancelledError)
             assert time.monotonic() - begin < 5
         verifier.close()
+
+
+def test_closing_again_at_once_returns():
+    with OpenAIServer([]) as server:
+        for _ in range(50):
+            verifier = OpenAIVerifier(VerifierConfig(base_url=server.base_url))
+            verifier.close()
+            verifier.close()
