@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import Example, make_example
 from rflow_jax.data.mixture import Draw, Mixture
 from rflow_jax.data.records import RecordError, RecordSource
-from rflow_jax.data.workers import start_workers, worker_count
+from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError, RunError
 
 
@@ -92,9 +92,7 @@ class Loader:
     def __init__(self, plan: Plan, make: Callable[[Any], Made], config: DataConfig, start: int):
         self._plan, self._config, self._start = plan, config, start
         self._skipped = 0
-        workers = worker_count(config.workers)
-        self._pool: Executor = start_workers(make, workers) if workers else ThreadPoolExecutor(1, "data")
-        self._make = _in_worker if workers else make
+        self._workers = Workers(make, worker_count(config.workers))
 
     def drawn(self, step: int) -> dict[str, int]:
         """Samples of each subset before a step, of all processes."""
@@ -112,14 +110,14 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers; what they are at is thrown away."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
 
     def __iter__(self) -> Iterator[HostBatch]:
         ahead: deque[tuple[int, list[tuple[Any, Future[Made]]]]] = deque()
         step = self._start
         while True:
             while len(ahead) <= self._config.prefetch:
-                ahead.append((step, [(job, self._submit(job)) for job in self._plan.jobs(step)]))
+                ahead.append((step, [(job, self._workers.submit(job)) for job in self._plan.jobs(step)]))
                 step += 1
             begin = time.perf_counter()
             yield self._collect(*ahead.popleft(), begin)
@@ -158,7 +156,7 @@ class Loader:
                 return made
             skipped.append(made.trouble)
             self._skip([made.trouble])
-            future = self._submit(self._plan.replacement(job, attempt))
+            future = self._workers.submit(self._plan.replacement(job, attempt))
         raise AssertionError("the limit ends it before")
 
     def _skip(self, troubles: Sequence[str]) -> None:
@@ -173,14 +171,6 @@ class Loader:
                 f"data: {self._skipped} records cannot be used, more than data.skip_limit ({self._config.skip_limit}) "
                 f"allows; the last is {troubles[-1]}"
             )
-
-    def _submit(self, job: Any) -> Future[Made]:
-        try:
-            return self._pool.submit(self._make, job)
-        except BrokenProcessPool as error:
-            broken: Future[Made] = Future()
-            broken.set_exception(error)
-            return broken
 
 
 @dataclass(frozen=True)
@@ -286,9 +276,3 @@ def require_same_records(position: Mapping[str, Any] | None, fingerprint: str) -
             "data.shards: these are not the records the run began with (other shards, or another order); give the "
             "same, or start afresh with another out"
         )
-
-
-def _in_worker(job: Any) -> Made:
-    from rflow_jax.data import workers
-
-    return workers.make(job)

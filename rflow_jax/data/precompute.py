@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ from rflow_jax.data.precomputed import (
 )
 from rflow_jax.data.prepare import Job, Prepare, Prepared, ahead
 from rflow_jax.data.records import SUBSETS, RecordSource
-from rflow_jax.data.workers import make as in_worker
-from rflow_jax.data.workers import start_workers, worker_count
+from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError
 from rflow_jax.files import write_file
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, samples_along
@@ -105,15 +103,10 @@ class Writer:
 
     def write(self, out: Path, jobs: Sequence[Job], prepare: Prepare) -> Iterator[int]:
         """Writes the files of these jobs; yields how many records each holds."""
-        make = in_worker if self._workers else prepare
-        with start_workers(prepare, self._workers) if self._workers else ThreadPoolExecutor(1) as pool:
-            try:
-                encoded = self._encoded(ahead(pool, make, jobs, AHEAD * self._size))
-                for name, group in groupby(zip(jobs, encoded, strict=True), lambda pair: file_name(*pair[0])):
-                    yield _write_file(out / name, [tensors for _, tensors in group])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with Workers(prepare, self._workers) as workers:
+            encoded = self._encoded(ahead(workers, jobs, AHEAD * self._size))
+            for name, group in groupby(zip(jobs, encoded, strict=True), lambda pair: file_name(*pair[0])):
+                yield _write_file(out / name, [tensors for _, tensors in group])
 
     def _encoded(self, found: Iterator[Prepared]) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
         """Each record with its tensors; while one batch is computed, the one before it is fetched and written."""

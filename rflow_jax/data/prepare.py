@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import pictures
 from rflow_jax.data.precomputed import Entry
 from rflow_jax.data.records import Record, RecordError, RecordSource
+from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
 
 
@@ -53,8 +54,8 @@ class Prepare:
         return Prepared(Entry(record.key, record.prompt, record.reflection), good, bad)
 
 
-def ahead(pool: Executor, make: Any, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:
-    """What the pool makes of the jobs, in order; so many are under way.
+def ahead(workers: Workers, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:
+    """What the workers make of the jobs, in order; so many are under way.
 
     Raises:
         RunError: a worker process died.
@@ -62,7 +63,7 @@ def ahead(pool: Executor, make: Any, jobs: Iterable[Job], count: int) -> Iterato
     waiting: deque[Future[Prepared]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(make, job))
+            waiting.append(workers.submit(job))
             if len(waiting) > count:
                 yield waiting.popleft().result()
         while waiting:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
-from types import ModuleType
-from typing import Any
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rflow_jax.data.slabs import Slab, Slabs, fill
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_MAPPED = 32 << 20  # bytes; glibc refuses a larger threshold
+_LARGEST_KEPT = 1 << 30
+_PILLOW_BLOCKS = 16  # of 16 MiB
 
 _make: Callable[[Any], Any] | None = None
 
@@ -21,18 +34,83 @@ def worker_count(asked: int | None) -> int:
     return max(1, len(os.sched_getaffinity(0)) - 1) if asked is None else asked
 
 
-def start_workers(make: Callable[[Any], Any], count: int) -> ProcessPoolExecutor:
-    """Processes that hold ``make`` and call it for jobs.
+class Workers:
+    """Processes that call one function for many jobs; a context manager that ends them.
 
-    Started afresh and not forked: a fork of a process in which JAX's threads run can hang.
+    Started afresh and not forked: a fork of a process in which JAX's threads run can hang. The arrays of what they
+    make come through shared memory and not through a pipe, which would cost more than decoding a picture does.
+
+    Args:
+        make: job -> anything; can be pickled.
+        count: 0 calls it in a thread of this process.
     """
-    return ProcessPoolExecutor(count, mp_context=_Context(), initializer=_begin, initargs=(make,))
+
+    def __init__(self, make: Callable[[Any], Any], count: int):
+        self._in_thread = None if count else make
+        self._slabs = Slabs() if count and hasattr(os, "memfd_create") else None
+        self._pool: Executor = (
+            ProcessPoolExecutor(count, mp_context=_Context(), initializer=_begin, initargs=(make,))
+            if count
+            else ThreadPoolExecutor(1, "data")
+        )
+
+    def submit(self, job: Any) -> Future[Any]:
+        """What will be made of a job; BrokenProcessPool if a process died."""
+        if self._in_thread:
+            return self._pool.submit(self._in_thread, job)
+        made: Future[Any] = Future()
+        slab = self._slabs.take() if self._slabs else None
+        try:
+            packed = self._pool.submit(_pack, job, slab and slab.path)
+        except BrokenProcessPool as error:
+            made.set_exception(error)
+            return made
+        packed.add_done_callback(lambda done: _unpack(done, slab, self._slabs, made))
+        return made
+
+    def close(self) -> None:
+        """Ends the workers; what they are at is thrown away."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
 
 
-def make(job: Any) -> Any:
-    """What ``start_workers`` was given, called in a worker."""
+class Packed(NamedTuple):
+    """A pickle, less its arrays: these lie one after the other in a slab."""
+
+    pickled: bytes
+    lengths: list[int]
+
+
+def _pack(job: Any, path: str | None) -> Packed:
     assert _make is not None
-    return _make(job)
+    made = _make(job)
+    if path is None:
+        return Packed(pickle.dumps(made, pickle.HIGHEST_PROTOCOL), [])
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(made, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    if raw:
+        fill(path, raw)
+    return Packed(pickled, [part.nbytes for part in raw])
+
+
+def _unpack(done: Future[Packed], slab: Slab | None, slabs: Slabs | None, made: Future[Any]) -> None:
+    """Hands on what a worker made; the slab is free again once no array lies in it."""
+    try:
+        packed = done.result()
+        parts: list[np.ndarray] = []
+        if slab is not None and slabs is not None:
+            parts = slabs.lend(slab, packed.lengths)
+        made.set_result(pickle.loads(packed.pickled, buffers=parts))
+    except CancelledError:
+        made.cancel()
+    except BaseException as error:
+        made.set_exception(error)
 
 
 class _Process(SpawnProcess):
@@ -59,6 +137,18 @@ def _begin(make: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Has freed memory used again: pictures that give theirs back to the system and take it anew cost a third more."""
+    Image.core.set_blocks_max(_PILLOW_BLOCKS)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MAPPED)
+    mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT)
 
 
 def _end_with_parent() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,6 +59,20 @@ def test_pixels_are_those_of_pillow(good, bad, box):
     for ours, theirs in zip(pictures(record(*one), CONFIG), by_the_book(*one, *box), strict=True):
         assert ours.dtype == np.uint8
         assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(side=st.integers(2, 200), small=st.integers(1, 100), seed=st.integers(0, 99), black_and_white=st.booleans())
+def test_the_condition_is_pillows_to_one_step_even_of_noise(side, small, seed, black_and_white):
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    image = Image.fromarray(np.where(pixels > 127, 255, 0).astype(np.uint8) if black_and_white else pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    config = replace(CONFIG, target_size=side, condition_size=small)
+    good, bad = pictures(record(buffer.getvalue(), buffer.getvalue()), config)
+    np.testing.assert_array_equal(good, np.asarray(image))
+    want = np.asarray(image.resize((small, small), Image.Resampling.BICUBIC))
+    assert np.abs(bad.astype(int) - want).max() <= 1
 
 
 @given(down=st.floats(0, 1, exclude_max=True), right=st.floats(0, 1, exclude_max=True))

@@ -22,8 +22,7 @@ from rflow_jax.data.precompute import precompute
 from rflow_jax.data.precomputed import COMPLETE, PrecomputeConfig, open_latents
 from rflow_jax.data.prepare import Job, ahead
 from rflow_jax.data.tar_source import open_tars
-from rflow_jax.data.workers import make as in_worker
-from rflow_jax.data.workers import start_workers
+from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
 from rflow_jax.parallel.runtime import reproducible
@@ -188,8 +187,8 @@ def dies(job):
 
 
 def test_a_dead_worker_is_an_error():
-    with start_workers(dies, 1) as pool, pytest.raises(RunError, match="give the same command again"):
-        list(ahead(pool, in_worker, [Job("rule", i) for i in range(50)], 3))
+    with Workers(dies, 1) as workers, pytest.raises(RunError, match="give the same command again"):
+        list(ahead(workers, [Job("rule", i) for i in range(50)], 3))
 
 
 def test_workers_do_not_import_jax():
