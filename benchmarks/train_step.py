@@ -1,10 +1,13 @@
-"""Milliseconds and memory of one training step on this machine's accelerator, with random weights and encoded samples.
+"""Milliseconds and memory of one training step on this machine's accelerators, with random weights and encoded samples.
 
-    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--repeats 5] [--profile]
+    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--fsdp 2] [--repeats 5]
 
-A rank-32 LoRA in float32 on a bfloat16 base, Prodigy, a condition; encoding pictures and texts is not included. Prints
-a table: batch, remat, milliseconds a step and a sample, model TFLOP/s (two forward passes' worth), seconds of the first
-call, the device memory taken at most by this row or one before it: ask for one row where memory is the question.
+A rank-32 LoRA in float32 on a bfloat16 base, Prodigy, a condition; encoding pictures and texts is not included. All
+rows are compiled side by side and timed one after the other, and printed as a table: devices, remat, batch,
+milliseconds a step and a sample, model TFLOP/s (two forward passes' worth) a device, GiB that the program needs on a
+device as the compiler counts it, seconds to trace and to compile, the losses of the first steps. ``--fsdp N`` adds a
+row for the largest batch that N divides, with the weights cut over N devices: its losses are those of the same row on
+one device.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +27,58 @@ from flax import nnx
 from benchmarks.step import SIZES, STEPS_A_CALL, TOKEN_PIXELS, print_kernels, random_network
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
-from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
+from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.objective import Examples
 from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
 from rflow_jax.training.step import Recipe, Shape, init_state, make_step
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+LOSSES_SHOWN = 3
+DISTANCE = 1e-3  # Prodigy's first guess: large enough for the losses of a few steps to differ
+HEADER = "devices remat batch   ms/step  ms/sample  TFLOP/s  GiB  trace s  compile s  losses"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row measures."""
+
+    remat: Any
+    batch: int
+    fsdp: int = 1
+
+
+@dataclass
+class Job:
+    """A row on its way: the compiled step and what it is called with."""
+
+    case: Case
+    state: Any
+    frozen: Any
+    inputs: tuple[Examples, jax.Array]
+    trace_s: float
+    compiled: Future[tuple[Any, float]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A random network in two parts, and the sizes of its samples."""
+
+    config: FluxConfig
+    shape: Shape
+    graph: Any
+    trainable: Any
+    frozen: Any
+
+
+def make_model(size: str) -> Model:
+    """The network of one of ``SIZES``, drawn on the first device."""
+    config, side, condition_side, text = SIZES[size]
+    graph, state = random_network(config, jnp.bfloat16)
+    graph, trainable, frozen = nnx.split(nnx.merge(graph, state), nnx.LoRAParam, ...)
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32) * 0.01, trainable)
+    shape = Shape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
+    return Model(config, shape, graph, trainable, frozen)
 
 
 def encoded(config: FluxConfig, batch: int, shape: Shape) -> Examples:
@@ -41,24 +93,43 @@ def encoded(config: FluxConfig, batch: int, shape: Shape) -> Examples:
     )
 
 
-def measure(graph, trainable, frozen, config, sizes, batch: int, remat: str, repeats: int, profile: bool) -> str:
-    """One row of the table."""
-    side, condition_side, text = sizes
-    shape = Shape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = make_optimizer(OptimizerConfig())
-    recipe = Recipe(0, jnp.bfloat16, shape, remat=remat)
-    state, shardings = init_state(jax.device_put(jax.tree.map(jnp.copy, trainable), replicated(mesh)), optimizer, mesh)
-    step = make_step(graph, config, optimizer, recipe, mesh, shardings)
-    examples = put_batch(mesh, jax.device_get(encoded(config, batch, shape)))
-    numbers = put_batch(mesh, np.arange(batch, dtype=np.uint32))
-    begin = time.perf_counter()
-    state, report = step(state, frozen, examples, numbers)
-    losses, moments = [float(report.loss)], [time.perf_counter()]
-    first = moments[0] - begin
-    state, told = step(state, frozen, examples, numbers)
+def begin(model: Model, case: Case, pool: ThreadPoolExecutor) -> Job:
+    """Places a row's arrays and traces its step; the compiler goes on in the pool."""
+    mesh = make_mesh(MeshConfig(fsdp=case.fsdp), jax.devices()[: case.fsdp])
+    choose = sharding_for(mesh)
+
+    def place(state: Any) -> Any:
+        flat = nnx.to_flat_state(state)
+        where = [(path, v.replace(choose(".".join(map(str, path)), v.shape))) for path, v in flat]
+        return jax.device_put(state, nnx.from_flat_state(where))
+
+    optimizer = make_optimizer(OptimizerConfig(d0=DISTANCE))
+    recipe = Recipe(0, jnp.bfloat16, model.shape, remat=case.remat)
+    state, shardings = init_state(place(jax.tree.map(jnp.copy, model.trainable)), optimizer, mesh)
+    frozen = place(model.frozen)
+    step = make_step(model.graph, model.config, optimizer, recipe, mesh, shardings)
+    examples = put_batch(mesh, jax.device_get(encoded(model.config, case.batch, model.shape)))
+    inputs = examples, put_batch(mesh, np.arange(case.batch, dtype=np.uint32))
+    start = time.perf_counter()
+    lowered = step.lower(state, frozen, *inputs)
+    return Job(case, state, frozen, inputs, time.perf_counter() - start, pool.submit(compile_timed, lowered))
+
+
+def compile_timed(lowered: Any) -> tuple[Any, float]:
+    """The compiled step, and how long that took beside the others."""
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
+def finish(model: Model, job: Job, repeats: int, profile: bool) -> str:
+    """Times a compiled row and puts it into words."""
+    step, compile_s = job.compiled.result()
+    state, told = step(job.state, job.frozen, *job.inputs)
+    job.state = None  # it was donated
+    losses, moments = [float(told.loss)], []
+    state, told = step(state, job.frozen, *job.inputs)
     for _ in range(repeats):  # as in training, a step's loss is read once the next step is under way
-        state, report = step(state, frozen, examples, numbers)
+        state, report = step(state, job.frozen, *job.inputs)
         losses.append(float(told.loss))
         moments.append(time.perf_counter())
         told = report
@@ -67,47 +138,58 @@ def measure(graph, trainable, frozen, config, sizes, batch: int, remat: str, rep
         def few() -> None:
             nonlocal state
             for _ in range(STEPS_A_CALL):
-                state, report = step(state, frozen, examples, numbers)
+                state, report = step(state, job.frozen, *job.inputs)
             report.loss.block_until_ready()
 
         print_kernels(few)
     if not np.isfinite(losses).all():
         raise SystemExit("not finite: the figures would mean nothing")
+    case, shape = job.case, model.shape
     seconds = statistics.median(np.diff(moments))
-    tokens = {"text": text, "image": shape.image[0] ** 2, "condition": shape.condition[0] ** 2}
-    flops = 2 * batch * forward_flops(config, **tokens)
-    stats = jax.devices()[0].memory_stats() or {}
+    tokens = {"text": shape.text, "image": shape.image[0] ** 2, "condition": shape.condition[0] ** 2}
+    flops = 2 * case.batch * forward_flops(model.config, **tokens) / case.fsdp
     return (
-        f"{batch:5d} {remat:6s} {seconds * 1e3:9.1f} {seconds * 1e3 / batch:10.1f} {flops / seconds / 1e12:8.0f} "
-        f"{first:13.1f} {stats.get('peak_bytes_in_use', 0) / 2**30:9.1f}  {losses[0]:.4f} -> {losses[-1]:.4f}"
+        f"{case.fsdp:7d} {case.remat:5s} {case.batch:5d} {seconds * 1e3:9.1f} {seconds * 1e3 / case.batch:10.1f} "
+        f"{flops / seconds / 1e12:8.0f} {_gib(step):4.1f} {job.trace_s:8.1f} {compile_s:10.1f}  "
+        + " ".join(f"{loss:.6f}" for loss in losses[:LOSSES_SHOWN])
     )
 
 
+def _gib(step: Any) -> float:
+    memory = step.memory_analysis()
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return (sizes - memory.alias_size_in_bytes) / 2**30
+
+
 def main() -> None:
-    """Measures every combination, the smallest first; one that does not fit is said and left out."""
+    """Measures every combination; one that does not fit is said and left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--remat", nargs="+", default=["full", "dots"], choices=("none", "dots", "full"))
+    parser.add_argument("--fsdp", type=int, default=1, help="also on so many devices")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     arguments = parser.parse_args()
-    config, *sizes = SIZES[arguments.size]
-    graph, state = random_network(config, jnp.bfloat16)
-    _, trainable, frozen = nnx.split(nnx.merge(graph, state), nnx.LoRAParam, ...)
-    trainable = jax.tree.map(lambda x: x.astype(jnp.float32) * 0.01, trainable)
-    graph, _, _ = nnx.split(nnx.merge(graph, state), nnx.LoRAParam, ...)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print("batch remat    ms/step  ms/sample  TFLOP/s  first call s  peak GiB  loss")
-    for remat in arguments.remat:
-        for batch in arguments.batch:
+    cases = [Case(remat, batch) for remat in arguments.remat for batch in arguments.batch]
+    if arguments.fsdp > 1:
+        batch = max(batch for batch in arguments.batch if batch % arguments.fsdp == 0)
+        cases.insert(0, Case(arguments.remat[0], batch, arguments.fsdp))
+    print(f"{arguments.fsdp} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    model = make_model(arguments.size)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        jobs = [begin(model, case, pool) for case in cases]
+        print(HEADER, flush=True)
+        by_program = {job.compiled: job for job in jobs}
+        del jobs
+        for compiled in as_completed(list(by_program)):
+            job = by_program.pop(compiled)
             try:
-                how = batch, remat, arguments.repeats, arguments.profile
-                row = measure(graph, trainable, frozen, config, sizes, *how)
+                row = finish(model, job, arguments.repeats, arguments.profile)
             except jax.errors.JaxRuntimeError as error:
                 if OUT_OF_MEMORY not in str(error):
                     raise
-                row = f"{batch:5d} {remat:6s} does not fit"
+                row = f"{job.case.fsdp:7d} {job.case.remat:5s} {job.case.batch:5d} does not fit"
             print(row, flush=True)
 
 
