@@ -6,11 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from rflow_jax.errors import InputError
@@ -19,8 +21,20 @@ from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.lora import without_condition_effect
 from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
+from rflow_jax.parallel.sharding import DATA
 from rflow_jax.prompts import t5_prompt
-from rflow_jax.sampling import Inputs, Program, Scales, Seed, prepare, sample, sample_keys
+from rflow_jax.sampling import (
+    Inputs,
+    Near,
+    Program,
+    Scales,
+    Seed,
+    draw_noise,
+    noise_draws,
+    prepare,
+    sample,
+    sample_keys,
+)
 from rflow_jax.settings import Settings, require_lora_effect
 from rflow_jax.typing import Array
 from rflow_jax.weights.bundle import Bundle, load_bundle
@@ -29,16 +43,91 @@ log = logging.getLogger(__name__)
 OnImages = Callable[[int, list[Image.Image]], None]
 
 
-class Pipeline:
-    """A loaded model; make one with :func:`load_pipeline`."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one image is made from.
 
-    def __init__(self, bundle: Bundle, *, attention: AttentionImpl = "auto"):
+    Attributes:
+        prompt: CLIP is told this, and T5 too where nothing else is said.
+        seed: a number, a tuple such as (seed, prompt, round, branch), or a place near the noise of another seed.
+        condition: the image to correct.
+        reflection: what to change, told to T5.
+        refined_prompt: told to T5 in place of the prompt.
+    """
+
+    prompt: str
+    seed: Seed | Near
+    condition: Image.Image | None = None
+    reflection: str | None = None
+    refined_prompt: str | None = None
+
+    @property
+    def t5_text(self) -> str:
+        """What T5 is told."""
+        return t5_prompt(self.refined_prompt or self.prompt, self.reflection)
+
+    @property
+    def key_seed(self) -> Seed:
+        """What the draws beside the noise follow from."""
+        return self.seed.path[-1] if isinstance(self.seed, Near) else self.seed
+
+
+class Pending(NamedTuple):
+    """A batch on its way: the devices may still be at work on it."""
+
+    count: int
+    pixels: Array
+
+    def images(self) -> list[Image.Image]:
+        """Waits for the images."""
+        # With several processes the devices hold it in parts, which no process has all of.
+        whole = self.pixels
+        if not whole.is_fully_addressable:
+            whole = multihost_utils.process_allgather(whole, tiled=True)
+        return [Image.fromarray(array) for array in np.asarray(whole)[: self.count]]
+
+
+class Pipeline:
+    """A loaded model; make one with :func:`load_pipeline`.
+
+    With a mesh whose axis ``data`` has several devices, a batch is ``batch_size`` images on each of them, and every
+    device computes its own as if it were alone.
+    """
+
+    def __init__(self, bundle: Bundle, *, attention: AttentionImpl = "auto", mesh: jax.sharding.Mesh | None = None):
         self.bundle = bundle
         self.attention: AttentionImpl = attention
+        self.mesh = mesh
         self._told_idle = False
-        self._prepare = jax.jit(partial(prepare, bundle.graphs, bundle.dtype), static_argnums=0)
+        self._draw = jax.jit(draw_noise, static_argnums=(0, 1))
+        self._prepare = jax.jit(self._on_each(prepare, 1), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
-        self._sample = jax.jit(partial(sample, bundle.graphs, bundle.dtype), static_argnums=0, donate_argnums=2)
+        self._sample = jax.jit(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
+
+    def _on_each(self, function: Callable, batched: int) -> Callable:
+        """The function, run by every device of the axis ``data`` on its own rows of ``batched`` arguments."""
+        function = partial(function, self.bundle.graphs, self.bundle.dtype)
+        if self.replicas == 1:
+            return function
+        assert self.mesh is not None
+        mesh, rows, whole = self.mesh, PartitionSpec(DATA), PartitionSpec()
+
+        def spread(program: Program, weights: Any, *rest: Any) -> Any:
+            specs = (whole, *[rows] * batched, *[whole] * (len(rest) - batched))
+            local = partial(function, program)
+            how = {"mesh": mesh, "in_specs": specs, "out_specs": rows, "axis_names": {DATA}, "check_vma": False}
+            return jax.shard_map(local, **how)(weights, *rest)
+
+        return spread
+
+    @property
+    def replicas(self) -> int:
+        """Devices that each make images of their own."""
+        return 1 if self.mesh is None else self.mesh.shape.get(DATA, 1)
+
+    def images_at_once(self, settings: Settings) -> int:
+        """Images of one batch, over all devices."""
+        return settings.batch_size * self.replicas
 
     def without_lora(self) -> Pipeline:
         """The base model alone; shares the weights of this pipeline. The same object each time: it compiles once."""
@@ -46,7 +135,7 @@ class Pipeline:
 
     @cached_property
     def _bare(self) -> Pipeline:
-        return Pipeline(self.bundle.without_lora(), attention=self.attention)
+        return Pipeline(self.bundle.without_lora(), attention=self.attention, mesh=self.mesh)
 
     def resolve(self, settings: Settings) -> Settings:
         """The settings with the model's own number of steps and T5 tokens where they leave these open."""
@@ -60,7 +149,7 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         *,
-        seeds: Sequence[Seed],
+        seeds: Sequence[Seed | Near],
         conditions: Sequence[Image.Image | None] | None = None,
         reflections: Sequence[str | None] | None = None,
         refined_prompts: Sequence[str | None] | None = None,
@@ -85,16 +174,50 @@ class Pipeline:
             InputError: lists of different lengths, settings that don't fit the model, or a LoRA that could have no
                 effect (it acts on condition tokens alone, and there are none, or none of its linears sees them).
         """
-        samples = _samples(prompts, seeds, conditions, reflections, refined_prompts)
-        self._require_sizes(settings)
-        if samples and self.bundle.has_lora:
-            self._require_lora_effect(settings, samples[0].condition is not None)
+        requests = _requests(prompts, seeds, conditions, reflections, refined_prompts)
+        self._check(requests, settings)
         images: list[Image.Image] = []
-        for batch in self._batches(samples, self.resolve(settings)):
+        for batch in self._batches(requests, settings):
             if on_images:
                 on_images(len(images), batch)
             images += batch
         return images
+
+    def start(self, requests: Sequence[Request], settings: Settings) -> Pending:
+        """Sends one batch on its way and returns at once; fewer requests than it has places cost as much.
+
+        Raises:
+            InputError: as :meth:`generate`.
+        """
+        self._check(requests, settings)
+        places = self.images_at_once(settings)
+        if not 0 < len(requests) <= places:
+            raise ValueError(f"a batch has 1 to {places} requests, not {len(requests)}")
+        padded = [*requests, *requests[-1:] * (places - len(requests))]
+        settings = self.resolve(settings)
+        program = self._program(settings, requests[0].condition is not None)
+        inputs, scales = self._inputs(padded, settings), self._scales(settings)
+        factor = self.bundle.vae_config.factor
+        grid = settings.height // factor, settings.width // factor, self.bundle.vae_config.latent_channels
+        with reproducible(self.bundle.dtype):
+            noise = self._draw(program, grid, self._put(noise_draws([request.seed for request in padded])))
+            given = self._prepare(program, self.bundle.weights, self._put(inputs))
+            return Pending(len(requests), self._sample(program, self.bundle.weights, noise, given, scales)[1])
+
+    def _put(self, rows: Any) -> Any:
+        """Arrays with a row for each image, each device's on it."""
+        if self.replicas == 1:
+            return rows
+        assert self.mesh is not None
+        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec(DATA)))
+
+    def _check(self, requests: Sequence[Request], settings: Settings) -> None:
+        self._require_sizes(settings)
+        without = sum(request.condition is None for request in requests)
+        if 0 < without < len(requests):
+            raise InputError(f"generate: {without} of {len(requests)} prompts have no condition; generate these apart")
+        if requests and self.bundle.has_lora:
+            self._require_lora_effect(settings, with_condition=not without)
 
     def _require_sizes(self, settings: Settings) -> None:
         unit = self.bundle.token_pixels
@@ -121,26 +244,17 @@ class Pipeline:
                 *(len(idle), len(paths), idle[0]),
             )
 
-    def _batches(self, samples: list[_Sample], settings: Settings) -> Iterator[list[Image.Image]]:
+    def _batches(self, requests: list[Request], settings: Settings) -> Iterator[list[Image.Image]]:
         """The images of each batch; the next batch is already on its way when one is handed out."""
-        size = settings.batch_size
-        program = self._program(settings, samples[0].condition is not None) if samples else None
-        waiting: tuple[int, Array] | None = None
-        for start in range(0, len(samples), size):
-            assert program is not None
-            chunk = samples[start : start + size]
-            padded = chunk + chunk[-1:] * (size - len(chunk))
-            pixels = self._run(program, self._inputs(padded, settings), self._scales(settings))
+        size = self.images_at_once(settings)
+        waiting: Pending | None = None
+        for first in range(0, len(requests), size):
+            started = self.start(requests[first : first + size], settings)
             if waiting:
-                yield _to_images(*waiting)
-            waiting = len(chunk), pixels
+                yield waiting.images()
+            waiting = started
         if waiting:
-            yield _to_images(*waiting)
-
-    def _run(self, program: Program, inputs: Inputs, scales: Scales) -> Array:
-        with reproducible(self.bundle.dtype):
-            noise, given = self._prepare(program, self.bundle.weights, inputs)
-            return self._sample(program, self.bundle.weights, noise, given, scales)[1]
+            yield waiting.images()
 
     def _program(self, settings: Settings, with_condition: bool) -> Program:
         return Program(
@@ -155,14 +269,14 @@ class Pipeline:
             attention=self.attention,
         )
 
-    def _inputs(self, samples: list[_Sample], settings: Settings) -> Inputs:
+    def _inputs(self, samples: list[Request], settings: Settings) -> Inputs:
         bundle, size = self.bundle, settings.condition_size
         assert settings.max_sequence_length is not None
         has_condition = samples[0].condition is not None
         return Inputs(
             jnp.asarray(bundle.tokenizers.clip([s.prompt for s in samples], bundle.clip_length)),
             jnp.asarray(bundle.tokenizers.t5([s.t5_text for s in samples], settings.max_sequence_length)),
-            sample_keys([s.seed for s in samples]),
+            sample_keys([s.key_seed for s in samples]),
             jnp.asarray(np.stack([condition_pixels(s.condition, size) for s in samples if s.condition]))
             if has_condition
             else None,
@@ -196,7 +310,8 @@ def load_pipeline(
         lora_alpha: the LoRA's alpha where its file does not say it; the rank if None.
         dtype: of weights and activations: ``bfloat16`` or ``float32``.
         attention: see :func:`rflow_jax.models.attention.attend`.
-        mesh: devices to spread the weights over (axes ``fsdp``, ``tensor``); None: all on the first device.
+        mesh: devices to spread the weights (axes ``fsdp``, ``tensor``) and the images (``data``) over; None: all on
+            the first device.
         progress: show a bar while the weights are read.
 
     Raises:
@@ -204,24 +319,16 @@ def load_pipeline(
     """
     use_compilation_cache()
     bundle = load_bundle(model, lora=lora, lora_alpha=lora_alpha, dtype=dtype, mesh=mesh, progress=progress)
-    return Pipeline(bundle, attention=attention)
+    return Pipeline(bundle, attention=attention, mesh=mesh)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sample:
-    prompt: str
-    t5_text: str
-    seed: Seed
-    condition: Image.Image | None
-
-
-def _samples(
+def _requests(
     prompts: Sequence[str],
-    seeds: Sequence[Seed],
+    seeds: Sequence[Seed | Near],
     conditions: Sequence[Image.Image | None] | None,
     reflections: Sequence[str | None] | None,
     refined_prompts: Sequence[str | None] | None,
-) -> list[_Sample]:
+) -> list[Request]:
     nothing = [None] * len(prompts)
     columns = {
         "seeds": seeds,
@@ -232,16 +339,4 @@ def _samples(
     for name, column in columns.items():
         if len(column) != len(prompts):
             raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
-    without = sum(condition is None for condition in columns["conditions"])
-    if 0 < without < len(prompts):
-        raise InputError(f"generate: {without} of {len(prompts)} prompts have no condition; generate these apart")
-    return [
-        _Sample(prompt, t5_prompt(refined or prompt, reflection), seed, condition)
-        for prompt, seed, condition, reflection, refined in zip(prompts, *columns.values(), strict=True)
-    ]
-
-
-def _to_images(count: int, pixels: Array) -> list[Image.Image]:
-    # With several processes the devices hold it in parts, which no process has all of.
-    whole = pixels if pixels.is_fully_addressable else multihost_utils.process_allgather(pixels, tiled=True)
-    return [Image.fromarray(array) for array in np.asarray(whole)[:count]]
+    return [Request(*row) for row in zip(prompts, *columns.values(), strict=True)]

@@ -26,6 +26,33 @@ from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
 from rflow_jax.typing import Array, Float, Int, UInt8
 
 Seed = SupportsIndex | tuple[SupportsIndex, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Near:
+    """A seed for noise in the neighbourhood of other noise.
+
+    Beginning with the noise of ``path[0]``, each further seed turns it a little: n -> cosine n + sqrt(1 - cosine^2) n',
+    with n' the noise of that seed. The result is standard normal too. Of neighbours n and n' in so many dimensions the
+    angle is the same to a part in a thousand.
+
+    Attributes:
+        path: plain seeds, at least one.
+        cosine: of the angle between neighbours, in (0, 1).
+    """
+
+    path: tuple[Seed, ...]
+    cosine: float
+
+    def weights(self) -> list[float]:
+        """Of each seed's noise in the sum; their squares sum to 1."""
+        turned = (1 - self.cosine**2) ** 0.5
+        further = len(self.path) - 1
+        return [
+            (turned if number else 1.0) * self.cosine ** (further - max(number, 0)) for number in range(further + 1)
+        ]
+
+
 CONDITION_TIME = 0.0  # the condition is clean
 BLACK_GUIDANCE = 1.0  # the distilled guidance of the branch with the black condition
 
@@ -74,6 +101,13 @@ class Inputs(NamedTuple):
     condition: UInt8[Array, "b y x 3"] | None
 
 
+class Draws(NamedTuple):
+    """Which standard normal draws a sample's noise is the weighted sum of."""
+
+    keys: Array  # [b, k] random keys
+    weights: Float[Array, "b k"]
+
+
 class Given(NamedTuple):
     """What sampling is conditioned on."""
 
@@ -106,6 +140,17 @@ def sample_keys(seeds: Sequence[Seed]) -> Array:
     return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
 
 
+def noise_draws(seeds: Sequence[Seed | Near]) -> Draws:
+    """What each seed's noise is drawn from; padded to a power of two with draws of weight 0, which change no bit."""
+    paths = [seed.path if isinstance(seed, Near) else (seed,) for seed in seeds]
+    weights = [seed.weights() if isinstance(seed, Near) else [1.0] for seed in seeds]
+    width = 1 << (max(map(len, paths)) - 1).bit_length()
+    rows = [(*path, *path[:1] * (width - len(path))) for path in paths]
+    padded = np.asarray([[*row, *[0.0] * (width - len(row))] for row in weights], np.float32)
+    keys = sample_keys([seed for row in rows for seed in row])
+    return Draws(keys.reshape(len(rows), width), jnp.asarray(padded))
+
+
 def _digest(seed: Seed) -> bytes:
     """A hash of the numbers as they are written: no two seeds share it, of whatever size and length."""
     numbers = seed if isinstance(seed, tuple) else (seed,)
@@ -120,21 +165,36 @@ def _digest(seed: Seed) -> bytes:
     return hashlib.sha256("-".join(map(str, whole)).encode()).digest()
 
 
-def prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: Inputs) -> tuple[Array, Given]:
-    """Draws the noise, [b, i, f], and encodes the texts and the condition."""
+def draw_noise(program: Program, grid: tuple[int, int, int], draws: Draws) -> Float[Array, "b i f"]:
+    """The noise of a batch, packed.
+
+    Args:
+        grid: of the latents: rows, columns, channels.
+    """
+
+    def of_sample(keys: Array, weights: Array) -> Array:
+        normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), grid))(keys)
+        # One after the other: a sum in an order of XLA's own could round otherwise in another batch.
+        total = weights[0] * normal[0]
+        for number in range(1, keys.shape[0]):
+            total = total + weights[number] * normal[number]
+        return total
+
+    return pack(jax.vmap(of_sample)(*draws))
+
+
+def prepare(graphs: Any, dtype: Any, program: Program, weights: Any, inputs: Inputs) -> Given:
+    """Encodes the texts and the condition."""
     _, pooled = nnx.merge(graphs.clip, weights["clip"])(inputs.clip_ids)
     text = nnx.merge(graphs.t5, weights["t5"])(inputs.t5_ids)
     vae = nnx.merge(graphs.vae, weights["vae"])
-    factor = vae.config.factor
-    grid = (program.height // factor, program.width // factor, vae.config.latent_channels)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), grid))(inputs.keys)
     condition = black = None
     if inputs.condition is not None:
         encode = partial(encode_condition, vae, dtype, program.tiled)
         condition = encode(inputs.condition, inputs.keys, CONDITION)
         if program.use_image_guidance:
             black = encode(jnp.zeros_like(inputs.condition), inputs.keys, BLACK)
-    return pack(noise), Given(text.astype(dtype), pooled.astype(dtype), condition, black)
+    return Given(text.astype(dtype), pooled.astype(dtype), condition, black)
 
 
 def encode_condition(

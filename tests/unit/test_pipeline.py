@@ -11,11 +11,13 @@ from PIL import Image
 
 from rflow_jax import InputError, Settings, load_pipeline
 from rflow_jax.images import condition_pixels, fit_to_grid
+from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import Adapter, linear_shapes
-from rflow_jax.pipeline import Pipeline
+from rflow_jax.parallel.mesh import MeshConfig, make_mesh
+from rflow_jax.pipeline import Pipeline, Request
 from rflow_jax.prompts import Tokenizers, t5_prompt
-from rflow_jax.sampling import sample_keys
+from rflow_jax.sampling import Near, Program, draw_noise, noise_draws, sample_keys
 from rflow_jax.weights import bundle
 from rflow_jax.weights.components import TRANSFORMER
 from rflow_jax.weights.lora_export import save_lora
@@ -170,6 +172,59 @@ def test_pictures_are_handed_over_batch_by_batch(pipe):
     )
     assert seen == [(0, 3), (3, 1)]
     assert len(images) == 4
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2), MeshConfig(data=2, fsdp=2)], ids=["data", "data and fsdp"])
+def test_every_device_makes_images_as_if_it_were_alone(golden, pipe, reference, mesh):
+    """Five requests are one full batch and one that is padded, over two devices with three places each."""
+    devices = jax.devices()[: 2 * mesh.fsdp]
+    how = {"lora": str(golden / "lora"), "dtype": "float32", "progress": False, "mesh": make_mesh(mesh, devices)}
+    spread = load_pipeline(str(golden / "pipeline"), **how)
+    assert spread.images_at_once(SMALL) == 6
+    order = (0, 1, 2, 2, 1, 0, 1)
+    for image, k in zip(_generate(spread, order), order, strict=True):
+        if mesh.fsdp == 1:
+            np.testing.assert_array_equal(image, reference[k])
+        else:  # products over cut weights round otherwise
+            assert np.abs(image.astype(int) - reference[k].astype(int)).max() <= 1
+
+
+def test_a_batch_can_be_sent_on_its_way(pipe, reference):
+    requests = [
+        Request(PROMPTS[k], (7, k), _pictures(3)[k], reflection) for k, reflection in ((0, "Add a hat."), (2, ""))
+    ]
+    sent = [pipe.start(requests, SMALL), pipe.start(requests[::-1], SMALL)]
+    for pending, order in zip(sent, ((0, 2), (2, 0)), strict=True):
+        for image, k in zip(pending.images(), order, strict=True):
+            np.testing.assert_array_equal(np.asarray(image), reference[k])
+    with pytest.raises(ValueError, match="1 to 3 requests, not 4"):
+        pipe.start(requests * 2, SMALL)
+
+
+def _noise(*seeds) -> np.ndarray:
+    program = Program(256, 256, None, 16, ConditionFlags(), False, False)
+    return np.asarray(draw_noise(program, (32, 32, 16), noise_draws(seeds)), np.float64)
+
+
+def test_neighbours_lie_at_their_angle_and_are_standard_normal():
+    origin, near, further, other = _noise((1, 0), Near(((1, 0), (1, 1)), 0.9), Near(((1, 0), (1, 1), (1, 2)), 0.9), 5)
+
+    def cosine(a, b):
+        return (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+
+    assert cosine(origin, near) == pytest.approx(0.9, abs=0.02)
+    assert cosine(near, further) == pytest.approx(0.9, abs=0.02)
+    assert cosine(origin, further) == pytest.approx(0.81, abs=0.02)
+    assert abs(cosine(origin, other)) < 0.02
+    for noise in (origin, near, further):
+        assert noise.std() == pytest.approx(1, abs=0.02)
+
+
+def test_the_noise_of_a_seed_is_the_same_beside_neighbours():
+    alone, near = _noise(3), Near((3, 4, 5), 0.95)
+    np.testing.assert_array_equal(_noise(3, near)[:1], alone)
+    np.testing.assert_array_equal(_noise(near)[:1], _noise(Near((3, 4), 0.5), near)[1:])
+    np.testing.assert_array_equal(_noise(Near((3,), 0.5)), alone)
 
 
 def test_nothing_to_do(pipe):
