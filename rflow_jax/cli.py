@@ -5,6 +5,7 @@ device is one line too, and a bug a traceback.
 """
 
 import errno
+import json
 import os
 import re
 import sys
@@ -49,11 +50,13 @@ class Command:
         help: one sentence.
         configs: dataclasses; their fields are the flags, and nested dataclasses give dotted ones.
         run: called with an instance of each.
+        words: the flag that takes the words without one, such as a folder; all of them if it is a list.
     """
 
     help: str
     configs: tuple[type, ...]
     run: Callable[..., int | None]
+    words: str | None = None
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -99,6 +102,7 @@ def dispatch(commands: Mapping[str, Command], description: str, argv: Sequence[s
     argv = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in argv if word in commands), "")
     if name:
+        argv = _name_words(argv, name, commands[name])
         argv = _spell_out_switches(argv, commands[name].configs)
     try:
         namespace = parser.parse_args(argv)[name]
@@ -154,6 +158,31 @@ def _spell_out_switches(argv: Sequence[str], configs: Iterable[type]) -> list[st
     following = [*argv[1:], "--"]
     words = zip(argv, following, strict=True)
     return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in words]
+
+
+def bare_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(words that are neither flags nor values of flags, the others)."""
+    bare, rest = [], []
+    takes_value = False
+    for word in words:
+        is_flag = word.startswith("--")
+        (bare if not is_flag and not takes_value else rest).append(word)
+        takes_value = is_flag and "=" not in word
+    return bare, rest
+
+
+def _name_words(argv: Sequence[str], name: str, command: Command) -> list[str]:
+    """The words behind the command's name as the value of its flag ``words``."""
+    place = argv.index(name)
+    bare, rest = bare_words(argv[place + 1 :])
+    if command.words is None or not bare:
+        return list(argv)
+    (field,) = (f for config in command.configs for f in fields(config) if f.name == command.words)
+    takes_all = "list" in str(field.type)
+    if len(bare) > 1 and not takes_all:
+        raise InputError(f"{name}: {bare[1]} is too much; give one {command.words}")
+    value = json.dumps(bare) if takes_all else bare[0]
+    return [*argv[: place + 1], f"--{command.words}={value}", *rest]
 
 
 def _require_sections(namespace: Namespace, configs: Iterable[type]) -> None:

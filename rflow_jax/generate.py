@@ -13,9 +13,10 @@ from typing import Any
 import PIL.Image
 from PIL.Image import Image
 
+from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
+from rflow_jax.files import write_file
 from rflow_jax.progress import count_progress
-from rflow_jax.search.store import png_bytes, write_file
 from rflow_jax.settings import Settings, require_dtype, require_lora_effect
 
 Seed = int | tuple[int, ...]

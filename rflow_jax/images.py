@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -16,3 +18,15 @@ def fit_to_grid(image: Image.Image, grid: int) -> Image.Image:
 def condition_pixels(image: Image.Image, size: int) -> np.ndarray:
     """The condition as the network gets it: uint8 [size, size, 3], resized bicubically."""
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row, as high as the highest."""
+    height = max(image.height for image in images)
+    scaled = [image.resize((image.width * height // image.height, height)) for image in images]
+    row = Image.new("RGB", (sum(image.width for image in scaled), height))
+    left = 0
+    for image in scaled:
+        row.paste(image, (left, 0))
+        left += image.width
+    return row

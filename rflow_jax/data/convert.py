@@ -77,7 +77,7 @@ def name_places(argv: list[str]) -> list[str]:
     """
     if not argv or argv[0] not in COMMANDS:
         return argv
-    bare, rest = _bare_words(argv[1:])
+    bare, rest = cli.bare_words(argv[1:])
     shards, out = bare[:-1], bare[-1:]
     if shards and argv[0] != "tfds":
         raise InputError(f"{argv[0]}: {shards[0]} is too much; give one folder, and the shards as --data.shards")
@@ -85,17 +85,6 @@ def name_places(argv: list[str]) -> list[str]:
     if shards:
         flags.append(f"--shards={shards[0] if len(shards) == 1 else json.dumps(shards)}")
     return [argv[0], *flags, *rest]
-
-
-def _bare_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """(words that are neither flags nor values of flags, the others)."""
-    bare, rest = [], []
-    takes_value = False
-    for word in words:
-        is_flag = word.startswith("--")
-        (bare if not is_flag and not takes_value else rest).append(word)
-        takes_value = is_flag and "=" not in word
-    return bare, rest
 
 
 if __name__ == "__main__":

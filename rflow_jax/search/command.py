@@ -1,74 +1,172 @@
-"""``infer.py noise`` and ``infer.py reflect``."""
+"""``infer.py noise``, ``noise-prompt`` and ``reflect``."""
 
+from __future__ import annotations
+
+import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rflow_jax.errors import InputError
 from rflow_jax.chat import public_url
-from rflow_jax.language.http import REFINE_PROMPT, REFLECTION_PROMPT, HttpWriter
-from rflow_jax.search.config import SearchConfig
-from rflow_jax.search.engine import Correction, Search
-from rflow_jax.search.progress import Counters
+from rflow_jax.language import make_writer
+from rflow_jax.language.http import REFINE_PROMPT, REFLECTION_PROMPT
+from rflow_jax.search.accounts import Accounts
+from rflow_jax.search.config import Kind, RunConfig, SearchConfig
+from rflow_jax.search.engine import Engine, Models
+from rflow_jax.search.given import given_images
+from rflow_jax.search.live import BusyClock, Live
+from rflow_jax.search.prompt_run import PromptRun, Terms
 from rflow_jax.search.prompts import read_prompts, slice_prompts
-from rflow_jax.search.store import claim_folder, write_config
-from rflow_jax.verifiers.openai import OpenAIVerifier
+from rflow_jax.search.run_folder import MODELS, claim, require_same, require_usable
+from rflow_jax.search.store import PromptFolder, check_entry, is_done
+from rflow_jax.verifiers import make_verifier
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Which prompts are searched, and where the results go.
-
-    Attributes:
-        prompts: file with GenEval metadata, one JSON object a line.
-        out: folder of the run; empty or new.
-        start: first prompt of the file.
-        end: the prompt to stop before; -1 goes on to the last.
-    """
-
-    prompts: str
-    out: str
-    start: int = 0
-    end: int = -1
+Entries = Mapping[int, Mapping[str, Any]]
 
 
 def noise(config: SearchConfig, where: RunConfig) -> int:
     """Makes images of each prompt from fresh noise and chooses the best; returns the exit status."""
-    return _run(replace(config, lora=None, lora_alpha=None), where, correct=False)
+    return _run("noise", replace(config, lora=None, lora_alpha=None), where)
+
+
+def noise_prompt(config: SearchConfig, where: RunConfig) -> int:
+    """Refines each branch's prompt from image to image; returns the exit status."""
+    return _run("noise-prompt", replace(config, lora=None, lora_alpha=None), where)
 
 
 def reflect(config: SearchConfig, where: RunConfig) -> int:
-    """Corrects the best noise images round by round with reflections; returns the exit status."""
-    config.require_reflect()
-    return _run(config, where, correct=True)
+    """Corrects the best images round by round with reflections; returns the exit status."""
+    return _run("reflect", config, where)
 
 
-def _run(config: SearchConfig, where: RunConfig, correct: bool) -> int:
-    entries = slice_prompts(read_prompts(where.prompts), where.start, where.end)
-    verifier = OpenAIVerifier(config.verifier) if config.verifier.name == "openai" else None
-    correction = None
-    if correct:
-        reflector = HttpWriter(config.reflector, REFLECTION_PROMPT)
-        correction = Correction(reflector, HttpWriter(config.refiner, REFINE_PROMPT))
+def _run(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
+    if where.images is not None and kind != "reflect":
+        raise InputError("images: only reflect begins with the images of another run")
+    config.require_fit(kind, given=where.images is not None)
     out = Path(where.out)
-    claim_folder(out)
+    published = _to_publish(kind, config, where)
+    require_usable(out)
+    require_same(out, published)
+    place, processes = _place(where)
+    entries = slice_prompts(read_prompts(where.prompts), where.start, where.end)
+    for index, entry in entries.items():
+        check_entry(out, index, entry)
+    mine = {index: entries[index] for index in entries if index % processes == place}
+    todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
+    if not todo:
+        print(f"{out}: all {len(mine)} prompts are done; nothing to do")
+        return 0
+    given = given_images(Path(where.images), todo) if where.images else {}
+    accounts = Accounts(out, place, MODELS, config.budget)
+    models = _models(kind, config, accounts)
+    pipe = _load(config)
+    # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
+    with _held(claim(out, published, place)):
+        return _search(kind, config, out, pipe, models, accounts, todo, given)
 
+
+def _search(
+    kind: Kind,
+    config: SearchConfig,
+    out: Path,
+    pipe: Any,
+    models: Models,
+    accounts: Accounts,
+    todo: Entries,
+    given: Mapping[int, list[Path]],
+) -> int:
+    terms = Terms(
+        config.seed,
+        models.verifier is not None,
+        config.reflect.history,
+        config.noise.closeness,
+        config.reflect.count_noise_images,
+        _made_with(config, pipe, models),
+    )
+
+    def prompts() -> Iterator[PromptRun]:
+        for index, entry in todo.items():
+            images = given.get(index, [])
+            strategy = config.strategy(kind, len(images) if images else None)
+            yield PromptRun(PromptFolder(out, index, entry), strategy, terms, images)
+
+    planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
+    clock = BusyClock()
+    live = Live(planned, clock, accounts.total)
+
+    def keep(now: bool = False) -> None:
+        accounts.write(live.images, clock.fraction, now)
+
+    how = {"enough": accounts.over_budget, "now_and_then": keep}
+    engine = Engine(pipe, models, config.settings, config.prompts_in_flight, live, clock, **how)
+    try:
+        with live:
+            engine.run(prompts())
+    finally:
+        keep(now=True)
+    print(_summary(len(todo), live, out, accounts, verified=terms.verified))
+    if live.first_failure:
+        print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
+    if engine.stopped:
+        print(f"stopped: {engine.stopped}; the same command with a larger budget goes on", file=sys.stderr)
+    return 1 if terms.verified and live.unscored and not live.scored else 0
+
+
+def _models(kind: Kind, config: SearchConfig, accounts: Accounts) -> Models:
+    meters = accounts.meters
+    return Models(
+        make_verifier(config.verifier, meters["verifier"]),
+        make_writer(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if kind == "reflect" else None,
+        make_writer(config.refiner, REFINE_PROMPT, meters["refiner"]) if kind != "noise" else None,
+    )
+
+
+def _load(config: SearchConfig) -> Any:
+    import jax
+
+    from rflow_jax.parallel.mesh import make_mesh
     from rflow_jax.pipeline import load_pipeline
 
-    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
-    # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    write_config(out, _to_publish(config, where))
-    counters = Search(config, pipe, verifier, correction, out).run(entries)
-    print(_summary(len(entries), counters, out, verified=verifier is not None))
-    if counters.first_failure:
-        print(f"the first failure was: {counters.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
-    return 1 if verifier and not counters.scored else 0
+    devices = jax.local_devices()
+    mesh = make_mesh(config.mesh, devices) if len(devices) > 1 else None
+    return load_pipeline(
+        config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype, mesh=mesh
+    )
 
 
-def _to_publish(config: SearchConfig, where: RunConfig) -> dict[str, Any]:
+def _place(where: RunConfig) -> tuple[int, int]:
+    """(number of this process, number of processes)."""
+    if not where.distributed.enabled:
+        return where.place()
+    import jax
+
+    from rflow_jax.parallel.mesh import start_processes
+
+    start_processes(where.distributed)
+    return jax.process_index(), jax.process_count()
+
+
+def _made_with(config: SearchConfig, pipe: Any, models: Models) -> dict[str, Any]:
+    asked = {"verifier": models.verifier, "reflector": models.reflector, "refiner": models.refiner}
+    return {
+        "model": config.model,
+        "lora": config.lora,
+        "lora_alpha": config.lora_alpha,
+        "dtype": config.dtype,
+        "closeness": config.noise.closeness,
+        "models": {role: None if model is None else model.name for role, model in asked.items()},
+        "settings": asdict(pipe.resolve(config.settings)),
+    }
+
+
+def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str, Any]:
     """The configuration as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
     written = asdict(config) | asdict(where)
-    for role in ("verifier", "reflector", "refiner"):
+    for role in MODELS:
         endpoint = getattr(config, role)
         written[role]["model"] = endpoint.model_name
         if endpoint.base_url:
@@ -76,11 +174,24 @@ def _to_publish(config: SearchConfig, where: RunConfig) -> dict[str, Any]:
     return written
 
 
-def _summary(prompts: int, counters: Counters, out: Path, verified: bool) -> str:
-    counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{counters.images} images"]
+def _held(file: int) -> Any:
+    class Held:
+        def close(self) -> None:
+            with suppress(OSError):
+                os.close(file)
+
+    return closing(Held())
+
+
+def _summary(prompts: int, live: Live, out: Path, accounts: Accounts, verified: bool) -> str:
+    counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{live.images} images"]
     if verified:
-        counts += [f"{counters.scored} scored", f"{counters.unscored} without a score"]
-    if counters.text_failures:
-        counts.append(f"{counters.text_failures} texts failed")
-    best = f"the best lie in {out}/*/samples_best" if counters.scored else f"the images lie in {out}/*/samples"
+        counts += [f"{live.scored} scored", f"{live.unscored} without a score"]
+    if live.text_failures:
+        counts.append(f"{live.text_failures} texts failed")
+    usage = accounts.total()
+    if usage.prompt_tokens or usage.completion_tokens:
+        cost = "" if not usage.cost else f" (${usage.cost:.2f})"
+        counts.append(f"{usage.prompt_tokens + usage.completion_tokens:,} tokens{cost}")
+    best = f"the best lie in {out}/*/samples_best" if live.scored else f"the images lie in {out}/*/samples"
     return f"{', '.join(counts)}; {best}"

@@ -1,30 +1,65 @@
-"""What a search is told: one YAML file, or the flags of ``infer.py noise`` and ``infer.py reflect``."""
+"""What a search is told: one YAML file, or the flags of ``infer.py noise``, ``noise-prompt`` and ``reflect``."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.language.http import WriterConfig
+from rflow_jax.parallel.mesh import DistributedConfig, MeshConfig
+from rflow_jax.search import strategies
+from rflow_jax.search.strategies import Strategy
 from rflow_jax.settings import Settings, require_dtype
 from rflow_jax.verifiers.openai import VerifierConfig
 
 LARGEST_SEED = 2**32 - 1
+Kind = Literal["noise", "noise-prompt", "reflect"]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The size of one stage of a search.
+class NoiseStage:
+    """The images before any correction.
 
     Attributes:
         search_rounds: rounds of the stage.
         search_branch: images of each prompt in a round.
+        method: "random": all from fresh noise; "zero_order": after the first round, neighbours of the best noise so
+            far.
+        closeness: cosine of the angle between a neighbour and the noise it is near (zero_order).
     """
 
     search_rounds: int = 16
     search_branch: int = 2
+    method: Literal["random", "zero_order"] = "random"
+    closeness: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.search_rounds < 1 or self.search_branch < 1:
-            raise InputError("search_rounds and search_branch must be at least 1")
+        _require_size("noise", self.search_rounds, self.search_branch)
+        if not 0 < self.closeness < 1:
+            raise InputError(f"noise.closeness is {self.closeness}: give a number between 0 and 1, such as 0.95")
+
+
+@dataclass(frozen=True)
+class ReflectStage:
+    """The corrections that follow.
+
+    Attributes:
+        search_rounds: rounds of the stage: its depth.
+        search_branch: images of each prompt that are corrected in a round: its width.
+        history: so many earlier images of the chain, and the reflections on them, are shown to the reflection
+            generator beside the current one.
+        count_noise_images: an image from before the first correction can be the best of its chain and of all; false
+            is the accounting of the original.
+    """
+
+    search_rounds: int = 16
+    search_branch: int = 2
+    history: int = 0
+    count_noise_images: bool = True
+
+    def __post_init__(self) -> None:
+        _require_size("reflect", self.search_rounds, self.search_branch)
+        if self.history < 0:
+            raise InputError(f"reflect.history is {self.history}: give a number of images, 0 for none")
 
 
 @dataclass(frozen=True)
@@ -38,8 +73,12 @@ class SearchConfig:
         dtype: number type of the weights and activations, bfloat16 or float32.
         seed: every image's noise derives from it.
         prompts_in_flight: prompts searched together; batches are filled across them.
-        noise: images from fresh noise: all of ``noise``, and the first stage of ``reflect``.
+        noise: the first images: all of ``noise`` and ``noise-prompt``, and the first stage of ``reflect``.
         reflect: corrections that follow in ``reflect``.
+        stop_score: a prompt is done once an image reaches this score; null goes through all rounds.
+        max_images: images made for a prompt at most; null for as many as the rounds ask for.
+        budget: US dollars, by the prices of the endpoints, after which no further question is asked; null: no limit.
+        mesh: how the devices of this machine are laid out; along ``data`` each makes images of its own.
         settings: how an image is generated.
         verifier: who scores the images.
         reflector: who writes the reflections.
@@ -52,8 +91,12 @@ class SearchConfig:
     dtype: str = "bfloat16"
     seed: int = 0
     prompts_in_flight: int = 16
-    noise: Stage = field(default_factory=Stage)
-    reflect: Stage = field(default_factory=Stage)
+    noise: NoiseStage = field(default_factory=NoiseStage)
+    reflect: ReflectStage = field(default_factory=ReflectStage)
+    stop_score: float | None = None
+    max_images: int | None = None
+    budget: float | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     settings: Settings = field(default_factory=Settings)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     reflector: WriterConfig = field(default_factory=WriterConfig)
@@ -64,21 +107,94 @@ class SearchConfig:
             raise InputError(f"seed is {self.seed}: give a number from 0 to {LARGEST_SEED}")
         if self.prompts_in_flight < 1:
             raise InputError("prompts_in_flight must be at least 1")
+        if self.max_images is not None and self.max_images < 1:
+            raise InputError(f"max_images is {self.max_images}: give at least 1, or null")
+        if self.budget is not None and not self.budget > 0:
+            raise InputError(f"budget is {self.budget}: give US dollars, or null")
         require_dtype(self.dtype)
 
-    def require_reflect(self) -> None:
-        """Checks what only ``reflect`` needs.
+    def require_fit(self, kind: Kind, given: bool) -> None:
+        """Checks what one kind of search needs.
+
+        Args:
+            given: the first images come from a folder.
 
         Raises:
             InputError: no corrector, no verifier, or more branches than images to choose them from.
         """
+        judged = self.verifier.name != "none"
+        if not judged and (kind != "noise" or self.noise.method != "random" or self.stop_score is not None):
+            raise InputError(
+                f"{kind} chooses or improves images by their verdicts: verifier.name none serves random noise only"
+            )
+        if kind == "noise-prompt" and self.noise.method != "random":
+            raise InputError("noise.method is zero_order: noise-prompt takes fresh noise; set it to random")
+        if kind != "reflect":
+            return
         if self.lora is None:
             raise InputError("reflect corrects images with a LoRA: set lora")
-        if self.verifier.name == "none":
-            raise InputError("reflect chooses images by their scores: verifier.name none serves noise only")
         images = self.noise.search_rounds * self.noise.search_branch
-        if images < self.reflect.search_branch:
+        if not given and images < self.reflect.search_branch:
             raise InputError(
                 f"reflect.search_branch is {self.reflect.search_branch}, but the noise stage makes only "
                 f"{images} images a prompt: raise noise.search_rounds or noise.search_branch"
             )
+
+    def strategy(self, kind: Kind, given: int | None = None) -> Strategy:
+        """The search of one prompt.
+
+        Args:
+            given: so many first images come from a folder, in place of the noise stage.
+        """
+        rounds, branches = self.noise.search_rounds, self.noise.search_branch
+        stages: list[strategies.Stage] = []
+        if given is not None:
+            stages.append(strategies.Given(given))
+        elif kind == "noise-prompt":
+            stages.append(strategies.RefinedPrompts(rounds, branches))
+        elif self.noise.method == "zero_order":
+            stages.append(strategies.ZeroOrder(rounds, branches))
+        else:
+            stages.append(strategies.FreshNoise(rounds, branches))
+        if kind == "reflect":
+            stages.append(strategies.Corrections(self.reflect.search_rounds, self.reflect.search_branch))
+        return Strategy(tuple(stages), self.stop_score, self.max_images)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Which prompts are searched, and where the results go.
+
+    Attributes:
+        prompts: file with GenEval metadata, one JSON object a line.
+        out: folder of the run; a run that was stopped goes on.
+        start: first prompt of the file.
+        end: the prompt to stop before; -1 goes on to the last.
+        images: folder of an earlier run, ours or the original's: ``reflect`` begins with its images.
+        share: this process takes prompts k, k + n, k + 2n, ... of "k/n"; n processes with one folder share a run.
+        distributed: on a TPU pod: the processes find each other, and share the prompts.
+    """
+
+    prompts: str
+    out: str
+    start: int = 0
+    end: int = -1
+    images: str | None = None
+    share: str = "0/1"
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def place(self) -> tuple[int, int]:
+        """(number of this process, number of processes), as ``share`` says.
+
+        Raises:
+            InputError: it says something else.
+        """
+        number, slash, count = self.share.partition("/")
+        if not slash or not number.isdecimal() or not count.isdecimal() or not int(number) < int(count):
+            raise InputError(f"share is {self.share}: give k/n, the k-th of n processes, such as 0/4")
+        return int(number), int(count)
+
+
+def _require_size(name: str, rounds: int, branches: int) -> None:
+    if rounds < 1 or branches < 1:
+        raise InputError(f"{name}.search_rounds and {name}.search_branch must be at least 1")

@@ -1,216 +1,235 @@
-"""The two searches: images from fresh noise, and corrections of the best of them.
+"""The engine of every search: many prompts at once, so that the generator is never without work.
 
-Prompts are searched in groups, so that batches fill across prompts and memory stays bounded. While the next
-batch is made, the images of the last one are scored.
+The main thread feeds the generator: it takes images of any prompt and round that are ready to be made, a batch at a
+time, and sends the next batch on its way before it waits for the last one. Pools of threads ask the verifier and the
+language models meanwhile. Which images a prompt needs follows from its own verdicts alone (:mod:`.prompt_run`), so
+nothing here, neither timing nor the order of answers, changes a result.
 """
 
+from __future__ import annotations
+
+import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import PIL.Image
-from PIL.Image import Image
-
-from rflow_jax.language.base import Case, Writer
-from rflow_jax.search.chains import Sample, next_parents
-from rflow_jax.search.config import SearchConfig
-from rflow_jax.search.progress import Counters
-from rflow_jax.search.store import PromptFolder
+from rflow_jax.language.base import Writer, Written
+from rflow_jax.pipeline import Pending
+from rflow_jax.search.calls import Calls
+from rflow_jax.search.live import BusyClock, Live
+from rflow_jax.search.prompt_run import PromptRun, Step, Work
+from rflow_jax.settings import Settings
 from rflow_jax.verifiers.base import Verdict, Verifier
 
-
-@dataclass(frozen=True)
-class Correction:
-    """What turns a noise search into a reflection search: the two models that write."""
-
-    reflector: Writer
-    refiner: Writer
-
-
-@dataclass
-class _Prompt:
-    index: int
-    entry: Mapping[str, Any]
-    folder: PromptFolder
-    samples: list[Sample] = field(default_factory=list)
+SAVERS = 2  # threads that encode and write images
+PATIENCE = 0.5  # seconds between looks at what no thread announces
 
 
 @dataclass(frozen=True)
-class _Job:
-    prompt: _Prompt
-    sample: Sample
-    condition: Image | None = None
+class Models:
+    """Who is asked; None for roles that a search does not need."""
+
+    verifier: Verifier | None = None
+    reflector: Writer | None = None
+    refiner: Writer | None = None
+
+    def close(self) -> None:
+        """Gives up what is waiting."""
+        for model in (self.verifier, self.reflector, self.refiner):
+            if model is not None:
+                model.close()
 
 
-class Search:
-    """One run over many prompts.
+class Engine:
+    """Runs the searches of many prompts.
 
     Args:
-        config: sizes of the stages and how an image is generated.
         pipe: the pipeline, with the corrector's LoRA if there are corrections.
-        verifier: scores each image once; None leaves all images unscored.
-        correction: who writes; None stops after the noise stage.
-        out: folder of the run.
+        in_flight: prompts searched together.
+        live: told what happens.
+        enough: asked before each further call; a reason ends the run as soon as what is under way is done.
+        now_and_then: called between batches.
     """
 
     def __init__(
         self,
-        config: SearchConfig,
         pipe: Any,
-        verifier: Verifier | None,
-        correction: Correction | None,
-        out: Path,
+        models: Models,
+        settings: Settings,
+        in_flight: int,
+        live: Live,
+        clock: BusyClock,
+        enough: Callable[[], str | None] = lambda: None,
+        now_and_then: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config = config
-        self.pipe = pipe
-        self.base = pipe.without_lora()
-        self.verifier = verifier
-        self.correction = correction
-        self.out = out
-        self._made_with = {
-            "model": config.model,
-            "lora": config.lora,
-            "lora_alpha": config.lora_alpha,
-            "dtype": config.dtype,
-            "settings": asdict(pipe.resolve(config.settings)),
-        }
+        self._pipes = {True: pipe, False: pipe.without_lora()}
+        self._models = models
+        self._settings = settings
+        self._in_flight = in_flight
+        self._live = live
+        self._clock = clock
+        self._enough = enough
+        self._now_and_then = now_and_then
+        self._changed = threading.Condition()
+        self._ready: dict[bool, deque[Work]] = {True: deque(), False: deque()}
+        self._compiled: set[bool] = set()
+        self._calls: dict[Step, Calls] = {}
+        self._saving = 0
+        self._active = 0
+        self._failure: BaseException | None = None
+        self.stopped: str | None = None
 
-    def run(self, entries: Mapping[int, Mapping[str, Any]]) -> Counters:
-        """Searches all prompts, given by their index; returns what was counted."""
-        images = len(entries) * self._images_per_prompt()
-        self._counters = Counters(images, images if self.verifier else 0)
-        self._scorers = ThreadPoolExecutor(self.verifier.concurrency if self.verifier else 1)
+    def run(self, prompts: Iterator[PromptRun]) -> None:
+        """Searches all prompts, which are opened one by one; if it ends early, ``stopped`` then says why."""
+        self._prompts = prompts
+        self._open_calls()
+        self._savers = ThreadPoolExecutor(SAVERS, "saver")
         try:
-            with self._counters:
-                for group in _groups(list(entries), self.config.prompts_in_flight):
-                    self._search([self._open(index, entries[index]) for index in group])
+            with self._changed:
+                self._open_prompts()
+            self._generate()
         finally:
-            self._close()
-        return self._counters
+            for calls in self._calls.values():
+                calls.close()
+            self._savers.shutdown(wait=False, cancel_futures=True)
+            self._models.close()
 
-    def _images_per_prompt(self) -> int:
-        noise, reflect = self.config.noise, self.config.reflect
-        corrections = reflect.search_rounds * reflect.search_branch if self.correction else 0
-        return noise.search_rounds * noise.search_branch + corrections
+    def _open_calls(self) -> None:
+        def answer(step: Step, model: Any, call: Callable[[Sequence[Work]], Sequence[Any]]) -> None:
+            if model is not None:
+                how = (model.concurrency, model.batch_size, self._done, self._fail)
+                self._calls[step] = Calls(step, call, *how)
 
-    def _open(self, index: int, entry: Mapping[str, Any]) -> _Prompt:
-        return _Prompt(index, entry, PromptFolder(self.out, index, entry))
+        answer("score", self._models.verifier, self._score)
+        answer("reflect", self._models.reflector, partial(self._write, self._models.reflector))
+        answer("refine", self._models.refiner, partial(self._write, self._models.refiner))
 
-    def _search(self, prompts: Sequence[_Prompt]) -> None:
-        self._make(self.base, self._noise_jobs(prompts))
-        if self.correction:
-            first = self.config.noise.search_rounds
-            for number in range(first, first + self.config.reflect.search_rounds):
-                self._make(self.pipe, self._correction_jobs(prompts, number, self.correction))
-        for prompt in prompts:
-            prompt.folder.place_results(prompt.samples, verified=self.verifier is not None)
+    def _score(self, works: Sequence[Work]) -> list[Verdict]:
+        assert self._models.verifier is not None
+        images = [work.run.folder.read_image(work.run.place(work)) for work in works]
+        return self._models.verifier.score(images, [work.run.folder.entry for work in works])
 
-    def _noise_jobs(self, prompts: Sequence[_Prompt]) -> list[_Job]:
-        noise = self.config.noise
-        return [
-            _Job(prompt, self._plan(prompt, number, branch))
-            for prompt in prompts
-            for number in range(noise.search_rounds)
-            for branch in range(noise.search_branch)
-        ]
+    def _write(self, writer: Writer, works: Sequence[Work]) -> list[Written]:
+        return writer.write([work.run.case(work) for work in works])
 
-    def _correction_jobs(self, prompts: Sequence[_Prompt], number: int, correction: Correction) -> list[_Job]:
-        branches = self.config.reflect.search_branch
-        picks = [
-            (prompt, branch, parent)
-            for prompt in prompts
-            for branch, parent in enumerate(next_parents(prompt.samples, branches))
-        ]
-        cases = [_case(prompt, prompt.samples[parent]) for prompt, _, parent in picks]
-        with ThreadPoolExecutor(1) as beside:
-            refining = beside.submit(correction.refiner.write, cases)
-            reflections = correction.reflector.write(cases)
-            refinements = refining.result()
-        jobs = []
-        for (prompt, branch, parent), case, reflection, refined in zip(
-            picks, cases, reflections, refinements, strict=True
-        ):
-            failures = {"reflection": reflection.error, "refined prompt": refined.error}
-            errors = tuple(f"{what}: {error}" for what, error in failures.items() if error is not None)
-            self._counters.failed_texts(errors)
-            sample = replace(
-                self._plan(prompt, number, branch),
-                parent=parent,
-                reflection=reflection.text or "",
-                refined_prompt=refined.text or prompt.samples[parent].refined_prompt,
-                text_errors=errors,
-            )
-            jobs.append(_Job(prompt, sample, case.image))
-        return jobs
+    def _generate(self) -> None:
+        """Feeds the generator until nothing is left to do."""
+        sent: tuple[list[Work], Pending] | None = None
+        while True:
+            # While the device works, a batch that is not full had better wait for more.
+            batch = self._take(full=sent is not None)
+            if not batch and sent is None:
+                if not self._wait():
+                    return
+                continue
+            started = self._start(batch) if batch else None
+            if sent is not None:
+                self._receive(*sent)
+            sent = started
+            self._now_and_then()
 
-    def _plan(self, prompt: _Prompt, number: int, branch: int) -> Sample:
-        seed = (self.config.seed, prompt.index, number, branch)
-        return Sample(number, branch, seed, PromptFolder.image_name(number, seed))
+    def _take(self, full: bool) -> list[Work]:
+        """Images of one kind that are ready to be made, the fullest batch first; none while there are too few."""
+        size = self._pipes[True].images_at_once(self._settings)
+        with self._changed:
+            self._raise()
+            kind = max(self._ready, key=lambda kind: min(len(self._ready[kind]), size))
+            waiting = self._ready[kind]
+            if self.stopped or not waiting or (full and len(waiting) < size):
+                return []
+            return [waiting.popleft() for _ in range(min(size, len(waiting)))]
 
-    def _make(self, pipe: Any, jobs: Sequence[_Job]) -> None:
-        """Generates, stores and scores one image a job; the samples are then part of their prompts."""
-        waiting: deque[tuple[Sequence[_Job], Future[list[Verdict | None]]]] = deque()
+    def _start(self, batch: list[Work]) -> tuple[list[Work], Pending]:
+        kind = batch[0].corrects
+        requests = [work.run.request(work) for work in batch]
+        self._clock.sent(compiles=kind not in self._compiled)
+        self._compiled.add(kind)
+        return batch, self._pipes[kind].start(requests, self._settings)
 
-        def on_images(first: int, images: list[Image]) -> None:
-            batch = jobs[first : first + len(images)]
-            for job, image in zip(batch, images, strict=True):
-                job.prompt.folder.write_image(job.sample.file, image)
-            self._counters.made(len(images))
-            waiting.append((batch, self._scorers.submit(self._score, batch, images)))
-            while waiting and waiting[0][1].done():
-                self._keep(*waiting.popleft())
+    def _receive(self, batch: Sequence[Work], pending: Pending) -> None:
+        images = pending.images()
+        self._clock.arrived()
+        self._live.made(len(images))
+        with self._changed:
+            self._saving += len(images)
+        for work, image in zip(batch, images, strict=True):
+            self._savers.submit(self._save, work, image)
 
-        conditions = [job.condition for job in jobs if job.condition is not None]
-        pipe.generate(
-            [job.prompt.entry["prompt"] for job in jobs],
-            seeds=[job.sample.seed for job in jobs],
-            conditions=conditions or None,
-            reflections=[job.sample.reflection for job in jobs],
-            refined_prompts=[job.sample.refined_prompt for job in jobs],
-            settings=self.config.settings,
-            on_images=on_images,
-        )
-        while waiting:
-            self._keep(*waiting.popleft())
+    def _save(self, work: Work, image: Any) -> None:
+        try:
+            work.run.folder.write_image(work.run.place(work), image)
+            self._done(work, None)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            with self._changed:
+                self._saving -= 1
+                self._changed.notify_all()
 
-    def _keep(self, jobs: Sequence[_Job], verdicts: Future[list[Verdict | None]]) -> None:
-        """Waits for the scores of a batch, and records its images; batches come in the order of their jobs."""
-        for job, verdict in zip(jobs, verdicts.result(), strict=True):
-            job.prompt.samples.append(replace(job.sample, verdict=verdict))
-        for prompt in {id(job.prompt): job.prompt for job in jobs}.values():
-            prompt.folder.write_records(prompt.samples, self._made_with)
+    def _done(self, work: Work, result: Any) -> None:
+        self._tell(work, result)
+        with self._changed:
+            self._dispatch(work.run.done(work, result))
+            if work.run.finished:
+                self._close_prompt(work.run)
+                self._open_prompts()
+            self._changed.notify_all()
 
-    def _score(self, jobs: Sequence[_Job], images: Sequence[Image]) -> list[Verdict | None]:
-        if self.verifier is None:
-            return [None] * len(images)
-        verdicts = self.verifier.score(images, [job.prompt.entry for job in jobs])
-        reasons = [f"score: {verdict.error or 'not a number'}" for verdict in verdicts if not verdict.scored]
-        self._counters.judged(len(verdicts) - len(reasons), reasons)
-        return [*verdicts]
+    def _tell(self, work: Work, result: Any) -> None:
+        if isinstance(result, Verdict):
+            self._live.judged(None if result.scored else result.error or "not a number")
+        elif isinstance(result, Written) and result.error is not None:
+            self._live.text_failed("reflection" if work.step == "reflect" else "refined prompt", result.error)
 
-    def _close(self) -> None:
-        """Ends what may still wait for an answer, so that an interrupted run ends at once."""
-        self._scorers.shutdown(wait=False, cancel_futures=True)
-        helpers = (self.correction.reflector, self.correction.refiner) if self.correction else ()
-        for helper in (self.verifier, *helpers):
-            if helper is not None:
-                helper.close()
+    def _dispatch(self, works: Sequence[Work]) -> None:
+        for work in works:
+            if work.step == "draw":
+                self._ready[work.corrects].append(work)
+            elif not self.stopped:
+                self.stopped = self._enough()
+                if self.stopped:
+                    for calls in self._calls.values():
+                        calls.drop_waiting()
+                else:
+                    self._calls[work.step].submit(work)
 
+    def _open_prompts(self) -> None:
+        """Begins further prompts while there is room; those that need nothing more are done with at once."""
+        while self._active < self._in_flight and not self.stopped:
+            run = next(self._prompts, None)
+            if run is None:
+                return
+            self._active += 1
+            self._dispatch(run.begin())
+            if run.finished:
+                self._close_prompt(run)
 
-def _case(prompt: _Prompt, parent: Sample) -> Case:
-    with PIL.Image.open(prompt.folder.path / parent.file) as file:
-        image = file.convert("RGB")
-    return Case(
-        image=image,
-        prompt=prompt.entry["prompt"],
-        current_prompt=parent.refined_prompt or prompt.entry["prompt"],
-        evaluation=(parent.verdict or Verdict(None)).evaluation(),
-        last_reflection=parent.reflection or "",
-    )
+    def _close_prompt(self, run: PromptRun) -> None:
+        self._active -= 1
+        self._live.spared(run.strategy.images() - run.drawn)
 
+    def _wait(self) -> bool:
+        """Until there is something to generate; false when there will be nothing more."""
+        with self._changed:
+            while True:
+                self._raise()
+                busy = self._saving or any(calls.asked for calls in self._calls.values())
+                if self.stopped and not busy:
+                    return False
+                if not self._active:
+                    return False
+                if not self.stopped and any(self._ready.values()):
+                    return True
+                self._changed.wait(PATIENCE)
 
-def _groups(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            raise self._failure

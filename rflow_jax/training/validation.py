@@ -204,15 +204,3 @@ def _first(source: RecordSource, subset: str, config: DataConfig, count: int) ->
         count -= 1
         if not count:
             return
-
-
-def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """Pictures in a row, as high as the highest."""
-    height = max(image.height for image in images)
-    scaled = [image.resize((image.width * height // image.height, height)) for image in images]
-    row = Image.new("RGB", (sum(image.width for image in scaled), height))
-    left = 0
-    for image in scaled:
-        row.paste(image, (left, 0))
-        left += image.width
-    return row

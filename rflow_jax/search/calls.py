@@ -1,0 +1,92 @@
+"""Calls of verifiers and language models, beside the generator: a pool of threads for each of them."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+OnResult = Callable[[Any, Any], None]
+
+
+class Calls:
+    """Asks one model about works; so many calls at once, with so many works each, as the model takes.
+
+    Args:
+        name: of the threads.
+        call: works -> results in their order.
+        on_result: told each work and its result, by the thread that asked.
+        on_error: told of an exception; the thread goes on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: Callable[[Sequence[Any]], Sequence[Any]],
+        concurrency: int,
+        batch_size: int,
+        on_result: OnResult,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._call = call
+        self._batch_size = batch_size
+        self._on_result = on_result
+        self._on_error = on_error
+        self._works: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._asked = 0
+        self._closed = False
+        for number in range(concurrency):
+            # Daemons: an interrupted process does not wait for answers.
+            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
+        self._threads = concurrency
+
+    @property
+    def asked(self) -> int:
+        """Works whose answer is being waited for, or that wait for their turn."""
+        with self._lock:
+            return self._asked
+
+    def submit(self, work: Any) -> None:
+        """Asks about a work when there is room."""
+        with self._lock:
+            self._asked += 1
+        self._works.put(work)
+
+    def drop_waiting(self) -> None:
+        """Forgets the works whose turn has not come."""
+        while not self._works.empty():
+            try:
+                self._works.get_nowait()
+            except queue.Empty:
+                return
+            with self._lock:
+                self._asked -= 1
+
+    def close(self) -> None:
+        """Takes no more works up; calls that are under way go on."""
+        self._closed = True
+        for _ in range(self._threads):
+            self._works.put(None)
+
+    def _serve(self) -> None:
+        while (works := self._take()) is not None:
+            try:
+                for work, result in zip(works, self._call(works), strict=True):
+                    self._on_result(work, result)
+            except BaseException as error:
+                self._on_error(error)
+            finally:
+                with self._lock:
+                    self._asked -= len(works)
+
+    def _take(self) -> list[Any] | None:
+        """At least one work, and more if they wait already."""
+        works = [self._works.get()]
+        while len(works) < self._batch_size and not self._works.empty():
+            try:
+                works.append(self._works.get_nowait())
+            except queue.Empty:  # another thread was quicker
+                break
+        if self._closed or None in works:
+            return None
+        return works

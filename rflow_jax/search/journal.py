@@ -1,0 +1,63 @@
+"""What has happened to a prompt so far: lines that are only ever added, so that a killed run can go on.
+
+A line that was cut by a kill is dropped when the journal is opened again: what it said happens once more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "journal.jsonl"
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of JSON, readable in any script."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+class Journal:
+    """The journal of one prompt: what is known of each of its images, by the image's position.
+
+    Args:
+        path: of the file; it is made with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[int, dict[str, Any]] = {}
+        for line in _whole_lines(path):
+            self._remember(json.loads(line))
+
+    def known(self, position: int, what: str) -> Any:
+        """What was noted of an image, or None."""
+        return self._known.get(position, {}).get(what)
+
+    def note(self, position: int, what: str, value: Any) -> None:
+        """Adds a line."""
+        entry = {"id": position, what: value}
+        # In one call, and without a buffer of our own: a killed process leaves a whole line or the beginning of one.
+        with open(self._path, "ab", buffering=0) as file:
+            file.write(json_line(entry).encode())
+        self._remember(entry)
+
+    def remove(self) -> None:
+        """Deletes the file: everything stands in the records."""
+        self._path.unlink(missing_ok=True)
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        self._known.setdefault(entry.pop("id"), {}).update(entry)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of the file, which is cut behind the last whole one."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.decode().splitlines()

@@ -1,0 +1,109 @@
+"""The folder of a run, as a whole: who may write there, and whether it is the same search."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rflow_jax.errors import InputError
+from rflow_jax.files import write_file
+
+CONFIG = "config.yaml"
+# What may be another at the next start: it changes when, where and for how much, but no result.
+FREE = ("prompts", "out", "start", "end", "share", "distributed", "mesh", "prompts_in_flight", "budget")
+FREE_OF_A_MODEL = (
+    "base_url",
+    "api_key_env",
+    "timeout",
+    "concurrency",
+    "max_retries",
+    "price_input",
+    "price_output",
+)
+MODELS = ("verifier", "reflector", "refiner")
+
+
+def require_usable(out: Path) -> None:
+    """Makes the folder of a run, or checks that it is one; before anything expensive begins.
+
+    Raises:
+        InputError: it holds other files, cannot be made, or cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        taken = any(out.iterdir())
+    except OSError as error:
+        raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
+    if taken and not (out / CONFIG).exists():
+        raise InputError(f"{out}: holds files, but no search ({CONFIG} is missing); give another folder as --out")
+
+
+def require_same(out: Path, config: Mapping[str, Any]) -> None:
+    """Makes sure that a run which is to go on is this one; a folder without a run is any.
+
+    Raises:
+        InputError: something that changes results is set otherwise now; names it.
+    """
+    path = out / CONFIG
+    if not path.exists():
+        return
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert isinstance(before, dict)
+    except (ValueError, AssertionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read; give another folder as --out") from error
+    was, now = _flat(_meaning(before)), _flat(_meaning(config))
+    other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if other:
+        key = other[0]
+        more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        raise InputError(
+            f"{out}: holds another search: {key} is {was.get(key)} there and {now.get(key)} now{more}; set it so "
+            "again, or give a new folder as --out"
+        )
+
+
+def claim(out: Path, config: Mapping[str, Any], place: int) -> int:
+    """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
+
+    Returns:
+        An open file that holds the claim.
+
+    Raises:
+        InputError: another process works here.
+    """
+    path = out / CONFIG
+    if not path.exists():
+        write_file(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    require_same(out, config)
+    held = os.open(path, os.O_RDWR)
+    try:
+        # A byte for each process of a run: it is given up when the process ends, however it ends.
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError as error:
+        os.close(held)
+        raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another") from error
+    return held
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What results follow from."""
+    kept = {key: value for key, value in config.items() if key not in FREE}
+    for role in MODELS:
+        if isinstance(kept.get(role), Mapping):
+            kept[role] = {key: value for key, value in kept[role].items() if key not in FREE_OF_A_MODEL}
+    return kept
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,171 @@
+"""Searches as descriptions of rounds: which images come next, given those that are there and their verdicts.
+
+A strategy is a row of stages, and knows nothing of models, files or threads. The engine asks it for the next images of
+a prompt once all that it asked for before are judged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rflow_jax.search.chains import Sample, StageName, best_first, last_round, next_parents
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An image that is to be made.
+
+    Attributes:
+        parent: position of the sample that it is made from.
+    """
+
+    round: int
+    branch: int
+    stage: StageName
+    parent: int | None = None
+
+
+class Stage(Protocol):
+    """Some consecutive rounds of one kind."""
+
+    @property
+    def rounds(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def independent(self) -> bool:
+        """Whether a round can be planned before the one ahead of it is judged."""
+        ...
+
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+        """The images of a round.
+
+        Args:
+            number: of the round in the whole search.
+            first: it is the stage's first.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Images that are there already, made by another run."""
+
+    images: int
+    rounds: int = 1
+    independent: bool = False
+
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+        """One for each image."""
+        return [Draft(number, branch, "given") for branch in range(self.images)]
+
+
+@dataclass(frozen=True)
+class FreshNoise:
+    """Images of the prompt from fresh noise."""
+
+    rounds: int
+    branches: int
+    independent: bool = True
+
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+        """Fresh images."""
+        return [Draft(number, branch, "noise") for branch in range(self.branches)]
+
+
+@dataclass(frozen=True)
+class ZeroOrder:
+    """Fresh images first, then neighbours of the best noise so far: it moves whenever a neighbour is better."""
+
+    rounds: int
+    branches: int
+    independent: bool = False
+
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+        """Fresh images, or neighbours of the best."""
+        if first:
+            return [Draft(number, branch, "noise") for branch in range(self.branches)]
+        pivot = best_first(samples, range(len(samples)))[0]
+        return [Draft(number, branch, "neighbour", pivot) for branch in range(self.branches)]
+
+
+@dataclass(frozen=True)
+class RefinedPrompts:
+    """Each branch goes on by itself: an image, a better prompt from it, an image of that, ..."""
+
+    rounds: int
+    branches: int
+    independent: bool = False
+
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+        """One image for each branch."""
+        parents: Sequence[int | None] = [None] * self.branches if first else last_round(samples)
+        return [Draft(number, branch, "prompt", parent) for branch, parent in enumerate(parents)]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """The best images, corrected round by round."""
+
+    rounds: int
+    branches: int
+    independent: bool = False
+
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+        """One correction of each of the best current images."""
+        parents = next_parents(samples, self.branches)
+        return [Draft(number, branch, "reflect", parent) for branch, parent in enumerate(parents)]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of stages, and when it is enough.
+
+    Attributes:
+        stop_score: the prompt is done once an image reaches this score (and is not judged "no").
+        max_images: images made for the prompt at most; given ones do not count.
+    """
+
+    stages: tuple[Stage, ...]
+    stop_score: float | None = None
+    max_images: int | None = None
+
+    def plan(self, samples: Sequence[Sample]) -> tuple[Draft, ...]:
+        """The images to make next; none: the search is done.
+
+        Args:
+            samples: everything planned so far, judged.
+        """
+        if self.reached(samples):
+            return ()
+        number = samples[-1].round + 1 if samples else 0
+        drafts: list[Draft] = []
+        begin = 0
+        for stage in self.stages:
+            while begin <= number < begin + stage.rounds:
+                if drafts and not (stage.independent and self.stop_score is None):
+                    return self._within_budget(samples, drafts)
+                drafts += stage.drafts(samples, number, number == begin)
+                number += 1
+            begin += stage.rounds
+        return self._within_budget(samples, drafts)
+
+    def reached(self, samples: Sequence[Sample]) -> bool:
+        """Whether an image is good enough."""
+        if self.stop_score is None:
+            return False
+        verdicts = [sample.verdict for sample in samples if sample.verdict and sample.verdict.scored]
+        return any(v.label != "no" and v.score is not None and v.score >= self.stop_score for v in verdicts)
+
+    def images(self) -> int:
+        """Images made for a prompt at most."""
+        planned = sum(stage.rounds * stage.branches for stage in self.stages if not isinstance(stage, Given))  # pyright: ignore[reportAttributeAccessIssue]
+        return planned if self.max_images is None else min(planned, self.max_images)
+
+    def _within_budget(self, samples: Sequence[Sample], drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        if self.max_images is None:
+            return tuple(drafts)
+        left = self.max_images - sum(sample.stage != "given" for sample in samples)
+        given = [draft for draft in drafts if draft.stage == "given"]
+        return (*given, *[draft for draft in drafts if draft.stage != "given"][: max(0, left)])
