@@ -50,13 +50,19 @@ class Verdict:
 class Verifier(Protocol):
     """Scores images against GenEval metadata (at least ``prompt``; ``tag`` and ``include`` where known)."""
 
+    name: str
+    """A short description for the record, such as "openai gpt-4o"; never an address or a key."""
+
     concurrency: int
     """Calls of ``score`` that may run at once (1 for a model in this process)."""
+
+    batch_size: int
+    """Images that a call takes at once (1 over HTTP)."""
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in the order of the images; never raises for a single image."""
         ...
 
     def close(self) -> None:
-        """Gives up what is waiting."""
+        """Gives up what is waiting in any thread; those images come back unscored, with the reason."""
         ...

@@ -1,83 +1,75 @@
 """A real HTTP server on the loopback that answers chat completions the way OpenAI's API does.
 
-Answers follow from the request alone: a question with a JSON schema gets an object that fits it, in which every
-number is ``score_of`` the image's bytes; any other question gets a sentence made from a hash of image and text.
+Answers follow from the request alone: a question for JSON gets an object that fits its schema (or the form shown in its
+instructions), in which every number is ``score_of`` the image's bytes; a question for log-probabilities gets those of
+``decision_of`` the image; any other question gets a sentence made from a hash of image and text.
 
 ``python -m tests.kit.openai_server -- COMMAND...`` runs a command with OPENAI_BASE_URL and OPENAI_API_KEY set to a
-server of its own and returns the command's exit status; ``--port N`` alone just serves.
+server of its own and returns the command's exit status; ``--port N`` alone just serves. With
+``--delay 2 --spread 1 --chaos 0.1`` it is slow, out of order and unreliable, in the same way each time.
 """
 
 import argparse
-import base64
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
+
+from tests.kit.openai_answers import Call, answer_to, completion, decision_of, first_tokens, score_of, sentence_of
+from tests.kit.openai_faults import Chaos, Fault, FaultKind, parse_fault
+
+__all__ = [
+    "KEY", "Call", "Chaos", "Fault", "FaultKind", "OpenAIServer", "decision_of", "score_of", "sentence_of",
+]  # fmt: skip
 
 KEY = "sk-local-server-key"
-FaultKind = Literal["delay", "reorder", "status", "drop", "truncated", "cut_body", "refusal", "off_schema"]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One request as the server saw it."""
-
-    number: int
-    model: str
-    text: str
-    image: bytes
-    schema: Mapping[str, Any] | None
-    authorization: str
-
-    @property
-    def role(self) -> str:
-        """ "verify" for a question with a schema, else "write"."""
-        return "verify" if self.schema else "write"
-
-
-@dataclass
-class Fault:
-    """Something that goes wrong.
-
-    Attributes:
-        kind: delay (answers late), reorder (the earlier a request came, the later its answer), status (an HTTP
-            error), drop (the connection closes without an answer), truncated (the JSON inside the answer is cut),
-            cut_body (the HTTP body itself is cut JSON), refusal, off_schema (valid JSON that lacks everything).
-        when: which calls it hits.
-        times: how often it strikes; None: always.
-        seconds: of a delay, or between two reordered answers.
-        status: HTTP status.
-        retry_after: value of the Retry-After header.
-    """
-
-    kind: FaultKind
-    when: Callable[[Call], bool] = lambda call: True
-    times: int | None = None
-    seconds: float = 0.05
-    status: int = 500
-    retry_after: float | None = None
-    struck: int = field(default=0, init=False)
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # of clients that connect at once
 
 
 class OpenAIServer:
-    """The server; a context manager that serves in threads of this process."""
+    """The server; a context manager that serves in threads of this process.
 
-    def __init__(self, faults: Sequence[Fault] = (), port: int = 0) -> None:
+    Args:
+        faults: what goes wrong.
+        port: 0 is any free one.
+        chaos: what goes wrong at random.
+        delay: seconds that every answer takes.
+        spread: up to so many seconds more, by the request: answers come out of order.
+        refuse: ways to ask for JSON (json_schema, json_object) that get a 400, as from older servers.
+        usage: whether answers count their tokens.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[Fault] = (),
+        port: int = 0,
+        *,
+        chaos: Chaos | None = None,
+        delay: float = 0.0,
+        spread: float = 0.0,
+        refuse: Sequence[str] = (),
+        usage: bool = True,
+    ) -> None:
         self.faults = list(faults)
+        self.chaos, self.delay, self.spread, self.refuse, self.usage = chaos, delay, spread, refuse, usage
         self.calls: list[Call] = []
         self.most_at_once = 0
+        self.closing = threading.Event()
         self._at_once = 0
+        self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"kit": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", port), handler)
 
     @property
     def base_url(self) -> str:
@@ -98,13 +90,16 @@ class OpenAIServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.closing.set()
         self._http.shutdown()
         self._http.server_close()
 
     def log(self, call: Call) -> Call:
         """Numbers a call and remembers it."""
+        digest = call.digest
         with self._lock:
-            call = Call(len(self.calls), call.model, call.text, call.image, call.schema, call.authorization)
+            call = replace(call, number=len(self.calls), attempt=self._seen[digest])
+            self._seen[digest] += 1
             self.calls.append(call)
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
@@ -115,13 +110,31 @@ class OpenAIServer:
         with self._lock:
             self._at_once -= 1
 
-    def faults_for(self, call: Call) -> list[Fault]:
-        """The faults that hit this call; each counts as struck."""
+    def faults_for(self, call: Call) -> dict[str, Fault]:
+        """The faults that hit this call, by kind; each counts as struck."""
         with self._lock:
             hits = [f for f in self.faults if (f.times is None or f.struck < f.times) and f.when(call)]
+            if self.chaos and (fault := self.chaos.fault_for(call)):
+                hits.append(fault)
             for fault in hits:
                 fault.struck += 1
-            return hits
+            return {fault.kind: fault for fault in hits}
+
+    def respond(self, call: Call, faults: Mapping[str, Fault]) -> dict[str, Any]:
+        """The reply, with whatever goes wrong inside it."""
+        reply = _completion(call, faults)
+        if not self.usage:
+            del reply["usage"]
+        return reply
+
+    def wait_for(self, call: Call, faults: Mapping[str, Fault]) -> None:
+        """Takes the time that an answer is to take."""
+        seconds = self.delay + self.spread * int(call.digest[:4], 16) / 0xFFFF
+        if "delay" in faults:
+            seconds += faults["delay"].seconds
+        if "reorder" in faults:
+            seconds += max(0, 8 - call.number % 8) * faults["reorder"].seconds
+        self.closing.wait(seconds)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -132,44 +145,38 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
             return self._send(404, b'{"error": {"message": "no such path"}}')
-        call = self.kit.log(_read_call(body, self.headers.get("Authorization", "")))
+        call = self.kit.log(Call(-1, body, self.headers.get("Authorization", "")))
         try:
             self._answer(call)
         finally:
             self.kit.answered()
 
     def _answer(self, call: Call) -> None:
-        faults = {fault.kind: fault for fault in self.kit.faults_for(call)}
-        if "delay" in faults:
-            time.sleep(faults["delay"].seconds)
-        if "reorder" in faults:
-            time.sleep(max(0.0, 8 - call.number % 8) * faults["reorder"].seconds)
+        if call.format in self.kit.refuse:
+            return self._fail(400, f"response_format: {call.format} is not supported")
+        faults = self.kit.faults_for(call)
+        self.kit.wait_for(call, faults)
         if "drop" in faults:
             self.close_connection = True
             return
-        if "status" in faults:
-            fault = faults["status"]
+        if fault := faults.get("status"):
             extra = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-            message = f"status {fault.status} for key {call.authorization.removeprefix('Bearer ')}"
-            return self._send(fault.status, json.dumps({"error": {"message": message}}).encode(), extra)
-        content: str | None = answer_to(call)
-        refusal = None
-        if "truncated" in faults:
-            content = content[: len(content) // 2]
-        if "off_schema" in faults:
-            content = "{}"
-        if "refusal" in faults:
-            content, refusal = None, "I cannot help with that."
-        reply = json.dumps(_completion(call, content, refusal)).encode()
-        self._send(200, reply[: len(reply) // 2] if "cut_body" in faults else reply)
+            message = fault.message.replace("{key}", call.authorization.removeprefix("Bearer "))
+            return self._fail(fault.status, message, extra)
+        content = json.dumps(self.kit.respond(call, faults)).encode()
+        self._send(200, content[: len(content) // 2] if "cut_body" in faults else content, half="half_body" in faults)
 
-    def _send(self, status: int, body: bytes, extra: Mapping[str, str] | None = None) -> None:
+    def _fail(self, status: int, message: str, extra: Mapping[str, str] | None = None) -> None:
+        self._send(status, json.dumps({"error": {"message": message}}).encode(), extra)
+
+    def _send(self, status: int, body: bytes, extra: Mapping[str, str] | None = None, half: bool = False) -> None:
         self.send_response(status)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(extra or {})}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: len(body) // 2] if half else body)
+        self.close_connection |= half
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # the client gave up waiting
@@ -179,103 +186,43 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def score_of(image: bytes) -> float:
-    """The score that every grader's question about these bytes gets: 0 to 10 in steps of 0.001."""
-    return int(hashlib.sha256(image).hexdigest()[:8], 16) % 10001 / 1000
+def _completion(call: Call, faults: Mapping[str, Fault]) -> dict[str, Any]:
+    tokens = first_tokens(call.image) if call.decides and "no_logprobs" not in faults else {}
+    if "refusal" in faults:
+        return completion(call, None, "I cannot help with that.")
+    if "empty" in faults:
+        return completion(call, "")
+    if "off_schema" in faults:
+        return completion(call, "{}", tokens={"Maybe": -0.1, "{}": -2.4} if tokens else {})
+    content = answer_to(call)
+    if "truncated" in faults:
+        return completion(call, content[: len(content) // 2], ended="length")
+    return completion(call, content, ended="length" if call.decides else "stop", tokens=tokens)
 
 
-def sentence_of(image: bytes, text: str) -> str:
-    """The text that every other question with these bytes and words gets."""
-    digest = hashlib.sha256(image + text.encode()).hexdigest()
-    sides = ("left", "right", "top", "bottom")
-    return f"Clear up the {sides[int(digest[0], 16) % 4]}, {digest[:6]}."
-
-
-def answer_to(call: Call) -> str:
-    """The text of the answer to a call."""
-    if call.schema is None:
-        return sentence_of(call.image, call.text)
-    return json.dumps(_fill(call.schema, call.schema, score_of(call.image)))
-
-
-def _fill(schema: Mapping[str, Any], root: Mapping[str, Any], number: float) -> Any:
-    """A value that fits a JSON schema of the kind that strict answers use."""
-    if "$ref" in schema:
-        target: Any = root
-        for part in schema["$ref"].removeprefix("#/").split("/"):
-            target = target[part]
-        return _fill(target, root, number)
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        return schema["enum"][int(number * 1000) % len(schema["enum"])]
-    if "anyOf" in schema:
-        return _fill(schema["anyOf"][0], root, number)
-    match schema["type"]:
-        case "object":
-            return {name: _fill(inner, root, number) for name, inner in schema["properties"].items()}
-        case "array":
-            return [_fill(schema["items"], root, number)] * max(1, schema.get("minItems", 1))
-        case "number":
-            return number
-        case "integer":
-            return round(number)
-        case "boolean":
-            return number >= 5
-        case "null":
-            return None
-    return f"seen in a picture worth {number}"
-
-
-def _read_call(body: Mapping[str, Any], authorization: str) -> Call:
-    texts, image = [], b""
-    for message in body["messages"]:
-        content = message["content"]
-        parts: list[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            if part["type"] == "text":
-                texts.append(part["text"])
-            elif part["type"] == "image_url":
-                image = base64.b64decode(part["image_url"]["url"].partition("base64,")[2])
-    schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
-    return Call(-1, body["model"], "\n".join(texts), image, schema, authorization)
-
-
-def _completion(call: Call, content: str | None, refusal: str | None) -> dict[str, Any]:
-    message = {"role": "assistant", "content": content, "refusal": refusal}
-    return {
-        "id": f"chatcmpl-{call.number}",
-        "object": "chat.completion",
-        "created": 0,
-        "model": call.model,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-    }
-
-
-def _parse_fault(text: str) -> Fault:
-    """``KIND[=NUMBER][:TIMES]``; the number is the status, or the seconds of a delay."""
-    head, _, times = text.partition(":")
-    kind, _, number = head.partition("=")
-    fault = Fault(kind, times=int(times) if times else None)  # pyright: ignore[reportArgumentType]
-    if kind not in FaultKind.__args__:
-        raise argparse.ArgumentTypeError(f"unknown fault {kind}: one of {', '.join(FaultKind.__args__)}")
-    if number and kind == "status":
-        fault.status = int(number)
-    elif number:
-        fault.seconds = float(number)
-    return fault
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.kit.openai_server", description=__doc__)
+    add: Callable[..., Any] = parser.add_argument
+    add("--port", type=int, default=0, help="default: any free one")
+    add("--delay", type=float, default=0.0, help="seconds that every answer takes")
+    add("--spread", type=float, default=0.0, help="up to so many seconds more: answers come out of order")
+    add("--chaos", type=float, default=0.0, help="share of the requests that fail, in every way there is")
+    add("--seed", type=int, default=0, help="of the chaos")
+    add("--hang", type=float, default=30.0, help="seconds that the chaos keeps a client waiting")
+    add("--fault", type=parse_fault, action="append", default=[], help="KIND[=NUMBER][:TIMES]")
+    add("--refuse", choices=("json_schema", "json_object"), action="append", default=[], help="as older servers do")
+    add("--no-usage", dest="usage", action="store_false", help="answers don't count their tokens")
+    add("command", nargs=argparse.REMAINDER, help="-- COMMAND...: run it against the server")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The launcher."""
-    parser = argparse.ArgumentParser(prog="python -m tests.kit.openai_server", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="default: any free one")
-    parser.add_argument("--fault", type=_parse_fault, action="append", default=[], help="KIND[=NUMBER][:TIMES]")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- COMMAND...: run it against the server")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    server = OpenAIServer(args.fault, args.port)
+    chaos = Chaos(args.chaos, args.seed, args.hang) if args.chaos else None
+    slow = {"delay": args.delay, "spread": args.spread}
+    server = OpenAIServer(args.fault, args.port, chaos=chaos, **slow, refuse=args.refuse, usage=args.usage)
     if not command:
         print(f"serving {server.base_url}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

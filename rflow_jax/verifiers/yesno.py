@@ -1,0 +1,74 @@
+"""A verifier that says yes or no: how likely each is as the first word of the answer.
+
+It serves models that were trained to decide, such as NVILA-Lite-2B-Verifier, and any other behind a server that
+gives log-probabilities (vLLM, SGLang, OpenAI).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from PIL.Image import Image
+
+from rflow_jax.chat import Answer, Question, UnusableAnswer
+from rflow_jax.chat.messages import picture, words
+from rflow_jax.usage import Meter
+from rflow_jax.verifiers.asking import ChatVerifier
+from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.templates import yes_no_template
+
+# Beside what a reader would strip: the marks for a space in tokens that a server gives as they stand in the vocabulary.
+_AROUND = " \t\r\n\"'`*_.,:;!()[]\u0120\u010a\u2581"
+_OPTIONS = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1, "temperature": 0}
+
+
+class YesNoVerifier(ChatVerifier):
+    """Scores images by the first token of the answer; one question an image.
+
+    Raises:
+        InputError: no key for OpenAI's own address, or the template is not usable.
+    """
+
+    def __init__(self, config: VerifierConfig, meter: Meter | None = None) -> None:
+        self._template = yes_no_template(config.template)
+        super().__init__("yesno", config, meter)
+
+    def question(self, image: Image, item: Mapping[str, Any]) -> Question:
+        """The image and the prompt, without instructions: what such models were trained with."""
+        parts = [picture(image), words(self._template.safe_substitute(prompt=item["prompt"]))]
+        return Question([{"role": "user", "content": parts}], _verdict, options=_OPTIONS)
+
+
+def _verdict(answer: Answer) -> Verdict:
+    if not answer.tokens:
+        raise UnusableAnswer("the server gives no log-probabilities of the first token")
+    label, score = decide(answer.tokens)
+    explanation = (
+        f"Asked whether the picture shows the prompt, a judge says {label} (probability {math.exp(score):.2f})."
+    )
+    return Verdict(score, label, explanation, raw=dict(answer.tokens))
+
+
+def decide(tokens: Iterable[tuple[str, float]]) -> tuple[str, float]:
+    """The likelier of yes and no, and its log-probability, summed over all ways to write it; a tie is a no.
+
+    Args:
+        tokens: first tokens with their log-probabilities; others than yes and no don't matter.
+
+    Raises:
+        UnusableAnswer: neither is among them.
+    """
+    ways: dict[str, list[float]] = {"no": [], "yes": []}
+    for token, value in tokens:
+        ways.get(token.strip(_AROUND).lower(), []).append(value)
+    sums = {word: _log_sum_exp(values) for word, values in ways.items() if values}
+    if not sums:
+        raise UnusableAnswer("neither yes nor no is among the likeliest first tokens")
+    label = max(sums, key=lambda word: sums[word])
+    return label, sums[label]
+
+
+def _log_sum_exp(values: list[float]) -> float:
+    largest = max(values)
+    return min(0.0, largest + math.log(sum(math.exp(value - largest) for value in values)))

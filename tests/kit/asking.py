@@ -1,0 +1,46 @@
+"""Pictures and questions for tests of the HTTP backend."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from rflow_jax.chat import Answer, Chat, Endpoint, Question, look_and_say
+from rflow_jax.usage import Meter
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "default")
+
+
+def pictures(count: int, seed: int = 0) -> list[PIL.Image.Image]:
+    """Small pictures, each with bytes of its own."""
+    rng = np.random.default_rng(seed)
+    return [PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def items(count: int) -> list[dict[str, Any]]:
+    """Metadata of prompts of every kind."""
+    return [{"prompt": f"a photo of {number} kites", "tag": TAGS[number % len(TAGS)]} for number in range(count)]
+
+
+def question(number: int = 0, parse: Callable[[Answer], Any] = Answer.words, **more: Any) -> Question:
+    """A question for a free text."""
+    return Question(look_and_say("Be brief.", f"question {number}", pictures(1, number)[0]), parse, **more)
+
+
+def ask(server: Any, questions: list[Question], meter: Meter | None = None, **more: Any) -> list[Any]:
+    """The answers of a chat of its own."""
+    chat = Chat(Endpoint(base_url=server.base_url, **({"max_retries": 3, "timeout": 10.0} | more)), meter)
+    try:
+        return chat.ask_all(questions)
+    finally:
+        chat.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Returns as soon as the condition holds; fails if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition never came true"
+        time.sleep(0.005)
