@@ -169,9 +169,7 @@ def _readable(chunk: list[Pair], config: PairsConfig, settings: Settings) -> Ite
     """(pair, bad picture as the condition, good picture) of those that can be read; the others are told."""
     sizes = DataConfig("", target_size=settings.height, condition_size=settings.condition_size, crop=config.crop)
     for pair in chunk:
-        record = Record(
-            f"pair {pair.number}", "general", pair.prompt, pair.reflection, *_bytes(pair)
-        )
+        record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *_bytes(pair))
         place = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
         try:
             good, bad = pictures(record, sizes, *place)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,8 @@ class Request:
         return self.seed.path[-1] if isinstance(self.seed, Near) else self.seed
 
 
-class Pending(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Pending:
     """A batch on its way: the devices may still be at work on it."""
 
     count: int
@@ -193,7 +194,7 @@ class Pipeline:
         places = self.images_at_once(settings)
         if not 0 < len(requests) <= places:
             raise ValueError(f"a batch has 1 to {places} requests, not {len(requests)}")
-        padded = [*requests, *requests[-1:] * (places - len(requests))]
+        padded = [*requests, *[requests[-1]] * (places - len(requests))]
         settings = self.resolve(settings)
         program = self._program(settings, requests[0].condition is not None)
         inputs, scales = self._inputs(padded, settings), self._scales(settings)

@@ -32,6 +32,7 @@ class Case:
         current_prompt: the prompt that the image was made with (the original or its last refinement).
         evaluation: the verifier's findings in words.
         last_reflection: the reflection that the image was made with; empty for a first image.
+        reflection: for the refiner: the new reflection on the image, if there is one.
         history: images of its chain before it, oldest first.
     """
 
@@ -40,6 +41,7 @@ class Case:
     current_prompt: str
     evaluation: str
     last_reflection: str = ""
+    reflection: str = ""
     history: tuple[Past, ...] = ()
 
 

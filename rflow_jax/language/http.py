@@ -6,7 +6,7 @@ A prompt file has two or three parts, divided by lines ``---``:
 - what is said about an earlier picture of the chain, once for each, followed by that picture: ``$number``, ``$count``,
   ``$reflection``, ``$evaluation``. Without this part the shipped one is taken;
 - the question, followed by the picture in hand: ``$prompt`` (the original), ``$current_prompt``, ``$evaluation``,
-  ``$last_reflection``.
+  ``$last_reflection``, and for the refiner ``$new_reflection``.
 
 ``$$`` is a dollar sign.
 """
@@ -61,6 +61,7 @@ class HttpWriter:
             current_prompt=case.current_prompt,
             evaluation=case.evaluation,
             last_reflection=case.last_reflection or "none",
+            new_reflection=case.reflection or "none",
         )
         return Question(look_and_say(self._parts.instructions, text, case.image, self._history(case)), _clean)
 

@@ -10,10 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.errors import InputError
 from rflow_jax.chat import public_url
-from rflow_jax.language import make_writer
-from rflow_jax.language.http import REFINE_PROMPT, REFLECTION_PROMPT
+from rflow_jax.errors import InputError
+from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
 from rflow_jax.search.accounts import Accounts
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Models
@@ -44,6 +43,8 @@ def reflect(config: SearchConfig, where: RunConfig) -> int:
 
 
 def _run(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
+    if where.strategy not in (None, kind):
+        raise InputError(f"strategy is {where.strategy}: this configuration is of infer.py {where.strategy}")
     if where.images is not None and kind != "reflect":
         raise InputError("images: only reflect begins with the images of another run")
     config.require_fit(kind, given=where.images is not None)
@@ -133,9 +134,7 @@ def _load(config: SearchConfig) -> Any:
 
     devices = jax.local_devices()
     mesh = make_mesh(config.mesh, devices) if len(devices) > 1 else None
-    return load_pipeline(
-        config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype, mesh=mesh
-    )
+    return load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype, mesh=mesh)
 
 
 def _place(where: RunConfig) -> tuple[int, int]:
@@ -165,7 +164,7 @@ def _made_with(config: SearchConfig, pipe: Any, models: Models) -> dict[str, Any
 
 def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str, Any]:
     """The configuration as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
-    written = asdict(config) | asdict(where)
+    written: dict[str, Any] = asdict(config) | asdict(where) | {"strategy": kind}
     for role in MODELS:
         endpoint = getattr(config, role)
         written[role]["model"] = endpoint.model_name

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.language.http import WriterConfig
+from rflow_jax.language.config import WriterConfig
 from rflow_jax.parallel.mesh import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
 from rflow_jax.settings import Settings, require_dtype
-from rflow_jax.verifiers.openai import VerifierConfig
+from rflow_jax.verifiers.config import NONE, VerifierConfig
 
 LARGEST_SEED = 2**32 - 1
 Kind = Literal["noise", "noise-prompt", "reflect"]
@@ -122,7 +122,7 @@ class SearchConfig:
         Raises:
             InputError: no corrector, no verifier, or more branches than images to choose them from.
         """
-        judged = self.verifier.name != "none"
+        judged = self.verifier.name != NONE
         if not judged and (kind != "noise" or self.noise.method != "random" or self.stop_score is not None):
             raise InputError(
                 f"{kind} chooses or improves images by their verdicts: verifier.name none serves random noise only"
@@ -173,6 +173,7 @@ class RunConfig:
         images: folder of an earlier run, ours or the original's: ``reflect`` begins with its images.
         share: this process takes prompts k, k + n, k + 2n, ... of "k/n"; n processes with one folder share a run.
         distributed: on a TPU pod: the processes find each other, and share the prompts.
+        strategy: written by the command: which search this is.
     """
 
     prompts: str
@@ -182,6 +183,7 @@ class RunConfig:
     images: str | None = None
     share: str = "0/1"
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    strategy: Kind | None = None
 
     def place(self) -> tuple[int, int]:
         """(number of this process, number of processes), as ``share`` says.

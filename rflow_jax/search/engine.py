@@ -98,22 +98,12 @@ class Engine:
             self._models.close()
 
     def _open_calls(self) -> None:
-        def answer(step: Step, model: Any, call: Callable[[Sequence[Work]], Sequence[Any]]) -> None:
+        models = self._models
+        steps: dict[Step, Any] = {"score": models.verifier, "reflect": models.reflector, "refine": models.refiner}
+        for step, model in steps.items():
             if model is not None:
-                how = (model.concurrency, model.batch_size, self._done, self._fail)
-                self._calls[step] = Calls(step, call, *how)
-
-        answer("score", self._models.verifier, self._score)
-        answer("reflect", self._models.reflector, partial(self._write, self._models.reflector))
-        answer("refine", self._models.refiner, partial(self._write, self._models.refiner))
-
-    def _score(self, works: Sequence[Work]) -> list[Verdict]:
-        assert self._models.verifier is not None
-        images = [work.run.folder.read_image(work.run.place(work)) for work in works]
-        return self._models.verifier.score(images, [work.run.folder.entry for work in works])
-
-    def _write(self, writer: Writer, works: Sequence[Work]) -> list[Written]:
-        return writer.write([work.run.case(work) for work in works])
+                call = partial(_score if step == "score" else _write, model)
+                self._calls[step] = Calls(step, call, model.concurrency, model.batch_size, self._done, self._fail)
 
     def _generate(self) -> None:
         """Feeds the generator until nothing is left to do."""
@@ -233,3 +223,12 @@ class Engine:
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _score(verifier: Verifier, works: Sequence[Work]) -> list[Verdict]:
+    images = [work.run.folder.read_image(work.run.place(work)) for work in works]
+    return verifier.score(images, [work.run.folder.entry for work in works])
+
+
+def _write(writer: Writer, works: Sequence[Work]) -> list[Written]:
+    return writer.write([work.run.case(work) for work in works])
