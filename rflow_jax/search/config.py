@@ -149,7 +149,7 @@ class SearchConfig:
         rounds, branches = self.noise.search_rounds, self.noise.search_branch
         stages: list[strategies.Stage] = []
         if given is not None:
-            stages.append(strategies.Given(given))
+            stages.append(strategies.Given(1, given))
         elif kind == "noise-prompt":
             stages.append(strategies.RefinedPrompts(rounds, branches))
         elif self.noise.method == "zero_order":

@@ -4,9 +4,10 @@ A strategy is a row of stages, and knows nothing of models, files or threads. Th
 a prompt once all that it asked for before are judged.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from rflow_jax.search.chains import Sample, StageName, best_first, last_round, next_parents
 
@@ -25,19 +26,22 @@ class Draft:
     parent: int | None = None
 
 
-class Stage(Protocol):
-    """Some consecutive rounds of one kind."""
+@dataclass(frozen=True)
+class Stage(ABC):
+    """Some consecutive rounds of one kind.
 
-    @property
-    def rounds(self) -> int:
-        """How many there are."""
-        ...
+    Attributes:
+        rounds: how many there are.
+        branches: images in each.
+    """
 
-    @property
-    def independent(self) -> bool:
-        """Whether a round can be planned before the one ahead of it is judged."""
-        ...
+    rounds: int
+    branches: int
 
+    independent: ClassVar[bool] = False
+    """Whether a round can be planned before the one ahead of it is judged."""
+
+    @abstractmethod
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
         """The images of a round.
 
@@ -45,42 +49,28 @@ class Stage(Protocol):
             number: of the round in the whole search.
             first: it is the stage's first.
         """
-        ...
 
 
-@dataclass(frozen=True)
-class Given:
-    """Images that are there already, made by another run."""
-
-    images: int
-    rounds: int = 1
-    independent: bool = False
+class Given(Stage):
+    """One round of images that are there already, made by another run."""
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
         """One for each image."""
-        return [Draft(number, branch, "given") for branch in range(self.images)]
+        return [Draft(number, branch, "given") for branch in range(self.branches)]
 
 
-@dataclass(frozen=True)
-class FreshNoise:
+class FreshNoise(Stage):
     """Images of the prompt from fresh noise."""
 
-    rounds: int
-    branches: int
-    independent: bool = True
+    independent = True
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
         """Fresh images."""
         return [Draft(number, branch, "noise") for branch in range(self.branches)]
 
 
-@dataclass(frozen=True)
-class ZeroOrder:
+class ZeroOrder(Stage):
     """Fresh images first, then neighbours of the best noise so far: it moves whenever a neighbour is better."""
-
-    rounds: int
-    branches: int
-    independent: bool = False
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
         """Fresh images, or neighbours of the best."""
@@ -90,13 +80,8 @@ class ZeroOrder:
         return [Draft(number, branch, "neighbour", pivot) for branch in range(self.branches)]
 
 
-@dataclass(frozen=True)
-class RefinedPrompts:
+class RefinedPrompts(Stage):
     """Each branch goes on by itself: an image, a better prompt from it, an image of that, ..."""
-
-    rounds: int
-    branches: int
-    independent: bool = False
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
         """One image for each branch."""
@@ -104,13 +89,8 @@ class RefinedPrompts:
         return [Draft(number, branch, "prompt", parent) for branch, parent in enumerate(parents)]
 
 
-@dataclass(frozen=True)
-class Corrections:
+class Corrections(Stage):
     """The best images, corrected round by round."""
-
-    rounds: int
-    branches: int
-    independent: bool = False
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
         """One correction of each of the best current images."""
@@ -160,7 +140,7 @@ class Strategy:
 
     def images(self) -> int:
         """Images made for a prompt at most."""
-        planned = sum(stage.rounds * stage.branches for stage in self.stages if not isinstance(stage, Given))  # pyright: ignore[reportAttributeAccessIssue]
+        planned = sum(stage.rounds * stage.branches for stage in self.stages if not isinstance(stage, Given))
         return planned if self.max_images is None else min(planned, self.max_images)
 
     def _within_budget(self, samples: Sequence[Sample], drafts: Sequence[Draft]) -> tuple[Draft, ...]:
