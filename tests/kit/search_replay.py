@@ -156,7 +156,7 @@ SPOILS_DECISIONS = {
     "score_of_another_image",
     "child_in_no_chain",
     "run_died",
-    "too_few_start_images",  # not a defect: has its own test below
+    "too_few_start_images",  # not a defect: it has its own test
 }
 SPOILS_TEXTS = SPOILS_DECISIONS | {"texts_of_another_image"}
 

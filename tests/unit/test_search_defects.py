@@ -128,16 +128,6 @@ def test_a_lost_answer_leaves_a_child_in_no_chain_there_and_here_in_its_parents(
     assert all(ours.parent_of[chain[1]] == chain[0] for chain in ours.chains[1])
 
 
-@where(
-    lambda trace: not trace["failed"] and trace["settings"]["rounds"] > 1 and not trace["settings"]["failing_scores"]
-)
-def test_corrections_are_scored_twice_there_and_every_image_once_here(trace: Trace, tmp_path: Path):
-    last = {child["image"] for child in trace["rounds"][-1]["children"]}
-    for name, times in trace["scored_times"].items():
-        assert times == (2 if name.startswith("c") and name not in last else 1)
-    assert {*replay(trace, tmp_path).scored.values()} == {1}
-
-
 def test_answers_out_of_order_give_prompts_to_other_branches_there():
     trace = next(trace for trace in load("noise_prompt") if "out_of_order" in trace["name"])
     first, second = trace["rounds"][:2]
