@@ -6,79 +6,37 @@ names: ours numbers the branches of a round by chain, the original by score, so 
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL.Image
 import pytest
+from PIL.Image import Image
 
-from rflow_jax.language.base import Case
-from rflow_jax.search.chains import Sample, best_first, chains, last_round, next_parents
-from rflow_jax.search.engine import _case, _Prompt
-from rflow_jax.search.store import PromptFolder
+from rflow_jax.language.base import Case, Written
+from rflow_jax.search.chains import best_of_chains, chains
+from rflow_jax.search.prompt_run import PromptRun, Terms, Work
+from rflow_jax.search.store import BEST, BEST_OF_CHAINS, LAST_ROUND, SAMPLES, PromptFolder
+from rflow_jax.search.strategies import Corrections, FreshNoise, Given, RefinedPrompts, Strategy
 from rflow_jax.verifiers.base import Verdict
 
 Trace = dict[str, Any]
 FOLDER = Path(__file__).parents[1] / "golden_search"
 
 
-# The adapter: what lies below knows our search through these functions only.
-
-
-class Draft(NamedTuple):
-    round: int
-    branch: int
-    parent: int | None
-
-
-def plan(trace: Trace, samples: Sequence[Sample]) -> list[Draft]:
-    """The images of the next round; none when the search is at its end."""
-    settings = trace["settings"]
-    number = max((sample.round for sample in samples), default=-1) + 1
-    if number == settings.get("noise_rounds", 0) + settings["rounds"]:
-        return []
-    parents: Sequence[int | None] = [None] * settings["branches"]
-    if trace["script"] == "tts_t2i_noise_prompt_scaling.py" and samples:
-        parents = last_round(samples)
-    if trace["script"] == "tts_reflectionflow.py":
-        parents = next_parents(samples, settings["branches"])
-    return [Draft(number, branch, parent) for branch, parent in enumerate(parents)]
-
-
-def counted_chains(samples: Sequence[Sample], count_noise_images: bool) -> list[list[int]]:
-    """Our chains; with the original's accounting, without the noise images that they began with."""
-    return [chain[0 if count_noise_images else 1 :] for chain in chains(samples)]
-
-
-def best_of(samples: Sequence[Sample], among: Sequence[int]) -> int:
-    return best_first(samples, among)[0]
-
-
-def case_of(sample: Sample, prompt: str, folder: Path) -> Case:
-    """What the models that write are told about an image."""
-    entry = {"prompt": prompt}
-    PIL.Image.new("RGB", (1, 1)).save(folder / "pixel.png")
-    return _case(_Prompt(0, entry, PromptFolder(folder, 0, entry)), sample)
-
-
-# The replay.
-
-
-@dataclass
-class Replay:
-    """Our search in the original's names of the images; the lists are by round of correction."""
-
-    parents: list[set[str]] = field(default_factory=list)
-    parent_of: dict[str, str] = field(default_factory=dict)
-    told: dict[str, Case] = field(default_factory=dict)
-    chains: list[list[list[str]]] = field(default_factory=list)
-    best_of_chains: list[list[str]] = field(default_factory=list)
-    last_round: list[str] = field(default_factory=list)
-    best: str = ""
-    scored: Counter[str] = field(default_factory=Counter)
+def strategy_of(trace: Trace) -> Strategy:
+    """Our search of the trace's settings; a reflection begins with the images that the original read."""
+    size = trace["settings"]["rounds"], trace["settings"]["branches"]
+    match trace["script"]:
+        case "tts_t2i_noise_scaling.py":
+            return Strategy((FreshNoise(*size),))
+        case "tts_t2i_noise_prompt_scaling.py":
+            return Strategy((RefinedPrompts(*size),))
+        case _:
+            return Strategy((Given(1, len(trace["start_order"])), Corrections(*size)))
 
 
 def verdict(entry: Sequence[Any] | None) -> Verdict:
@@ -89,46 +47,126 @@ def verdict(entry: Sequence[Any] | None) -> Verdict:
     return Verdict(float(second), first) if first in ("yes", "no") else Verdict(float(first), explanation=second)
 
 
-def child_name(children: Sequence[dict[str, str]], parent: str, taken: Counter[str]) -> str:
-    """The original's child of this parent, or else one of that round that nothing stands for yet."""
-    free = [child for child in children if child["image"] not in taken]
-    return next((child for child in free if child["parent"] == parent), free[0])["image"]
+def picture(name: str) -> Image:
+    """A picture that says which image it is."""
+    number, branch = name[1:].split(".")
+    return PIL.Image.new("RGB", (1, 1), (ord(name[0]), int(number), int(branch)))
+
+
+def name_of(image: Image) -> str:
+    """The reverse of ``picture``."""
+    kind, number, branch = image.getpixel((0, 0))  # type: ignore
+    return f"{chr(kind)}{number}.{branch}"
+
+
+@dataclass
+class Replay:
+    """Our search in the original's names of the images; the lists are by round of correction.
+
+    Attributes:
+        told: what the models that write were told for an image, by step.
+        prompts: the refined prompt and the reflection that an image was made from.
+        chains: after each round, as ``best_of_chains``.
+        placed: the images in each folder of results.
+        scored: how often each image was scored.
+    """
+
+    parents: list[list[str]] = field(default_factory=list)
+    parent_of: dict[str, str] = field(default_factory=dict)
+    told: dict[str, dict[str, Case]] = field(default_factory=lambda: defaultdict(dict))
+    prompts: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    chains: list[list[list[str]]] = field(default_factory=list)
+    best_of_chains: list[list[str]] = field(default_factory=list)
+    placed: dict[str, list[str]] = field(default_factory=dict)
+    scored: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def best(self) -> str:
+        """The best of all."""
+        (name,) = self.placed[BEST]
+        return name
+
+
+class _Player:
+    """Does the work that our search asks for, by the trace."""
+
+    def __init__(self, trace: Trace, folder: Path, count_noise_images: bool, unscored: str | None) -> None:
+        given = [folder / f"{name}.png" for name in trace.get("start_order", ())]
+        for path in given:
+            picture(path.stem).save(path)
+        verified = bool(trace["scores"])
+        terms = Terms(0, verified, 0, 0.95, count_noise_images, {"lora": None})
+        entry = {"prompt": trace["prompt"]}
+        self.run = PromptRun(PromptFolder(folder, trace["prompt_index"], entry), strategy_of(trace), terms, given)
+        self.trace, self.unscored = trace, unscored
+        self.result, self.names = Replay(), list[str]()
+
+    def play(self) -> None:
+        works = self.run.begin()
+        while works:
+            self._name()
+            work = works.pop()
+            works += self.run.done(work, self._do(work))
+        self._name()
+
+    def _name(self) -> None:
+        """Gives new images their names: the original's child of the parent, or else one not taken yet."""
+        for sample in self.run.samples[len(self.names) :]:
+            if sample.stage == "given":
+                self.names.append(self.trace["start_order"][sample.branch])
+                continue
+            if sample.stage != "reflect":
+                self.names.append(f"n{sample.round + 1}.{sample.branch}")
+                continue
+            assert sample.parent is not None
+            parent = self.names[sample.parent]
+            children = self.trace["rounds"][sample.round - 1]["children"]
+            free = [child for child in children if child["image"] not in self.names]
+            own = next((child for child in free if child["parent"] == parent), free[0])
+            self.names.append(own["image"])
+
+    def _do(self, work: Work) -> Written | Verdict | None:
+        name, result = self.names[work.position], self.result
+        match work.step:
+            case "reflect" | "refine":
+                result.told[work.step][name] = self.run.case(work)
+                return Written(self._text(work.step, name))
+            case "draw":
+                request = self.run.request(work)
+                result.prompts[name] = request.refined_prompt, request.reflection
+                if request.condition is not None:
+                    result.parent_of[name] = name_of(request.condition)
+                self.run.folder.write_image(self.run.place(work), picture(name))
+                return None
+            case "score":
+                result.scored[name] += 1
+                return verdict(None if name == self.unscored else self.trace["scores"][name])
+
+    def _text(self, step: str, name: str) -> str:
+        """What the original's models wrote for this image."""
+        row = self.trace["rounds"][int(name[1:].split(".")[0]) - 1]
+        if "children" in row:
+            child = next(child for child in row["children"] if child["image"] == name)
+            return child["reflection" if step == "reflect" else "refined_prompt"] or ""
+        return next(image["prompt"] for image in row["images"] if image["image"] == name)
 
 
 def replay(trace: Trace, folder: Path, count_noise_images: bool = False, unscored: str | None = None) -> Replay:
     """Our search with the trace's settings and scores; scoring ``unscored`` fails."""
-    result, samples, names = Replay(), list[Sample](), list[str]()
-
-    def make(draft: Draft, name: str, texts: dict[str, str]) -> None:
-        result.scored[name] += 1
-        seed = (0, trace["prompt_index"], draft.round, draft.branch)
-        found = verdict(None if name == unscored else trace["scores"][name])
-        refined, reflection = texts.get("refined_prompt"), texts.get("reflection")
-        samples.append(Sample(*draft[:2], seed, "../pixel.png", draft.parent, reflection, refined, verdict=found))
-        names.append(name)
-
-    def named(positions: Sequence[int]) -> list[str]:
-        return [names[position] for position in positions]
-
-    for name in trace["start_order"]:
-        number, branch = name[1:].split(".")
-        make(Draft(int(number) - 1, int(branch), None), name, {})
-    for made in trace["rounds"]:
-        for draft in plan(trace, samples):
-            assert draft.parent is not None
-            parent = names[draft.parent]
-            name = child_name(made["children"], parent, result.scored)
-            result.parent_of[name] = parent
-            result.told[name] = case_of(samples[draft.parent], trace["prompt"], folder)
-            make(draft, name, next(child for child in made["children"] if child["image"] == name))
-        newest = last_round(samples)
-        result.parents.append({result.parent_of[name] for name in named(newest)})
-        lines = counted_chains(samples, count_noise_images)
-        result.chains.append([named(line) for line in lines])
-        result.best_of_chains.append([names[best_of(samples, line)] for line in lines])
-    assert plan(trace, samples) == []
-    counted = [p for p, sample in enumerate(samples) if count_noise_images or sample.parent is not None]
-    result.last_round, result.best = named(last_round(samples)), names[best_of(samples, counted)]
+    player = _Player(trace, folder, count_noise_images, unscored)
+    player.play()
+    assert player.run.finished
+    result, names = player.result, player.names
+    for number in range(1, trace["settings"]["rounds"] + 1) if "start_order" in trace else ():
+        samples = [sample for sample in player.run.samples if sample.round <= number]
+        first = 0 if count_noise_images else 1
+        result.chains.append([[names[position] for position in chain[first:]] for chain in chains(samples)])
+        result.best_of_chains.append([names[position] for position in best_of_chains(samples, count_noise_images)])
+        newest = [name for name, sample in zip(names, samples, strict=False) if sample.round == number]
+        result.parents.append([result.parent_of[name] for name in newest])
+    for place in (SAMPLES, LAST_ROUND, BEST_OF_CHAINS, BEST):
+        files = sorted((player.run.folder.path / place).glob("*.png"))
+        result.placed[place] = [name_of(PIL.Image.open(file)) for file in files]
     return result
 
 

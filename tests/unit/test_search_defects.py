@@ -10,13 +10,13 @@ from tests.kit.search_replay import REFLECTION, SPOILS_DECISIONS, Trace, load, r
 def test_equal_answers_select_one_image_twice_there_and_distinct_images_here(trace: Trace, tmp_path: Path):
     assert any(len({*made["selected"]}) < len(made["selected"]) for made in trace["rounds"])
     ours = replay(trace, tmp_path)
-    assert all(len(parents) == trace["settings"]["branches"] for parents in ours.parents)
+    assert all(len({*parents}) == trace["settings"]["branches"] for parents in ours.parents)
 
 
 def test_equal_scores_are_selected_in_the_order_made(tmp_path: Path):
     trace = REFLECTION["gpt-equal_answers_always"]
     assert {*trace["rounds"][0]["selected"]} == {"n1.0"}
-    assert replay(trace, tmp_path).parents[0] == {"n1.0", "n1.1", "n2.0"}
+    assert {*replay(trace, tmp_path).parents[0]} == {"n1.0", "n1.1", "n2.0"}
 
 
 @showing("siblings_in_one_chain")
@@ -44,7 +44,7 @@ def test_after_sorting_texts_stay_in_the_old_order_there_and_here_each_chain_kee
     for child in made_with.values():
         entry = told[child["refined_prompt"]]
         own = made_with.get(child["parent"], {"refined_prompt": trace["prompt"], "reflection": ""})
-        case = ours.told[child["image"]]
+        case = ours.told["reflect"][child["image"]]
         assert (case.current_prompt, case.last_reflection) == (own["refined_prompt"], own["reflection"])
         differs |= entry["current_prompt"] != case.current_prompt
     assert differs
@@ -89,10 +89,10 @@ def test_answers_out_of_order_move_scores_to_other_images_there_and_here_each_ke
     assert first["evaluations"] == [trace["scores"][name] for name in ranked[:2]]
     assert first["selected"] != ranked[:2]
     ours = replay(trace, tmp_path)
-    assert ours.parents[0] == {*ranked[:2]}
+    assert {*ours.parents[0]} == {*ranked[:2]}
     assert all(
         case.evaluation == verdict(trace["scores"][ours.parent_of[name]]).evaluation()
-        for name, case in ours.told.items()
+        for name, case in ours.told["reflect"].items()
     )
 
 
@@ -102,7 +102,7 @@ def test_a_lost_answer_moves_the_other_scores_there_and_here_only_its_image_is_u
     lost = first["scorings"][trace["settings"]["failing_scores"][0] - 1]
     assert first["evaluations"] != [trace["scores"][name] for name in first["selected"]]
     ours = replay(trace, tmp_path, unscored=lost)
-    assert ours.parents[0] == {*first["images"]} - {lost}
+    assert {*ours.parents[0]} == {*first["images"]} - {lost}
 
 
 def test_a_lost_answer_kills_the_run_there_and_here_it_goes_on(tmp_path: Path):
@@ -126,6 +126,16 @@ def test_a_lost_answer_leaves_a_child_in_no_chain_there_and_here_in_its_parents(
     ours = replay(trace, tmp_path, unscored=lost)
     assert [len(chain) for chain in ours.chains[1]] == [2, 2]
     assert all(ours.parent_of[chain[1]] == chain[0] for chain in ours.chains[1])
+
+
+@where(
+    lambda trace: not trace["failed"] and trace["settings"]["rounds"] > 1 and not trace["settings"]["failing_scores"]
+)
+def test_corrections_are_scored_twice_there_and_every_image_once_here(trace: Trace, tmp_path: Path):
+    last = {child["image"] for child in trace["rounds"][-1]["children"]}
+    for name, times in trace["scored_times"].items():
+        assert times == (2 if name.startswith("c") and name not in last else 1)
+    assert {*replay(trace, tmp_path).scored.values()} == {1}
 
 
 def test_answers_out_of_order_give_prompts_to_other_branches_there():
