@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.files import write_file
+from rflow_jax.files import remove_beginnings, write_file
 from rflow_jax.usage import Meter, Usage
 
 EVERY = 10.0  # seconds between writes
@@ -24,6 +24,7 @@ class Accounts:
     def __init__(self, out: Path, place: int, roles: tuple[str, ...], budget: float | None) -> None:
         self._path = out / (f"usage_{place}.json" if place else "usage.json")
         self._budget = budget
+        remove_beginnings(out, self._path.name)
         before = _read(self._path)
         self._seconds = float(before.get("seconds", 0.0))
         self._images = int(before.get("images", 0))

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import write_file
+from rflow_jax.files import remove_beginnings, write_file
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -81,6 +81,7 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> int:
     """
     path = out / CONFIG
     if not path.exists():
+        remove_beginnings(out, CONFIG)
         write_file(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
     held = os.open(path, os.O_RDWR)

@@ -27,7 +27,7 @@ from PIL.Image import Image
 
 from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
-from rflow_jax.files import write_file
+from rflow_jax.files import remove_beginnings, write_file
 from rflow_jax.search.chains import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
 from rflow_jax.search.journal import JOURNAL, Journal, json_line
 
@@ -51,6 +51,7 @@ class PromptFolder:
             check_entry(out, index, entry)
         else:
             write_file(self.path / METADATA, json_line(entry))
+        remove_beginnings(self.path)
         self.journal = Journal(self.path / JOURNAL)
 
     @staticmethod
