@@ -134,6 +134,7 @@ def test_an_answer_that_the_question_refuses_is_asked_again():
 
 def test_a_server_that_dribbles_is_given_up_in_time():
     """The limit is for the whole answer, not for the time between two bytes of it."""
+
     def dribble(listener):
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
@@ -297,9 +298,8 @@ LEAKS = {
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500])
 @pytest.mark.parametrize("said", LEAKS)
 def test_no_part_of_the_key_is_shown(said, status, caplog, capfd):
-    caplog.set_level(logging.DEBUG)
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
+    for name in (None, "openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger=name)
     fault = Fault("status", status=status, message=LEAKS[said])
     with OpenAIServer([fault]) as server:
         chat = Chat(Endpoint(base_url=server.base_url, max_retries=0))
