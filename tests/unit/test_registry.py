@@ -1,6 +1,10 @@
 """Verifiers and writers by name, and a user's own."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, WriterConfig, make_writer
@@ -69,3 +73,12 @@ def test_an_unknown_name_is_bad_input_and_the_nearest_is_named(wrong, near):
 def test_a_path_to_nothing_is_bad_input(path, problem):
     with pytest.raises(InputError, match=problem):
         make_verifier(VerifierConfig(name=path))
+
+
+def test_the_examples_of_the_documentation_are_configurations():
+    page = (Path(__file__).parents[2] / "docs/verifiers.md").read_text()
+    sections = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    configs = [VerifierConfig(**section["verifier"]) for section in sections if "verifier" in section]
+    assert {config.name for config in configs} == {"openai", "yesno"}
+    assert len(sections) == len(configs) + 1
+    assert WriterConfig(**sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"
