@@ -175,7 +175,8 @@ def test_chaos_loses_no_score_and_mixes_none_up():
         verdicts = score(server, images, meter, max_retries=12, timeout=1.0, concurrency=30)
         struck = len(server.calls) - 60
     assert [verdict.score for verdict in verdicts] == expected(images)
-    assert struck == meter.snapshot().attempts - 60 > 15
+    # A request that was given up while it was still being sent is an attempt that the server has not seen.
+    assert 15 < struck <= meter.snapshot().attempts - 60
     assert meter.snapshot().failures == 0
 
 
