@@ -110,6 +110,13 @@ class Chat:
             return ChatError(self._reason(error, retry.statistics["attempt_number"]))
 
     async def _attempt(self, question: Question) -> Any:
+        async with self._slots:
+            body = await self._exchange(question)
+        answer = read_answer(body)
+        return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
+
+    async def _exchange(self, question: Question) -> Mapping[str, Any]:
+        """A question and its reply; asks in a looser way where the server does not take the form."""
         import openai
 
         format = self._format
@@ -124,17 +131,15 @@ class Chat:
                 format += 1
         # Remembered only now: a refusal for another reason must not loosen the questions that follow.
         self._format = max(self._format, format)
-        answer = read_answer(body)
-        return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
+        return body
 
     async def _send(self, fields: dict[str, Any]) -> Mapping[str, Any]:
-        async with self._slots:
-            self._meter.add(Usage(attempts=1, in_flight=1))
-            try:
-                async with asyncio.timeout(self.endpoint.timeout):
-                    reply = await self._client.chat.completions.with_raw_response.create(**fields)
-            finally:
-                self._meter.add(Usage(in_flight=-1))
+        self._meter.add(Usage(attempts=1, in_flight=1))
+        try:
+            async with asyncio.timeout(self.endpoint.timeout):
+                reply = await self._client.chat.completions.with_raw_response.create(**fields)
+        finally:
+            self._meter.add(Usage(in_flight=-1))
         body = read_body(reply.content)
         self._meter.add(read_usage(body, self.endpoint))
         return body

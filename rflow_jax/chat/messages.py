@@ -15,9 +15,14 @@ def png_bytes(image: Image) -> bytes:
     return buffer.getvalue()
 
 
+def encodable(text: str) -> str:
+    """The text without lone surrogates: JSON may hold them, but no file and no request takes them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def words(text: str) -> dict[str, Any]:
     """A text as a part of a message."""
-    return {"type": "text", "text": text}
+    return {"type": "text", "text": encodable(text)}
 
 
 def picture(image: Image) -> dict[str, Any]:

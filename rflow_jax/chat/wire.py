@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rflow_jax.chat.endpoint import Endpoint
+from rflow_jax.chat.messages import encodable
 from rflow_jax.chat.question import Answer, Form, Question, UnusableAnswer
 from rflow_jax.usage import Usage
 
@@ -75,9 +76,7 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
         raise UnusableAnswer(f"the model refused: {refusal or 'its content filter struck'}")
     if not isinstance(text, str):
         raise UnusableAnswer("the server's reply is not a chat completion: its content is no text")
-    # A lone surrogate is legal in JSON, but no file takes it.
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return Answer(_THOUGHTS.sub("", text), cut=ended == "length", tokens=_first_tokens(choice))
+    return Answer(_THOUGHTS.sub("", encodable(text)), cut=ended == "length", tokens=_first_tokens(choice))
 
 
 def _first_tokens(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:

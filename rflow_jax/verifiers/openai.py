@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from rflow_jax.chat import Answer, Form, Question, UnusableAnswer, look_and_say
 from rflow_jax.chat.json_text import only_object
+from rflow_jax.chat.messages import encodable
 from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
 from rflow_jax.usage import Meter
@@ -89,11 +90,12 @@ def _verdict(aspects: Mapping[str, str], answer: Answer) -> Verdict:
 
 def _mark(name: str, value: Any) -> Mark:
     try:
-        return Mark.model_validate(value)
+        mark = Mark.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join((name, *map(str, first["loc"])))
         raise UnusableAnswer(f"the answer does not fit its schema: {where}: {first['msg']}") from error
+    return mark.model_copy(update={"reason": encodable(mark.reason)})
 
 
 def _in_words(aspects: Mapping[str, str]) -> str:

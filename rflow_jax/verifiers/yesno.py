@@ -66,9 +66,9 @@ def decide(tokens: Iterable[tuple[str, float]]) -> tuple[str, float]:
     if not sums:
         raise UnusableAnswer("neither yes nor no is among the likeliest first tokens")
     label = max(sums, key=lambda word: sums[word])
-    return label, sums[label]
+    return label, min(0.0, sums[label])  # rounding aside, no word is likelier than certain
 
 
 def _log_sum_exp(values: list[float]) -> float:
     largest = max(values)
-    return min(0.0, largest + math.log(sum(math.exp(value - largest) for value in values)))
+    return largest + math.log(sum(math.exp(value - largest) for value in values))

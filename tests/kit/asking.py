@@ -1,14 +1,16 @@
 """Pictures and questions for tests of the HTTP backend."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from rflow_jax.chat import Answer, Chat, Endpoint, Question, look_and_say
+from rflow_jax.chat import Answer, Chat, Endpoint, Question, look_and_say, png_bytes
 from rflow_jax.usage import Meter
+from tests.kit.openai_server import sentence_of
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "default")
 
@@ -29,6 +31,11 @@ def question(number: int = 0, parse: Callable[[Answer], Any] = Answer.words, **m
     return Question(look_and_say("Be brief.", f"question {number}", pictures(1, number)[0]), parse, **more)
 
 
+def expected(numbers: Iterable[int]) -> list[str]:
+    """What the local server answers to the questions with these numbers."""
+    return [sentence_of(png_bytes(pictures(1, n)[0]), f"Be brief.\nquestion {n}") for n in numbers]
+
+
 def ask(server: Any, questions: list[Question], meter: Meter | None = None, **more: Any) -> list[Any]:
     """The answers of a chat of its own."""
     chat = Chat(Endpoint(base_url=server.base_url, **({"max_retries": 3, "timeout": 10.0} | more)), meter)
@@ -36,6 +43,18 @@ def ask(server: Any, questions: list[Question], meter: Meter | None = None, **mo
         return chat.ask_all(questions)
     finally:
         chat.close()
+
+
+def prompt_folder(
+    folder: Path,
+    judge: str = "Be strict.\n$aspects\n$form",
+    aspects: str = '{"default": {"sharpness": "Nothing is blurred."}}',
+) -> str:
+    """A folder with prompts of a user's own for a grader."""
+    (folder / "judge.md").write_text(judge)
+    (folder / "question.md").write_text("Q: $prompt $$5")
+    (folder / "aspects.json").write_text(aspects)
+    return str(folder)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

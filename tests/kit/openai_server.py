@@ -142,7 +142,12 @@ class _Handler(BaseHTTPRequestHandler):
     kit: ClassVar[OpenAIServer]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        sent = self.rfile.read(length)
+        if len(sent) < length:  # the client gave up while it asked
+            self.close_connection = True
+            return
+        body = json.loads(sent)
         if not self.path.endswith("/chat/completions"):
             return self._send(404, b'{"error": {"message": "no such path"}}')
         call = self.kit.log(Call(-1, body, self.headers.get("Authorization", "")))

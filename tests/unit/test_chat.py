@@ -1,12 +1,10 @@
 """The client against a real server, with what goes wrong on real ones."""
 
 import contextlib
-import logging
 import random
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -14,12 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.chat import CLOSED, Chat, ChatError, Endpoint, UnusableAnswer, png_bytes
+from rflow_jax.chat import ChatError, UnusableAnswer
 from rflow_jax.chat.trouble import LONGEST_RETRY_AFTER, retry_after
-from rflow_jax.errors import InputError
-from rflow_jax.usage import Meter, Usage
-from tests.kit.asking import ask, pictures, question, wait_until
-from tests.kit.openai_server import KEY, Fault, OpenAIServer, sentence_of
+from tests.kit.asking import ask, expected, question
+from tests.kit.openai_server import KEY, Fault, OpenAIServer
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +23,6 @@ def _environment(monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_MODEL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-def expected(numbers) -> list[str]:
-    return [sentence_of(png_bytes(pictures(1, n)[0]), f"Be brief.\nquestion {n}") for n in numbers]
 
 
 def test_answers_come_in_the_order_of_questions_though_the_server_has_another():
@@ -134,6 +126,7 @@ def test_an_answer_that_the_question_refuses_is_asked_again():
 
 def test_a_server_that_dribbles_is_given_up_in_time():
     """The limit is for the whole answer, not for the time between two bytes of it."""
+
     def dribble(listener):
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
@@ -189,204 +182,6 @@ def test_retry_after_has_a_limit_and_nonsense_is_no_wait():
 @given(st.text())
 def test_no_retry_after_is_an_error(value):
     assert 0 <= retry_after({"retry-after": value}) <= LONGEST_RETRY_AFTER
-
-
-def test_at_most_concurrency_requests_are_in_flight_over_all_threads():
-    with OpenAIServer([Fault("delay", seconds=0.05)]) as server:
-        chat = Chat(Endpoint(base_url=server.base_url, concurrency=3))
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda n: chat.ask_all([question(n), question(n + 8)]), range(8)))
-        chat.close()
-        assert server.most_at_once == 3
-    assert answers == [expected([n, n + 8]) for n in range(8)]
-
-
-def test_a_question_that_waits_to_be_asked_again_blocks_no_other():
-    busy = Fault("status", status=429, retry_after=2, times=1, when=lambda call: "question 0" in call.text)
-    with OpenAIServer([busy]) as server:
-        chat = Chat(Endpoint(base_url=server.base_url, concurrency=1))
-        with ThreadPoolExecutor(2) as pool:
-            slow = pool.submit(chat.ask_all, [question(0)])
-            wait_until(lambda: len(server.calls) == 1)
-            assert pool.submit(chat.ask_all, [question(1)]).result(timeout=1.5) == expected([1])
-            assert slow.result() == expected([0])
-        chat.close()
-
-
-def test_closing_returns_what_is_there_and_gives_up_the_rest():
-    with OpenAIServer([Fault("delay", seconds=20, when=lambda call: "question 1" in call.text)]) as server:
-        meter = Meter()
-        chat = Chat(Endpoint(base_url=server.base_url), meter)
-        with ThreadPoolExecutor(2) as beside:
-            waiting = [beside.submit(chat.ask_all, [question(0), question(1)]) for _ in range(2)]
-            wait_until(lambda: meter.snapshot().prompt_tokens and len(server.calls) == 4 and server.most_at_once)
-            wait_until(lambda: meter.snapshot().in_flight == 2)
-            begin = time.monotonic()
-            chat.close()
-            for answers in waiting:
-                first, second = answers.result(timeout=5)
-                assert [first] == expected([0])
-                assert (type(second), str(second)) == (ChatError, CLOSED)
-            assert time.monotonic() - begin < 3
-        assert meter.snapshot().in_flight == 0
-        assert [str(answer) for answer in chat.ask_all([question()])] == [CLOSED]
-        assert len(server.calls) == 4
-
-
-@pytest.mark.parametrize("fault", [Fault("status", status=429, retry_after=60), Fault("delay", seconds=60)])
-def test_closing_ends_pauses_and_those_who_wait_for_their_turn(fault):
-    with OpenAIServer([fault]) as server:
-        chat = Chat(Endpoint(base_url=server.base_url, concurrency=1))
-        with ThreadPoolExecutor(4) as beside:
-            waiting = [beside.submit(chat.ask_all, [question(n)]) for n in range(4)]
-            wait_until(lambda: len(server.calls) >= 1)
-            begin = time.monotonic()
-            chat.close()
-            assert {str(answers.result(timeout=5)[0]) for answers in waiting} == {CLOSED}
-            assert time.monotonic() - begin < 3
-
-
-def test_closing_at_any_moment_and_twice_at_once_returns():
-    with OpenAIServer() as server:
-        for _ in range(30):
-            chat = Chat(Endpoint(base_url=server.base_url))
-            with ThreadPoolExecutor(4) as beside:
-                asked = beside.submit(chat.ask_all, [question()])
-                for closed in [beside.submit(chat.close) for _ in range(2)]:
-                    closed.result(timeout=5)
-                (answer,) = asked.result(timeout=5)
-            assert answer == expected([0])[0] or str(answer) == CLOSED
-
-
-def test_tokens_and_cost_count_for_answers_that_cannot_be_used_too():
-    fault = Fault("refusal", when=lambda call: "question 1" in call.text)
-    meter = Meter()
-    with OpenAIServer([fault, Fault("drop", times=1)]) as server:
-        ask(server, [question(0), question(1)], meter, max_retries=2, price_input=2.0, price_output=8.0, concurrency=1)
-        answered = [call for call in server.calls if call.number != 0]  # the first was dropped
-        paid = [server.respond(call, server.faults_for(call))["usage"] for call in answered]
-    used = meter.snapshot()
-    assert (used.calls, used.attempts, used.failures, used.in_flight, used.unmetered) == (2, 5, 1, 0, 0)
-    assert used.prompt_tokens == sum(one["prompt_tokens"] for one in paid) > 0
-    assert used.completion_tokens == sum(one["completion_tokens"] for one in paid) > 0
-    assert used.cost == pytest.approx(2e-6 * used.prompt_tokens + 8e-6 * used.completion_tokens)
-
-
-def test_without_prices_the_cost_is_unknown_and_without_counts_the_answers_are_counted():
-    meter = Meter()
-    with OpenAIServer() as server:
-        ask(server, [question()], meter)
-    assert meter.snapshot().cost is None
-    assert meter.snapshot().prompt_tokens > 0
-    meter = Meter()
-    with OpenAIServer(usage=False) as server:
-        ask(server, [question()], meter, price_input=1.0, price_output=1.0)
-    assert meter.snapshot() == Usage(calls=1, attempts=1, unmetered=1)
-
-
-LEAKS = {
-    "echo": "wrong key {key}!",
-    "json": '{"authorization":"Bearer {key}"}',
-    "masked": f"Incorrect API key provided: {KEY[:7]}********{KEY[-4:]}.",
-    "dots": f"Incorrect API key provided: {KEY[:5]}...{KEY[-4:]}",
-    "beginning": f"key {KEY[:12]} is unknown",
-    "long": "x " * 145 + "{key}",
-}
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500])
-@pytest.mark.parametrize("said", LEAKS)
-def test_no_part_of_the_key_is_shown(said, status, caplog, capfd):
-    caplog.set_level(logging.DEBUG)
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-    fault = Fault("status", status=status, message=LEAKS[said])
-    with OpenAIServer([fault]) as server:
-        chat = Chat(Endpoint(base_url=server.base_url, max_retries=0))
-        (answer,) = chat.ask_all([question()])
-        chat.close()
-    captured = capfd.readouterr()
-    shown = "\n".join((repr(answer), repr(chat), repr(vars(chat)), captured.out, captured.err, caplog.text))
-    assert str(status) in str(answer)
-    assert answer.__cause__ is None
-    assert answer.__context__ is None
-    assert not [
-        shown[max(0, at - 40) : at + 20] for part in (KEY[:5], KEY[-4:], KEY[5:13]) if (at := shown.find(part)) >= 0
-    ]
-
-
-def test_a_key_that_a_model_repeats_is_blotted_out(monkeypatch):
-    def parse(answer):
-        return answer.text
-
-    class Parrot(OpenAIServer):
-        def respond(self, call, faults):
-            reply = super().respond(call, faults)
-            reply["choices"][0]["message"]["content"] = f"your key is {KEY}, right?"
-            return reply
-
-    with Parrot() as server:
-        assert ask(server, [question(parse=parse)]) == ["your key is ***, right?"]
-
-
-def test_a_password_in_the_address_is_not_shown():
-    endpoint = Endpoint(base_url="http://me:hidden-word@127.0.0.1:9/v1", max_retries=0)
-    assert "hidden-word" not in repr(endpoint)
-    chat = Chat(endpoint)
-    assert "hidden-word" not in str(chat.ask_all([question()])[0])
-    chat.close()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "word"),
-    [
-        ({"timeout": 0.0}, "timeout"),
-        ({"timeout": float("nan")}, "timeout"),
-        ({"concurrency": 0}, "concurrency"),
-        ({"max_retries": -1}, "max_retries"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"base_url": "localhost"}, "base_url"),
-        ({"base_url": "http://"}, "base_url"),
-        ({"base_url": "http://host:port/v1"}, "base_url"),
-        ({"structured": "xml"}, "structured"),
-        ({"price_input": 1.0}, "price_output"),
-        ({"price_input": -1.0, "price_output": 1.0}, "price_input"),
-        ({"api_key_env": "sk-secret"}, "api_key_env"),
-        ({"api_key_env": "gsk_secret"}, "api_key_env"),
-    ],
-)
-def test_impossible_settings_are_bad_input(wrong, word):
-    with pytest.raises(InputError, match=word) as caught:
-        Endpoint(**wrong)
-    assert "secret" not in str(caught.value)
-
-
-def test_keys_and_addresses_of_the_environment_are_checked(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", " sk-padded-key\n")
-    assert Endpoint().api_key() == "sk-padded-key"
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-two\nlines")
-    with pytest.raises(InputError, match="OPENAI_API_KEY holds characters") as caught:
-        Chat(Endpoint())
-    assert "lines" not in str(caught.value)
-    monkeypatch.setenv("OPENAI_API_KEY", "")
-    with pytest.raises(InputError, match="set the environment variable OPENAI_API_KEY"):
-        Chat(Endpoint())
-    monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000")
-    with pytest.raises(InputError, match="OPENAI_BASE_URL must be an address"):
-        Chat(Endpoint())
-
-
-def test_settings_reach_the_request():
-    with OpenAIServer() as server:
-        ask(server, [question()], model="m", temperature=0.5, max_tokens=7)
-        ask(server, [question(options={"temperature": 0, "max_tokens": 1})], temperature=0.5, max_tokens=7)
-        bodies = [{k: v for k, v in call.body.items() if k != "messages"} for call in server.calls]
-    assert bodies == [
-        {"model": "m", "temperature": 0.5, "max_tokens": 7},
-        {"model": "gpt-4o", "temperature": 0, "max_tokens": 1},
-    ]
 
 
 def test_thoughts_of_a_reasoning_model_are_no_answer_and_lone_surrogates_no_text():

@@ -1,27 +1,18 @@
-"""The verifier against a real server, with what goes wrong on real ones."""
+"""Grades in JSON from a real server."""
 
-import time
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+import json
 
-import numpy as np
-import PIL.Image
 import pytest
 
-from rflow_jax.chat import png_bytes
+from rflow_jax.chat import CLOSED, png_bytes
 from rflow_jax.errors import InputError
+from rflow_jax.usage import Meter
+from rflow_jax.verifiers import make_verifier
+from rflow_jax.verifiers.base import Verifier
+from rflow_jax.verifiers.metadata import excluded, required
 from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig
-from tests.kit.openai_server import KEY, Fault, OpenAIServer, score_of
-
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "default")
-
-
-def pictures(count: int) -> list[PIL.Image.Image]:
-    rng = np.random.default_rng(0)
-    return [PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
-
-
-def items(count: int) -> list[dict]:
-    return [{"prompt": f"a photo of {number} kites", "tag": TAGS[number % len(TAGS)]} for number in range(count)]
+from tests.kit.asking import TAGS, items, pictures, prompt_folder
+from tests.kit.openai_server import KEY, Chaos, Fault, OpenAIServer, score_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +22,9 @@ def _environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def score(server, images, max_retries=3, **more):
-    config = VerifierConfig(base_url=server.base_url, max_retries=max_retries, **({"timeout": 10.0} | more))
-    verifier = OpenAIVerifier(config)
+def score(server, images, meter=None, **more):
+    config = VerifierConfig(base_url=server.base_url, **({"timeout": 10.0, "max_retries": 3} | more))
+    verifier = OpenAIVerifier(config, meter)
     try:
         return verifier.score(images, items(len(images)))
     finally:
@@ -58,7 +49,7 @@ def test_a_question_carries_image_prompt_aspects_of_its_tag_and_schema():
     with OpenAIServer() as server:
         verdicts = score(server, images, model="judge-1", concurrency=1)
         calls = server.calls
-    assert [call.image for call in calls] == [png_bytes(image) for image in images]
+    assert [call.images for call in calls] == [[png_bytes(image)] for image in images]
     assert {call.model for call in calls} == {"judge-1"}
     assert {call.authorization for call in calls} == {f"Bearer {KEY}"}
     aspects = [set(call.schema["properties"]) - {"overall"} for call in calls]
@@ -66,59 +57,46 @@ def test_a_question_carries_image_prompt_aspects_of_its_tag_and_schema():
     assert len({frozenset(names) for names in aspects}) == len(TAGS)
     for number, (call, verdict) in enumerate(zip(calls, verdicts, strict=True)):
         assert f"a photo of {number} kites" in call.text
+        assert "$" not in call.text
         assert call.schema["properties"]["overall"]["required"] == ["reason", "score"]
-        assert set(verdict.raw) == {*aspects[number], "overall"}
-        assert all(name in verdict.explanation and name in call.text for name in aspects[number])
+        assert list(call.form) == list(call.schema["properties"]) == list(verdict.raw)
+        assert all(name in verdict.explanation and f"- {name}: " in call.text for name in aspects[number])
 
 
-FAULTS = {
-    "429": Fault("status", times=2, status=429, retry_after=0.05),
-    "408": Fault("status", times=1, status=408, retry_after=0.05),
-    "409": Fault("status", times=1, status=409, retry_after=0.05),
-    "503": Fault("status", times=2, status=503, retry_after=0.05),
-    "drop": Fault("drop", times=1),
-    "truncated": Fault("truncated", times=2),
-    "cut body": Fault("cut_body", times=1),
-    "refusal": Fault("refusal", times=1),
-    "off schema": Fault("off_schema", times=1),
-}
+def test_the_evaluation_says_the_grades_and_their_reasons():
+    (image,) = pictures(1)
+    with OpenAIServer() as server:
+        (verdict,) = score(server, [image])
+    grade = f"{score_of(png_bytes(image)):g}"
+    lines = verdict.evaluation().splitlines()
+    assert lines[0] == f"Overall: {grade}"
+    assert [line.split(" ")[0] for line in lines[1:]] == ["presence", "completeness", "focus", "overall"]
+    assert all(f"({grade}/10): seen in a picture worth" in line for line in lines[1:])
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_passing_fault_is_retried(name):
-    images = pictures(4)
-    fault = Fault(**{key: value for key, value in vars(FAULTS[name]).items() if key != "struck"})
-    with OpenAIServer([fault]) as server:
-        verdicts = score(server, images)
-        assert [verdict.score for verdict in verdicts] == expected(images)
-        assert fault.struck == fault.times
-        assert len(server.calls) == 4 + fault.times
-
-
-def test_retry_after_is_honoured():
-    with OpenAIServer([Fault("status", times=1, status=429, retry_after=1.2)]) as server:
-        begin = time.monotonic()
-        score(server, pictures(1))
-        assert time.monotonic() - begin >= 1.2
-
-
-def test_a_slow_answer_is_given_up_and_asked_again():
-    images = pictures(1)
-    with OpenAIServer([Fault("delay", times=1, seconds=5)]) as server:
-        begin = time.monotonic()
-        assert [verdict.score for verdict in score(server, images, timeout=0.3)] == expected(images)
-        assert time.monotonic() - begin < 4
+def test_metadata_is_put_in_words():
+    dog = {"class": "dog", "count": 1, "position": ["right of", 0]}
+    item = {"include": [{"class": "teddy bear", "count": 2, "color": "red"}, dog]}
+    assert required(item) == "2 x teddy bear (red); 1 x dog (right of the teddy bear)"
+    assert excluded({"exclude": [{"class": "clock", "count": 3}]}) == "3 or more x clock"
+    assert required({}) == "what the prompt says"
+    assert excluded({}) == "whatever contradicts the prompt"
+    for odd in ([1], [{"class": "x"}], {"a": 1}, [{"class": "x", "count": 1, "position": ["left of", 7]}], "owl"):
+        assert (
+            required({"include": odd}) == excluded({"include": [], "exclude": odd}) == json.dumps(odd)
+            or odd[0]["class"]
+        )
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ({"kind": "status", "status": 500, "retry_after": 0.01}, "500"),
-        ({"kind": "status", "status": 401}, "401"),
-        ({"kind": "drop"}, "Connection error"),
-        ({"kind": "truncated"}, "does not fit its schema"),
-        ({"kind": "refusal"}, "refused"),
-        ({"kind": "off_schema"}, "lacks"),
+        ({"kind": "status", "status": 500}, "HTTP 500"),
+        ({"kind": "status", "status": 401}, "HTTP 401"),
+        ({"kind": "drop"}, "no connection, or it broke"),
+        ({"kind": "truncated"}, "the answer was cut"),
+        ({"kind": "refusal"}, "the model refused"),
+        ({"kind": "off_schema"}, "the answer lacks"),
         ({"kind": "cut_body"}, "not a chat completion"),
     ],
 )
@@ -130,31 +108,101 @@ def test_a_lasting_fault_leaves_exactly_its_own_image_unscored(fault, reason):
     wanted = expected(images)
     assert [verdict.score for verdict in verdicts] == [*wanted[:2], None, *wanted[3:]]
     assert reason in verdicts[2].error
-    assert "\n" not in verdicts[2].error
-    assert KEY not in verdicts[2].error
+    assert "attempt" in verdicts[2].error
+    assert verdicts[2].evaluation() == "No evaluation of this image is available."
     assert all(verdict.error is None for verdict in (*verdicts[:2], *verdicts[3:]))
 
 
-def test_prompts_can_be_replaced(tmp_path):
-    (tmp_path / "judge.md").write_text("Be strict.\n$aspects")
-    (tmp_path / "question.md").write_text("Q: $prompt")
-    (tmp_path / "aspects.json").write_text('{"default": {"sharpness": "Nothing is blurred."}}')
+@pytest.mark.parametrize("refused", [["json_schema"], ["json_schema", "json_object"]])
+def test_a_server_without_schemas_is_asked_in_another_way_from_then_on(refused):
+    images = pictures(6)
+    formats = ["json_schema", "json_object", "text"][: len(refused) + 1]
+    meter = Meter()
+    with OpenAIServer(refuse=refused) as server:
+        verdicts = score(server, images, meter, concurrency=1, max_retries=0)
+        asked = [call.format for call in server.calls]
+    assert [verdict.score for verdict in verdicts] == expected(images)
+    assert asked == formats + [formats[-1]] * 5
+    assert (meter.snapshot().calls, meter.snapshot().attempts) == (6, 6 + len(refused))
+    with OpenAIServer(refuse=refused) as server:
+        assert [verdict.score for verdict in score(server, images, concurrency=6, max_retries=0)] == expected(images)
+
+
+def test_a_server_that_ignores_schemas_still_reads_the_form():
+    class Deaf(OpenAIServer):
+        def log(self, call):
+            del call.body["response_format"]
+            return super().log(call)
+
+    images = pictures(2)
+    with Deaf() as server:
+        assert [verdict.score for verdict in score(server, images, max_retries=0)] == expected(images)
+        assert {call.format for call in server.calls} == {"text"}
+
+
+@pytest.mark.parametrize("structured", ["json_schema", "json_object", "text"])
+def test_the_way_to_ask_can_be_fixed(structured):
     with OpenAIServer() as server:
-        (verdict,) = score(server, pictures(1), prompts=str(tmp_path))
-        assert server.calls[0].text == "Be strict.\n- sharpness: Nothing is blurred.\nQ: a photo of 0 kites"
+        score(server, pictures(2), structured=structured)
+        assert {call.format for call in server.calls} == {structured}
+    if structured != "text":
+        with OpenAIServer(refuse=[structured]) as server:
+            (verdict,) = score(server, pictures(1), structured=structured)
+            assert verdict.error == f"HTTP 400: response_format: {structured} is not supported (1 attempt)"
+
+
+def test_a_bad_request_for_another_reason_does_not_loosen_the_form():
+    bad = Fault("status", status=400, message="schema of the image is wrong", times=3)
+    with OpenAIServer([bad]) as server:
+        verdicts = score(server, pictures(2), concurrency=1)
+        assert verdicts[0].error.startswith("HTTP 400")
+        assert verdicts[1].scored
+        assert [call.format for call in server.calls] == ["json_schema", "json_object", "text", "json_schema"]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_only_a_complaint_about_the_form_changes_it(status):
+    with OpenAIServer([Fault("status", status=status, message="the image is too large")]) as server:
+        (verdict,) = score(server, pictures(1))
+        assert verdict.error == f"HTTP {status}: the image is too large (1 attempt)"
+        assert len(server.calls) == 1
+
+
+def test_chaos_loses_no_score_and_mixes_none_up():
+    images = pictures(60)
+    meter = Meter()
+    with OpenAIServer(chaos=Chaos(0.3, hang=5), spread=0.05) as server:
+        verdicts = score(server, images, meter, max_retries=12, timeout=1.0, concurrency=30)
+        struck = len(server.calls) - 60
+    assert [verdict.score for verdict in verdicts] == expected(images)
+    # A request that was given up while it was still being sent is an attempt that the server has not seen.
+    assert 15 < struck <= meter.snapshot().attempts - 60
+    assert meter.snapshot().failures == 0
+
+
+@pytest.mark.parametrize("judge", ["Be strict.\n- $aspects", "$form\nBe strict."])
+def test_prompts_can_be_replaced_and_the_form_is_always_said(tmp_path, judge):
+    with OpenAIServer(refuse=["json_schema", "json_object"]) as server:
+        (verdict,) = score(server, pictures(1), prompts=prompt_folder(tmp_path, judge))
+        text = server.calls[-1].text
+    assert text.endswith("\nQ: a photo of 0 kites $5")
+    assert "Be strict.\n" in text
+    assert text.count("Answer with one JSON object of this form and nothing else") == 1
     assert set(verdict.raw) == {"sharpness", "overall"}
 
 
-@pytest.mark.parametrize("content", ["[]", '{"default": 3}', "{", '{"counting": {"a": "b"}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", '{"default": 3}', "{", '{"counting": {"a": "b"}}', '{"default": {"overall": ""}}']
+)
 def test_unusable_aspects_are_one_line(tmp_path, content):
-    for name in ("judge.md", "question.md"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "aspects.json").write_text(content)
     with pytest.raises(InputError, match=r"aspects\.json: ") as caught:
-        OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=str(tmp_path)))
+        OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=prompt_folder(tmp_path, aspects=content)))
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"judge\.md: cannot read"):
         OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=str(tmp_path / "none")))
+    (tmp_path / "judge.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"judge\.md: .* not in UTF-8"):
+        OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=str(tmp_path)))
 
 
 def test_model_address_and_key_come_from_the_environment(monkeypatch):
@@ -163,49 +211,17 @@ def test_model_address_and_key_come_from_the_environment(monkeypatch):
         monkeypatch.setenv("OPENAI_MODEL", "from-env")
         monkeypatch.setenv("MY_KEY", "k-123")
         verifier = OpenAIVerifier(VerifierConfig(api_key_env="MY_KEY"))
+        assert verifier.name == "openai from-env"
         assert verifier.score(pictures(1), items(1))[0].scored
         verifier.close()
         assert (server.calls[0].model, server.calls[0].authorization) == ("from-env", "Bearer k-123")
 
 
-def test_a_missing_key_is_bad_input_for_openai_only(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(InputError, match="OPENAI_API_KEY"):
-        OpenAIVerifier(VerifierConfig())
-    OpenAIVerifier(VerifierConfig(base_url="http://localhost:1")).close()
-
-
-def test_a_key_in_the_place_of_its_variable_is_refused_unseen():
-    with pytest.raises(InputError) as caught:
-        VerifierConfig(api_key_env="sk-secret")
-    assert "sk-secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"timeout": 0.0}, {"concurrency": 0}, {"max_retries": -1}, {"base_url": "localhost"}]
-)
-def test_impossible_settings_are_bad_input(wrong):
-    with pytest.raises(InputError):
-        VerifierConfig(**wrong)
-
-
-def test_closing_gives_up_what_is_waiting():
-    with OpenAIServer([Fault("delay", seconds=20)]) as server:
-        verifier = OpenAIVerifier(VerifierConfig(base_url=server.base_url, max_retries=0))
-        with ThreadPoolExecutor(1) as beside:
-            waiting = beside.submit(verifier.score, pictures(2), items(2))
-            while not server.calls:
-                time.sleep(0.01)
-            begin = time.monotonic()
-            verifier.close()
-            assert isinstance(waiting.exception(timeout=5), CancelledError)
-            assert time.monotonic() - begin < 5
+def test_it_follows_the_protocol_and_gives_up_when_closed():
+    with OpenAIServer() as server:
+        verifier = make_verifier(VerifierConfig(base_url=server.base_url, concurrency=5, model="m"))
+        assert isinstance(verifier, Verifier)
+        assert (verifier.name, verifier.concurrency, verifier.batch_size) == ("openai m", 5, 1)
         verifier.close()
-
-
-def test_closing_again_at_once_returns():
-    with OpenAIServer([]) as server:
-        for _ in range(50):
-            verifier = OpenAIVerifier(VerifierConfig(base_url=server.base_url))
-            verifier.close()
-            verifier.close()
+        verifier.close()
+        assert [verdict.error for verdict in verifier.score(pictures(2), items(2))] == [CLOSED, CLOSED]

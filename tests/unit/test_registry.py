@@ -1,0 +1,84 @@
+"""Verifiers and writers by name, and a user's own."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rflow_jax.errors import InputError
+from rflow_jax.language import REFINE_PROMPT, WriterConfig, make_writer
+from rflow_jax.language.base import Written
+from rflow_jax.language.config import WRITERS
+from rflow_jax.registry import find
+from rflow_jax.usage import Meter
+from rflow_jax.verifiers import VERIFIERS, VerifierConfig, make_verifier
+from rflow_jax.verifiers.base import Verdict
+
+
+class Mine:
+    """A verifier and a writer of a user's own."""
+
+    name, concurrency, batch_size = "mine", 1, 4
+
+    def __init__(self, *given):
+        self.given = given
+
+    def score(self, images, items):
+        return [Verdict(1.0) for _ in images]
+
+    def write(self, cases):
+        return [Written("text") for _ in cases]
+
+    def close(self):
+        pass
+
+
+OWN = f"{__name__}:Mine"
+
+
+def test_every_known_name_has_a_class():
+    for kind, table in (("verifier", VERIFIERS), ("writer", WRITERS)):
+        for name in table:
+            assert callable(find(kind, name, table))
+    assert make_verifier(VerifierConfig(name="none")) is None
+
+
+def test_a_class_of_ones_own_gets_the_config_and_the_meter():
+    meter = Meter()
+    config = VerifierConfig(name=OWN)
+    assert make_verifier(config, meter).given == (config, meter)
+    config = WriterConfig(name=OWN)
+    assert make_writer(config, REFINE_PROMPT, meter).given == (config, REFINE_PROMPT, meter)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("opanai", "openai"), ("YesNo", "yesno"), ("nono", "none"), ("", "openai")]
+)
+def test_an_unknown_name_is_bad_input_and_the_nearest_is_named(wrong, near):
+    with pytest.raises(InputError, match=f"unknown verifier '{wrong}': did you mean {near}"):
+        VerifierConfig(name=wrong)
+    with pytest.raises(InputError, match="unknown writer 'htp': did you mean http"):
+        WriterConfig(name="htp")
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("no_such_module:Mine", "cannot import no_such_module"),
+        ("rflow_jax.no_such:Mine", "cannot import rflow_jax.no_such"),
+        (f"{__name__}:Yours", "has no Yours"),
+    ],
+)
+def test_a_path_to_nothing_is_bad_input(path, problem):
+    with pytest.raises(InputError, match=problem):
+        make_verifier(VerifierConfig(name=path))
+
+
+def test_the_examples_of_the_documentation_are_configurations():
+    page = (Path(__file__).parents[2] / "docs/verifiers.md").read_text()
+    sections = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    configs = [VerifierConfig(**section["verifier"]) for section in sections if "verifier" in section]
+    assert {config.name for config in configs} == {"openai", "yesno"}
+    assert len(sections) == len(configs) + 1
+    assert WriterConfig(**sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"

@@ -1,0 +1,107 @@
+"""Reading grades strictly, whatever a model wrote around them."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rflow_jax.chat import Answer, UnusableAnswer
+from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig
+from tests.kit.asking import pictures, prompt_folder
+
+MARK = {"reason": "so", "score": 7.5}
+GRADES = {"sharpness": MARK, "overall": {"reason": "on the whole", "score": 4}}
+
+
+@pytest.fixture(scope="module")
+def parse(tmp_path_factory):
+    """What the verifier makes of an answer's text."""
+    folder = prompt_folder(tmp_path_factory.mktemp("prompts"))
+    verifier = OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=folder))
+    asked = verifier.question(pictures(1)[0], {"prompt": "x"})
+    verifier.close()
+    return lambda text: asked.parse(Answer(text))
+
+
+@pytest.mark.parametrize(
+    "around", ["{}", "```json\n{}\n```", "Here:\n{}\nI hope this helps [1].", "  {}\n\n", "[{}]", "\ufeff{}"]
+)
+def test_prose_and_fences_around_the_object_are_put_up_with(parse, around):
+    verdict = parse(around.replace("{}", json.dumps(GRADES)))
+    assert verdict.score == 4
+    assert verdict.explanation == "sharpness (7.5/10): so\noverall (4/10): on the whole"
+
+
+def test_a_lone_surrogate_goes_no_further(parse):
+    verdict = parse(json.dumps(GRADES).replace("whole", "\\ud800"))
+    assert verdict.explanation.encode().endswith(b"on the ?")
+    assert json.dumps(verdict.raw, ensure_ascii=False).encode()
+
+
+def test_more_than_was_asked_for_is_put_up_with(parse):
+    more = {"note": None, "overall": GRADES["overall"] | {"sure": True}}
+    assert parse(json.dumps(GRADES | more)).raw == GRADES
+
+
+REFUSED = {
+    "nothing": "",
+    "prose": "It is a 7.",
+    "list": "[1, 2]",
+    "cut": json.dumps(GRADES)[:-3],
+    "cut, whole inside": '{"result": ' + json.dumps(GRADES),
+    "two": json.dumps(GRADES) + "\n" + json.dumps(GRADES),
+    "two in a list": json.dumps([GRADES, GRADES]),
+    "a rest": json.dumps(GRADES) + "}",
+    "braces before": "{x} " + json.dumps(GRADES),
+    "lacks one": json.dumps({"overall": MARK}),
+    "lacks the whole": json.dumps({"sharpness": MARK}),
+    "no reason": json.dumps(GRADES | {"sharpness": {"score": 3}}),
+    "no score": json.dumps(GRADES | {"overall": {"reason": "x"}}),
+    "number alone": json.dumps(GRADES | {"overall": 7}),
+    "too much": json.dumps(GRADES | {"overall": {"reason": "x", "score": 10.001}}),
+    "too little": json.dumps(GRADES | {"sharpness": {"reason": "x", "score": -1}}),
+    "a text": json.dumps(GRADES | {"overall": {"reason": "x", "score": "7"}}),
+    "a bool": json.dumps(GRADES | {"overall": {"reason": "x", "score": True}}),
+    "null": json.dumps(GRADES | {"overall": {"reason": "x", "score": None}}),
+    "NaN": json.dumps(GRADES | {"overall": {"reason": "x", "score": float("nan")}}),
+    "NaN elsewhere": json.dumps(GRADES | {"more": float("nan")}),
+    "infinite": json.dumps(GRADES | {"overall": {"reason": "x", "score": float("inf")}}),
+    "overflow": json.dumps(GRADES).replace("4", "1e999"),
+    "long number": json.dumps(GRADES).replace("4", "4" * 5000),
+    "twice": json.dumps(GRADES)[:-1] + ', "overall": ' + json.dumps(MARK) + "}",
+    "twice inside": json.dumps(GRADES).replace('"score": 4', '"score": 4, "score": 9'),
+    "deep": '{"a":' * 100000,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_exactly_the_object_is_refused(parse, name):
+    with pytest.raises(UnusableAnswer) as caught:
+        parse(REFUSED[name])
+    assert len(str(caught.value)) < 200
+
+
+@given(
+    st.text()
+    | st.recursive(st.none() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s)).map(
+        json.dumps
+    )
+)
+def test_any_answer_is_used_or_refused(parse, text):
+    with pytest.raises(UnusableAnswer):
+        parse(text)
+
+
+@given(
+    st.lists(st.floats(0, 10) | st.integers(0, 10), min_size=2, max_size=2),
+    st.lists(st.text(), min_size=2, max_size=2),
+    st.text(st.characters(exclude_characters="{}")),
+    st.text(st.characters(exclude_characters="{}")),
+)
+def test_every_answer_of_the_form_is_read(parse, scores, reasons, before, after):
+    names = ("sharpness", "overall")
+    grades = {n: {"reason": r, "score": s} for n, r, s in zip(names, reasons, scores, strict=True)}
+    verdict = parse(before + json.dumps(grades) + after)
+    assert verdict.score == scores[1]
+    assert verdict.raw == grades
