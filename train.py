@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rflow_jax.data.loader import Loader, open_loader
 
 from rflow_jax import cli
+from rflow_jax.data.loader import Loader, open_loader
 from rflow_jax.errors import RunError
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.parallel.mesh import make_mesh, samples_along, start_processes

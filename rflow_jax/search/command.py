@@ -14,13 +14,13 @@ from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
 from rflow_jax.search.accounts import Accounts
-from rflow_jax.search.config import Kind, RunConfig, SearchConfig
+from rflow_jax.search.config import MODELS, Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Models
 from rflow_jax.search.given import given_images
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Terms
 from rflow_jax.search.prompts import read_prompts, slice_prompts
-from rflow_jax.search.run_folder import MODELS, claim, require_same, require_usable
+from rflow_jax.search.run_folder import claim, require_same, require_usable
 from rflow_jax.search.store import PromptFolder, check_entry, is_done
 from rflow_jax.verifiers import make_verifier
 
@@ -190,7 +190,8 @@ def _summary(prompts: int, live: Live, out: Path, accounts: Accounts, verified: 
         counts.append(f"{live.text_failures} texts failed")
     usage = accounts.total()
     if usage.prompt_tokens or usage.completion_tokens:
-        cost = "" if not usage.cost else f" (${usage.cost:.2f})"
+        least = "at least " if usage.unmetered else ""
+        cost = "" if not usage.cost else f" ({least}${usage.cost:.2f})"
         counts.append(f"{usage.prompt_tokens + usage.completion_tokens:,} tokens{cost}")
     best = f"the best lie in {out}/*/samples_best" if live.scored else f"the images lie in {out}/*/samples"
     return f"{', '.join(counts)}; {best}"

@@ -11,6 +11,7 @@ from rflow_jax.search.strategies import Strategy
 from rflow_jax.settings import Settings, require_dtype
 from rflow_jax.verifiers.config import NONE, VerifierConfig
 
+MODELS = ("verifier", "reflector", "refiner")
 LARGEST_SEED = 2**32 - 1
 Kind = Literal["noise", "noise-prompt", "reflect"]
 
@@ -129,6 +130,7 @@ class SearchConfig:
             )
         if kind == "noise-prompt" and self.noise.method != "random":
             raise InputError("noise.method is zero_order: noise-prompt takes fresh noise; set it to random")
+        self._require_prices(kind)
         if kind != "reflect":
             return
         if self.lora is None:
@@ -139,6 +141,17 @@ class SearchConfig:
                 f"reflect.search_branch is {self.reflect.search_branch}, but the noise stage makes only "
                 f"{images} images a prompt: raise noise.search_rounds or noise.search_branch"
             )
+
+    def _require_prices(self, kind: Kind) -> None:
+        if self.budget is None:
+            return
+        asked = {"noise": ("verifier",), "noise-prompt": ("verifier", "refiner")}.get(kind, MODELS)
+        for role in asked:
+            if getattr(self, role).price_input is None:
+                raise InputError(
+                    f"budget is {self.budget}, but what {role} costs is not known: set {role}.price_input and "
+                    f"{role}.price_output (0 for a model of your own)"
+                )
 
     def strategy(self, kind: Kind, given: int | None = None) -> Strategy:
         """The search of one prompt.

@@ -13,6 +13,7 @@ import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.files import remove_beginnings, write_file
+from rflow_jax.search.config import MODELS
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -26,7 +27,6 @@ FREE_OF_A_MODEL = (
     "price_input",
     "price_output",
 )
-MODELS = ("verifier", "reflector", "refiner")
 
 
 def require_usable(out: Path) -> None:
