@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,7 @@ def _run(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
     models = _models(kind, config, accounts)
     pipe = _load(config)
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    with _held(claim(out, published, place)):
+    with claim(out, published, place):
         return _search(kind, config, out, pipe, models, accounts, todo, given)
 
 
@@ -171,15 +169,6 @@ def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str,
         if endpoint.base_url:
             written[role]["base_url"] = public_url(endpoint.base_url)
     return written
-
-
-def _held(file: int) -> Any:
-    class Held:
-        def close(self) -> None:
-            with suppress(OSError):
-                os.close(file)
-
-    return closing(Held())
 
 
 def _summary(prompts: int, live: Live, out: Path, accounts: Accounts, verified: bool) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.language.config import WriterConfig
-from rflow_jax.parallel.mesh import DistributedConfig, MeshConfig
+from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
 from rflow_jax.settings import Settings, require_dtype
@@ -120,7 +120,8 @@ class SearchConfig:
             given: the first images come from a folder.
 
         Raises:
-            InputError: no corrector, no verifier, or more branches than images to choose them from.
+            InputError: no corrector, no verifier, more branches than images to choose them from, or a budget in dollars
+                where the price of an answer is not known.
         """
         judged = self.verifier.name != NONE
         if not judged and (kind != "noise" or self.noise.method != "random" or self.stop_score is not None):
@@ -129,6 +130,7 @@ class SearchConfig:
             )
         if kind == "noise-prompt" and self.noise.method != "random":
             raise InputError("noise.method is zero_order: noise-prompt takes fresh noise; set it to random")
+        self._require_prices(kind)
         if kind != "reflect":
             return
         if self.lora is None:
@@ -139,6 +141,17 @@ class SearchConfig:
                 f"reflect.search_branch is {self.reflect.search_branch}, but the noise stage makes only "
                 f"{images} images a prompt: raise noise.search_rounds or noise.search_branch"
             )
+
+    def _require_prices(self, kind: Kind) -> None:
+        asked = {"verifier": self.verifier, "reflector": self.reflector, "refiner": self.refiner}
+        used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
+        for role in used if self.budget is not None else ():
+            # A class of the user's own (package.module:Class) may count its cost itself.
+            if asked[role].price_input is None and asked[role].name != NONE and ":" not in asked[role].name:
+                raise InputError(
+                    f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
+                    f"{role}.price_output (0 for a server of your own)"
+                )
 
     def strategy(self, kind: Kind, given: int | None = None) -> Strategy:
         """The search of one prompt.
