@@ -1,19 +1,28 @@
 """Generate images, and search over them: ``python infer.py --help``."""
 
+from collections.abc import Callable
+from importlib import import_module
+
 from rflow_jax import cli
 from rflow_jax.generate import GenerateConfig, generate
 from rflow_jax.pairs import PairsConfig, pairs
-from rflow_jax.search.command import noise, noise_prompt, reflect
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.search.nfe import FilterConfig, filter_nfe
 from rflow_jax.settings import Settings
 
 SEARCH = (SearchConfig, RunConfig)
+
+
+def _search(name: str) -> Callable[[SearchConfig, RunConfig], int]:
+    """The command of a search, imported when it is run: --help need not wait for JAX."""
+    return lambda config, where: getattr(import_module("rflow_jax.search.command"), name)(config, where)
+
+
 COMMANDS = {
     "generate": cli.Command("Generate images of one prompt.", (GenerateConfig, Settings), generate),
-    "noise": cli.Command("Search over images from fresh noise.", SEARCH, noise),
-    "noise-prompt": cli.Command("Refine each branch's prompt from image to image.", SEARCH, noise_prompt),
-    "reflect": cli.Command("Correct the best images round by round.", SEARCH, reflect),
+    "noise": cli.Command("Search over images from fresh noise.", SEARCH, _search("noise")),
+    "noise-prompt": cli.Command("Refine each branch's prompt from image to image.", SEARCH, _search("noise_prompt")),
+    "reflect": cli.Command("Correct the best images round by round.", SEARCH, _search("reflect")),
     "filter": cli.Command("Choose the best of a search's first k images.", (FilterConfig,), filter_nfe, "folder"),
     "pairs": cli.Command("Correct known bad images, beside the good ones.", (PairsConfig, Settings), pairs, "file"),
 }

@@ -11,7 +11,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from typing import TypeVar
 
@@ -102,8 +102,8 @@ def dispatch(commands: Mapping[str, Command], description: str, argv: Sequence[s
     argv = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in argv if word in commands), "")
     if name:
+        argv = _spell_out_switches(argv, commands[name])
         argv = _name_words(argv, name, commands[name])
-        argv = _spell_out_switches(argv, commands[name].configs)
     try:
         namespace = parser.parse_args(argv)[name]
         _require_sections(namespace, commands[name].configs)
@@ -119,7 +119,7 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int | No
         InputError: as :func:`dispatch`.
     """
     parser = _subparser(command)
-    argv = _spell_out_switches(list(sys.argv[1:] if argv is None else argv), command.configs)
+    argv = _spell_out_switches(list(sys.argv[1:] if argv is None else argv), command)
     try:
         namespace = parser.parse_args(argv)
         _require_sections(namespace, command.configs)
@@ -152,12 +152,15 @@ def _subparser(command: Command) -> ArgumentParser:
     return parser
 
 
-def _spell_out_switches(argv: Sequence[str], configs: Iterable[type]) -> list[str]:
-    """``--latent_lora`` alone means ``--latent_lora true``."""
-    switches = {f"--{f.name}" for config in configs for f in fields(config) if isinstance(f.default, bool)}
+def _spell_out_switches(argv: Sequence[str], command: Command) -> list[str]:
+    """``--latent_lora`` alone means ``--latent_lora true``, also in front of a word that goes by itself."""
+    switches = {f"--{f.name}" for config in command.configs for f in fields(config) if isinstance(f.default, bool)}
+
+    def alone(after: str) -> bool:
+        return after.startswith("--") or (command.words is not None and after.lower() not in ("true", "false"))
+
     following = [*argv[1:], "--"]
-    words = zip(argv, following, strict=True)
-    return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in words]
+    return [f"{w}=true" if w in switches and alone(after) else w for w, after in zip(argv, following, strict=True)]
 
 
 def bare_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -165,9 +168,8 @@ def bare_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
     bare, rest = [], []
     takes_value = False
     for word in words:
-        is_flag = word.startswith("--")
-        (bare if not is_flag and not takes_value else rest).append(word)
-        takes_value = is_flag and "=" not in word
+        (rest if word.startswith("-") or takes_value else bare).append(word)
+        takes_value = word.startswith("--") and "=" not in word  # -h takes none
     return bare, rest
 
 
@@ -188,8 +190,7 @@ def _name_words(argv: Sequence[str], name: str, command: Command) -> list[str]:
 def _require_sections(namespace: Namespace, configs: Iterable[type]) -> None:
     for config in configs:
         for f in fields(config):
-            nested = f.default_factory is not MISSING
-            if nested and not isinstance(namespace[f.name], Namespace):
+            if is_dataclass(f.default_factory) and not isinstance(namespace[f.name], Namespace):
                 raise InputError(f"{f.name}: expected keys with values, got {namespace[f.name]!r}")
 
 

@@ -63,7 +63,7 @@ class Calls:
                 self._asked -= 1
 
     def close(self) -> None:
-        """Takes no more works up; calls that are under way go on."""
+        """Takes no more works up; what calls under way still answer is dropped, for they may have been given up."""
         self._closed = True
         for _ in range(self._threads):
             self._works.put(None)
@@ -72,9 +72,11 @@ class Calls:
         while (works := self._take()) is not None:
             try:
                 for work, result in zip(works, self._call(works), strict=True):
-                    self._on_result(work, result)
+                    if not self._closed:
+                        self._on_result(work, result)
             except BaseException as error:
-                self._on_error(error)
+                if not self._closed:
+                    self._on_error(error)
             finally:
                 with self._lock:
                     self._asked -= len(works)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
 from rflow_jax.search.accounts import Accounts
-from rflow_jax.search.config import MODELS, Kind, RunConfig, SearchConfig
+from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Models
 from rflow_jax.search.given import given_images
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Terms
 from rflow_jax.search.prompts import read_prompts, slice_prompts
-from rflow_jax.search.run_folder import claim, require_same, require_usable
+from rflow_jax.search.run_folder import MODELS, claim, require_same, require_usable
 from rflow_jax.search.store import PromptFolder, check_entry, is_done
 from rflow_jax.verifiers import make_verifier
 
@@ -66,7 +64,7 @@ def _run(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
     models = _models(kind, config, accounts)
     pipe = _load(config)
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    with _held(claim(out, published, place)):
+    with claim(out, published, place):
         return _search(kind, config, out, pipe, models, accounts, todo, given)
 
 
@@ -171,15 +169,6 @@ def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str,
         if endpoint.base_url:
             written[role]["base_url"] = public_url(endpoint.base_url)
     return written
-
-
-def _held(file: int) -> Any:
-    class Held:
-        def close(self) -> None:
-            with suppress(OSError):
-                os.close(file)
-
-    return closing(Held())
 
 
 def _summary(prompts: int, live: Live, out: Path, accounts: Accounts, verified: bool) -> str:

@@ -5,13 +5,12 @@ from typing import Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.language.config import WriterConfig
-from rflow_jax.parallel.mesh import DistributedConfig, MeshConfig
+from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
 from rflow_jax.settings import Settings, require_dtype
 from rflow_jax.verifiers.config import NONE, VerifierConfig
 
-MODELS = ("verifier", "reflector", "refiner")
 LARGEST_SEED = 2**32 - 1
 Kind = Literal["noise", "noise-prompt", "reflect"]
 
@@ -121,7 +120,8 @@ class SearchConfig:
             given: the first images come from a folder.
 
         Raises:
-            InputError: no corrector, no verifier, or more branches than images to choose them from.
+            InputError: no corrector, no verifier, more branches than images to choose them from, or a budget in dollars
+                where the price of an answer is not known.
         """
         judged = self.verifier.name != NONE
         if not judged and (kind != "noise" or self.noise.method != "random" or self.stop_score is not None):
@@ -143,14 +143,14 @@ class SearchConfig:
             )
 
     def _require_prices(self, kind: Kind) -> None:
-        if self.budget is None:
-            return
-        asked = {"noise": ("verifier",), "noise-prompt": ("verifier", "refiner")}.get(kind, MODELS)
-        for role in asked:
-            if getattr(self, role).price_input is None:
+        asked = {"verifier": self.verifier, "reflector": self.reflector, "refiner": self.refiner}
+        used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
+        for role in used if self.budget is not None else ():
+            # A class of the user's own (package.module:Class) may count its cost itself.
+            if asked[role].price_input is None and asked[role].name != NONE and ":" not in asked[role].name:
                 raise InputError(
-                    f"budget is {self.budget}, but what {role} costs is not known: set {role}.price_input and "
-                    f"{role}.price_output (0 for a model of your own)"
+                    f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
+                    f"{role}.price_output (0 for a server of your own)"
                 )
 
     def strategy(self, kind: Kind, given: int | None = None) -> Strategy:

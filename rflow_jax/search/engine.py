@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from PIL.Image import Image
+
 from rflow_jax.language.base import Writer, Written
 from rflow_jax.pipeline import Pending
 from rflow_jax.search.calls import Calls
@@ -24,7 +26,7 @@ from rflow_jax.search.prompt_run import PromptRun, Step, Work
 from rflow_jax.settings import Settings
 from rflow_jax.verifiers.base import Verdict, Verifier
 
-SAVERS = 2  # threads that encode and write images
+SAVERS = 2  # threads that read, encode and write images
 PATIENCE = 0.5  # seconds between looks at what no thread announces
 
 
@@ -143,13 +145,18 @@ class Engine:
         images = pending.images()
         self._clock.arrived()
         self._live.made(len(images))
-        with self._changed:
-            self._saving += len(images)
         for work, image in zip(batch, images, strict=True):
-            self._savers.submit(self._save, work, image)
+            self._submit_image(work, image)
 
-    def _save(self, work: Work, image: Any) -> None:
+    def _submit_image(self, work: Work, image: Image | None) -> None:
+        with self._changed:
+            self._saving += 1
+        self._savers.submit(self._save, work, image)
+
+    def _save(self, work: Work, image: Image | None) -> None:
+        """Stores an image that was made, or one that is given."""
         try:
+            image = work.run.given_image(work) if image is None else image
             work.run.folder.write_image(work.run.place(work), image)
             self._done(work, None)
         except BaseException as error:
@@ -178,6 +185,8 @@ class Engine:
         for work in works:
             if work.step == "draw":
                 self._ready[work.corrects].append(work)
+            elif work.step == "take":
+                self._submit_image(work, None)
             elif not self.stopped:
                 self.stopped = self._enough()
                 if self.stopped:

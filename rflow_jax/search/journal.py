@@ -5,6 +5,7 @@ A line that was cut by a kill is dropped when the journal is opened again: what 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ JOURNAL = "journal.jsonl"
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One line of JSON, readable in any script."""
+    """One line of JSON, readable in any script; only ``\\n`` ends it, since a text may hold other separators."""
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
@@ -39,9 +40,11 @@ class Journal:
     def note(self, position: int, what: str, value: Any) -> None:
         """Adds a line."""
         entry = {"id": position, what: value}
+        line = json_line(entry).encode()
         # In one call, and without a buffer of our own: a killed process leaves a whole line or the beginning of one.
         with open(self._path, "ab", buffering=0) as file:
-            file.write(json_line(entry).encode())
+            if file.write(line) < len(line):  # without a buffer a full disk is no error, but a line cut short
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._remember(entry)
 
     def remove(self) -> None:
@@ -53,11 +56,11 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of the file, which is cut behind the last whole one."""
+    """The lines of the file without their ends; the file is cut behind the last whole one."""
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return whole.decode().splitlines()
+    return whole.decode().split("\n")[:-1]

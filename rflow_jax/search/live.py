@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -170,8 +170,3 @@ class _Note(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self._words())
-
-
-def total(usages: Sequence[Usage]) -> Usage:
-    """All roles together."""
-    return sum(usages, Usage())

@@ -57,8 +57,11 @@ def filter_nfe(config: FilterConfig) -> int:
 
 
 def _place(folder: Path, config: FilterConfig) -> None:
-    records = [record for record in read_records(folder) if not config.corrections_only or _corrects(record)]
-    if not records or any(record["verdict"] is None for record in records):
+    records = read_records(folder)
+    if config.corrections_only:
+        # A search that was done before its first correction has none: then the best of all is among the others.
+        records = [record for record in records if _corrects(record)] or records
+    if any(record["verdict"] is None for record in records):
         raise InputError(f"{folder}: its images have no verdicts; filter chooses by them")
     verdicts = [Verdict(**record["verdict"]) for record in records]
     for k in config.k:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL.Image import Image
+
 from rflow_jax.language.base import Case, Past, Written
 from rflow_jax.pipeline import Request
 from rflow_jax.sampling import Near
@@ -17,8 +19,9 @@ from rflow_jax.search.store import PromptFolder, read_image
 from rflow_jax.search.strategies import Draft, Strategy
 from rflow_jax.verifiers.base import Verdict
 
-# What an image still needs, in this order: a reflection on its parent, a refined prompt, to be made, to be judged.
-Step = Literal["reflect", "refine", "draw", "score"]
+# What an image still needs, in this order: a reflection on its parent, a refined prompt, to be made (or to be
+# taken over, if it is given), to be judged.
+Step = Literal["reflect", "refine", "draw", "take", "score"]
 _TEXTS: dict[str, tuple[Step, ...]] = {"reflect": ("reflect", "refine"), "prompt": ("refine",)}
 REFLECTION, REFINED, VERDICT = "reflection", "refined_prompt", "verdict"
 _NOTED_AS: dict[Step, str] = {"reflect": REFLECTION, "refine": REFINED, "score": VERDICT}
@@ -149,9 +152,7 @@ class PromptRun:
         if sample.parent is not None and sample.stage in _TEXTS:
             self.samples[position] = sample = self._with_texts(position)
         if not self.folder.has_image(sample.file):
-            if sample.stage != "given":
-                return Work(self, position, "draw")
-            self.folder.write_image(sample.file, read_image(self.given[sample.branch]))
+            return Work(self, position, "take" if sample.stage == "given" else "draw")
         if self.terms.verified:
             verdict = known(position, VERDICT)
             if verdict is None:
@@ -207,6 +208,10 @@ class PromptRun:
             condition = self.folder.read_image(self.samples[sample.parent].file)
         seed = Near(sample.noise_path, self.terms.closeness) if sample.noise_path else sample.seed
         return Request(self.prompt, seed, condition, sample.reflection, sample.refined_prompt)
+
+    def given_image(self, work: Work) -> Image:
+        """The image to begin with."""
+        return read_image(self.given[self.samples[work.position].branch])
 
     def place(self, work: Work) -> str:
         """Where the image goes, in the prompt's folder."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import remove_beginnings, write_file
-from rflow_jax.search.config import MODELS
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -27,6 +26,7 @@ FREE_OF_A_MODEL = (
     "price_input",
     "price_output",
 )
+MODELS = ("verifier", "reflector", "refiner")
 
 
 def require_usable(out: Path) -> None:
@@ -70,28 +70,41 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def claim(out: Path, config: Mapping[str, Any], place: int) -> int:
+def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
     """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
 
     Returns:
-        An open file that holds the claim.
+        A file that holds the claim as long as it is open. Whoever opens and closes the configuration meanwhile, in this
+        process, gives the claim up.
 
     Raises:
-        InputError: another process works here.
+        InputError: another process works here, or began another search a moment ago.
     """
     path = out / CONFIG
     if not path.exists():
-        remove_beginnings(out, CONFIG)
-        write_file(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
-    held = os.open(path, os.O_RDWR)
+    held = open(path, "rb+")  # noqa: SIM115
     try:
         # A byte for each process of a run: it is given up when the process ends, however it ends.
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
     except OSError as error:
-        os.close(held)
+        held.close()
         raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another") from error
     return held
+
+
+def _write_first(path: Path, content: str) -> None:
+    """Writes a file that is not there yet; of several processes the first one's stays, for claims are held on it."""
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    own.write_text(content, encoding="utf-8")
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # the file system has no links
+        os.replace(own, path)
+    own.unlink(missing_ok=True)
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:

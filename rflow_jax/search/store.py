@@ -47,6 +47,8 @@ class PromptFolder:
         self.path = folder_of(out, index)
         self.index = index
         self.entry = entry
+        for half in self.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            half.unlink()
         if (self.path / METADATA).exists():
             check_entry(out, index, entry)
         else:
@@ -113,7 +115,9 @@ def folder_of(out: Path, index: int) -> Path:
 
 def is_done(out: Path, index: int) -> bool:
     """Whether the search of a prompt is finished."""
-    return (folder_of(out, index) / RECORDS).exists()
+    folder = folder_of(out, index)
+    # A kill between the records and the end of the journal leaves both: then it is finished once more.
+    return (folder / RECORDS).exists() and not (folder / JOURNAL).exists()
 
 
 def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
@@ -141,7 +145,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / RECORDS
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             record = json.loads(line)
             records.append({**record, "file": record["file"], "round": int(record["round"])})
@@ -166,6 +170,7 @@ def read_image(path: Path) -> Image:
 def link(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has no links; never half a file."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a killed process's: a copy into it would be written into what it links to
     try:
         os.link(source, temporary)
     except OSError:

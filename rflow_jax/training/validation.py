@@ -21,6 +21,7 @@ from rflow_jax.data.loader import open_source
 from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for
+from rflow_jax.images import side_by_side
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.pipeline import Pipeline

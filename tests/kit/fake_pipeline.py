@@ -1,6 +1,9 @@
 """A pipeline without a model: small pictures that follow from everything that the real one depends on."""
 
+from __future__ import annotations
+
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,57 +12,126 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Image
 
+from rflow_jax.pipeline import Request
 from rflow_jax.settings import Settings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What was sent on its way together.
+
+    Attributes:
+        behind: batches that were on their way already.
+    """
+
+    lora: bool
+    requests: list[Request]
+    behind: int
+
+
+@dataclass
+class Log:
+    """The batches of a pipeline and of the same without its LoRA."""
+
+    batches: list[Batch] = field(default_factory=list)
+    on_their_way: int = 0
+
+
+@dataclass
+class FakePending:
+    """A batch on its way."""
+
+    made: list[Image]
+    log: Log
+    wait: Callable[[], None]
+
+    def images(self) -> list[Image]:
+        """The pictures, after a while."""
+        self.wait()
+        self.log.on_their_way -= 1
+        return self.made
 
 
 @dataclass
 class FakePipeline:
-    """Has the interface of ``rflow_jax.pipeline.Pipeline`` and remembers its calls."""
+    """Has the interface of ``rflow_jax.pipeline.Pipeline`` and remembers its batches.
+
+    Attributes:
+        before: told the requests of each batch before it starts; may raise.
+        wait: what the device does in the meantime.
+    """
 
     lora: bool = True
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    replicas: int = 1
+    before: Callable[[Sequence[Request]], None] = lambda requests: None
+    wait: Callable[[], None] = lambda: None
+    log: Log = field(default_factory=Log)
+    thread: int = field(default_factory=threading.get_ident)
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._bare = replace(self, lora=False) if self.lora else self
+
+    @property
+    def batches(self) -> list[Batch]:
+        """In the order in which they were sent."""
+        return self.log.batches
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of all batches."""
+        return [request for batch in self.log.batches for request in batch.requests]
+
+    def images_at_once(self, settings: Settings) -> int:
+        """Images of one batch."""
+        return settings.batch_size * self.replicas
 
     def resolve(self, settings: Settings) -> Settings:
         """The settings with FLUX.1-dev's numbers where they leave these open."""
         steps, length = settings.num_inference_steps or 30, settings.max_sequence_length or 512
         return replace(settings, num_inference_steps=steps, max_sequence_length=length)
 
-    def without_lora(self) -> "FakePipeline":
-        """The same without the corrector; calls are remembered together."""
-        return FakePipeline(lora=False, calls=self.calls)
+    def without_lora(self) -> FakePipeline:
+        """The same without the corrector, and the same object each time; batches are remembered together."""
+        return self._bare
+
+    def start(self, requests: Sequence[Request], settings: Settings) -> FakePending:
+        """Sends a batch on its way."""
+        assert threading.get_ident() == self.thread, "a generator is fed by one thread"
+        assert 0 < len(requests) <= self.images_at_once(settings)
+        assert len({request.condition is None for request in requests}) == 1
+        self.before(requests)
+        self.batches.append(Batch(self.lora, list(requests), self.log.on_their_way))
+        self.log.on_their_way += 1
+        return FakePending([picture(request, self.lora, settings) for request in requests], self.log, self.wait)
 
     def generate(
         self,
         prompts: Sequence[str],
         *,
         seeds: Sequence[Any],
-        conditions: Sequence[Image] | None = None,
+        conditions: Sequence[Image | None] | None = None,
         reflections: Sequence[str | None] | None = None,
         refined_prompts: Sequence[str | None] | None = None,
         settings: Settings = Settings(),
         on_images: Callable[[int, list[Image]], None] | None = None,
     ) -> list[Image]:
         """One picture a prompt, in batches."""
-        count = len(prompts)
-        conditions = list(conditions) if conditions is not None else []
-        reflections, refined = list(reflections or [None] * count), list(refined_prompts or [None] * count)
-        columns = (prompts, seeds, reflections, refined)
-        assert all(len(column) == count for column in columns)
-        assert len(conditions) in (0, count)
-        self.calls.append({"lora": self.lora, "prompts": list(prompts), "conditions": conditions})
+        columns = [[None] * len(prompts) if c is None else c for c in (conditions, reflections, refined_prompts)]
+        requests = [Request(*row) for row in zip(prompts, seeds, *columns, strict=True)]
+        size = self.images_at_once(settings)
         images: list[Image] = []
-        for start in range(0, count, settings.batch_size):
-            stop = min(start + settings.batch_size, count)
-            rows = zip(*(column[start:stop] for column in columns), strict=True)
-            seen = [hashlib.sha256(one.tobytes()).hexdigest() for one in conditions[start:stop]]
-            seen = seen or [""] * (stop - start)
-            batch = [_picture((self.lora, *row, mark)) for row, mark in zip(rows, seen, strict=True)]
-            images += batch
+        for first in range(0, len(requests), size):
+            batch = self.start(requests[first : first + size], settings).images()
             if on_images:
-                on_images(start, batch)
+                on_images(first, batch)
+            images += batch
         return images
 
 
-def _picture(key: Any) -> Image:
+def picture(request: Request, lora: bool, settings: Settings) -> Image:
+    """Another one for any other input; only the size of the batch changes nothing."""
+    condition = request.condition and hashlib.sha256(request.condition.tobytes()).hexdigest()
+    key = (lora, replace(request, condition=None), condition, replace(settings, batch_size=1))
     rng = np.random.default_rng(list(hashlib.sha256(repr(key).encode()).digest()))
     return PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
