@@ -28,8 +28,8 @@ class Series:
 class Label:
     """A text and where it stands: over its middle, or right of a point if it is ``beside`` one."""
 
-    x: float
-    y: float
+    x: int | float
+    y: int | float
     text: str
     run: int = 0  # gives the colour of a curve's label
     beside: bool = False
@@ -57,10 +57,10 @@ class Chart:
 
     width: int
     height: int
-    left: float
-    right: float
-    top: float
-    bottom: float
+    left: int
+    right: int
+    top: int
+    bottom: int
     summary: str
     x_ticks: tuple[Label, ...]
     y_ticks: tuple[Label, ...]
@@ -75,13 +75,13 @@ class Style:
 
     width: int
     height: int
-    left: float = 44
-    right: float = 24
-    top: float = 24
-    bottom: float = 44
+    left: int = 44
+    right: int = 24
+    top: int = 24
+    bottom: int = 44
     ticks: int = 5
     named: int = 0  # letters of a run's name at the end of its curve
-    line: float = 15  # between two labels
+    line: int = 15  # between two labels
 
 
 WIDE = Style(600, 348, named=18)
@@ -98,7 +98,9 @@ def ticks(values: Iterable[float], about: int, decides: bool = False) -> list[fl
     """
     values = list(values) or [0.0, 1.0]
     low, high = min(values), max(values)
-    raw = (high - low or abs(high) * 0.2 or 1.0) / max(about - 1, 1)
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-6 * max(size, 1.0) else max(0.2 * size, 1e-3)
+    raw = span / max(about - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -173,9 +175,9 @@ def _at_ends(series: Sequence[Series], lines: Sequence[Line], style: Style, deci
     return [replace(label, y=y) for label, y in zip(labels, ys, strict=True)]
 
 
-def _apart(ys: Sequence[float], gap: float) -> list[float]:
+def _apart(ys: Sequence[int | float], gap: int) -> list[float]:
     """The rising numbers, moved as little as makes them ``gap`` apart: each crowd stays around its middle."""
-    crowds: list[list[float]] = []
+    crowds: list[list[int | float]] = []
     for y in ys:
         crowds.append([y])
         while len(crowds) > 1 and _start(crowds[-1], gap) < _start(crowds[-2], gap) + gap * len(crowds[-2]):
@@ -183,7 +185,7 @@ def _apart(ys: Sequence[float], gap: float) -> list[float]:
     return [round(_start(crowd, gap) + gap * k, 1) for crowd in crowds for k in range(len(crowd))]
 
 
-def _start(crowd: Sequence[float], gap: float) -> float:
+def _start(crowd: Sequence[int | float], gap: int) -> float:
     return sum(crowd) / len(crowd) - gap * (len(crowd) - 1) / 2
 
 

@@ -32,7 +32,7 @@ def value(number: float | None, decides: bool) -> str:
 
 def duration(seconds: float) -> str:
     """``42 s``, ``7 min``, ``3 h 05 min``."""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -23,8 +23,11 @@ function result(short, run) {
     if (short.chosen !== 0) parts.push(look(0, "first image"), el("span", { className: "arrow" }, "→"));
     parts.push(look(short.chosen, "chosen image"));
   } else {
-    const changed = (k, at) => k !== null && k !== short.bestOfFirst[at - 1];
-    parts.push(...short.bestOfFirst.map((k, at) => (changed(k, at) ? look(k, `best of ${data.numbers[at]}`) : el("span", { className: "look same" }))));
+    // Before the first score: the first image, whatever it is worth.
+    short.bestOfFirst.forEach((k, at) => {
+      const same = at > 0 && k === short.bestOfFirst[at - 1];
+      parts.push(same ? el("span", { className: "look same" }) : look(k ?? 0, `best of ${data.numbers[at]}`));
+    });
   }
   return el("span", { className: `result ${runClass(run)}`, title: several ? data.runs[run].name : null }, ...parts);
 }

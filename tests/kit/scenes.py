@@ -87,12 +87,18 @@ DEFECTS = {
 }
 
 
+def things_of(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a prompt asks for; a boat where it does not say."""
+    return list(entry.get("include") or [thing("boat")])
+
+
 def said_of(defect: str, entry: Mapping[str, Any]) -> str:
     """A reflection on a defect."""
-    first, last = entry["include"][0], entry["include"][-1]
+    things = things_of(entry)
+    first, last = things[0], things[-1]
     return DEFECTS[defect][1].format(
         number=NUMBERS[first["count"]],
-        all=" and the ".join(one["class"] + ("s" if one["count"] > 1 else "") for one in entry["include"]),
+        all=" and the ".join(one["class"] + ("s" if one["count"] > 1 else "") for one in things),
         first=first["class"],
         last=last["class"],
         colour=last.get("color"),
@@ -119,7 +125,7 @@ def picture(scene: Scene, size: int = 256) -> bytes:
     canvas = Image.new("RGBA", (2 * size, 2 * size), sky)
     horizon = rng.uniform(0.58, 0.74) * 2 * size
     ImageDraw.Draw(canvas).rectangle((0, horizon, 2 * size, 2 * size), ground)
-    things = [one for one in scene.entry["include"] for _ in range(one["count"])]
+    things = [one for one in things_of(scene.entry) for _ in range(one["count"])]
     if {"count", "missing"} & scene.defects:
         things = things[:-1]
     if "swapped" in scene.defects:
@@ -127,7 +133,7 @@ def picture(scene: Scene, size: int = 256) -> bytes:
     width = min(0.44, 0.86 / len(things)) * (0.5 if "small" in scene.defects else 1)
     for k, one in enumerate(things):
         colour = one.get("color") or rng.choice(list(COLOURS))
-        if "colour" in scene.defects and one is scene.entry["include"][-1]:
+        if "colour" in scene.defects and one == things_of(scene.entry)[-1]:
             colour = next(name for name in COLOURS if name != colour)
         side = int(width * 2 * size)
         shape = Image.new("RGBA", (side, side))
