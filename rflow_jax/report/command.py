@@ -28,9 +28,7 @@ def report(config: ReportConfig) -> int:
     """Writes the page and prints the table; returns the exit status."""
     runs = read_runs([Path(folder) for folder in config.runs])
     page = write_page(runs, None if config.out is None else Path(config.out))
-    # Where the output goes to a file, rich would take 80 columns for granted and cut numbers.
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
-    console.print(summary_table(runs))
+    # A table takes no more than it needs; in a narrow terminal its lines break, and no number is cut off.
+    Console(width=200).print(summary_table(runs))
     print(f"{page}: {', '.join(count(len(run.prompts), 'prompt') + f' of {run.folder}' for run in runs)}")
     return 0

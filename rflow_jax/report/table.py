@@ -18,7 +18,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
     """
     numbers = numbers_of_images(runs)
     several = len(runs) > 1
-    table = Table(title="Mean best score by number of images", title_justify="left", box=SIMPLE)
+    table = Table(title="Mean best score by number of images", title_justify="left", box=SIMPLE, collapse_padding=True)
     if any(run.decides for run in runs):
         table.title = "Prompts whose best image is a yes, by number of images"
     if any(run.decides for run in runs) and not all(run.decides for run in runs):

@@ -92,7 +92,7 @@ def open_prompt(page, number: int):
 
 
 def shown(page) -> list[str]:
-    return page.locator(".prompt:visible .text").all_inner_texts()
+    return page.locator(".prompt:visible .text").all_text_contents()
 
 
 def broken(page) -> int:
@@ -184,7 +184,7 @@ def test_prompts_are_found_and_ordered(visit, one, two):
 
     def values(label: str, picked: str) -> list[float]:
         page.locator("[name=order]").select_option(label=label)
-        return [float(text) for text in page.locator(f".prompt {picked} small").all_inner_texts() if text != "–"]
+        return [float(text) for text in page.locator(f".prompt {picked} small").all_text_contents() if text != "–"]
 
     best = values("Best score, high first", ".look.best")
     assert best == sorted(best, reverse=True)
@@ -192,14 +192,14 @@ def test_prompts_are_found_and_ordered(visit, one, two):
     page.locator("[name=order]").select_option(label="Gain over the first image")
     gains = []
     for row in page.locator(".prompt").all():
-        numbers = row.locator(".look small").all_inner_texts()
+        numbers = row.locator(".look small").all_text_contents()
         gains.append(float(numbers[-1]) - float(numbers[0]) if numbers[0] != "–" else -1)
     assert gains == pytest.approx(sorted(gains, reverse=True), abs=0.011)
     page.locator("[name=order]").select_option(label="Prompt order")
     assert shown(page) == all_texts
     page = visit(two)
     page.locator("[name=order]").select_option(label="Best score, high first (noise)")
-    column = page.locator(".prompt .run-1 .look.best small").all_inner_texts()
+    column = page.locator(".prompt .run-1 .look.best small").all_text_contents()
     assert column == sorted(column, reverse=True)
 
 
@@ -310,11 +310,9 @@ def test_a_whole_geneval_opens_quickly(visit, tmp_path):
 def test_screenshots(visit, tmp_path):
     folder = Path(os.environ["RFLOW_SCREENSHOTS"]).absolute()
     reflect, noise = write_demo(tmp_path)
-    pages = {
-        "desktop": (write_report([reflect]), (1280, 1720)),
-        "phone": (write_report([reflect, noise], tmp_path), (390, 1400)),
-    }
-    for name, (path, size) in pages.items():
+    desktop = write_report([reflect]), (1280, 1900)
+    phone = write_report([reflect, noise], tmp_path), (390, 2300)
+    for name, (path, size) in {"desktop": desktop, "phone": phone}.items():
         page = visit(path, size)
         open_prompt(page, 0)
         page.evaluate("scrollTo(0, 0)")

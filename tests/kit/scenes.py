@@ -82,7 +82,7 @@ DEFECTS = {
     "colour": (2.2, "The {last} has the wrong colour. Make it {colour}, and keep all else."),
     "swapped": (2.4, "The {all} have changed places. Swap them, as the prompt says."),
     "small": (1.1, "The {all} can hardly be seen. Draw larger, in the middle of the picture."),
-    "tilt": (0.8, "The {all} seems to fall over. Set it upright, on level ground."),
+    "tilt": (0.8, "All leans to one side. Set the {all} upright, on level ground."),
     "dull": (0.6, "The light is dull and the background grey. Use clear daylight."),
 }
 
