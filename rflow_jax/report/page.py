@@ -116,7 +116,6 @@ def _details(picture: Picture, folder: str) -> dict[str, Any]:
     verdict = picture.verdict
     details = {
         **_look(picture, folder),
-        "file": picture.file,
         "round": picture.round,
         "branch": picture.branch,
         "stage": picture.stage,

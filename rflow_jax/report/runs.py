@@ -22,7 +22,6 @@ _RECORD = {
     "round": _NUMBER,
     "branch": _NUMBER,
     "stage": _TEXT,
-    "seed": (list, type(None)),
     "parent": (int, type(None)),
     "refined_prompt": _MAYBE_TEXT,
     "reflection": _MAYBE_TEXT,
@@ -54,7 +53,6 @@ class Picture:
     round: int
     branch: int
     stage: str
-    seed: tuple[int, ...] = ()
     parent: int | None = None
     refined_prompt: str | None = None
     reflection: str | None = None
@@ -192,7 +190,6 @@ def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
         round=record["round"],
         branch=record["branch"],
         stage=record["stage"],
-        seed=tuple(record.get("seed") or ()),
         parent=parent,
         refined_prompt=record.get("refined_prompt"),
         reflection=record.get("reflection"),
