@@ -1,0 +1,249 @@
+"""The folder of a search, read back: its pictures in the order in which they were made."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import PIL.Image
+import yaml
+
+from rflow_jax.errors import InputError
+from rflow_jax.verifiers.base import Verdict
+
+_PROMPT_FOLDER = re.compile(r"\d{5,}")
+_TEXT, _NUMBER, _MAYBE_TEXT = (str,), (int,), (str, type(None))
+_RECORD = {
+    "file": _TEXT,
+    "prompt": _TEXT,
+    "round": _NUMBER,
+    "branch": _NUMBER,
+    "stage": _TEXT,
+    "parent": (int, type(None)),
+    "refined_prompt": _MAYBE_TEXT,
+    "reflection": _MAYBE_TEXT,
+    "text_errors": (list, type(None)),
+    "verdict": (dict, type(None)),
+}
+_VERDICT = {
+    "score": (int, float, type(None)),
+    "label": _MAYBE_TEXT,
+    "explanation": _MAYBE_TEXT,
+    "error": _MAYBE_TEXT,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a prompt.
+
+    Attributes:
+        file: relative to the prompt's folder.
+        size: width and height in pixels; None if the file is missing or no image.
+        stage: "noise", "prompt", "reflect", "neighbour" or "given".
+        parent: position of the picture that it corrects.
+        verdict: None if no verifier looked at it.
+    """
+
+    file: str
+    size: tuple[int, int] | None
+    round: int
+    branch: int
+    stage: str
+    parent: int | None = None
+    refined_prompt: str | None = None
+    reflection: str | None = None
+    text_errors: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a score to compare."""
+        return self.verdict is not None and self.verdict.scored
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and its pictures, at least one."""
+
+    folder: str
+    text: str
+    tag: str | None
+    pictures: tuple[Picture, ...]
+
+    def best(self, count: int | None = None) -> int | None:
+        """Position of the best of the first ``count`` pictures (all by default); ties go to the first made."""
+        ranks = {k: picture.verdict.rank for k, picture in enumerate(self.pictures[:count]) if picture.verdict}
+        best = max(ranks, key=ranks.__getitem__, default=None)
+        return best if best is not None and self.pictures[best].scored else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One search.
+
+    Attributes:
+        folder: where it lies.
+        config: what ``config.yaml`` says.
+        usage: what ``usage.json`` says: ``seconds`` and ``cost`` (in dollars), where they are known.
+        prompts: those that are finished, in the order of their folders.
+        running: how many are not.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    usage: Mapping[str, float]
+    prompts: tuple[Prompt, ...]
+    running: int
+
+    @cached_property
+    def verified(self) -> bool:
+        """Whether a verifier looked at any picture."""
+        return any(picture.verdict for prompt in self.prompts for picture in prompt.pictures)
+
+    @cached_property
+    def decides(self) -> bool:
+        """Whether its verifier says yes or no."""
+        verdicts = (picture.verdict for prompt in self.prompts for picture in prompt.pictures)
+        return any(verdict and verdict.label for verdict in verdicts)
+
+    @property
+    def images(self) -> int:
+        """Pictures of all finished prompts."""
+        return sum(len(prompt.pictures) for prompt in self.prompts)
+
+    @property
+    def unscored(self) -> int:
+        """Pictures that a verifier should have scored and did not."""
+        unscored = sum(not picture.scored for prompt in self.prompts for picture in prompt.pictures)
+        return unscored if self.verified else 0
+
+    @property
+    def most(self) -> int:
+        """Pictures of the prompt that has most."""
+        return max(len(prompt.pictures) for prompt in self.prompts)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads searches.
+
+    Raises:
+        InputError: no folder, one that holds no search, no finished prompt, or a file that cannot be read.
+    """
+    if not folders:
+        raise InputError("no folder: give the --out of one or more searches")
+    return [read_run(folder) for folder in folders]
+
+
+def read_run(folder: Path) -> Run:
+    """Reads one search; raises as :func:`read_runs`."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the --out of a search")
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: not the folder of a search (no config.yaml); give the --out of a search")
+    begun = sorted(path for path in folder.iterdir() if _PROMPT_FOLDER.fullmatch(path.name) and path.is_dir())
+    finished = [prompt for path in begun if (prompt := _read_prompt(path))]
+    if not finished:
+        raise InputError(f"{folder}: no prompt is finished yet ({len(begun)} begun); report on it later")
+    config = _read_config(folder / "config.yaml")
+    return Run(folder, config, _read_usage(folder / "usage.json"), tuple(finished), len(begun) - len(finished))
+
+
+def _read_prompt(folder: Path) -> Prompt | None:
+    """None for a prompt that is not finished."""
+    records = folder / "records.jsonl"
+    if not records.is_file():
+        return None
+    text, pictures = "", []
+    for number, record in _json_lines(records):
+        try:
+            pictures.append(_picture(record, folder, len(pictures)))
+        except ValueError as error:
+            raise InputError(f"{records}, line {number}: {error}") from error
+        text = record["prompt"]
+    if not pictures:
+        return None
+    metadata = folder / "metadata.jsonl"
+    entry = next((entry for _, entry in _json_lines(metadata)), {}) if metadata.is_file() else {}
+    tag = entry.get("tag")
+    return Prompt(folder.name, text, tag if isinstance(tag, str) and tag else None, tuple(pictures))
+
+
+def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
+    _check(record, _RECORD)
+    file, parent, verdict = PurePosixPath(record["file"]), record.get("parent"), record.get("verdict")
+    if file.is_absolute() or ".." in file.parts:
+        raise ValueError(f"file is {record['file']!r}, outside the prompt's folder")
+    if parent is not None and not 0 <= parent < position:
+        raise ValueError(f"parent is {parent}, which is no earlier record")
+    if verdict is not None:
+        _check(verdict, _VERDICT)
+        texts = verdict.get("explanation") or "", None, verdict.get("error")
+        score = verdict.get("score")
+        verdict = Verdict(None if score is None else float(score), verdict.get("label"), *texts)
+    return Picture(
+        file=record["file"],
+        size=_size(folder / file),
+        round=record["round"],
+        branch=record["branch"],
+        stage=record["stage"],
+        parent=parent,
+        refined_prompt=record.get("refined_prompt"),
+        reflection=record.get("reflection"),
+        text_errors=tuple(map(str, record.get("text_errors") or ())),
+        verdict=verdict,
+    )
+
+
+def _check(record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    for key, allowed in kinds.items():
+        value = record.get(key)
+        if not isinstance(value, allowed):
+            raise ValueError(f"{key} is {value!r:.80}" if key in record else f"no {key}")
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    try:
+        with PIL.Image.open(path) as image:  # reads no more than the header
+            return image.size
+    except (OSError, ValueError, PIL.Image.DecompressionBombError):
+        return None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file and the numbers of their lines."""
+    # Split as bytes: the text may hold other ends of lines than \n.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object")
+        yield number, value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected keys with values")
+    return config
+
+
+def _read_usage(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        return {}
+    try:
+        usage = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    known = usage.items() if isinstance(usage, dict) else ()
+    return {key: float(value) for key, value in known if isinstance(value, int | float)}
