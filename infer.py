@@ -6,6 +6,7 @@ from importlib import import_module
 from rflow_jax import cli
 from rflow_jax.generate import GenerateConfig, generate
 from rflow_jax.pairs import PairsConfig, pairs
+from rflow_jax.report import ReportConfig, report
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.search.nfe import FilterConfig, filter_nfe
 from rflow_jax.settings import Settings
@@ -23,6 +24,7 @@ COMMANDS = {
     "noise": cli.Command("Search over images from fresh noise.", SEARCH, _search("noise")),
     "noise-prompt": cli.Command("Refine each branch's prompt from image to image.", SEARCH, _search("noise_prompt")),
     "reflect": cli.Command("Correct the best images round by round.", SEARCH, _search("reflect")),
+    "report": cli.Command("Show searches on one page.", (ReportConfig,), report, "runs"),
     "filter": cli.Command("Choose the best of a search's first k images.", (FilterConfig,), filter_nfe, "folder"),
     "pairs": cli.Command("Correct known bad images, beside the good ones.", (PairsConfig, Settings), pairs, "file"),
 }
