@@ -137,9 +137,9 @@ class Live:
         if fraction is not None:
             words.append(f"generator {fraction:.0%} busy")
         if usage.calls:
-            words.append(f"{usage.in_flight} calls")
+            words.append(f"{usage.in_flight} call{'' if usage.in_flight == 1 else 's'}")
         if failures:
-            words.append(f"{failures} failures")
+            words.append(f"{failures} failure{'' if failures == 1 else 's'}")
         if usage.cost:
             words.append(f"${usage.cost:.2f}")
         return ", ".join(words)
