@@ -306,17 +306,6 @@ def test_a_spent_budget_stops_cleanly_and_a_later_run_goes_on(tmp_path, ran, que
     assert len(again.reflector.cases) + len(again.refiner.cases) == 2 * 18 - written
 
 
-def test_a_finished_folder_needs_nothing_more(tmp_path):
-    search(tmp_path)
-    before = files(tmp_path)
-    for index in ENTRIES:  # as if it had been killed before the last record
-        assert (tmp_path / f"{index:05d}/records.jsonl").exists()
-    asked = models()
-    done = search(tmp_path, asked=asked)
-    assert files(tmp_path) == before
-    assert done.pipe.requests == []
-
-
 def test_a_prompt_that_is_good_enough_is_not_searched_on(tmp_path):
     config = replace(CONFIG, stop_score=5.0, max_images=9)
     done = search(tmp_path, config)
