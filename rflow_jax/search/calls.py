@@ -38,7 +38,6 @@ class Calls:
         for number in range(concurrency):
             # Daemons: an interrupted process does not wait for answers.
             threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
-        self._threads = concurrency
 
     @property
     def asked(self) -> int:
@@ -54,7 +53,7 @@ class Calls:
 
     def drop_waiting(self) -> None:
         """Forgets the works whose turn has not come."""
-        while not self._works.empty():
+        while not (self._works.empty() or self._closed):
             try:
                 self._works.get_nowait()
             except queue.Empty:
@@ -65,8 +64,7 @@ class Calls:
     def close(self) -> None:
         """Takes no more works up; what calls under way still answer is dropped, for they may have been given up."""
         self._closed = True
-        for _ in range(self._threads):
-            self._works.put(None)
+        self._works.put(None)
 
     def _serve(self) -> None:
         while (works := self._take()) is not None:
@@ -89,6 +87,7 @@ class Calls:
                 works.append(self._works.get_nowait())
             except queue.Empty:  # another thread was quicker
                 break
-        if self._closed or None in works:
+        if self._closed:
+            self._works.put(None)  # for the next thread
             return None
         return works

@@ -96,7 +96,7 @@ class Engine:
         finally:
             for calls in self._calls.values():
                 calls.close()
-            self._savers.shutdown(wait=False, cancel_futures=True)
+            self._savers.shutdown(cancel_futures=True)  # waits for images that are half written
             self._models.close()
 
     def _open_calls(self) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.kit.openai_server import KEY, Fault, OpenAIServer, score_of, sentence_of
 
@@ -59,8 +62,7 @@ def run(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr
         records = {
-            index: [json.loads(line) for line in (out / f"{index:05d}/records.jsonl").read_text().splitlines()]
-            for index in range(3)
+            index: [json.loads(line) for line in (out / f"{index:05d}/records.jsonl").open()] for index in range(3)
         }
         yield out, records, server.calls, done
 
@@ -76,7 +78,9 @@ def test_every_score_belongs_to_its_image_whatever_went_wrong(run):
                 unscored.append((index, record["verdict"]["error"]))
             else:
                 assert record["verdict"]["score"] == score_of(image)
-    assert unscored == [(1, "the model refused: I cannot help with that.")]
+    ((index, error),) = unscored
+    assert index == 1
+    assert error.startswith("the model refused: I cannot help with that.")
     assert "3 prompts, 24 images, 23 scored, 1 without a score, 8 texts failed" in done.stdout
 
 
@@ -113,14 +117,100 @@ def test_no_secret_is_written(run):
     assert not any(KEY.encode() in file.read_bytes() for file in out.rglob("*") if file.is_file())
 
 
-def test_a_second_run_does_not_mix_with_the_first(run):
+def test_a_second_run_on_a_finished_folder_does_nothing_and_says_so(run):
     out, *_ = run
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    command = ["reflect", *DEBUG, "--out", out, "--end=3", "--settings.num_inference_steps=2"]
     with OpenAIServer() as server:
-        done = infer("reflect", *DEBUG, "--out", out, server=server)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {out}: holds files of another run; give an empty or new folder as --out\n"
+        done = infer(*command, "--verifier.max_retries=1", server=server)
+        assert server.calls == []
+        assert (done.returncode, done.stdout) == (0, f"{out}: all 3 prompts are done; nothing to do\n"), done.stderr
+        other = infer(*command, "--seed=1", server=server)
+    assert other.returncode == 2
+    assert other.stderr.startswith(f"error: {out}: holds another search: seed is 0 there and 1 now")
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+
+
+def test_filter_chooses_the_best_of_the_first_images(run, tmp_path):
+    finished, records, *_ = run
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    done = infer("filter", out, "--k=[1,3,32]")
+    assert (done.returncode, done.stdout) == (0, f"{out}: nfe1, nfe3, nfe32 of 3 prompts\n"), done.stderr
+    for index, prompt in records.items():
+        for k in (1, 3, 32):
+            scored = [record for record in prompt[:k] if record["verdict"]["score"] is not None]
+            best = max(scored, key=lambda record: record["verdict"]["score"]) if scored else prompt[0]
+            chosen = (out / f"{index:05d}/nfe{k}/00000.png").read_bytes()
+            assert chosen == (out / f"{index:05d}" / best["file"]).read_bytes()
+
+
+def test_two_processes_share_a_run_and_reflect_begins_with_its_images(tmp_path):
+    noise, out = tmp_path / "noise", tmp_path / "reflect"
+    more = ["--end=3", "--noise.search_rounds=1", "--settings.num_inference_steps=1", "--settings.batch_size=2"]
+    with OpenAIServer() as server:
+        with ThreadPoolExecutor(2) as together:
+            shares = [f"--share={number}/2" for number in range(2)]
+            every = list(
+                together.map(lambda s: infer("noise", *DEBUG, *more, "--out", noise, s, server=server), shares)
+            )
+        for done, count in zip(every, ("2 prompts, 4 images, 4", "1 prompt, 2 images, 2"), strict=True):
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith(f"{count} scored")
+        assert sorted(child.name for child in noise.iterdir()) == [
+            "00000", "00001", "00002", "config.yaml", "usage.json", "usage_1.json"
+        ]  # fmt: skip
+        more += ["--start=1", "--reflect.search_rounds=1", "--images", noise, "--out", out]
+        done = infer("reflect", *DEBUG, *more, server=server)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 prompts, 4 images, 8 scored")
+    for index in (1, 2):
+        records = [json.loads(line) for line in (out / f"{index:05d}/records.jsonl").open()]
+        assert [record["stage"] for record in records] == ["given", "given", "reflect", "reflect"]
+        for number in range(2):
+            name = f"{index:05d}/samples/{number:05d}.png"
+            assert (out / name).read_bytes() == (noise / name).read_bytes()
+
+
+def test_noise_prompt_refines_each_branch(tmp_path):
+    more = ["--end=1", "--settings.num_inference_steps=1", "--out", tmp_path / "run"]
+    with OpenAIServer() as server:
+        done = infer("noise-prompt", *DEBUG, *more, server=server)
+        written = {sentence_of(call.image, call.text): call for call in server.calls if call.role == "write"}
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 prompt, 4 images, 4 scored")
+    records = [json.loads(line) for line in (tmp_path / "run/00000/records.jsonl").open()]
+    assert [(record["parent"], record["refined_prompt"] is None) for record in records] == [
+        (None, True), (None, True), (0, False), (1, False)
+    ]  # fmt: skip
+    for record in records[2:]:
+        parent = (tmp_path / "run/00000" / record["parent_file"]).read_bytes()
+        assert written[record["refined_prompt"]].image == parent
+
+
+def test_pairs_are_corrected_beside_the_good_ones(tmp_path):
+    entries = []
+    for number in range(3):
+        names = {kind: f"{kind}{number}.png" for kind in ("bad", "good")}
+        for shade, name in enumerate(names.values()):
+            Image.new("RGB", (80, 64), (70 * number, 90 * shade, 20)).save(tmp_path / name)
+        texts = {"prompt": f"prompt {number}", "instruction": "add a cat"}
+        entries.append({"bad_image": names["bad"], "good_image": names["good"], **texts})
+    (tmp_path / "pairs.json").write_text(json.dumps(entries))
+    lora = "--lora=tests/golden/lora/pytorch_lora_weights.safetensors"
+    small = ["--height=64", "--width=64", "--condition_size=32", "--num_inference_steps=1", "--batch_size=2"]
+    command = ["pairs", tmp_path / "pairs.json", *MODEL, lora, *small, "--max_sequence_length=64", "--out"]
+    done = infer(*command, tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, f"3 pairs in {tmp_path / 'out'}\n"), done.stderr
+    for number in range(3):
+        with Image.open(tmp_path / f"out/{number:05d}.png") as row:
+            assert row.size == (192, 64)
+            assert row.getpixel((100, 32)) == (70 * number, 90, 20)
+            made = row.crop((128, 0, 192, 64))
+        with Image.open(tmp_path / f"out/generated/{number:05d}.png") as image:
+            assert image.tobytes() == made.tobytes()
+    again = infer(*command, tmp_path / "out")
+    assert again.stdout == f"{tmp_path / 'out'}: all 3 pairs are done; nothing to do\n"
 
 
 def test_generate_makes_an_image_of_the_search_again_from_its_record(run, tmp_path):

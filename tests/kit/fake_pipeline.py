@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Image
 
-from rflow_jax.pipeline import Request
+from rflow_jax.pipeline import Pending, Request
 from rflow_jax.settings import Settings
 
 
@@ -37,8 +37,8 @@ class Log:
     on_their_way: int = 0
 
 
-@dataclass
-class FakePending:
+@dataclass(frozen=True)
+class FakePending(Pending):
     """A batch on its way."""
 
     made: list[Image]
@@ -103,7 +103,8 @@ class FakePipeline:
         self.before(requests)
         self.batches.append(Batch(self.lora, list(requests), self.log.on_their_way))
         self.log.on_their_way += 1
-        return FakePending([picture(request, self.lora, settings) for request in requests], self.log, self.wait)
+        made = [picture(request, self.lora, settings) for request in requests]
+        return FakePending(len(made), np.zeros(0), made, self.log, self.wait)
 
     def generate(
         self,

@@ -21,7 +21,7 @@ from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, SearchConfig
 from rflow_jax.search.engine import Engine, Models
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Terms, Work
-from rflow_jax.search.store import PromptFolder, read_records
+from rflow_jax.search.store import PromptFolder, is_done, read_records
 from rflow_jax.settings import Settings
 from rflow_jax.usage import Meter, Usage
 from rflow_jax.verifiers.base import Verdict
@@ -235,14 +235,14 @@ def search(
     given: Mapping[int, Sequence[Path]] | None = None,
     enough: Callable[[], str | None] = lambda: None,
 ) -> Ran:
-    """Searches with an engine."""
+    """Searches with an engine; prompts that are done are left out."""
     pipe, asked = pipe or FakePipeline(), asked or models(kind)
     opened: list[PromptRun] = []
     most_open = 0
 
     def prompts() -> Iterator[PromptRun]:
         nonlocal most_open
-        for index in entries:
+        for index in (index for index in entries if not is_done(out, index)):
             opened.append(prompt_run(out, index, config, kind, (given or {}).get(index, ()), bool(asked.verifier)))
             most_open = max(most_open, sum(not run.finished for run in opened))
             yield opened[-1]

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import re
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -56,7 +58,7 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "generate,noise,reflect"),
+        ("", "generate,noise,noise-prompt,reflect,filter, ..."),
         ("nois", "'nois'"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
@@ -175,6 +177,80 @@ def test_help_is_quick_and_loads_no_network():
     assert time.monotonic() - begin < 15
 
 
+# ---- words without a flag ----
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class OneWord:
+    folder: str
+    k: list[int] = field(default_factory=lambda: [1, 2])
+    names: list[str] | None = None
+    quick: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def parsed(words: str, *argv: str):
+    seen = []
+    cli.dispatch({"do": cli.Command("Does.", (OneWord,), seen.append, words)}, "", ["do", *argv])
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["x"], OneWord("x")),
+        (["a b: [c", "--k=[3]"], OneWord("a b: [c", [3])),
+        (["--k", "[3]", "x"], OneWord("x", [3])),
+        (["--inner.size", "3", "x"], OneWord("x", inner=Inner(3))),
+        (["--quick", "x"], OneWord("x", quick=True)),
+        (["--quick", "false", "x"], OneWord("x")),
+        (["x", "--quick"], OneWord("x", quick=True)),
+        (["--folder", "x"], OneWord("x")),
+        (["--folder=x", "--quick", "true"], OneWord("x", quick=True)),
+    ],
+)
+def test_one_word_may_go_without_its_flag(argv, expected):
+    assert parsed("folder", *argv) == expected
+
+
+def test_a_list_takes_all_words():
+    assert parsed("names", "--folder=x", "a", 'b "c"', "--k=[4]", "d") == OneWord("x", [4], ["a", 'b "c"', "d"])
+    assert parsed("names", "--folder=x") == OneWord("x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("filter a b", "filter: b is too much; give one folder"),
+        ("filter", "missing: folder"),
+        ("filter /none", "/none: no folder of a search"),
+        ("filter --corrections_only /none", "/none: no folder of a search"),
+        ("filter /none --k=[]", "k is []: give numbers of images from 1"),
+        ("filter /none --kk=[1]", "did you mean k?"),
+        ("pairs a b", "pairs: b is too much; give one file"),
+        ("pairs /none --model=m --lora=l --out=o", "/none: cannot read the list of pairs"),
+        ("pairs /none --model=m --out=o", "missing: lora"),
+        ("noise word --model=m --prompts=p --out=o", "word"),
+    ],
+)
+def test_words_that_cannot_be_used_are_one_line_and_status_2(capsys, argv, message):
+    assert message in error_of(capsys, *argv.split())
+
+
+@pytest.mark.parametrize("command", list(infer.COMMANDS))
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_explains_itself(capsys, command, flag):
+    with pytest.raises(SystemExit) as caught:
+        call(command, flag)
+    assert caught.value.code == 0
+    assert infer.COMMANDS[command].help in capsys.readouterr().out
+
+
 # ---- generate ----
 
 
@@ -203,7 +279,7 @@ def test_generate_corrects_a_condition_and_takes_the_seed_of_a_search(pipe, tmp_
     record = json.loads((tmp_path / "seed_0-1-2-3.json").read_text())
     assert (record["seed"], record["reflection"], record["refined_prompt"]) == ([0, 1, 2, 3], "add: a cat", "one cat")
     assert len(record["condition_sha256"]) == 64
-    assert pipe.calls[0]["conditions"][0].mode == "RGB"
+    assert pipe.requests[0].condition.mode == "RGB"
 
 
 def test_generate_does_not_replace_what_was_made_otherwise(pipe, tmp_path, capsys):
@@ -243,19 +319,22 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
         url = server.base_url.replace("//", "//user:hidden@")
         assert call(*reflect_argv(prompts, out, url, "--start=1", "--end=3")) == 0
     said = capsys.readouterr()
-    assert said.out == (
-        f"2 prompts, 12 images, 6 scored, 6 without a score, 8 texts failed; the best lie in {out}/*/samples_best\n"
+    assert re.fullmatch(
+        r"2 prompts, 12 images, 6 scored, 6 without a score, 8 texts failed, [\d,]+ tokens; "
+        rf"the best lie in {out}/\*/samples_best\n",
+        said.out,
     )
-    assert said.err.startswith("the first failure was: score: Error code: 401")
+    assert said.err.startswith("the first failure was: score: HTTP 401: the key in OPENAI_API_KEY is not accepted")
     assert said.err.endswith(f"; all are in {out}/*/records.jsonl\n")
     assert KEY not in said.err
-    assert sorted(child.name for child in out.iterdir()) == ["00001", "00002", "config.yaml"]
+    assert sorted(child.name for child in out.iterdir()) == ["00001", "00002", "config.yaml", "usage.json"]
     for file in out.rglob("*"):
         assert file.is_dir() or not any(word in file.read_bytes() for word in (KEY.encode(), b"hidden"))
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert written["verifier"]["base_url"] == server.base_url
     assert written["verifier"]["model"] == "gpt-4o"
-    assert written["reflect"] == {"search_rounds": 2, "search_branch": 2}
+    assert written["reflect"]["search_rounds"] == written["reflect"]["search_branch"] == 2
+    assert written["strategy"] == "reflect"
     assert written["start"] == 1
     # What was written is a config again.
     with OpenAIServer() as server:
@@ -274,7 +353,7 @@ def test_another_runs_folder_is_left_alone(pipe, prompts, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/x").write_text("kept")
     argv = reflect_argv(prompts, tmp_path / "run", "http://localhost:1")
-    assert "holds files of another run" in error_of(capsys, *argv)
+    assert "holds files, but no search (config.yaml is missing)" in error_of(capsys, *argv)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["x"]
 
 
@@ -291,7 +370,8 @@ def test_a_missing_key_is_said_before_anything_is_loaded(pipe, prompts, tmp_path
         monkeypatch.delenv(name, raising=False)
     argv = ["noise", "--model=m", "--prompts", prompts, "--out", tmp_path / "run"]
     assert "OPENAI_API_KEY" in error_of(capsys, *argv)
-    assert not (tmp_path / "run").exists()
+    assert pipe.loaded == {}
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["debug", "flux_dev_gpt"])

@@ -1,296 +1,378 @@
-"""A search with a pipeline that draws at random and models that answer at once."""
+"""Searches of several prompts with threads: whatever the timing, the same files, and no question twice."""
 
-import json
 import threading
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+import weakref
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import PIL.Image
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rflow_jax.chat import png_bytes
-from rflow_jax.language.base import Case, Written
-from rflow_jax.search import engine
-from rflow_jax.search.config import SearchConfig, Stage
-from rflow_jax.search.engine import Correction, Search
-from rflow_jax.search.store import claim_folder, write_config
-from rflow_jax.settings import Settings
+from rflow_jax.errors import InputError
+from rflow_jax.search import engine as module
+from rflow_jax.search.config import NoiseStage, ReflectStage
+from rflow_jax.search.engine import Engine, Models
+from rflow_jax.search.live import BusyClock, Live
+from rflow_jax.usage import Usage
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.fake_pipeline import FakePipeline
 from tests.kit.openai_server import score_of
-
-ENTRIES = {3: {"tag": "counting", "prompt": "two owls"}, 4: {"prompt": "two owls"}, 5: {"prompt": "a red drum"}}
-CONFIG = SearchConfig(
-    model="m",
-    lora="l",
-    seed=9,
-    prompts_in_flight=2,
-    noise=Stage(2, 2),
-    reflect=Stage(3, 2),
-    settings=Settings(height=16, width=16, condition_size=16, batch_size=3),
+from tests.kit.searching import (
+    CONFIG,
+    ENTRIES,
+    HashVerifier,
+    HashWriter,
+    files,
+    jitter,
+    models,
+    prompt_run,
+    search,
+    with_batch,
 )
 
-
-@dataclass
-class HashVerifier:
-    """Scores by the image's bytes; remembers what it saw."""
-
-    fails_on: set[str] = field(default_factory=set)
-    seen: list[str] = field(default_factory=list)
-    concurrency: int = 4
-
-    def score(self, images, items):
-        digests = [sha256(png_bytes(image)).hexdigest() for image in images]
-        self.seen += digests
-        return [
-            Verdict(None, error="gone") if digest in self.fails_on else Verdict(score_of(png_bytes(image)))
-            for digest, image in zip(digests, images, strict=True)
-        ]
-
-    def close(self):
-        pass
+PATIENCE = 20.0
+TOGETHER = 3 * 10  # images of all prompts
+KINDS = {"reflect": CONFIG, "noise-prompt": replace(CONFIG, noise=NoiseStage(3, 2))}
 
 
-@dataclass
-class HashWriter:
-    """Writes its name and what it was told; fails where the prompt says so."""
-
-    name: str
-    fails_on: str = "never"
-    cases: list[Case] = field(default_factory=list)
-
-    def write(self, cases):
-        self.cases += cases
-        return [
-            Written(None, "no answer")
-            if case.prompt == self.fails_on
-            else Written(f"{self.name} after <{case.last_reflection}> of <{case.current_prompt}>")
-            for case in cases
-        ]
-
-    def close(self):
-        pass
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("search"))
 
 
-def search(out: Path, config=CONFIG, verifier=None, reflector=None, refiner=None, entries=ENTRIES):
-    verifier = verifier or HashVerifier()
-    correction = Correction(reflector or HashWriter("reflect"), refiner or HashWriter("refine"))
-    pipe = FakePipeline()
-    counters = Search(config, pipe, verifier, correction, out).run(entries)
-    records = {
-        index: [json.loads(line) for line in (out / f"{index:05d}/records.jsonl").read_text().splitlines()]
-        for index in entries
-    }
-    return records, counters, pipe, verifier
+@pytest.fixture(scope="module", params=list(KINDS))
+def expected(request, tmp_path_factory):
+    """(kind, files of its search one after another)."""
+    out = tmp_path_factory.mktemp(request.param)
+    alone = with_batch(replace(KINDS[request.param], prompts_in_flight=1), 1)
+    search(out, alone, request.param, asked=models(request.param, concurrency=1))
+    return request.param, files(out)
 
 
-def score_in(out: Path, record) -> float:
-    return score_of((out / f"{record['index']:05d}" / record["file"]).read_bytes())
+@settings(max_examples=10)
+@given(
+    batch=st.integers(1, 5),
+    in_flight=st.integers(1, 4),
+    concurrency=st.integers(1, 5),
+    asked_at_once=st.integers(1, 3),
+    slow=st.tuples(*[st.sampled_from([0.0, 0.001, 0.004])] * 3),
+    seed=st.integers(0, 999),
+)
+def test_timing_batches_and_neighbours_change_nothing(
+    expected, batch, in_flight, concurrency, asked_at_once, slow, seed
+):
+    kind, content = expected
+    pipe = FakePipeline(wait=jitter(seed, slow[0]))
+    asked = models(kind, concurrency=concurrency, batch_size=asked_at_once, wait=jitter(seed, slow[1]))
+    asked.verifier.wait = jitter(seed + 1, slow[2])
+    config = with_batch(replace(KINDS[kind], prompts_in_flight=in_flight), batch)
+    with TemporaryDirectory() as folder:
+        done = search(Path(folder), config, kind, pipe=pipe, asked=asked)
+        assert files(Path(folder)) == content
+    assert done.most_open == min(in_flight, len(ENTRIES))
+    assert set(asked.verifier.seen.values()) == {1}
+    assert asked.verifier.most_at_once <= concurrency
+    for sent in pipe.batches:
+        # While the device works, a batch waits until it is full.
+        assert len(sent.requests) == batch or sent.behind == 0
+        assert sent.behind <= 1
 
 
-def test_every_image_has_its_own_score_and_is_scored_once(tmp_path):
-    records, counters, _, verifier = search(tmp_path)
-    made = [record for prompt in records.values() for record in prompt]
-    assert len(made) == counters.images == counters.scored == 3 * (4 + 6)
-    assert all(record["verdict"]["score"] == score_in(tmp_path, record) for record in made)
-    assert sorted(verifier.seen) == sorted(set(verifier.seen))
-    assert len(verifier.seen) == len(made)
+def test_the_next_batch_is_sent_before_the_last_has_arrived(ran):
+    assert {sent.behind for sent in ran.pipe.batches} == {0, 1}
 
 
-def test_the_noise_stage_uses_the_base_model_and_corrections_the_lora(tmp_path):
-    records, _, pipe, _ = search(tmp_path)
-    # Two groups of prompts; in each, one call for the noise and one a round over all prompts of the group.
-    assert [call["lora"] for call in pipe.calls] == [False, True, True, True] * 2
-    assert [len(call["prompts"]) for call in pipe.calls] == [8, 4, 4, 4, 4, 2, 2, 2]
-    assert {record["lora"] for record in records[3][:4]} == {None}
-    assert {record["lora"] for record in records[3][4:]} == {"l"}
+def test_every_image_has_its_own_score_and_is_scored_once(ran):
+    made = [record for index in ENTRIES for record in ran.records(index)]
+    assert len(made) == TOGETHER == ran.live.images == ran.live.scored == sum(ran.models.verifier.seen.values())
+    assert set(ran.models.verifier.seen.values()) == {1}
+    for record in made:
+        png = (ran.out / f"{record['index']:05d}" / record["file"]).read_bytes()
+        assert record["verdict"]["score"] == score_of(png)
+        assert record["verdict"]["raw"] == {"of": ENTRIES[record["index"]].get("tag")}
 
 
-def test_conditions_are_the_parents_and_the_texts_follow_the_chain(tmp_path):
-    records, _, pipe, _ = search(tmp_path, entries={5: ENTRIES[5]})
-    corrected = [record for record in records[5] if record["parent"] is not None]
-    conditions = [image for call in pipe.calls for image in call["conditions"]]
-    for record, condition in zip(corrected, conditions, strict=True):
-        parent = records[5][record["parent"]]
-        assert png_bytes(condition) == (tmp_path / "00005" / parent["file"]).read_bytes()
-        current, last = parent["refined_prompt"] or "a red drum", parent["reflection"] or ""
-        assert record["refined_prompt"] == f"refine after <{last}> of <{current}>"
-        assert record["reflection"] == f"reflect after <{last}> of <{current}>"
-        assert record["parent_file"] == parent["file"]
+def test_prompts_with_the_same_text_have_images_of_their_own(ran):
+    assert {record["prompt"] for record in ran.records(3) + ran.records(4)} == {"two owls"}
+    images = [
+        (ran.out / f"{index:05d}" / record["file"]).read_bytes() for index in (3, 4) for record in ran.records(index)
+    ]
+    assert len(set(images)) == 20
 
 
-def test_seeds_name_prompt_round_and_branch_and_stand_in_the_file_name(tmp_path):
-    records, *_ = search(tmp_path)
-    for index, prompt in records.items():
-        for record in prompt:
-            seed = [9, index, record["round"], record["branch"]]
-            assert record["seed"] == seed
-            assert record["file"] == f"midimg/{record['round']}_round@{'-'.join(map(str, seed))}.png"
-    assert len({record["file"] for record in records[3]}) == 10
-
-
-@pytest.mark.parametrize("change", [{"prompts_in_flight": 1}, {"settings": replace(CONFIG.settings, batch_size=1)}])
-def test_results_do_not_depend_on_neighbours(tmp_path, change):
-    first, *_ = search(tmp_path / "a")
-    second, *_ = search(tmp_path / "b", replace(CONFIG, **change), entries={5: ENTRIES[5], 3: ENTRIES[3]})
-    for index in (3, 5):
-        kept = [{k: v for k, v in record.items() if k != "settings"} for record in first[index]]
-        assert kept == [{k: v for k, v in record.items() if k != "settings"} for record in second[index]]
-
-
-def test_folders_hold_what_their_names_say(tmp_path):
-    records, *_ = search(tmp_path)
-    for index, prompt in records.items():
-        folder = tmp_path / f"{index:05d}"
-        assert json.loads((folder / "metadata.jsonl").read_text()) == ENTRIES[index]
-        content = {name: [f.read_bytes() for f in sorted((folder / name).iterdir())] for name in folders(folder)}
-        images = [(folder / record["file"]).read_bytes() for record in prompt]
-        assert content["midimg"]
-        assert set(content["midimg"]) == set(images)
-        assert content["samples"] == images[:4]
-        assert content["samples_lastround"] == images[-2:]
-        assert content["samples_best"] == [max(images, key=score_of)]
-        for branch, best in enumerate(content["samples_path_bestround"]):
-            tips = [r["id"] for r in prompt if r["round"] == prompt[-1]["round"] and r["branch"] == branch]
-            chain = [tips[0]]
-            while prompt[chain[-1]]["parent"] is not None:
-                chain.append(prompt[chain[-1]]["parent"])
-            assert best == max((images[i] for i in chain), key=score_of)
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def folders(path: Path) -> list[str]:
-    return [child.name for child in path.iterdir() if child.is_dir()]
-
-
-def test_records_hold_every_setting_with_the_models_own_numbers(tmp_path):
-    records, *_ = search(tmp_path)
-    settings = records[3][0]["settings"]
-    assert settings["num_inference_steps"] == 30
-    assert settings["max_sequence_length"] == 512
-    assert set(settings) == set(Settings.__dataclass_fields__)
-
-
-def test_an_image_that_cannot_be_scored_is_recorded_and_never_preferred(tmp_path):
-    first, *_ = search(tmp_path / "a")
-    best = max(first[5][:4], key=lambda record: record["verdict"]["score"])
-    digest = sha256((tmp_path / "a/00005" / best["file"]).read_bytes()).hexdigest()
-    records, counters, *_ = search(tmp_path / "b", verifier=HashVerifier(fails_on={digest}))
-    unscored = [record for prompt in records.values() for record in prompt if record["verdict"]["score"] is None]
-    assert [(record["index"], record["file"]) for record in unscored] == [(5, best["file"])]
-    assert unscored[0]["verdict"]["error"] == "gone"
-    assert counters.unscored == 1
-    assert best["id"] not in {record["parent"] for record in records[5]}
-
-
-def test_a_failed_text_leaves_the_current_prompt_and_is_recorded(tmp_path):
-    records, counters, *_ = search(
-        tmp_path, reflector=HashWriter("reflect", fails_on="a red drum"), refiner=HashWriter("refine", "a red drum")
+def test_noise_is_made_by_the_base_model_and_corrections_by_the_lora(ran):
+    count = Counter(
+        (sent.lora, request.condition is not None) for sent in ran.pipe.batches for request in sent.requests
     )
-    assert counters.text_failures == 2 * 6
-    for record in records[5][4:]:
-        assert record["reflection"] == ""
-        assert record["refined_prompt"] is None
-        assert record["text_errors"] == ["reflection: no answer", "refined prompt: no answer"]
-    assert not any(record["text_errors"] for record in records[3] + records[4])
+    assert count == {(False, False): 12, (True, True): 18}
 
 
-def test_noise_alone_without_a_verifier(tmp_path):
-    Search(CONFIG, FakePipeline(), None, None, tmp_path).run({3: ENTRIES[3]})
-    assert sorted(folders(tmp_path / "00003")) == ["midimg", "samples"]
-    assert len(list((tmp_path / "00003/samples").iterdir())) == 4
+def test_noise_and_reflect_share_their_noise_images(ran, tmp_path):
+    search(tmp_path, kind="noise")
+    for index in ENTRIES:
+        for number in range(4):
+            name = f"{index:05d}/samples/{number:05d}.png"
+            assert (tmp_path / name).read_bytes() == (ran.out / name).read_bytes()
 
 
-def test_noise_and_reflect_share_their_noise_images(tmp_path):
-    search(tmp_path / "reflect", entries={3: ENTRIES[3]})
-    Search(CONFIG, FakePipeline(), HashVerifier(), None, tmp_path / "noise").run({3: ENTRIES[3]})
-    for file in (tmp_path / "noise/00003/samples").iterdir():
-        assert file.read_bytes() == (tmp_path / "reflect/00003/samples" / file.name).read_bytes()
+def test_models_are_closed_when_a_run_ends(ran):
+    assert ran.models.verifier.closed
+    assert ran.models.reflector.closed
+    assert ran.models.refiner.closed
 
 
-def test_images_are_scored_while_others_are_made(tmp_path):
-    """The first batch's score is only given once the second batch is under way."""
-    second = threading.Event()
+def test_images_are_made_while_others_are_scored(tmp_path):
+    """No score is given before the last image of noise is on its way."""
+    started = threading.Event()
+    sent: list[object] = []
 
-    class Waiting(HashVerifier):
+    def before(requests):
+        sent.extend(requests)
+        if len(sent) == 8:
+            started.set()
+
+    asked = models("noise", concurrency=8, wait=lambda: started.wait(PATIENCE) or pytest.fail("never"))
+    done = search(tmp_path, with_batch(CONFIG, 2), "noise", pipe=FakePipeline(before=before), asked=asked)
+    assert done.live.scored == 12
+
+
+def test_calls_of_one_model_do_not_wait_for_those_of_another(tmp_path):
+    """One prompt's verdict is held back until another prompt has been refined."""
+    refined = threading.Event()
+    held: set[str] = set()
+
+    class Verifier(HashVerifier):
         def score(self, images, items):
-            assert len(self.seen) or second.wait(10)
+            if items[0]["prompt"] == "a red drum":
+                held.add("drum")
+                assert refined.wait(PATIENCE)
             return super().score(images, items)
 
-    class Pipe(FakePipeline):
-        def without_lora(self):
-            return self
+    class Writer(HashWriter):
+        def write(self, cases):
+            if cases[0].prompt == "two owls" and held:
+                refined.set()
+            return super().write(cases)
 
-        def generate(self, prompts, *, on_images, **more):
-            def heard(first, images):
-                on_images(first, images)
-                if first:
-                    second.set()
-
-            return super().generate(prompts, on_images=heard, **more)
-
-    config = replace(CONFIG, settings=replace(CONFIG.settings, batch_size=2))
-    counters = Search(config, Pipe(), Waiting(), None, tmp_path).run({3: ENTRIES[3]})
-    assert counters.scored == 4
+    asked = Models(Verifier(concurrency=6), HashWriter(), Writer(name="refine"))
+    assert search(tmp_path, replace(CONFIG, prompts_in_flight=3), asked=asked).live.scored == TOGETHER
 
 
-def test_an_interrupted_stage_keeps_the_records_of_what_was_scored(tmp_path, monkeypatch):
-    class AtOnce:
-        def __init__(self, workers):
-            pass
+# ---- failures ----
 
-        def submit(self, function, *args):
-            done = Future()
-            done.set_result(function(*args))
-            return done
 
-        def shutdown(self, **more):
-            pass
+def test_failed_texts_and_scores_are_counted_and_recorded(tmp_path):
+    asked = models()
+    asked.reflector.fails = asked.refiner.fails = lambda case: case.prompt == "a red drum"
+    asked.verifier.fails = lambda png: png[-30] % 7 == 0
+    done = search(tmp_path, asked=asked)
+    unscored = [r for index in ENTRIES for r in done.records(index) if r["verdict"]["score"] is None]
+    assert done.live.unscored == len(unscored) > 0
+    assert all(asked.verifier.fails((tmp_path / f"{r['index']:05d}" / r["file"]).read_bytes()) for r in unscored)
+    assert done.live.text_failures == 12
+    failed = [record for index in ENTRIES for record in done.records(index) if record["text_errors"]]
+    assert {record["index"] for record in failed} == {5}
+    assert len(failed) == 6
+    assert done.live.first_failure in ("score: gone", "reflection: no answer", "refined prompt: no answer")
 
-    class Pipe(FakePipeline):
-        def without_lora(self):
-            return self
 
-        def generate(self, prompts, *, on_images, **more):
-            def heard(first, images):
-                if first == 6:
-                    raise KeyboardInterrupt
-                on_images(first, images)
+def test_without_a_verifier_images_are_made_and_none_is_chosen(tmp_path):
+    done = search(tmp_path, kind="noise", asked=Models())
+    assert (done.live.images, done.live.scored) == (12, 0)
+    assert sorted(child.name for child in (tmp_path / "00003").iterdir() if child.is_dir()) == ["midimg", "samples"]
 
-            return super().generate(prompts, on_images=heard, **more)
 
-    monkeypatch.setattr(engine, "ThreadPoolExecutor", AtOnce)
+@pytest.mark.parametrize("role", ["verifier", "reflector", "refiner"])
+def test_an_exception_in_a_models_thread_ends_the_run_with_it_and_the_next_run_goes_on(tmp_path, ran, role):
+    def broken():
+        raise ZeroDivisionError(f"in the {role}")
+
+    asked = models()
+    getattr(asked, role).wait = broken
+    with pytest.raises(ZeroDivisionError, match=f"in the {role}"):
+        search(tmp_path, asked=asked)
+    assert asked.verifier.closed
+    search(tmp_path)
+    assert files(tmp_path) == files(ran.out)
+
+
+def test_a_disk_that_is_full_ends_the_run_and_the_next_one_goes_on(tmp_path, ran, monkeypatch):
+    left = [5]
+    write = module.PromptRun.place
+
+    def place(self, work):
+        left[0] -= 1
+        if left[0] < 0 and work.step == "draw":
+            raise OSError(28, "No space left on device", "x.png")
+        return write(self, work)
+
+    monkeypatch.setattr(module.PromptRun, "place", place)
+    with pytest.raises(OSError, match="No space left"):
+        search(tmp_path)
+    monkeypatch.undo()
+    search(tmp_path)
+    assert files(tmp_path) == files(ran.out)
+
+
+def test_settings_that_do_not_fit_the_model_end_the_run(tmp_path):
+    def refuse(requests):
+        raise InputError("height is 16: no")
+
+    with pytest.raises(InputError, match="height is 16"):
+        search(tmp_path, pipe=FakePipeline(before=refuse))
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7])
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_was_never_stopped(tmp_path, ran, after):
+    left = [after]
+
+    def before(requests):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        Search(CONFIG, Pipe(), HashVerifier(), None, tmp_path).run({3: ENTRIES[3], 4: ENTRIES[4]})
-    for index, count in {3: 4, 4: 2}.items():
-        records = [json.loads(line) for line in (tmp_path / f"{index:05d}/records.jsonl").read_text().splitlines()]
-        assert [record["id"] for record in records] == list(range(count))
-        assert all(record["verdict"]["score"] == score_in(tmp_path, record) for record in records)
+        search(tmp_path, pipe=FakePipeline(before=before))
+    stored = {str(file.relative_to(tmp_path)) for file in tmp_path.glob("*/midimg/*.png")}
+    done = search(tmp_path)
+    assert files(tmp_path) == files(ran.out)
+    assert len(done.pipe.requests) == TOGETHER - len(stored)
 
 
-def test_a_folder_with_files_is_refused(tmp_path):
-    claim_folder(tmp_path / "new/run")
-    (tmp_path / "new/run/kept.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds files of another run"):
-        claim_folder(tmp_path / "new/run")
-    assert (tmp_path / "new/run/kept.txt").read_text() == "x"
+def test_what_a_model_gives_up_when_the_run_is_interrupted_is_not_recorded(tmp_path, ran):
+    """A verifier that is told to close answers that the image could not be scored."""
+    closed = threading.Event()
+    waiting = threading.Semaphore(0)
+
+    class Verifier(HashVerifier):
+        def score(self, images, items):
+            waiting.release()
+            assert closed.wait(PATIENCE)
+            return [Verdict(None, error="the run is over") for _ in images]
+
+        def close(self):
+            closed.set()
+
+    def before(requests):
+        before.calls += 1
+        if before.calls == 3:  # the first image has arrived
+            assert waiting.acquire(timeout=PATIENCE)
+            raise KeyboardInterrupt
+
+    before.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, with_batch(CONFIG, 1), asked=models_with(Verifier()), pipe=FakePipeline(before=before))
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("score-")]:
+        thread.join(PATIENCE)
+    assert not any(b"the run is over" in content for content in files(tmp_path).values())
+    search(tmp_path)
+    assert files(tmp_path) == files(ran.out)
 
 
-def test_only_one_of_two_runs_that_found_a_folder_empty_gets_it(tmp_path):
-    for _ in range(2):
-        claim_folder(tmp_path / "run")
-    write_config(tmp_path / "run", {"seed": 1})
-    with pytest.raises(ValueError, match="holds files of another run"):
-        write_config(tmp_path / "run", {"seed": 2})
-    assert (tmp_path / "run/config.yaml").read_text() == "seed: 1\n"
+def models_with(verifier: HashVerifier) -> Models:
+    return replace(models(), verifier=verifier)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
-    def refused(dir):
-        raise PermissionError(13, "Permission denied")
+# ---- enough ----
 
-    # Not by permissions: they do not hold for root.
-    monkeypatch.setattr("rflow_jax.search.store.tempfile.TemporaryFile", refused)
-    with pytest.raises(ValueError, match=r"cannot use this folder \(Permission denied\)"):
-        claim_folder(tmp_path)
+
+@pytest.mark.parametrize("questions", [1, 2, 9, 40])
+def test_a_spent_budget_stops_cleanly_and_a_later_run_goes_on(tmp_path, ran, questions):
+    asked, pipe = models(), FakePipeline()
+    limit = [questions]
+
+    def enough():
+        limit[0] -= 1
+        return "the budget is spent" if limit[0] < 0 else None
+
+    done = search(tmp_path, asked=asked, pipe=pipe, enough=enough)
+    assert done.engine.stopped == "the budget is spent"
+    first = Counter(asked.verifier.seen)
+    written = len(asked.reflector.cases) + len(asked.refiner.cases)
+    assert sum(first.values()) + written <= questions
+    # What was on its way is kept: no image is made again, and no question asked again.
+    assert len(list(tmp_path.glob("*/midimg/*.png"))) == len(pipe.requests)
+    again, pipe_again = models(), FakePipeline()
+    end = search(tmp_path, asked=again, pipe=pipe_again)
+    assert end.engine.stopped is None
+    assert files(tmp_path) == files(ran.out)
+    assert len(pipe.requests) + len(pipe_again.requests) == TOGETHER
+    assert set((first + again.verifier.seen).values()) == {1}
+    assert len(again.reflector.cases) + len(again.refiner.cases) == 2 * 18 - written
+
+
+def test_a_prompt_that_is_good_enough_is_not_searched_on(tmp_path):
+    config = replace(CONFIG, stop_score=5.0, max_images=9)
+    done = search(tmp_path, config)
+    for index in ENTRIES:
+        records = done.records(index)
+        good = [r["round"] for r in records if r["verdict"]["score"] >= 5.0]
+        assert len(records) <= 9
+        assert records[-1]["round"] == (min(good) if good else 4)
+    # The images that were spared are not awaited any more.
+    assert done.live.images == sum(len(done.records(index)) for index in ENTRIES) == done.live._total
+
+
+def test_given_images_are_corrected_and_are_no_images_of_this_run(tmp_path):
+    given = {}
+    for index in ENTRIES:
+        given[index] = [tmp_path / f"{index}-{number}.png" for number in range(3)]
+        for number, file in enumerate(given[index]):
+            PIL.Image.new("RGB", (16, 16), (index, number, 0)).save(file)
+    done = search(tmp_path / "run", given=given)
+    for index, images in given.items():
+        records = done.records(index)
+        assert [record["stage"] for record in records] == ["given"] * 3 + ["reflect"] * 6
+        for record, file in zip(records, images, strict=False):
+            with PIL.Image.open(file) as image:
+                assert (tmp_path / f"run/{index:05d}" / record["file"]).read_bytes() == png_bytes(image)
+    assert (done.live.images, done.live.scored, len(done.pipe.requests)) == (18, 27, 18)
+
+
+def test_a_given_image_that_cannot_be_read_ends_the_run(tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(InputError, match=r"x\.png: cannot read this image"):
+        search(tmp_path / "run", given={5: [tmp_path / "x.png"]}, entries={5: ENTRIES[5]})
+
+
+def test_prompts_that_are_done_are_let_go(tmp_path):
+    """Memory does not grow with the number of prompts."""
+    alive: weakref.WeakSet[object] = weakref.WeakSet()
+    most = 0
+    config = replace(CONFIG, noise=NoiseStage(1, 1), reflect=ReflectStage(1, 1))
+
+    def prompts():
+        nonlocal most
+        for number in range(24):
+            run = prompt_run(tmp_path / str(number), config=config)
+            alive.add(run)
+            yield run
+            del run
+            most = max(most, len(alive))
+
+    live = Live(48, BusyClock(), Usage)
+    Engine(FakePipeline(), models(concurrency=1), config.settings, 2, live, BusyClock()).run(prompts())
+    assert live.scored == 48
+    # Those in flight, and one that each thread has had in hand last.
+    assert most <= 2 + 3 + module.SAVERS + 2
+
+
+def test_on_several_devices_a_batch_is_as_large_as_all_of_them_take(tmp_path, ran):
+    pipe = FakePipeline(replicas=2)
+    search(tmp_path, with_batch(CONFIG, 2), pipe=pipe)
+    assert max(len(sent.requests) for sent in pipe.batches) == 4
+    assert files(tmp_path) == files(ran.out)
+
+
+def test_many_runs_leave_no_threads(tmp_path):
+    before = threading.active_count()
+    for number in range(3):
+        search(tmp_path / str(number), entries={5: ENTRIES[5]})
+    for thread in [t for t in threading.enumerate() if t.name.startswith(("score-", "reflect-", "refine-", "saver"))]:
+        thread.join(PATIENCE)
+    assert threading.active_count() <= before

@@ -1,0 +1,160 @@
+"""The folder of a run: the same search goes on, and one process with each share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rflow_jax.errors import InputError
+from rflow_jax.search import run_folder
+from rflow_jax.search.run_folder import claim, require_same, require_usable
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {
+    "model": "m",
+    "seed": 0,
+    "share": "0/1",
+    "budget": None,
+    "noise": {"search_rounds": 2},
+    "settings": {"batch_size": 4, "k": [1, 2]},
+    "verifier": {"name": "openai", "model": "gpt", "timeout": 60.0, "base_url": "http://a"},
+    "reflector": {"model": "gpt", "concurrency": 8},
+}
+
+
+def changed(**changes):
+    """The configuration with other values; a dotted name with _ for the dot."""
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    for name, value in changes.items():
+        head, _, tail = name.partition("__")
+        if tail:
+            config[head][tail] = value
+        else:
+            config[head] = value
+    return config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder that holds a run, and no process."""
+    claim(tmp_path, CONFIG, 0).close()
+    return tmp_path
+
+
+def test_the_configuration_is_written_once_and_reads_as_it_was(run):
+    assert yaml.safe_load((run / "config.yaml").read_text()) == CONFIG
+    before = (run / "config.yaml").read_bytes()
+    claim(run, changed(budget=3.0), 0).close()
+    assert (run / "config.yaml").read_bytes() == before
+    assert [file.name for file in run.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 0 there and 1 now;"),
+        ({"noise__search_rounds": 3}, "noise.search_rounds is 2 there and 3 now;"),
+        ({"settings__batch_size": 8}, "settings.batch_size is 4 there and 8 now;"),
+        ({"settings__k": [1]}, "settings.k is [1, 2] there and [1] now;"),
+        ({"verifier__model": "other"}, "verifier.model is gpt there and other now;"),
+        ({"seed": 1, "model": "n", "settings__k": []}, "(and 2 more)"),
+        ({"new": 1}, "new is None there and 1 now;"),
+    ],
+)
+def test_a_changed_setting_is_named(run, change, message):
+    before = (run / "config.yaml").read_bytes()
+    for check in (require_same, lambda out, config: claim(out, config, 0)):
+        with pytest.raises(InputError) as caught:
+            check(run, changed(**change))
+        assert message in str(caught.value)
+        assert str(run) in str(caught.value)
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_what_changes_no_result_may_change(run):
+    require_same(run, CONFIG)
+    free = {"share": "1/2", "budget": 5.0, "prompts": "p", "out": "o", "start": 3, "end": 4, "prompts_in_flight": 2}
+    models = {"verifier__timeout": 1.0, "verifier__base_url": "http://b", "reflector__concurrency": 1}
+    require_same(run, changed(**free, **models, verifier__price_input=1.0, reflector__max_retries=0))
+
+
+def test_a_folder_without_a_run_is_any(tmp_path):
+    require_same(tmp_path, CONFIG)
+
+
+def test_a_configuration_that_cannot_be_read_is_said(tmp_path):
+    for content in ("a: [", "- 1"):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"config\.yaml: cannot be read"):
+            require_same(tmp_path, CONFIG)
+
+
+def test_a_folder_with_other_files_is_refused_and_a_runs_own_is_not(tmp_path):
+    require_usable(tmp_path / "new/run")
+    require_usable(tmp_path / "new/run")
+    (tmp_path / "new/run/kept.txt").write_text("x")
+    with pytest.raises(InputError, match=r"holds files, but no search \(config\.yaml is missing\)"):
+        require_usable(tmp_path / "new/run")
+    (tmp_path / "new/run/config.yaml").write_text("seed: 1")
+    require_usable(tmp_path / "new/run")
+    with pytest.raises(InputError, match="cannot use this folder"):
+        require_usable(tmp_path / "new/run/kept.txt")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    # Not by permissions: they do not hold for root.
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refused)
+    with pytest.raises(InputError, match=r"cannot use this folder \(Permission denied\)"):
+        require_usable(tmp_path)
+
+
+def test_of_two_processes_that_begin_at_once_the_firsts_configuration_stays(tmp_path):
+    """The other one saw no configuration, and writes its own a moment later: it must not take the file away."""
+    first = claim(tmp_path, CONFIG, 0)
+    inode = (tmp_path / "config.yaml").stat().st_ino
+    run_folder._write_first(tmp_path / "config.yaml", "seed: 7\n")
+    assert (tmp_path / "config.yaml").stat().st_ino == inode
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    require_same(tmp_path, CONFIG)
+    first.close()
+
+
+def test_without_links_the_configuration_is_written_all_the_same(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(run_folder.os, "link", refused)
+    claim(tmp_path, CONFIG, 0).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    require_same(tmp_path, CONFIG)
+
+
+def test_one_process_a_share_until_it_dies(run):
+    """Claims are held between processes, so another one is needed: it claims share 2 and waits to be killed."""
+    code = (
+        "import sys, yaml, pathlib; from rflow_jax.search.run_folder import claim\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "held = claim(out, yaml.safe_load((out / 'config.yaml').read_text()), 2)\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is at work in this folder"):
+            claim(run, CONFIG, 2)
+        with claim(run, CONFIG, 1):
+            pass
+        other.kill()
+        other.wait(timeout=30)
+        with claim(run, CONFIG, 2):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
