@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from PIL import Image
+
+from rflow_jax.errors import InputError
 
 
 def fit_to_grid(image: Image.Image, grid: int) -> Image.Image:
@@ -16,3 +21,24 @@ def fit_to_grid(image: Image.Image, grid: int) -> Image.Image:
 def condition_pixels(image: Image.Image, size: int) -> np.ndarray:
     """The condition as the network gets it: uint8 [size, size, 3], resized bicubically."""
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def pixel_levels(mean: Sequence[float], std: Sequence[float], scale: float = 1 / 255) -> np.ndarray:
+    """float32 [256, 3]: what a vision model sees of each level of each channel, rounded as Transformers rounds."""
+    levels = (np.arange(256) * scale).astype(np.float32)[:, None]
+    return (levels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
+    """The levels that a ``preprocessor_config.json`` of Transformers asks for, three channels.
+
+    Raises:
+        InputError: it does not say so, or leaves a step out; begins with ``where``.
+    """
+    if not (content.get("do_rescale", True) and content.get("do_normalize", True)):
+        raise InputError(f"{where}: do_rescale and do_normalize must be true")
+    try:
+        mean, std = (np.broadcast_to(np.asarray(content[key], np.float32), 3) for key in ("image_mean", "image_std"))
+        return pixel_levels(mean.tolist(), std.tolist(), float(content.get("rescale_factor", 1 / 255)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: image_mean and image_std must be there, three numbers each") from error
