@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,7 @@ class ClipTextEncoder(nnx.Module):
         return x, jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]
 
 
+@runtime_checkable
 class LayerSizes(Protocol):
     """What the text and the vision model's configurations have in common."""
 

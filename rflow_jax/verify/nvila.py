@@ -23,6 +23,7 @@ from rflow_jax.weights.nvila import NvilaModel, load_nvila
 
 PLACE = "nvila/"
 TEMPLATES = {"chat": "raw", "plain": "raw", "sana": "question"}  # mode of a case -> what is asked
+LIMITED_SIZE = 448  # of the tiles in the table of other limits, which has no column for it
 Result = tuple[str, Any]
 Check = Callable[[Recording], Iterator[Result]]
 
@@ -74,8 +75,8 @@ class Recorded:
     def tiling(self, name: str) -> Iterator[Result]:
         """Grids of many sizes, and the tiles of some test pictures."""
         z, own = self._recording.arrays(name), self.model.config.tiling
-        yield "grid_table", np.stack([_grid_row(*map(int, row[:3]), own) for row in z["grid_table"]])
-        yield "grid_table_minmax", np.stack([_limited_row(*map(int, row[:4])) for row in z["grid_table_minmax"]])
+        yield "grid_table", np.stack([_grid_row(row, own) for row in z["grid_table"]])
+        yield "grid_table_minmax", np.stack([_limited_row(row) for row in z["grid_table_minmax"]])
         yield "level_to_pixel", self.model.levels[:, 0]
         for match, _ in self._recording.numbered(name, r"tile(\d+)_(\d+)x(\d+)_(\d+)"):
             size, width, height, picture = map(int, match.groups())
@@ -136,9 +137,10 @@ class Recorded:
         logits = self._computed["logits"][row]
         yield "logits_last", logits
         yield "score_yes_no", logits[[tokenizer.yes, tokenizer.no]]
-        made = min(self._steps(name), int(self._computed["lengths"][row]))
-        yield "greedy_tokens", self._computed["tokens"][row, :made]
-        yield "greedy_logits", self._computed["greedy_logits"][row, :made, : tokenizer.size]
+        made = int(self._computed["lengths"][row])
+        for stage, values in (("greedy_tokens", "tokens"), ("greedy_logits", "greedy_logits")):
+            steps = min(made, len(self._recording.arrays(name)[stage]))
+            yield stage, self._computed[values][row, :steps]
 
     @cached_property
     def _asked(self) -> dict[str, Answer | Exception]:
@@ -166,13 +168,14 @@ class Recorded:
         longest = max(len(question.layout) for question in questions)
         batch = programs.batch(questions, list(range(len(questions))), longest)
         made = programs.greedy(batch, max(map(self._steps, self._cases)))
+        assert made.logits is not None
         computed = {
             "embeddings": programs.embeddings(batch),
             "last_states": programs.last_states(batch),
             "logits": programs.answer(batch),
             "tokens": made.tokens,
             "lengths": made.lengths,
-            "greedy_logits": made.logits,
+            "greedy_logits": made.logits[..., : self.model.tokenizer.size],
         }
         return {key: np.asarray(value) for key, value in computed.items()}
 
@@ -181,8 +184,9 @@ class Recorded:
         return [name for name in self._recording.names() if name.startswith(f"{PLACE}case_")]
 
     def _steps(self, name: str) -> int:
-        """How many tokens were recorded."""
-        return len(self._recording.arrays(name)["greedy_tokens"])
+        """How many greedy steps were recorded."""
+        arrays = self._recording.arrays(name)
+        return max(len(arrays[stage]) for stage in ("greedy_tokens", "greedy_logits"))
 
     def _pictures(self, case: Mapping[str, Any]) -> np.ndarray:
         image = self._recording.arrays(f"{PLACE}vision_{case['image']}")["image"]
@@ -210,14 +214,14 @@ def _wave(t: np.ndarray, p: int) -> np.ndarray:
     return np.abs(t % (2 * p) - p) * 255 // p
 
 
-def _grid_row(width: int, height: int, size: int, own: Tiling) -> np.ndarray:
+def _grid_row(row: np.ndarray, own: Tiling) -> np.ndarray:
+    """Width, height, tile size -> the same, columns, rows, pictures."""
+    width, height, size = map(int, row[:3])
     columns, rows = replace(own, size=size).grid(width, height)
-    pictures = columns * rows + (columns * rows > 1)
-    return np.asarray([width, height, size, columns, rows, pictures])
+    return np.asarray([width, height, size, columns, rows, columns * rows + (columns * rows > 1)])
 
 
-def _limited_row(width: int, height: int, least: int, most: int) -> np.ndarray:
+def _limited_row(row: np.ndarray) -> np.ndarray:
+    """Width, height, fewest and most tiles -> the same, columns, rows."""
+    width, height, least, most = map(int, row[:4])
     return np.asarray([width, height, least, most, *Tiling(LIMITED_SIZE, least, most).grid(width, height)])
-
-
-LIMITED_SIZE = 448  # of the table's tiles; it has no column for it

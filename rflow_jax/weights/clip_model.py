@@ -13,8 +13,9 @@ from rflow_jax.models.clip_vision import Clip, ClipConfig, ClipVisionConfig, par
 from rflow_jax.models.layers import abstract
 from rflow_jax.weights.components import check_types, read_object
 from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into
+from rflow_jax.weights.load import load_into, parameter_shapes
 from rflow_jax.weights.names.clip import LOGIT_SCALE, WHOLE
+from rflow_jax.weights.tables import plan
 
 
 def read_clip_config(folder: Path) -> ClipConfig:
@@ -29,6 +30,11 @@ def read_clip_config(folder: Path) -> ClipConfig:
         raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
 
 
+def check_clip_model(folder: Path) -> None:
+    """Raises InputError unless a folder holds CLIP's tensors, all of them and no others."""
+    _checked(folder, jnp.float32)
+
+
 def load_clip_model(folder: Path, dtype: Any) -> Clip:
     """The network with its weights on the default device.
 
@@ -38,9 +44,17 @@ def load_clip_model(folder: Path, dtype: Any) -> Clip:
     Raises:
         InputError: no such folder, another network, tensors missing, unknown or of other shapes.
     """
-    config, files = read_clip_config(folder), TensorFiles.open(folder)
-    network = load_into(abstract(lambda rngs: Clip(config, rngs=rngs, dtype=dtype)), WHOLE, files, dtype=dtype)
-    if LOGIT_SCALE not in files:
-        raise InputError(f"{files.where}: {LOGIT_SCALE} missing; is it a CLIP checkpoint with both of its models?")
+    network, files = _checked(folder, dtype)
+    load_into(network, WHOLE, files, dtype=dtype)
     network.logit_scale.set_value(jnp.asarray(files.read(LOGIT_SCALE), jnp.float32).reshape(()))
     return network
+
+
+def _checked(folder: Path, dtype: Any) -> tuple[Clip, TensorFiles]:
+    """The network without numbers, and the files that fit it."""
+    config, files = read_clip_config(folder), TensorFiles.open(folder)
+    network = abstract(lambda rngs: Clip(config, rngs=rngs, dtype=dtype))
+    plan(WHOLE, parameter_shapes(network)).check(files.shapes, files.where)
+    if LOGIT_SCALE not in files:
+        raise InputError(f"{files.where}: {LOGIT_SCALE} missing; is it a CLIP checkpoint of this size?")
+    return network, files

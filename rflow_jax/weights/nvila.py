@@ -93,6 +93,9 @@ def load_nvila(model: str, *, dtype: Any = jnp.bfloat16, progress: bool = True) 
 
 def read_nvila_config(root: Path) -> NvilaConfig:
     """The sizes in the configurations of a checkpoint; raises InputError, naming the file, for another network."""
+    if missing := [part for part in ("", *PARTS) if not (root / part / "config.json").is_file()]:
+        names = ", ".join(f"{part}/config.json".lstrip("/") for part in missing)
+        raise InputError(f"{root}: has no {names}; an NVILA checkpoint holds {', '.join(PARTS)} and a config.json")
     content = _read(root / "config.json", require_nvila)
     _read(root / PROJECTOR / "config.json", require_projector)
     vision = _sizes(SiglipVisionConfig, root / TOWER / "config.json")
