@@ -39,6 +39,8 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
         raise InputError(f"{where}: do_rescale and do_normalize must be true")
     try:
         mean, std = (np.broadcast_to(np.asarray(content[key], np.float32), 3) for key in ("image_mean", "image_std"))
+        if not (np.isfinite(mean).all() and (std > 0).all()):
+            raise ValueError("not numbers to divide by")
         return pixel_levels(mean.tolist(), std.tolist(), float(content.get("rescale_factor", 1 / 255)))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: image_mean and image_std must be there, three numbers each") from error

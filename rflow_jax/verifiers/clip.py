@@ -53,8 +53,6 @@ class ClipVerifierConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.implementation not in ("auto", "transformers", "own"):
-            raise InputError(f"implementation is {self.implementation!r}: give auto, transformers or own")
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}: give at least 1")
         require_dtype(self.dtype)

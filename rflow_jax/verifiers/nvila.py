@@ -43,9 +43,6 @@ class NvilaVerifierConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name, known in (("template", ("raw", "question")), ("rank", ("word", "margin"))):
-            if (value := getattr(self, name)) not in known:
-                raise InputError(f"{name} is {value!r}: give {' or '.join(known)}")
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}: give at least 1")
         require_dtype(self.dtype)

@@ -52,12 +52,16 @@ def test_every_state(pair):
     pixels = np.random.default_rng(0).standard_normal((2, side, side, 3)).astype(np.float32)
     with torch.no_grad():
         want = reference(torch.from_numpy(pixels).permute(0, 3, 1, 2), output_hidden_states=True)
+    layers = (-4, -3, -2, -1, 0, 2)
+
+    @jax.jit
+    def run(x):
+        return model.states(x), model(x), [model.features(x, layer) for layer in layers]
+
     with jax.default_matmul_precision("highest"):
-        states = jax.jit(lambda x: model.states(x))(jnp.asarray(pixels))
-        last = jax.jit(model)(jnp.asarray(pixels))
-        for layer in (-4, -3, -2, -1, 0, 2):
-            features = jax.jit(model.features, static_argnums=1)(jnp.asarray(pixels), layer)
-            assert relative_error(features, want.hidden_states[layer]) < TOLERANCE
+        states, last, features = run(jnp.asarray(pixels))
+    for layer, one in zip(layers, features, strict=True):
+        assert relative_error(one, want.hidden_states[layer]) < TOLERANCE
     assert [relative_error(*both) < TOLERANCE for both in zip(states, want.hidden_states, strict=True)] == [True] * 4
     assert relative_error(last, want.last_hidden_state) < TOLERANCE
 

@@ -35,9 +35,6 @@ class NvilaConfig:
     max_tiles: int = 12
 
     def __post_init__(self) -> None:
-        for name in ("mm_vision_select_layer", "min_tiles", "max_tiles"):
-            if type(value := getattr(self, name)) is not int:
-                raise InputError(f"NVILA config: {name} is {value!r}; expected a whole number")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise InputError(f"NVILA config: between min_tiles {self.min_tiles} and max_tiles {self.max_tiles} is none")
         depth = self.vision.num_hidden_layers
@@ -57,7 +54,11 @@ class NvilaConfig:
                 raise InputError(f"NVILA config: {key} {found!r} is not supported, only {value!r}")
         _require_plain_encoder(config.get("image_encoder"))
         known = ("mm_vision_select_layer", "min_tiles", "max_tiles")
-        return cls(vision, language, **{key: config[key] for key in known if config.get(key) is not None})
+        given = {key: config[key] for key in known if config.get(key) is not None}
+        for key, value in given.items():
+            if type(value) is not int:
+                raise InputError(f"NVILA config: {key} is {value!r}; expected a whole number")
+        return cls(vision, language, **given)
 
     @property
     def tiling(self) -> Tiling:
