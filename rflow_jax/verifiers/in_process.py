@@ -11,6 +11,7 @@ from PIL.Image import Image
 from rflow_jax.verifiers.base import Verdict
 
 Prepared = TypeVar("Prepared")
+BATCHES_AT_ONCE = 4  # images are prepared for so many batches, so that like ones find each other
 log = logging.getLogger(__name__)
 
 
@@ -23,24 +24,39 @@ def score_each(
     items: Sequence[Mapping[str, Any]],
     prepare: Callable[[Image, str], Prepared],
     score: Callable[[Sequence[Prepared]], Iterable[Verdict]],
+    *,
+    at_once: int,
 ) -> list[Verdict]:
     """One verdict an image, in order.
 
     Args:
         prepare: (image in RGB, prompt) -> what the model is given; may raise :class:`Unscorable`.
         score: one verdict for each that could be prepared, in order.
+        at_once: images prepared before any is scored; bounds the memory of a call with thousands.
     """
+    pairs = list(zip(images, items, strict=True))
+    verdicts: list[Verdict] = []
+    for start in range(0, len(pairs), at_once):
+        verdicts += _score_some(pairs[start : start + at_once], prepare, score)
+    return verdicts
+
+
+def _score_some(
+    pairs: Sequence[tuple[Image, Mapping[str, Any]]],
+    prepare: Callable[[Image, str], Prepared],
+    score: Callable[[Sequence[Prepared]], Iterable[Verdict]],
+) -> list[Verdict]:
     prepared: dict[int, Prepared] = {}
     verdicts: dict[int, Verdict] = {}
-    for k, (image, item) in enumerate(zip(images, items, strict=True)):
+    for k, (image, item) in enumerate(pairs):
         try:
             prepared[k] = prepare(decoded(image), prompt_of(item))
         except Unscorable as error:
-            log.warning("image %d of %d has no score: %s", k + 1, len(images), error)
+            log.warning("no score for an image of %r: %s", str(item.get("prompt"))[:60], error)
             verdicts[k] = Verdict(score=None, error=str(error))
     found = score(list(prepared.values())) if prepared else ()
     verdicts |= dict(zip(prepared, found, strict=True))
-    return [verdicts[k] for k in range(len(images))]
+    return [verdicts[k] for k in range(len(pairs))]
 
 
 def decoded(image: Image) -> Image:

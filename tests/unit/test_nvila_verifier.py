@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from convert_weights.__main__ import main
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
+from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
 from rflow_jax.verify.nvila import pattern
 from rflow_jax.weights.nvila import load_nvila
@@ -100,6 +101,12 @@ def test_neighbours_change_nothing_at_all(verifier, verdicts):
     assert len({verdict.score for verdict in verdicts}) == len(verdicts)
 
 
+def test_more_images_than_are_prepared_at_once(verifier, verdicts):
+    many = [k % len(IMAGES) for k in range(2 * BATCHES_AT_ONCE * verifier.batch_size - 3)]
+    found = verifier.score([IMAGES[k] for k in many], [ITEMS[k] for k in many])
+    assert [verdict.raw for verdict in found] == [verdicts[k].raw for k in many]
+
+
 def broken_image():
     file = io.BytesIO()
     IMAGES[0].save(file, "PNG")
@@ -116,7 +123,7 @@ def test_what_cannot_be_scored_is_an_error_of_its_own(verifier, verdicts, caplog
     assert "too long" in found[2].error
     assert "4096" in found[2].error
     assert "no prompt" in found[3].error
-    assert caplog.text.count("has no score") == 3
+    assert caplog.text.count("no score for an image") == 3
 
 
 def test_nothing_to_score(verifier):
