@@ -1,4 +1,4 @@
-"""Converts PyTorch's checkpoints to ours, and LoRA both ways: ``python -m convert_weights flux|lora|...``."""
+"""Converts PyTorch's checkpoints to ours, and LoRA both ways: ``python -m convert_weights flux|lora|nvila|...``."""
 
 from __future__ import annotations
 
@@ -26,18 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def flux(args: Namespace) -> int:
     """A model: a diffusers folder or Black Forest Labs' single files -> a folder of ours."""
-    import numpy as np
-    from ml_dtypes import bfloat16
-
     from rflow_jax.weights.convert import Options, convert_flux
     from rflow_jax.weights.hub import resolve
 
-    dtype = None
-    if args.dtype is not None:
-        dtype = np.dtype(bfloat16) if args.dtype == "bfloat16" else np.dtype(args.dtype)
     options = Options(
         storage=args.format,
-        dtype=dtype,
+        dtype=_dtype(args.dtype),
         allow_pickle=args.allow_pickle,
         ae=args.ae and Path(args.ae),
         text=args.text and Path(args.text),
@@ -45,6 +39,20 @@ def flux(args: Namespace) -> int:
     src = resolve(args.src)
     with _Progress() as progress:
         convert_flux(src, Path(args.dst), options, progress)
+    print(f"{args.dst}: converted")
+    return 0
+
+
+def nvila(args: Namespace) -> int:
+    """NVILA: a published checkpoint (llm, vision_tower, mm_projector) -> a folder of ours."""
+    from rflow_jax.weights.convert import Options
+    from rflow_jax.weights.hub import resolve
+    from rflow_jax.weights.nvila import WANTED, convert_nvila
+
+    options = Options(storage=args.format, dtype=_dtype(args.dtype), allow_pickle=args.allow_pickle)
+    src = resolve(args.src, WANTED)
+    with _Progress() as progress:
+        convert_nvila(src, Path(args.dst), options, progress)
     print(f"{args.dst}: converted")
     return 0
 
@@ -77,6 +85,13 @@ def verify(args: Namespace) -> int:
     return verify_main(args.dir)
 
 
+def _dtype(name: str | None):
+    import numpy as np
+    from ml_dtypes import bfloat16
+
+    return None if name is None else np.dtype(bfloat16 if name == "bfloat16" else name)
+
+
 def _read_lora(args: Namespace):
     from rflow_jax.weights.lora_files import read_lora
 
@@ -91,16 +106,18 @@ def _read_lora(args: Namespace):
 def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
     parser = ArgumentParser(prog="python -m convert_weights", description=__doc__, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command", required=True)
-    commands = {"flux": flux, "lora": lora, "export-lora": export_lora, "verify": verify}
+    commands = {"flux": flux, "nvila": nvila, "lora": lora, "export-lora": export_lora, "verify": verify}
     for name, command in commands.items():
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False)
         if name == "verify":
             sub.add_argument("dir", help="folder laid out like tests/golden")
         else:
             _add_paths(sub)
+        if name in ("flux", "nvila"):
+            _add_storage(sub)
         if name == "flux":
             _add_flux(sub)
-        elif name != "verify":
+        if name in ("lora", "export-lora"):
             _add_lora(sub)
         if name == "export-lora":
             sub.add_argument(
@@ -123,11 +140,14 @@ def _add_paths(parser: ArgumentParser) -> None:
     )
 
 
-def _add_flux(parser: ArgumentParser) -> None:
+def _add_storage(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("safetensors", "orbax"), default="safetensors", help="how to store parameters"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of all parameters; without it each keeps its own")
+
+
+def _add_flux(parser: ArgumentParser) -> None:
     parser.add_argument("--ae", help="for single files: ae.safetensors")
     parser.add_argument("--text", help="for single files: a diffusers folder with text encoders and tokenizers")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from rflow_jax.errors import InputError
 
 
 def fit_to_grid(image: Image.Image, grid: int) -> Image.Image:
@@ -30,3 +33,26 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
         row.paste(image, (left, 0))
         left += image.width
     return row
+
+
+def pixel_levels(mean: Sequence[float], std: Sequence[float], scale: float = 1 / 255) -> np.ndarray:
+    """float32 [256, 3]: what a vision model sees of each level of each channel, rounded as Transformers rounds."""
+    levels = (np.arange(256) * scale).astype(np.float32)[:, None]
+    return (levels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
+    """The levels that a ``preprocessor_config.json`` of Transformers asks for, three channels.
+
+    Raises:
+        InputError: it does not say so, or leaves a step out; begins with ``where``.
+    """
+    if not (content.get("do_rescale", True) and content.get("do_normalize", True)):
+        raise InputError(f"{where}: do_rescale and do_normalize must be true")
+    try:
+        mean, std = (np.broadcast_to(np.asarray(content[key], np.float32), 3) for key in ("image_mean", "image_std"))
+        if not (np.isfinite(mean).all() and (std > 0).all()):
+            raise ValueError("not numbers to divide by")
+        return pixel_levels(mean.tolist(), std.tolist(), float(content.get("rescale_factor", 1 / 255)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: image_mean and image_std must be there, three numbers each") from error

@@ -35,8 +35,8 @@ class Tokenizers:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self._clip = _load(Path(folder) / CLIP_TOKENIZER)
-        self._t5 = _load(Path(folder) / T5_TOKENIZER)
+        self._clip = load_tokenizer(Path(folder) / CLIP_TOKENIZER)
+        self._t5 = load_tokenizer(Path(folder) / T5_TOKENIZER)
 
     def clip(self, texts: Sequence[str], max_length: int) -> np.ndarray:
         """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
@@ -52,13 +52,14 @@ class Tokenizers:
         return clip, t5
 
 
-def _load(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Transformers' tokenizer in a folder; raises InputError where there is none."""
     # Else it advises everyone to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
 
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; a model folder holds tokenizer/ and tokenizer_2/")
+        raise InputError(f"{folder}: no such folder, so no tokenizer; fetch the whole model folder")
     ready = folder / "tokenizer.json"
     try:
         if not ready.is_file():

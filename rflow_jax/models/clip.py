@@ -1,10 +1,10 @@
-"""CLIP's text model, FLUX's reader of the prompt as a whole."""
+"""CLIP's text model, FLUX's reader of the prompt as a whole, and the layers that its vision model shares."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +43,7 @@ class ClipTextConfig:
     eos_token_id: int = LEGACY_EOS_TOKEN_ID
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"text_encoder config: num_attention_heads {self.num_attention_heads} does not divide "
-                f"hidden_size {self.hidden_size}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"text_encoder config: hidden_act {self.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}"
-            )
+        check_layers(self, "text_encoder config")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> ClipTextConfig:
@@ -95,10 +87,37 @@ class ClipTextEncoder(nnx.Module):
         return x, jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]
 
 
+@runtime_checkable
+class LayerSizes(Protocol):
+    """What the text and the vision model's configurations have in common."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+def check_layers(config: LayerSizes, where: str) -> None:
+    """Raises InputError, which begins with ``where``, for sizes that no layer can have."""
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"{where}: num_attention_heads {config.num_attention_heads} does not divide "
+            f"hidden_size {config.hidden_size}"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(f"{where}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+
+
 class ClipBlock(nnx.Module):
     """Attention, then a feed-forward, each on the normalised stream and added to it."""
 
-    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+    def __init__(self, config: LayerSizes, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
         d, heads = config.hidden_size, config.num_attention_heads
         head_dim = d // heads
         self.attn_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
@@ -106,7 +125,7 @@ class ClipBlock(nnx.Module):
         self.ff_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
         self.ff = FeedForward(d, config.intermediate_size, config.hidden_act, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b t d"], mask: Array) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], mask: Array | None = None) -> Float[Array, "b t d"]:
         x = x + self.attn(self.attn_norm(x), mask=mask)
         return x + self.ff(self.ff_norm(x))
 

@@ -16,6 +16,7 @@ Judge = Callable[[str, Any, np.ndarray], tuple[float, float]]
 
 GENERATED = re.compile(r"07_.*/.*(_latents_steps|_image_raw)")
 GRADIENTS, PARAMETERS = "08_grads", "08_params_"
+LANGUAGE_MODELS = ("qwen/", "nvila/")
 MOVEMENT = "p - p_init, all tensors together"
 TOGETHER, EACH, ZERO = "gradients, all tensors together", "gradients, each tensor", "tensors with zero gradient"
 
@@ -52,6 +53,8 @@ def measure(got: np.ndarray, want: np.ndarray, array: str, tolerances: Tolerance
 
 
 def _kind(array: str) -> str:
+    if array.startswith(LANGUAGE_MODELS):
+        return ", ".join(place.rstrip("/") for place in LANGUAGE_MODELS)
     if GENERATED.fullmatch(array):
         return "generate (07) latents and images"
     if re.fullmatch(r"08_.*(/|_)loss(es)?", array):

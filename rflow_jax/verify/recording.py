@@ -61,8 +61,10 @@ class Recording:
         return read_json(self.root / "golden" / f"{name}.json")
 
     def is_exempt(self, array: str) -> bool:
-        """Whether the metadata exempts ``file/array``."""
-        return any(fnmatch(array, pattern) for pattern in self.meta.get("exempt", {}))
+        """Whether the metadata exempts ``file/array``; of a file in a folder, also as ``folder/array``."""
+        place, *_, stage = array.split("/")
+        names = {array, f"{place}/{stage}"}
+        return any(fnmatch(name, pattern) for name in names for pattern in self.meta.get("exempt", {}))
 
     @cached_property
     def transformer(self) -> FluxTransformer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rflow_jax.verify import encoders, flux, generation, training
+from rflow_jax.verify import encoders, flux, generation, nvila, training
 from rflow_jax.verify.measure import PARAMETERS
 from rflow_jax.verify.recording import Recording
 from rflow_jax.verify.report import Line, lines
@@ -38,7 +38,7 @@ def verify(root: Path, on_check: Callable[[str, int], None] | None = None) -> li
     recording = Recording(root)
     results: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        due = {name: check for name, check in CHECKS.items() if recording.has(name)}
+        due = {name: check for name, check in CHECKS.items() if recording.has(name)} | nvila.checks(recording)
         for name, check in due.items():
             if on_check:
                 on_check(name, len(due))

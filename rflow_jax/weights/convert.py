@@ -127,7 +127,7 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
 
 def _from_folder(component: Component, folder: Path, options: Options) -> Source:
     config = read_object(folder / "config.json")
-    files = _open_folder(folder, options.allow_pickle)
+    files = open_folder(folder, options.allow_pickle)
     return Source(
         component, config, files, component.table_for(files, component.config_of(config, folder / "config.json"))
     )
@@ -150,7 +150,8 @@ def _open_file(file: Path, allow_pickle: bool) -> TensorFiles:
     return open_pickle(file, allow=allow_pickle) if is_pickle(file) else TensorFiles.open(file)
 
 
-def _open_folder(folder: Path, allow_pickle: bool) -> TensorFiles:
+def open_folder(folder: Path, allow_pickle: bool) -> TensorFiles:
+    """The tensors in a network's folder; PyTorch's own files only where there is no safetensors, and if allowed."""
     pickles = sorted(file for file in folder.glob("*") if is_pickle(file))
     if pickles and not any(folder.glob("*.safetensors")):
         return open_pickle(*pickles, allow=allow_pickle)

@@ -20,18 +20,19 @@ WANTED_LORA = ["*.safetensors", "*.json"]
 UNWANTED = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.pth", "*.gguf"]
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, wanted: list[str] = WANTED) -> Path:
     """The folder of a model.
 
     Args:
         model: a folder, or ``owner/name`` (``owner/name@revision``) on the Hub. Fetched files stay in
             huggingface_hub's cache, and a cached copy serves without a network; ``HF_TOKEN`` is honoured.
+        wanted: patterns of the files to fetch.
 
     Raises:
         InputError: no such folder, and not on the Hub or in its cache.
     """
     path = Path(model).expanduser()
-    return path if path.exists() else _from_hub(model, WANTED)
+    return path if path.exists() else _from_hub(model, wanted)
 
 
 def resolve_lora(lora: str) -> Path:

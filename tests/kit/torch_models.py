@@ -10,7 +10,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     """Moves biases and norms off zero and one, and makes attention scores large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        amount = 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        amount = 0.2 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
         parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
     model.eval()
 

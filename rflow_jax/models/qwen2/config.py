@@ -1,0 +1,89 @@
+"""Sizes of a Qwen2 language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rflow_jax.errors import InputError
+
+_KINDS = ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text")
+_PLAIN_ROPE = (None, "default", "mrope")
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """Sizes, in the names of Transformers' ``config.json``; the defaults are those of Qwen2.5-VL-7B's text part.
+
+    Attributes:
+        mrope_section: channel pairs of a head turned by each axis (time, row, column) of multimodal positions; empty
+            for positions of one axis.
+    """
+
+    vocab_size: int = 152_064
+    hidden_size: int = 3584
+    intermediate_size: int = 18_944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 128_000
+    mrope_section: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"language model config: {name} is {getattr(self, name)}; expected a number above 0")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise InputError(
+                f"language model config: hidden_size {self.hidden_size} does not give {self.num_attention_heads} heads "
+                "of even width"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"language model config: num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.mrope_section and 2 * sum(self.mrope_section) != self.head_dim:
+            raise InputError(
+                f"language model config: mrope_section {list(self.mrope_section)} must add up to half of the head's "
+                f"{self.head_dim} channels"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Qwen2Config:
+        """From the content of a ``config.json``, in the layout of Transformers 4 or 5.
+
+        Raises:
+            InputError: another network, or one with what is not supported here (sliding windows, scaled rotary angles).
+        """
+        if (kind := config.get("model_type", "qwen2")) not in _KINDS:
+            raise InputError(f"language model config: model_type {kind!r} is not supported, only {', '.join(_KINDS)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise InputError(f"language model config: hidden_act {config['hidden_act']!r}; Qwen2 has 'silu'")
+        _refuse_sliding(config)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if (scaling := rope.get("rope_type", rope.get("type"))) not in _PLAIN_ROPE:
+            raise InputError(f"language model config: rotary angles of type {scaling!r} are not supported")
+        known: dict[str, Any] = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        known["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta)
+        known["mrope_section"] = tuple(rope.get("mrope_section") or ())
+        known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
+        return cls(**known)
+
+
+def _refuse_sliding(config: Mapping[str, Any]) -> None:
+    layers = config.get("layer_types") or ()
+    sliding = "sliding_attention" in layers
+    if not layers and config.get("use_sliding_window"):
+        first = config.get("max_window_layers")
+        sliding = first is None or first < config.get("num_hidden_layers", Qwen2Config.num_hidden_layers)
+    if sliding:
+        raise InputError("language model config: layers with a sliding window are not supported")

@@ -1,0 +1,165 @@
+"""CLIP in this process: how near an image is to its prompt, 100 times the cosine of their vectors for OpenAI's models.
+
+Transformers' own Flax model computes it where there is one (transformers < 5), else the CLIP of this package; the
+numbers are the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.images import levels_in
+from rflow_jax.prompts import load_tokenizer
+from rflow_jax.settings import require_dtype
+from rflow_jax.typing import Array, Float, Int, UInt8
+from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.clip_images import ClipImages
+from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE, require_fitting, score_each, unscored_number
+from rflow_jax.weights.clip_model import check_clip_model, load_clip_model, read_clip_config
+from rflow_jax.weights.components import read_object
+from rflow_jax.weights.hub import resolve
+
+WANTED = ["*.json", "*.txt", "*.safetensors"]
+Implementation = Literal["auto", "transformers", "own"]
+# (uint8 pictures [b, y, x, 3], tokens [b, t]) -> scores [b]
+Scores = Callable[[np.ndarray, np.ndarray], Array]
+
+
+@dataclass(frozen=True)
+class ClipVerifierConfig:
+    """How CLIP judges.
+
+    Attributes:
+        model: a folder of Transformers, or an id on the Hub.
+        implementation: "transformers" (its Flax model), "own", or "auto": the first where it can be had.
+        batch_size: images judged together.
+        dtype: number type of the activations (with "own" also of the weights), bfloat16 or float32.
+    """
+
+    model: str = "openai/clip-vit-large-patch14"
+    implementation: Implementation = "auto"
+    batch_size: int = 32
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}: give at least 1")
+        require_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its prompt, prepared."""
+
+    pixels: np.ndarray  # uint8 [y, x, 3]
+    ids: np.ndarray  # int32 [t], padded
+
+
+class CLIPVerifier:
+    """Scores images with CLIP.
+
+    Raises:
+        InputError: no such model, another network, or no Flax model in the Transformers that is installed.
+    """
+
+    name = "clip"
+    concurrency = 1
+
+    def __init__(self, config: ClipVerifierConfig = ClipVerifierConfig()) -> None:
+        self.config = config
+        self.batch_size = config.batch_size
+        folder = resolve(config.model, WANTED)
+        self._sizes = read_clip_config(folder)
+        path = folder / "preprocessor_config.json"
+        content = read_object(path)
+        self._images = ClipImages.from_json(content, self._sizes.vision.image_size, str(path))
+        self._tokenizer = load_tokenizer(folder)
+        self._scores = _scores(folder, config, levels_in(content, str(path)))
+
+    def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """One verdict an image, in order.
+
+        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens and a score that is no number are errors of
+        that image alone.
+        """
+        at_once = BATCHES_AT_ONCE * self.batch_size
+        return score_each(images, items, self._pair, self._verdicts, at_once=at_once)
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _pair(self, image: Image, prompt: str) -> Pair:
+        length = self._sizes.text.max_position_embeddings
+        ids = self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        require_fitting(len(ids), length)
+        # Attention is causal, and the end token's vector is taken: what follows it is never seen.
+        padding = [ids[-1]] * (length - len(ids))
+        return Pair(self._images.cut(image), np.asarray([*ids, *padding], np.int32))
+
+    def _verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        size = self.config.batch_size
+        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        running = [self._scores(*_stacked(batch, size)) for batch in batches]
+        for batch, scores in zip(batches, running, strict=True):
+            for score in np.asarray(scores)[: len(batch)]:
+                yield Verdict(score=float(score)) if np.isfinite(score) else unscored_number("score")
+
+
+def _stacked(pairs: Sequence[Pair], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A batch filled up to its size with its last pair."""
+    filled = [*pairs, *[pairs[-1]] * (size - len(pairs))]
+    return np.stack([pair.pixels for pair in filled]), np.stack([pair.ids for pair in filled])
+
+
+def _scores(folder: Path, config: ClipVerifierConfig, levels: np.ndarray) -> Scores:
+    flax_model = _flax_class() if config.implementation != "own" else None
+    if flax_model is not None:
+        return _theirs(flax_model, folder, getattr(jnp, config.dtype), levels)
+    if config.implementation == "transformers":
+        raise InputError("implementation transformers: no FlaxCLIPModel here (transformers < 5 has it); take own")
+    return _ours(folder, getattr(jnp, config.dtype), levels)
+
+
+def _flax_class() -> Any:
+    """Transformers' FlaxCLIPModel, or None where there is none."""
+    try:
+        return importlib.import_module("transformers.models.clip.modeling_flax_clip").FlaxCLIPModel
+    except (ImportError, AttributeError):
+        return None
+
+
+def _ours(folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
+    graph, weights = nnx.split(load_clip_model(folder, dtype))
+
+    @jax.jit
+    def score(weights: Any, pixels: UInt8[Array, "b y x c"], ids: Int[Array, "b t"]) -> Float[Array, " b"]:
+        return nnx.merge(graph, weights)(_seen(pixels, levels), ids)
+
+    return lambda pixels, ids: score(weights, pixels, ids)
+
+
+def _theirs(flax_model: Any, folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
+    check_clip_model(folder)  # Transformers would only warn of what is missing, and draw it at random
+    model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
+
+    @jax.jit
+    def score(params: Any, pixels: UInt8[Array, "b y x c"], ids: Int[Array, "b t"]) -> Float[Array, " b"]:
+        seen = _seen(pixels, levels).transpose(0, 3, 1, 2)
+        return jnp.diagonal(model(input_ids=ids, pixel_values=seen, params=params).logits_per_image)
+
+    return lambda pixels, ids: score(model.params, pixels, ids)
+
+
+def _seen(pixels: Array, levels: np.ndarray) -> Array:
+    return jnp.asarray(levels)[pixels, jnp.arange(levels.shape[1])]

@@ -1,0 +1,102 @@
+"""NVILA-Lite-2B-Verifier in this process: asked whether an image shows its prompt, it says yes or no.
+
+The score is the logit of that word as the first of its answer, taken greedily: what sampling leaves of the logits is
+often minus infinity for one of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.nvila.message import Template, ask, chat, message
+from rflow_jax.settings import require_dtype
+from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE, require_fitting, score_each, unscored_number
+from rflow_jax.verifiers.nvila_programs import NvilaPrograms, Question
+from rflow_jax.weights.nvila import NvilaModel, load_nvila
+
+
+@dataclass(frozen=True)
+class NvilaVerifierConfig:
+    """How NVILA judges.
+
+    Attributes:
+        model: a published checkpoint, a converted folder, or an id on the Hub.
+        template: "raw" shows it the prompt as it is, as the original does; "question" asks the question that the
+            verifier was trained with.
+        rank: "word" ranks yes before no, yes by higher score, no by lower; "margin" scores by yes minus no.
+        batch_size: images judged together.
+        dtype: number type of the weights and activations, bfloat16 or float32.
+    """
+
+    model: str = "Efficient-Large-Model/NVILA-Lite-2B-Verifier"
+    template: Template = "raw"
+    rank: Literal["word", "margin"] = "word"
+    batch_size: int = 8
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}: give at least 1")
+        require_dtype(self.dtype)
+
+
+class NvilaVerifier:
+    """Scores images with NVILA.
+
+    Args:
+        model: an already loaded one, instead of the one the config names.
+
+    Raises:
+        InputError: no such model, or another network.
+    """
+
+    name = "nvila"
+    concurrency = 1
+
+    def __init__(self, config: NvilaVerifierConfig = NvilaVerifierConfig(), model: NvilaModel | None = None) -> None:
+        self.config = config
+        self.batch_size = config.batch_size
+        self.model = model or load_nvila(config.model, dtype=getattr(jnp, config.dtype))
+        self._programs = NvilaPrograms(self.model, config.batch_size)
+
+    def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """One verdict an image, in order.
+
+        An image that cannot be decoded, a prompt that is too long and a logit that is no number are errors of that
+        image alone.
+        """
+        at_once = BATCHES_AT_ONCE * self.batch_size
+        return score_each(images, items, self._question, self._verdicts, at_once=at_once)
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _question(self, image: Image, prompt: str) -> Question:
+        config, tokenizer = self.model.config, self.model.tokenizer
+        columns, rows = config.tiling.grid(*image.size)
+        pictures = columns * rows + (columns * rows > 1)
+        text = chat(message([pictures, ask(prompt, self.config.template)]))
+        layout = tokenizer.layout(text, config.picture_tokens)
+        require_fitting(len(layout) + 1, tokenizer.context)  # said before the image is cut; its answer is a token
+        return Question(config.tiling.cut(image), layout)
+
+    def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        return [self._verdict(logits) for logits in self._programs.first_logits(questions)]
+
+    def _verdict(self, logits: np.ndarray) -> Verdict:
+        if not np.isfinite(logits).all():
+            return unscored_number("logits")
+        tokenizer = self.model.tokenizer
+        yes, no = float(logits[tokenizer.yes]), float(logits[tokenizer.no])
+        raw = {"yes": yes, "no": no, "answer": tokenizer.word(int(np.argmax(logits)))}
+        if self.config.rank == "margin":
+            return Verdict(score=yes - no, raw=raw)
+        return Verdict(score=max(yes, no), label="yes" if yes > no else "no", raw=raw)

@@ -1,0 +1,184 @@
+"""Reads NVILA's checkpoints (VILA's layout: ``llm``, ``vision_tower``, ``mm_projector``) and converts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.errors import InputError
+from rflow_jax.images import levels_in
+from rflow_jax.models.nvila.config import NvilaConfig, require_nvila, require_projector
+from rflow_jax.models.nvila.network import Nvila, abstract_nvila
+from rflow_jax.models.qwen2.config import Qwen2Config
+from rflow_jax.models.siglip import SiglipVisionConfig
+from rflow_jax.progress import byte_progress
+from rflow_jax.weights.components import check_types, read_object
+from rflow_jax.weights.conversion import Conversion
+from rflow_jax.weights.convert import OnProgress, Options, open_folder
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.hub import resolve
+from rflow_jax.weights.load import load_into, parameter_shapes
+from rflow_jax.weights.names import nvila, qwen2, siglip
+from rflow_jax.weights.nvila_tokenizer import NvilaTokenizer
+from rflow_jax.weights.save import MODEL_FILE, save, write_model_file
+from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
+from rflow_jax.weights.tables import Table, plan
+from rflow_jax.weights.writing import need_space, whole
+
+TOWER, PROJECTOR, LANGUAGE = "vision_tower", "mm_projector", "llm"
+PARTS = (TOWER, PROJECTOR, LANGUAGE)
+WANTED = ["*.json", *(f"{part}/*" for part in PARTS)]
+_COPIED = (".json", ".txt", ".model", ".jinja")  # configurations and the tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class NvilaModel:
+    """A loaded model.
+
+    Attributes:
+        name: what it was loaded from.
+        graph, weights: the network and its parameters.
+        levels: float32 [256, 3]: what the tower sees of each level of a picture.
+    """
+
+    name: str
+    config: NvilaConfig
+    graph: Any
+    weights: Any
+    tokenizer: NvilaTokenizer
+    levels: np.ndarray
+
+    @property
+    def network(self) -> Nvila:
+        """The network with its weights."""
+        return nnx.merge(self.graph, self.weights)
+
+
+def load_nvila(model: str, *, dtype: Any = jnp.bfloat16, progress: bool = True) -> NvilaModel:
+    """Reads a published checkpoint, or a folder that ``convert_weights nvila`` wrote, onto the default device.
+
+    Args:
+        model: a folder, or an id on the Hub.
+        dtype: of parameters and activations.
+
+    Raises:
+        InputError: no such folder, another network, or tensors that are not exactly this network's.
+    """
+    root = resolve(model, WANTED)
+    config = read_nvila_config(root)
+    tokenizer, levels = NvilaTokenizer(root / LANGUAGE, config.language), _levels(root, config)
+    network = abstract_nvila(config, dtype)
+    places = {part: root / part for part in PARTS}
+    sizes = (stored_bytes(place) if is_stored(place) else TensorFiles.open(place).nbytes for place in places.values())
+    with byte_progress(progress) as bar:
+        task = bar.add_task("loading", total=sum(sizes))
+        for part, place in places.items():
+            bar.update(task, description=f"loading {part}")
+            advance = partial(bar.advance, task)
+            if is_stored(place):
+                load_stored(_part(network, part), place, dtype=dtype, on_bytes=advance)
+            else:
+                files = TensorFiles.open(place)
+                load_into(_part(network, part), _table(part, files, config), files, dtype=dtype, on_bytes=advance)
+    return NvilaModel(model, config, *nnx.split(network), tokenizer, levels)
+
+
+def read_nvila_config(root: Path) -> NvilaConfig:
+    """The sizes in the configurations of a checkpoint; raises InputError, naming the file, for another network."""
+    if missing := [part for part in ("", *PARTS) if not (root / part / "config.json").is_file()]:
+        names = ", ".join(f"{part}/config.json".lstrip("/") for part in missing)
+        raise InputError(f"{root}: has no {names}; an NVILA checkpoint holds {', '.join(PARTS)} and a config.json")
+    content = _read(root / "config.json", require_nvila)
+    _read(root / PROJECTOR / "config.json", require_projector)
+    vision = _sizes(SiglipVisionConfig, root / TOWER / "config.json")
+    language = _sizes(Qwen2Config, root / LANGUAGE / "config.json")
+    return _named(root / "config.json", lambda: NvilaConfig.from_json(content, vision, language))
+
+
+def convert_nvila(src: Path, dst: Path, options: Options = Options(), on_progress: OnProgress | None = None) -> None:
+    """Converts a published checkpoint into a folder of ours, tensor by tensor; ``dst`` is there when all of it is.
+
+    Raises:
+        InputError: no such checkpoint, a tensor missing, unknown or of a wrong shape, ``dst`` exists, a full disk.
+    """
+    if (src / MODEL_FILE).is_file():
+        raise InputError(f"{src}: is a converted model already")
+    config = read_nvila_config(src)
+    NvilaTokenizer(src / LANGUAGE, config.language)
+    network = abstract_nvila(config)
+    conversions = {}
+    for part in PARTS:
+        files = open_folder(src / part, options.allow_pickle)
+        the_plan = plan(_table(part, files, config), parameter_shapes(_part(network, part)))
+        the_plan.check(files.shapes, files.where)
+        conversions[part] = Conversion(the_plan, files, options.dtype)
+    need_space(dst, sum(leaf.nbytes for conversion in conversions.values() for leaf in conversion.leaves()))
+    total, done = sum(conversion.files.nbytes for conversion in conversions.values()), 0
+    with whole(dst) as partial:
+        for part, conversion in conversions.items():
+
+            def advance(nbytes: int, part: str = part) -> None:
+                nonlocal done
+                done += nbytes
+                if on_progress:
+                    on_progress(part, done, total)
+
+            _copy_rest(src / part, partial / part)
+            save(conversion, partial / part, options.storage, on_bytes=advance)
+        shutil.copyfile(src / "config.json", partial / "config.json")
+        write_model_file(partial, options.storage, conversions, str(src))
+
+
+def _part(network: Nvila, part: str) -> nnx.Module:
+    return {TOWER: network.tower, PROJECTOR: network.projector, LANGUAGE: network.language}[part]
+
+
+def _table(part: str, files: TensorFiles, config: NvilaConfig) -> Table:
+    if part == TOWER:
+        return siglip.table_for(files)
+    return nvila.PROJECTOR if part == PROJECTOR else qwen2.table_for(head=not config.language.tie_word_embeddings)
+
+
+def _levels(root: Path, config: NvilaConfig) -> np.ndarray:
+    """How the tower's pictures are normalised; raises InputError where that is not said or cannot be done."""
+    path = root / TOWER / "preprocessor_config.json"
+    content, side = read_object(path), config.vision.image_size
+    size = content.get("size")
+    if size not in (side, {"height": side, "width": side}):
+        raise InputError(f"{path}: size is {size!r}, the tower's pictures have {side} pixels a side")
+    return levels_in(content, str(path))
+
+
+def _sizes(config: Any, path: Path) -> Any:
+    content = read_object(path)
+    check_types(config, content, path)
+    return _named(path, lambda: config.from_json(content))
+
+
+def _read(path: Path, require: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    content = read_object(path)
+    _named(path, lambda: require(content))
+    return content
+
+
+def _named(path: Path, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes; an InputError of it names the file."""
+    try:
+        return make()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _copy_rest(src: Path, dst: Path) -> None:
+    dst.mkdir(parents=True)
+    for file in src.iterdir():
+        if file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, dst / file.name)
