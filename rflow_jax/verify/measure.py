@@ -52,6 +52,8 @@ def measure(got: np.ndarray, want: np.ndarray, array: str, tolerances: Tolerance
 
 
 def _kind(array: str) -> str:
+    if array.startswith(("qwen/", "nvila/")):
+        return "qwen, nvila"
     if GENERATED.fullmatch(array):
         return "generate (07) latents and images"
     if re.fullmatch(r"08_.*(/|_)loss(es)?", array):

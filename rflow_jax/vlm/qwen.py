@@ -1,0 +1,93 @@
+"""The programs of Qwen2.5-VL: a batch of inputs -> rewards, or -> text; compiled once for each padded size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rflow_jax.models.attention import AttentionImpl
+from rflow_jax.models.layers import ALL_ROWS
+from rflow_jax.models.qwen2.generate import Decoding, Made, Prompts, generate
+from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
+from rflow_jax.models.qwen2_5_vl.reward import RewardModel, RewardToken
+from rflow_jax.typing import Array, Float
+from rflow_jax.vlm.qwen_images import ImageRules, normalised
+from rflow_jax.vlm.qwen_inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a reward is taken; hashable, as a program's static argument.
+
+    Attributes:
+        token, special: see :meth:`rflow_jax.models.qwen2_5_vl.reward.RewardModel.rewards`.
+        mrope: multimodal rotary positions. The original counts its tokens on all axes alike, pictures' too.
+        lora: whether an adapter that was kept apart acts.
+    """
+
+    token: RewardToken
+    special: int | None = None
+    mrope: bool = False
+    lora: bool = True
+
+
+def embed(model: Qwen25VL, rules: ImageRules, inputs: Inputs, attention: AttentionImpl) -> Float[Array, "b t d"]:
+    """Embeddings of a batch, pictures in their places."""
+    patches = None if inputs.patches is None else normalised(jnp.asarray(inputs.patches), rules)
+    places = None if inputs.places is None else jnp.asarray(inputs.places)
+    return model.embed(jnp.asarray(inputs.ids), patches, inputs.layout, places, attention=attention)
+
+
+def hidden_states(
+    model: Qwen25VL, rules: ImageRules, inputs: Inputs, *, mrope: bool, lora: bool, attention: AttentionImpl = "auto"
+) -> Float[Array, "b t d"]:
+    """The hidden states after the last norm."""
+    x = embed(model, rules, inputs, attention)
+    plain = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    positions = jnp.asarray(inputs.positions) if mrope else plain
+    return model.language(x, positions, lora=ALL_ROWS if lora else None, attention=attention)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
+def rewards(
+    graph: Any, rules: ImageRules, how: Scoring, state: Any, inputs: Inputs, *, attention: AttentionImpl = "auto"
+) -> Float[Array, "b k"]:
+    """Rewards of a batch, before any normalisation."""
+    model: RewardModel = nnx.merge(graph, state)
+    hidden = hidden_states(model, rules, inputs, mrope=how.mrope, lora=how.lora, attention=attention)
+    return model.rewards(
+        hidden, jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths), token=how.token, special=how.special
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
+def texts(
+    graph: Any,
+    rules: ImageRules,
+    decoding: Decoding,
+    state: Any,
+    inputs: Inputs,
+    keys: Array | None = None,
+    *,
+    attention: AttentionImpl = "auto",
+) -> Made:
+    """Tokens that continue every chat of a batch.
+
+    Args:
+        keys: random keys, one a row; needed where tokens are drawn.
+    """
+    model: Qwen25VL = nnx.merge(graph, state)
+    prompts = Prompts(
+        embed(model, rules, inputs, attention),
+        jnp.asarray(inputs.positions),
+        jnp.asarray(inputs.lengths),
+        jnp.asarray(inputs.next_position),
+        jnp.asarray(inputs.live),
+        keys,
+    )
+    return generate(model.language, prompts, decoding, lora=ALL_ROWS, attention=attention)
