@@ -26,18 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def flux(args: Namespace) -> int:
     """A model: a diffusers folder or Black Forest Labs' single files -> a folder of ours."""
-    import numpy as np
-    from ml_dtypes import bfloat16
-
     from rflow_jax.weights.convert import Options, convert_flux
     from rflow_jax.weights.hub import resolve
 
-    dtype = None
-    if args.dtype is not None:
-        dtype = np.dtype(bfloat16) if args.dtype == "bfloat16" else np.dtype(args.dtype)
     options = Options(
         storage=args.format,
-        dtype=dtype,
+        dtype=_dtype(args.dtype),
         allow_pickle=args.allow_pickle,
         ae=args.ae and Path(args.ae),
         text=args.text and Path(args.text),
@@ -45,6 +39,18 @@ def flux(args: Namespace) -> int:
     src = resolve(args.src)
     with _Progress() as progress:
         convert_flux(src, Path(args.dst), options, progress)
+    print(f"{args.dst}: converted")
+    return 0
+
+
+def qwen(args: Namespace) -> int:
+    """A Qwen2.5-VL: a folder of Transformers (or a Hub id) -> a folder of ours."""
+    from rflow_jax.weights.convert_qwen import convert_qwen
+    from rflow_jax.weights.hub import resolve_vlm
+
+    src = resolve_vlm(args.src)
+    with _Progress() as progress:
+        convert_qwen(src, Path(args.dst), storage=args.format, dtype=_dtype(args.dtype), on_progress=progress)
     print(f"{args.dst}: converted")
     return 0
 
@@ -77,6 +83,14 @@ def verify(args: Namespace) -> int:
     return verify_main(args.dir)
 
 
+def _dtype(name: str | None):
+    """numpy's dtype; None: each tensor keeps its own."""
+    import numpy as np
+    from ml_dtypes import bfloat16
+
+    return None if name is None else np.dtype(bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
 def _read_lora(args: Namespace):
     from rflow_jax.weights.lora_files import read_lora
 
@@ -91,16 +105,18 @@ def _read_lora(args: Namespace):
 def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
     parser = ArgumentParser(prog="python -m convert_weights", description=__doc__, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command", required=True)
-    commands = {"flux": flux, "lora": lora, "export-lora": export_lora, "verify": verify}
+    commands = {"flux": flux, "qwen": qwen, "lora": lora, "export-lora": export_lora, "verify": verify}
     for name, command in commands.items():
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False)
         if name == "verify":
             sub.add_argument("dir", help="folder laid out like tests/golden")
         else:
             _add_paths(sub)
+        if name in ("flux", "qwen"):
+            _add_storage(sub)
         if name == "flux":
             _add_flux(sub)
-        elif name != "verify":
+        elif name not in ("verify", "qwen"):
             _add_lora(sub)
         if name == "export-lora":
             sub.add_argument(
@@ -116,29 +132,37 @@ def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
 def _add_paths(parser: ArgumentParser) -> None:
     parser.add_argument("src", help="what to read")
     parser.add_argument("dst", help="what to write; must not exist")
-    parser.add_argument(
-        "--allow_pickle",
-        action="store_true",
-        help="read PyTorch's .bin and .pth files, by torch with weights_only",
-    )
 
 
-def _add_flux(parser: ArgumentParser) -> None:
+def _add_storage(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("safetensors", "orbax"), default="safetensors", help="how to store parameters"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of all parameters; without it each keeps its own")
+
+
+def _add_flux(parser: ArgumentParser) -> None:
+    _add_allow_pickle(parser)
     parser.add_argument("--ae", help="for single files: ae.safetensors")
     parser.add_argument("--text", help="for single files: a diffusers folder with text encoders and tokenizers")
 
 
 def _add_lora(parser: ArgumentParser) -> None:
+    _add_allow_pickle(parser)
     parser.add_argument("--alpha", type=float, help="where the file does not say it; the rank without this")
     parser.add_argument(
         "--ignore_text_encoder",
         "--ignore-text-encoder",
         action="store_true",
         help="leave out what is for a text encoder",
+    )
+
+
+def _add_allow_pickle(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read PyTorch's .bin and .pth files, by torch with weights_only",
     )
 
 

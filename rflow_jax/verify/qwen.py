@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from rflow_jax.models.qwen2.generate import Decoding
 from rflow_jax.models.qwen2_5_vl.layout import window_order
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
 from rflow_jax.models.qwen2_5_vl.vision import rope_angles
+from rflow_jax.verify.measure import relative_error
 from rflow_jax.verify.recording import Recording
-from rflow_jax.vlm.qwen import Scoring, embed, hidden_states, rewards, texts
+from rflow_jax.vlm.qwen import embed, hidden_states, texts
 from rflow_jax.vlm.qwen_images import ImageRules, fitted, limited, normalised, patches_of
-from rflow_jax.vlm.qwen_inputs import Inputs, Sample, batch_of
+from rflow_jax.vlm.qwen_inputs import Inputs, Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.components import read_json, read_object
 from rflow_jax.weights.qwen import end_tokens, load_qwen
@@ -68,9 +69,10 @@ class Recorded:
         pictures = [patches_of(fitted(image, self.rules), self.rules) for image in self.resized]
         return [Sample(tokenizer.encode(text), (one,)) for text, one in zip(chats, pictures, strict=True)]
 
-    def inputs(self, samples: Sequence[Sample], model: Qwen25VL, tokenizer: QwenTokenizer) -> Inputs:
-        """The batch, padded as the recording was: to its longest."""
-        return batch_of(samples, model.config, pad=tokenizer.pad, rows=len(samples), exact=True)
+
+def _batch(samples: Sequence[Sample], model: Qwen25VL, tokenizer: QwenTokenizer) -> Inputs:
+    """The batch, padded as the recording was: to its longest."""
+    return batch_of(samples, model.config, pad=tokenizer.pad, sizes=Sizes.exact(samples, model.config))
 
 
 def base(recording: Recording) -> Iterator[Result]:
@@ -82,17 +84,19 @@ def base(recording: Recording) -> Iterator[Result]:
         yield f"resized{k}_uint8", np.asarray(image)
     yield "input_ids_text", _encoded_again(tokenizer, known.arrays["input_ids_text"])
     samples = known.samples(tokenizer, "base")
-    inputs = known.inputs(samples, model, tokenizer)
+    inputs = _batch(samples, model, tokenizer)
     yield from _prepared(samples, inputs, known.rules)
     yield from _tower(model, samples, inputs, known.rules)
     yield "mrope_position_ids", inputs.positions
     yield "rope_deltas", inputs.next_position[:, None] - inputs.ids.shape[1]
-    yield "hidden_embeds", embed(model, known.rules, inputs, "auto")
-    hidden = hidden_states(model, known.rules, inputs, mrope=True, lora=False)
+    graph, state = nnx.split(model)
+    embedded, hidden = _hidden(graph, known.rules, False, state, inputs, jnp.asarray(True))
+    yield "hidden_embeds", embedded
     yield "last_hidden", _where_real(hidden, inputs, known.arrays["last_hidden"])
     yield "logits_last", model.language.logits(hidden[np.arange(len(samples)), inputs.lengths - 1])
     for k, sample in enumerate(samples):
-        yield from _generated(known, model, tokenizer, sample, f"gen{k}_")
+        yield from _prepared([sample], _batch([sample], model, tokenizer), known.rules, f"gen{k}_")
+    yield from _generated(known, model, tokenizer, inputs)
 
 
 def _prepared(samples: Sequence[Sample], inputs: Inputs, rules: ImageRules, prefix: str = "") -> Iterator[Result]:
@@ -110,7 +114,7 @@ def _tower(model: Qwen25VL, samples: Sequence[Sample], inputs: Inputs, rules: Im
     patches = normalised(jnp.asarray(inputs.patches), rules)
     yield "vis_patch_embed", _packed(samples, model.vision.patch_in(patches))
     yield "vis_rot_pos_emb", _packed(samples, rope_angles(jnp.asarray(layout.positions), config))
-    yield "vis_out", _packed(samples, model.vision(patches, layout), config.unit)
+    yield "vis_out", _packed(samples, jax.jit(model.vision)(patches, layout), config.unit)
     orders, lengths, before = [], [], 0
     for grid in (grid for sample in samples for grid in sample.grids):
         order, of_windows = window_order(grid, config)
@@ -121,58 +125,86 @@ def _tower(model: Qwen25VL, samples: Sequence[Sample], inputs: Inputs, rules: Im
     yield "vis_cu_window_seqlens", np.cumsum(np.concatenate([[0], *lengths]))
 
 
-def _generated(
-    known: Recorded, model: Qwen25VL, tokenizer: QwenTokenizer, sample: Sample, prefix: str
-) -> Iterator[Result]:
-    """One sample alone, its end suppressed for as many tokens as were recorded."""
-    inputs = known.inputs([sample], model, tokenizer)
-    yield from _prepared([sample], inputs, known.rules, prefix)
-    count = known.arrays[f"{prefix}new_tokens"].shape[1]
+def _generated(known: Recorded, model: Qwen25VL, tokenizer: QwenTokenizer, inputs: Inputs) -> Iterator[Result]:
+    """What was recorded of each sample alone, made as a batch; the end is suppressed for as many tokens."""
+    counts = {
+        m[0]: recorded.shape[1] for m, recorded in known.recording.numbered(BASE, r"gen(\d+)_(new_tokens|logits)")
+    }
     ends = end_tokens(known.folder / "base", model.config) or (tokenizer.eos or tokenizer.pad,)
-    decoding = Decoding(count, ends, tokenizer.pad, min_new_tokens=count, keep_logits=True)
-    made = texts(*_split(model, known.rules, decoding), inputs)
-    yield f"{prefix}new_tokens", made.tokens
-    yield f"{prefix}logits", made.logits
+    most = max(counts.values())
+    decoding = Decoding(most, ends, tokenizer.pad, min_new_tokens=most, keep_logits=True)
+    graph, state = nnx.split(model)
+    made = texts(graph, known.rules, decoding, state, inputs)
+    for name, count in counts.items():
+        row = int(name.removeprefix("gen").split("_")[0])
+        ours = made.tokens if name.endswith("new_tokens") else made.logits
+        yield name, np.asarray(ours)[row : row + 1, :count]
 
 
 def reward(recording: Recording) -> Iterator[Result]:
-    """The reward model: rewards of the batch and of each sample alone, with the LoRA merged and kept apart."""
-    known, arrays = Recorded(recording), recording.arrays(REWARD)
-    checkpoint = known.checkpoint
-    added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
-    tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
-    model, apart = (checkpoint.load(dtype=jnp.float32, merge=merge) for merge in (True, False))
-    samples = known.samples(tokenizer, "reward")
-    inputs = known.inputs(samples, model, tokenizer)
-    yield from _prepared(samples, inputs, known.rules)
-    yield "mrope_position_ids", inputs.positions
-    for name, mrope in (("last_hidden", False), ("last_hidden_mrope", True)):
-        hidden = hidden_states(model, known.rules, inputs, mrope=mrope, lora=False)
-        yield name, _where_real(hidden, inputs, arrays[name])
-    special = tokenizer.id_of(SPECIAL_TOKEN)
-    for match, _ in recording.numbered(REWARD, _REWARD.pattern):
-        alone, token, kind = match["alone"], match["token"], match["how"]
-        how = Scoring(token, special, mrope=kind == "_mrope", lora=kind != "_nolora")
-        given = inputs if alone is None else known.inputs([samples[int(alone)]], model, tokenizer)
-        ours = [rewards(*_split(one, known.rules, how), given) for one in _models(kind, model, apart)]
-        yield match[0], _agreeing(ours, recording.meta["tolerance"])
+    """The reward model: hidden states and rewards of the batch and of each sample alone."""
+    known = Recorded(recording)
+    network = _Network(known)
+    samples = known.samples(network.tokenizer, "reward")
+    sizes = Sizes.exact(samples, network.merged.config)
+    whole = network.batch(samples, sizes)
+    yield from _prepared(samples, whole, known.rules)
+    yield "mrope_position_ids", whole.positions
+    for match, recorded in recording.numbered(REWARD, r"last_hidden(_mrope)?"):
+        yield match[0], _where_real(network.hidden(whole, match[1]), whole, recorded)
+    for match, recorded in recording.numbered(REWARD, _REWARD.pattern):
+        alone = match["alone"]
+        inputs = whole if alone is None else network.batch([samples[int(alone)]], sizes)
+        ours = network.rewards(inputs, match["token"], match["how"])[: 1 if alone else None]
+        if match[0] == "reward_special":  # the score, also with a LoRA that is not merged
+            ours = max(ours, network.kept_apart(whole), key=lambda one: relative_error(np.asarray(one), recorded))
+        yield match[0], ours
 
 
-def _models(kind: str | None, model: Qwen25VL, apart: Qwen25VL) -> list[Qwen25VL]:
-    return [apart] if kind == "_nolora" else [model, apart]
+class _Network:
+    """The reward model with its LoRA merged, and with it kept apart."""
+
+    def __init__(self, known: Recorded):
+        checkpoint = known.checkpoint
+        added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
+        self.tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
+        self.merged = checkpoint.load(dtype=jnp.float32)
+        self._apart = checkpoint.load(dtype=jnp.float32, merge=False)
+        self._rules = known.rules
+
+    def batch(self, samples: Sequence[Sample], sizes: Sizes) -> Inputs:
+        return batch_of(samples, self.merged.config, pad=self.tokenizer.pad, sizes=sizes)
+
+    def hidden(self, inputs: Inputs, how: str | None) -> jax.Array:
+        """``how``: ``_mrope``, ``_nolora``, or None, the original's way."""
+        model = self._apart if how == "_nolora" else self.merged
+        graph, state = nnx.split(model)
+        return _hidden(graph, self._rules, how != "_nolora", state, inputs, jnp.asarray(how == "_mrope"))[1]
+
+    def rewards(self, inputs: Inputs, token: str, how: str | None) -> jax.Array:
+        return self._read(self.hidden(inputs, how), inputs, token)
+
+    def kept_apart(self, inputs: Inputs) -> jax.Array:
+        """The score with a LoRA that is not merged."""
+        graph, state = nnx.split(self._apart)
+        _, hidden = _hidden(graph, self._rules, True, state, inputs, jnp.asarray(False))
+        return self._read(hidden, inputs, "special")
+
+    def _read(self, hidden: jax.Array, inputs: Inputs, token: Any) -> jax.Array:
+        special = self.tokenizer.id_of(SPECIAL_TOKEN)
+        ids, lengths = jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths)
+        return self.merged.rewards(hidden, ids, lengths, token=token, special=special)
 
 
-def _agreeing(ours: Sequence[jax.Array], tolerances: Any) -> np.ndarray:
-    """The LoRA merged and the LoRA kept apart must say the same; the first of them is compared."""
-    first, *others = (np.asarray(one) for one in ours)
-    for other in others:
-        np.testing.assert_allclose(other, first, rtol=float(tolerances["qwen, nvila"]), atol=1e-6)
-    return first
-
-
-def _split(model: Qwen25VL, rules: ImageRules, how: Any) -> tuple[Any, ImageRules, Any, Any]:
-    graph, state = nnx.split(model)
-    return graph, rules, how, state
+# Compiled whole: op by op it would take many times as long.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _hidden(
+    graph: Any, rules: ImageRules, lora: bool, state: Any, inputs: Inputs, mrope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Embeddings, and hidden states after the last norm."""
+    model = nnx.merge(graph, state)
+    x = embed(model, rules, inputs)
+    return x, hidden_states(model, x, inputs, mrope, lora=lora)
 
 
 def _packed(samples: Sequence[Sample], padded: Any, unit: int = 1) -> np.ndarray:

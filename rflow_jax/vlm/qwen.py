@@ -15,7 +15,7 @@ from rflow_jax.models.layers import ALL_ROWS
 from rflow_jax.models.qwen2.generate import Decoding, Made, Prompts, generate
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, RewardToken
-from rflow_jax.typing import Array, Float
+from rflow_jax.typing import Array, Bool, Float
 from rflow_jax.vlm.qwen_images import ImageRules, normalised
 from rflow_jax.vlm.qwen_inputs import Inputs
 
@@ -36,7 +36,9 @@ class Scoring:
     lora: bool = True
 
 
-def embed(model: Qwen25VL, rules: ImageRules, inputs: Inputs, attention: AttentionImpl) -> Float[Array, "b t d"]:
+def embed(
+    model: Qwen25VL, rules: ImageRules, inputs: Inputs, attention: AttentionImpl = "auto"
+) -> Float[Array, "b t d"]:
     """Embeddings of a batch, pictures in their places."""
     patches = None if inputs.patches is None else normalised(jnp.asarray(inputs.patches), rules)
     places = None if inputs.places is None else jnp.asarray(inputs.places)
@@ -44,12 +46,17 @@ def embed(model: Qwen25VL, rules: ImageRules, inputs: Inputs, attention: Attenti
 
 
 def hidden_states(
-    model: Qwen25VL, rules: ImageRules, inputs: Inputs, *, mrope: bool, lora: bool, attention: AttentionImpl = "auto"
+    model: Qwen25VL,
+    x: Float[Array, "b t d"],
+    inputs: Inputs,
+    mrope: bool | Bool[Array, ""],
+    *,
+    lora: bool = True,
+    attention: AttentionImpl = "auto",
 ) -> Float[Array, "b t d"]:
-    """The hidden states after the last norm."""
-    x = embed(model, rules, inputs, attention)
-    plain = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    positions = jnp.asarray(inputs.positions) if mrope else plain
+    """The hidden states of embeddings after the last norm; ``mrope`` and ``lora`` as in :class:`Scoring`."""
+    plain = jnp.arange(x.shape[1], dtype=jnp.int32)
+    positions = jnp.where(mrope, jnp.asarray(inputs.positions), plain)
     return model.language(x, positions, lora=ALL_ROWS if lora else None, attention=attention)
 
 
@@ -59,7 +66,8 @@ def rewards(
 ) -> Float[Array, "b k"]:
     """Rewards of a batch, before any normalisation."""
     model: RewardModel = nnx.merge(graph, state)
-    hidden = hidden_states(model, rules, inputs, mrope=how.mrope, lora=how.lora, attention=attention)
+    x = embed(model, rules, inputs, attention)
+    hidden = hidden_states(model, x, inputs, how.mrope, lora=how.lora, attention=attention)
     return model.rewards(
         hidden, jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths), token=how.token, special=how.special
     )

@@ -15,7 +15,7 @@ from rflow_jax.models.qwen2_5_vl.positions import image_places, rope_positions
 from rflow_jax.typing import Array, Bool, Int, UInt8
 from rflow_jax.vlm.buckets import bucket
 
-LEAST_TOKENS, LEAST_PATCHES, LEAST_WINDOWS = 64, 64, 1
+LEAST_TOKENS, LEAST_PATCHES = 64, 64
 
 
 @dataclass(frozen=True)
@@ -54,50 +54,81 @@ class Inputs(NamedTuple):
     layout: VisionLayout | None
 
 
-def batch_of(samples: Sequence[Sample], config: Qwen25VLConfig, *, pad: int, rows: int, exact: bool = False) -> Inputs:
+class Sizes(NamedTuple):
+    """What a batch is padded to.
+
+    Attributes:
+        rows: samples.
+        tokens: of each sample.
+        pictures: in the whole batch; 0: text alone.
+        patches, windows: of each picture.
+    """
+
+    rows: int
+    tokens: int
+    pictures: int = 0
+    patches: int = 0
+    windows: int = 0
+
+    @classmethod
+    def exact(cls, samples: Sequence[Sample], config: Qwen25VLConfig) -> Sizes:
+        """No larger than the largest."""
+        pictures = [picture for sample in samples for picture in sample.pictures]
+        return cls(
+            len(samples),
+            max(len(sample.ids) for sample in samples),
+            len(pictures),
+            max((len(patches) for patches, _ in pictures), default=0),
+            max((window_count(grid, config.vision) for _, grid in pictures), default=0),
+        )
+
+    @classmethod
+    def few(cls, samples: Sequence[Sample], config: Qwen25VLConfig, rows: int) -> Sizes:
+        """Sizes of which there are few, so that few programs are compiled."""
+        _, tokens, pictures, patches, windows = cls.exact(samples, config)
+        tokens = bucket(tokens, LEAST_TOKENS)
+        if not pictures:
+            return cls(rows, tokens)
+        unit = config.vision.unit
+        patches = -(-bucket(patches, LEAST_PATCHES) // unit) * unit
+        # As many pictures in every batch, also in the last: a multiple of the rows.
+        return cls(rows, tokens, -(-pictures // rows) * rows, patches, bucket(windows))
+
+
+def batch_of(samples: Sequence[Sample], config: Qwen25VLConfig, *, pad: int, sizes: Sizes) -> Inputs:
     """Pads samples into one batch.
 
     Args:
         pad: the token of padding.
-        rows: of the batch; those without a sample are filled.
-        exact: pad no further than to the longest (for comparisons); else to one of few sizes.
 
     Raises:
-        InputError: a sample's tokens are not those of its pictures, or no multiple of whole units.
+        InputError: a sample's tokens are not those of its pictures, or these are no multiple of whole units.
     """
-    size = (lambda n, least: max(n, 1)) if exact else bucket
-    ids = np.full((rows, size(max(len(sample.ids) for sample in samples), LEAST_TOKENS)), pad, np.int32)
-    lengths = np.ones(rows, np.int32)
+    ids = np.full((sizes.rows, sizes.tokens), pad, np.int32)
+    lengths = np.ones(sizes.rows, np.int32)
     for k, sample in enumerate(samples):
         ids[k, : len(sample.ids)] = sample.ids
         lengths[k] = len(sample.ids)
-    grids = [sample.grids for sample in samples] + [[] for _ in range(rows - len(samples))]
+    grids = [sample.grids for sample in samples] + [[] for _ in range(sizes.rows - len(samples))]
     positions, following = rope_positions(ids, lengths, grids, config)
-    live = np.arange(rows) < len(samples)
+    live = np.arange(sizes.rows) < len(samples)
+    text = Inputs(ids, lengths, live, positions, following, None, None, None)
+    if not sizes.pictures:
+        return text
     pictures = [picture for sample in samples for picture in sample.pictures]
-    if not pictures:
-        return Inputs(ids, lengths, live, positions, following, None, None, None)
-    count = size(max(len(patches) for patches, _ in pictures), LEAST_PATCHES)
-    count = -(-count // config.vision.unit) * config.vision.unit
-    windows = size(max(window_count(grid, config.vision) for _, grid in pictures), LEAST_WINDOWS)
-    # As many pictures in every batch, also in the last: a multiple of the rows.
-    held = len(pictures) if exact else -(-len(pictures) // rows) * rows
-    everywhere = [grid for _, grid in pictures] + [(0, 0, 0)] * (held - len(pictures))
+    everywhere = [grid for _, grid in pictures] + [(0, 0, 0)] * (sizes.pictures - len(pictures))
     tokens = [[grid[1] * grid[2] // config.vision.unit for grid in own] for own in grids]
-    return Inputs(
-        ids,
-        lengths,
-        live,
-        positions,
-        following,
-        image_places(ids, lengths, tokens, config, padded=count // config.vision.unit),
-        _stacked([patches for patches, _ in pictures], held, count),
-        layout_of(everywhere, config.vision, patches=count, windows=windows),
+    return text._replace(
+        places=image_places(ids, lengths, tokens, config, padded=sizes.patches // config.vision.unit),
+        patches=_stacked([patches for patches, _ in pictures], sizes, config),
+        layout=layout_of(everywhere, config.vision, patches=sizes.patches, windows=sizes.windows),
     )
 
 
-def _stacked(patches: Sequence[np.ndarray], held: int, count: int) -> np.ndarray:
-    out = np.zeros((held, count, patches[0].shape[-1]), np.uint8)
+def _stacked(patches: Sequence[np.ndarray], sizes: Sizes, config: Qwen25VLConfig) -> np.ndarray:
+    """One frame of every patch."""
+    values = config.vision.patch_values // config.vision.temporal_patch_size
+    out = np.zeros((sizes.pictures, sizes.patches, values), np.uint8)
     for place, one in zip(out, patches, strict=False):
         place[: len(one)] = one
     return out

@@ -44,7 +44,6 @@ class VisionTower(nnx.Module):
             patches: normalised pixels, in the processor's order.
             layout: places of these pictures.
         """
-        layout = VisionLayout(*map(jnp.asarray, layout))
         x = self.patch_in(patches)
         whole, windowed = self._scopes(layout)
         for number, block in enumerate(self.blocks):
@@ -54,13 +53,11 @@ class VisionTower(nnx.Module):
 
     def _scopes(self, layout: VisionLayout) -> tuple[Scope, Scope]:
         """The whole pictures, and the windows."""
-        angle = rope_angles(layout.positions, self.config)
+        positions, lengths, windows, window_lengths, slots = (jnp.asarray(x) for x in layout)
+        angle = rope_angles(positions, self.config)
         rope = Rope(jnp.cos(angle), jnp.sin(angle))
-        in_windows = Rope(*(_fetch(table, layout.windows) for table in rope))
-        return (
-            Scope(rope, layout.lengths),
-            Scope(in_windows, layout.window_lengths.reshape(-1), layout.windows, layout.slots),
-        )
+        in_windows = Rope(*(_fetch(table, windows) for table in rope))
+        return Scope(rope, lengths), Scope(in_windows, window_lengths.reshape(-1), windows, slots)
 
 
 class Scope(NamedTuple):
