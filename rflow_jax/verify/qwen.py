@@ -203,7 +203,7 @@ def _hidden(
 ) -> tuple[jax.Array, jax.Array]:
     """Embeddings, and hidden states after the last norm."""
     model = nnx.merge(graph, state)
-    x = embed(model, rules, inputs)
+    x = embed(model, rules, inputs, lora=lora)
     return x, hidden_states(model, x, inputs, mrope, lora=lora)
 
 

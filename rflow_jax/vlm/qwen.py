@@ -37,12 +37,13 @@ class Scoring:
 
 
 def embed(
-    model: Qwen25VL, rules: ImageRules, inputs: Inputs, attention: AttentionImpl = "auto"
+    model: Qwen25VL, rules: ImageRules, inputs: Inputs, *, lora: bool = True, attention: AttentionImpl = "auto"
 ) -> Float[Array, "b t d"]:
     """Embeddings of a batch, pictures in their places."""
     patches = None if inputs.patches is None else normalised(jnp.asarray(inputs.patches), rules)
     places = None if inputs.places is None else jnp.asarray(inputs.places)
-    return model.embed(jnp.asarray(inputs.ids), patches, inputs.layout, places, attention=attention)
+    rows = ALL_ROWS if lora else None
+    return model.embed(jnp.asarray(inputs.ids), patches, inputs.layout, places, lora=rows, attention=attention)
 
 
 def hidden_states(
@@ -66,7 +67,7 @@ def rewards(
 ) -> Float[Array, "b k"]:
     """Rewards of a batch, before any normalisation."""
     model: RewardModel = nnx.merge(graph, state)
-    x = embed(model, rules, inputs, attention)
+    x = embed(model, rules, inputs, lora=how.lora, attention=attention)
     hidden = hidden_states(model, x, inputs, how.mrope, lora=how.lora, attention=attention)
     return model.rewards(
         hidden, jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths), token=how.token, special=how.special
@@ -91,7 +92,7 @@ def texts(
     """
     model: Qwen25VL = nnx.merge(graph, state)
     prompts = Prompts(
-        embed(model, rules, inputs, attention),
+        embed(model, rules, inputs, attention=attention),
         jnp.asarray(inputs.positions),
         jnp.asarray(inputs.lengths),
         jnp.asarray(inputs.next_position),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,10 +74,10 @@ class RewardConfig:
         )
         try:
             special = bool(model.get("use_special_tokens", False))
-            config = cls(
+            return cls(
                 base=str(model["model_name_or_path"]),
                 outputs=int(model.get("output_dim", cls.outputs)),
-                token="special" if special else model.get("reward_token", cls.token),
+                token=_token(model, special, path),
                 special_tokens=special,
                 rank=int(lora.get("lora_r", cls.rank)),
                 alpha=float(lora.get("lora_alpha", cls.alpha)),
@@ -87,13 +87,10 @@ class RewardConfig:
                 mean=None if norm.get("VQ_mean") is None else float(norm["VQ_mean"]),
                 std=None if norm.get("VQ_std") is None else float(norm["VQ_std"]),
             )
+        except InputError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not the configuration of a reward model ({error!r})") from error
-        if config.token not in ("last", "mean", "special"):
-            raise InputError(f"{path}: reward_token is {config.token!r}; expected last, mean or special")
-        if config.token == "special" and not special:
-            raise InputError(f"{path}: reward_token is 'special', but use_special_tokens is false")
-        return config
 
     def normalised(self, score: float) -> float:
         """The score by mean and deviation, where the configuration has both."""
@@ -208,6 +205,16 @@ def merged(model: RewardModel) -> RewardModel:
         change = jnp.dot(a, b, precision="highest") * linear.lora_scale[...]
         linear.kernel.set_value((kernel + change).astype(linear.kernel.dtype))
     return detach(model)
+
+
+def _token(model: Mapping[str, Any], special: bool, path: Path) -> RewardToken:
+    """Whose hidden state is scored: where there is a special token, its."""
+    token = "special" if special else model.get("reward_token", RewardConfig.token)
+    if token == "special" and not special:
+        raise InputError(f"{path}: reward_token is 'special', but use_special_tokens is false")
+    if token not in get_args(RewardToken):
+        raise InputError(f"{path}: reward_token is {token!r}; expected last, mean or special")
+    return token
 
 
 def _step(folder: Path, step: int | None) -> Path:

@@ -7,7 +7,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.layers import abstract
+from rflow_jax.models.layers import LoraRows, abstract
 from rflow_jax.models.qwen2.decoder import Qwen2
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.layout import VisionLayout
@@ -36,6 +36,7 @@ class Qwen25VL(nnx.Module):
         layout: VisionLayout | None = None,
         places: Int[Array, "b t"] | None = None,
         *,
+        lora: LoraRows = None,
         attention: AttentionImpl = "auto",
     ) -> Float[Array, "b t d"]:
         """Embeddings of the tokens, pictures in their places.
@@ -44,11 +45,12 @@ class Qwen25VL(nnx.Module):
             patches, layout: of all pictures of the batch; None: text alone.
             places: for every token the row of the pictures' tokens (all pictures one after another, each with its
                 padding) that takes its place, or -1.
+            lora: the patches that the tower's adapters act on; None: none.
         """
         text = self.language.embed(ids)
         if patches is None or layout is None or places is None:
             return text
-        seen = self.vision(patches.astype(text.dtype), layout, attention=attention)
+        seen = self.vision(patches.astype(text.dtype), layout, lora=lora, attention=attention)
         return place_pictures(text, seen, places)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.models.attention import AttentionImpl, attend
-from rflow_jax.models.layers import Linear, RMSNorm, init_kernel
+from rflow_jax.models.layers import Linear, LoraRows, RMSNorm, init_kernel
 from rflow_jax.models.qwen2.layers import GatedFeedForward
 from rflow_jax.models.qwen2.rope import Rope, apply_rope
 from rflow_jax.models.qwen2_5_vl.config import VisionConfig
@@ -36,20 +36,26 @@ class VisionTower(nnx.Module):
         self.merger = PatchMerger(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, patches: Float[Array, "b p f"], layout: VisionLayout, *, attention: AttentionImpl = "auto"
+        self,
+        patches: Float[Array, "b p f"],
+        layout: VisionLayout,
+        *,
+        lora: LoraRows = None,
+        attention: AttentionImpl = "auto",
     ) -> Float[Array, "b u o"]:
         """Tokens in the order of the units; those of padding mean nothing.
 
         Args:
             patches: normalised pixels, in the processor's order.
             layout: places of these pictures.
+            lora: the patches that adapters act on; None: none.
         """
         x = self.patch_in(patches)
         whole, windowed = self._scopes(layout)
         for number, block in enumerate(self.blocks):
             scope = whole if number in self.config.fullatt_block_indexes else windowed
-            x = block(x, scope, attention)
-        return self.merger(x)
+            x = block(x, scope, lora, attention)
+        return self.merger(x, lora)
 
     def _scopes(self, layout: VisionLayout) -> tuple[Scope, Scope]:
         """The whole pictures, and the windows."""
@@ -93,15 +99,17 @@ class VisionBlock(nnx.Module):
         self.ff_norm = RMSNorm(d, eps=EPS, dtype=dtype)
         self.ff = GatedFeedForward(d, config.intermediate_size, use_bias=True, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b p d"], scope: Scope, attention: AttentionImpl) -> Float[Array, "b p d"]:
+    def __call__(
+        self, x: Float[Array, "b p d"], scope: Scope, lora: LoraRows, attention: AttentionImpl
+    ) -> Float[Array, "b p d"]:
         y = self.attn_norm(x)
         if scope.windows is None or scope.slots is None:
-            y = self.attn(y, scope.rope, scope.lengths, attention)
+            y = self.attn(y, scope.rope, scope.lengths, lora, attention)
         else:  # each window is a row of the batch of its own
-            windows = self.attn(_fetch(y, scope.windows), scope.rope, scope.lengths, attention)
+            windows = self.attn(_fetch(y, scope.windows), scope.rope, scope.lengths, lora, attention)
             y = _take(windows.reshape(x.shape[0], -1, x.shape[-1]), scope.slots)
         x = x + y
-        return x + self.ff(self.ff_norm(x))
+        return x + self.ff(self.ff_norm(x), lora)
 
 
 class VisionAttention(nnx.Module):
@@ -116,11 +124,11 @@ class VisionAttention(nnx.Module):
         self.out = Linear(d, d, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "b s d"], rope: Rope, lengths: Int[Array, " b"], attention: AttentionImpl
+        self, x: Float[Array, "b s d"], rope: Rope, lengths: Int[Array, " b"], lora: LoraRows, attention: AttentionImpl
     ) -> Float[Array, "b s d"]:
-        q, k, v = (layer(x).reshape(*x.shape[:2], self.heads, -1) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x, lora).reshape(*x.shape[:2], self.heads, -1) for layer in (self.q, self.k, self.v))
         attended = attend(apply_rope(q, rope), apply_rope(k, rope), v, lengths=lengths, impl=attention)
-        return self.out(attended.reshape(x.shape))
+        return self.out(attended.reshape(x.shape), lora)
 
 
 class PatchMerger(nnx.Module):
@@ -132,9 +140,9 @@ class PatchMerger(nnx.Module):
         self.up = Linear(wide, wide, rngs=rngs, dtype=dtype)
         self.down = Linear(wide, config.out_hidden_size, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b u o"]:
+    def __call__(self, x: Float[Array, "b p d"], lora: LoraRows) -> Float[Array, "b u o"]:
         units = self.norm(x).reshape(x.shape[0], -1, self.up.kernel.shape[0])
-        return self.down(jax.nn.gelu(self.up(units), approximate=False))
+        return self.down(jax.nn.gelu(self.up(units, lora), approximate=False), lora)
 
 
 def rope_angles(positions: Int[Array, "b p 2"], config: VisionConfig) -> Float[Array, "b p h2"]:
