@@ -51,9 +51,10 @@ class Trained:
         with torch.no_grad():
             for name, parameter in self.peft.named_parameters():
                 if any(part in name for part in ("lora_", "rm_head", "embed_tokens")):
-                    parameter.add_(parameter.shape[-1] ** -0.5 * torch.randn(parameter.shape))
+                    # Enough to matter (tested below), not so much that rounding grows from layer to layer.
+                    parameter.add_(0.5 * parameter.shape[-1] ** -0.5 * torch.randn(parameter.shape))
 
-    def save(self, form: str, *, template: str = "none"):
+    def save(self, form: str):
         """The original's folder in one of its forms."""
         folder = self.root / form.replace(" ", "_")
         step = folder / "checkpoint-7"
@@ -69,7 +70,7 @@ class Trained:
                 rest = {key: value for key, value in rest.items() if "rm_head" in key}
             torch.save(rest, step / "non_lora_state_dict.pth")
         config = {
-            "data_config": {"max_frame_pixels": 40_000, "prompt_template_type": template},
+            "data_config": {"max_frame_pixels": 40_000, "prompt_template_type": "none"},
             "model_config": {"model_name_or_path": "../base", "use_special_tokens": True, "output_dim": 1},
             "peft_lora_config": {"lora_r": RANK, "lora_alpha": ALPHA},
             "inference_config": {"VQ_mean": 0.5, "VQ_std": 2.0},
