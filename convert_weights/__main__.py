@@ -57,6 +57,18 @@ def nvila(args: Namespace) -> int:
     return 0
 
 
+def qwen(args: Namespace) -> int:
+    """A Qwen2.5-VL: a folder of Transformers (or a Hub id) -> a folder of ours."""
+    from rflow_jax.weights.convert_qwen import convert_qwen
+    from rflow_jax.weights.hub import resolve_vlm
+
+    src = resolve_vlm(args.src)
+    with _Progress() as progress:
+        convert_qwen(src, Path(args.dst), storage=args.format, dtype=_dtype(args.dtype), on_progress=progress)
+    print(f"{args.dst}: converted")
+    return 0
+
+
 def lora(args: Namespace) -> int:
     """A LoRA file of any common format -> ours."""
     from rflow_jax.weights.lora_export import save_lora
@@ -86,10 +98,11 @@ def verify(args: Namespace) -> int:
 
 
 def _dtype(name: str | None):
+    """numpy's dtype; None: each tensor keeps its own."""
     import numpy as np
     from ml_dtypes import bfloat16
 
-    return None if name is None else np.dtype(bfloat16 if name == "bfloat16" else name)
+    return None if name is None else np.dtype(bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def _read_lora(args: Namespace):
@@ -106,15 +119,24 @@ def _read_lora(args: Namespace):
 def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
     parser = ArgumentParser(prog="python -m convert_weights", description=__doc__, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command", required=True)
-    commands = {"flux": flux, "nvila": nvila, "lora": lora, "export-lora": export_lora, "verify": verify}
+    commands = {
+        "flux": flux,
+        "qwen": qwen,
+        "nvila": nvila,
+        "lora": lora,
+        "export-lora": export_lora,
+        "verify": verify,
+    }
     for name, command in commands.items():
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False)
         if name == "verify":
             sub.add_argument("dir", help="folder laid out like tests/golden")
         else:
             _add_paths(sub)
-        if name in ("flux", "nvila"):
+        if name in ("flux", "qwen", "nvila"):
             _add_storage(sub)
+        if name in ("flux", "nvila", "lora", "export-lora"):
+            _add_allow_pickle(sub)
         if name == "flux":
             _add_flux(sub)
         if name in ("lora", "export-lora"):
@@ -133,11 +155,6 @@ def _parsers() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int]]]:
 def _add_paths(parser: ArgumentParser) -> None:
     parser.add_argument("src", help="what to read")
     parser.add_argument("dst", help="what to write; must not exist")
-    parser.add_argument(
-        "--allow_pickle",
-        action="store_true",
-        help="read PyTorch's .bin and .pth files, by torch with weights_only",
-    )
 
 
 def _add_storage(parser: ArgumentParser) -> None:
@@ -159,6 +176,14 @@ def _add_lora(parser: ArgumentParser) -> None:
         "--ignore-text-encoder",
         action="store_true",
         help="leave out what is for a text encoder",
+    )
+
+
+def _add_allow_pickle(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read PyTorch's .bin and .pth files, by torch with weights_only",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rflow_jax.verify import encoders, flux, generation, nvila, training
+from rflow_jax.verify import encoders, flux, generation, nvila, qwen, training
 from rflow_jax.verify.measure import PARAMETERS
 from rflow_jax.verify.recording import Recording
 from rflow_jax.verify.report import Line, lines
@@ -24,6 +24,8 @@ CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
     training.STEP: training.step,
     training.GRADIENTS: training.gradients,
     training.OPTIMIZERS: training.optimizers,
+    qwen.BASE: qwen.base,
+    qwen.REWARD: qwen.reward,
 }
 
 

@@ -17,6 +17,8 @@ WANTED = [
     *(f"{folder}/*" for folder in ("text_encoder", "text_encoder_2")),
 ]
 WANTED_LORA = ["*.safetensors", "*.json"]
+WANTED_VLM = ["*.safetensors", "*.json", "*.jinja", "*merges.txt"]
+WANTED_REWARD = [*WANTED_VLM, "*.pth"]
 UNWANTED = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.pth", "*.gguf"]
 
 
@@ -41,7 +43,15 @@ def resolve_lora(lora: str) -> Path:
     return path if path.exists() else _from_hub(lora, WANTED_LORA)
 
 
-def _from_hub(name: str, patterns: list[str]) -> Path:
+def resolve_vlm(model: str, *, reward: bool = False) -> Path:
+    """The folder of a vision-language model, or of a reward model's checkpoints; errors as :func:`resolve`."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    return _from_hub(model, WANTED_REWARD, unwanted=[]) if reward else _from_hub(model, WANTED_VLM)
+
+
+def _from_hub(name: str, patterns: list[str], unwanted: list[str] = UNWANTED) -> Path:
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
@@ -56,7 +66,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
 
     repository, _, revision = name.partition("@")
     download = partial(
-        snapshot_download, repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=UNWANTED
+        snapshot_download, repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=unwanted
     )
     try:
         return Path(download())

@@ -76,6 +76,8 @@ class Target:
         if self.is_kernel and len(self.shape) == 4:
             h, w, c_in, c_out = self.shape
             return (c_out, c_in, h, w)
+        if self.is_kernel and len(self.shape) == 5:
+            return (self.shape[-1], *self.shape[:-1])
         return self.shape
 
     @property
@@ -83,12 +85,17 @@ class Target:
         return self.path.endswith(".kernel") or self.path == "kernel"
 
     def to_ours(self, tensor: Any) -> Any:
-        """The checkpoint's rows (numpy or JAX array) -> our layout: [out, in] -> [in, out], OIHW -> HWIO."""
+        """The checkpoint's rows (numpy or JAX array) -> our layout: [out, in] -> [in, out], OIHW -> HWIO.
+
+        Kernels of five axes are those of patches, which flatten channels first: OITHW -> ITHWO.
+        """
         tensor = self._via(tensor)
         if self.is_kernel and len(self.shape) == 2:
             return tensor.reshape(self.shape[::-1]).transpose()
         if self.is_kernel and len(self.shape) == 4:
             return tensor.transpose(2, 3, 1, 0)
+        if self.is_kernel and len(self.shape) == 5:
+            return tensor.transpose(1, 2, 3, 4, 0)
         return tensor
 
     def to_theirs(self, value: np.ndarray) -> np.ndarray:
@@ -97,6 +104,8 @@ class Target:
             value = value.transpose()
         elif self.is_kernel and len(self.shape) == 4:
             value = value.transpose(3, 2, 0, 1)
+        elif self.is_kernel and len(self.shape) == 5:
+            value = value.transpose(4, 0, 1, 2, 3)
         return np.ascontiguousarray(self._via(value.reshape(self.their_shape)))
 
     def _via(self, tensor: Any) -> Any:

@@ -152,6 +152,7 @@ def _chooser(decoding: Decoding, keys: Array | None) -> _Choose:
             logits = jnp.where(ends & (step < decoding.min_new_tokens), NEVER, logits)
         if decoding.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        assert keys is not None
         logits = nucleus(logits / decoding.temperature, decoding.top_p)
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         return jax.vmap(jax.random.categorical)(own, logits).astype(jnp.int32)

@@ -1,0 +1,122 @@
+"""Sizes of Qwen2.5-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2.config import Qwen2Config
+
+MODEL_TYPE = "qwen2_5_vl"
+MROPE_SECTION = (16, 24, 24)  # of the published sizes
+# What Transformers assumes where the config.json is silent, if not the values of the published sizes.
+_SILENT: dict[str, Any] = {"hidden_size": 3584}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower, in the names of ``vision_config``; the defaults are those of Qwen2.5-VL-7B.
+
+    Attributes:
+        window_size: pixels a side of the window within which most blocks attend.
+        fullatt_block_indexes: the blocks that attend over the whole picture.
+    """
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    out_hidden_size: int = 3584
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (4 * self.num_heads):
+            raise InputError(
+                f"vision config: hidden_size {self.hidden_size} does not give {self.num_heads} heads of a width that "
+                "rows and columns can share"
+            )
+        if self.window_units < 1:
+            raise InputError(f"vision config: window_size {self.window_size} is smaller than a merged patch")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of one patch: channels, frames, rows and columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def unit(self) -> int:
+        """Patches that become one token of the language model."""
+        return self.spatial_merge_size**2
+
+    @property
+    def window_units(self) -> int:
+        """Units a side of a window."""
+        return self.window_size // self.spatial_merge_size // self.patch_size
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> VisionConfig:
+        """From the content of ``vision_config``; raises InputError for another network."""
+        if config.get("hidden_act", "silu") != "silu":
+            raise InputError(f"vision config: hidden_act {config['hidden_act']!r}; Qwen2.5-VL has 'silu'")
+        known = _SILENT | {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        known["in_channels"] = config.get("in_channels") or config.get("in_chans") or cls.in_channels
+        if "fullatt_block_indexes" in known:
+            known["fullatt_block_indexes"] = tuple(known["fullatt_block_indexes"])
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Qwen25VLConfig:
+    """Sizes of the whole model, and the tokens that stand for pictures; the defaults are those of Qwen2.5-VL-7B."""
+
+    language: Qwen2Config = Qwen2Config(mrope_section=MROPE_SECTION)
+    vision: VisionConfig = VisionConfig()
+    image_token_id: int = 151_655
+    vision_start_token_id: int = 151_652
+    video_token_id: int = 151_656
+    eos_token_ids: tuple[int, ...] = field(default=())  # what the file says; tokenizers know better
+
+    def __post_init__(self) -> None:
+        if self.vision.out_hidden_size != self.language.hidden_size:
+            raise InputError(
+                f"config: the vision tower gives {self.vision.out_hidden_size} channels, the language model takes "
+                f"{self.language.hidden_size}"
+            )
+        if not self.language.mrope_section:
+            raise InputError("config: no mrope_section; Qwen2.5-VL has multimodal rotary positions")
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Qwen25VLConfig:
+        """From the content of a ``config.json``.
+
+        Read are the layout with the language model's sizes at the top (Transformers up to 4.51) and those with a
+        ``text_config`` (later 4.x and 5).
+
+        Raises:
+            InputError: another network.
+        """
+        if (kind := config.get("model_type")) != MODEL_TYPE:
+            raise InputError(f"config: model_type {kind!r} is not supported, only {MODEL_TYPE!r}")
+        vision, text = config.get("vision_config"), config.get("text_config")
+        if not isinstance(vision, Mapping):
+            raise InputError("config: no vision_config; is it the config.json of a Qwen2.5-VL?")
+        # Whether the embeddings are tied is a matter of the whole model to some versions.
+        text = (
+            config if text is None else {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | dict(text)
+        )
+        tokens = ("image_token_id", "vision_start_token_id", "video_token_id")
+        known = {key: config[key] for key in tokens if config.get(key) is not None}
+        ends = text.get("eos_token_id")
+        known["eos_token_ids"] = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        return cls(Qwen2Config.from_json(text), VisionConfig.from_json(vision), **known)

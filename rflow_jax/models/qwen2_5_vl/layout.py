@@ -1,0 +1,108 @@
+"""Where the patches of pictures lie, worked out on the host from the pictures' sizes.
+
+The processor hands over the patches of a picture unit by unit: a unit is the square of patches that becomes one token,
+and units run row by row. Most blocks attend within windows of whole units. The original reorders all patches by window;
+here they stay where they are, and a window's patches are fetched for its attention and brought back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2_5_vl.config import VisionConfig
+from rflow_jax.typing import Array, Int
+
+Grid = tuple[int, int, int]  # frames, rows and columns of patches
+
+
+class VisionLayout(NamedTuple):
+    """The places of a batch of pictures, each padded to ``p`` patches and ``w`` windows of ``s`` slots.
+
+    Attributes:
+        positions: row and column of every patch.
+        lengths: patches of each picture, from 1.
+        windows: the patch in every slot.
+        window_lengths: slots in use of each window, from 1; they come first.
+        slots: the slot, counted over all windows, in which each patch lies.
+    """
+
+    positions: Int[Array | np.ndarray, "b p 2"]
+    lengths: Int[Array | np.ndarray, " b"]
+    windows: Int[Array | np.ndarray, "b w s"]
+    window_lengths: Int[Array | np.ndarray, "b w"]
+    slots: Int[Array | np.ndarray, "b p"]
+
+
+def layout_of(grids: Sequence[Grid], config: VisionConfig, *, patches: int, windows: int) -> VisionLayout:
+    """The layout of pictures.
+
+    Args:
+        grids: of each picture; (0, 0, 0) for a place of the batch that holds none.
+        patches, windows: padded sizes, at least those of the largest picture.
+    """
+    b, slots = len(grids), config.window_units**2 * config.unit
+    layout = VisionLayout(
+        np.zeros((b, patches, 2), np.int32),
+        np.ones(b, np.int32),
+        np.zeros((b, windows, slots), np.int32),
+        np.ones((b, windows), np.int32),
+        np.zeros((b, patches), np.int32),
+    )
+    for k, grid in enumerate(grids):
+        if grid == (0, 0, 0):
+            continue
+        check_grid(grid, config)
+        count = grid[1] * grid[2]
+        layout.positions[k, :count] = patch_positions(grid, config)
+        layout.lengths[k] = count
+        order, lengths = window_order(grid, config)
+        lengths = lengths[lengths > 0]
+        layout.window_lengths[k, : len(lengths)] = lengths
+        window = np.repeat(np.arange(len(lengths)), lengths)
+        slot = np.arange(count) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        patch = (order[:, None] * config.unit + np.arange(config.unit)).ravel()
+        layout.windows[k, window, slot] = patch
+        layout.slots[k, patch] = window * slots + slot
+    return layout
+
+
+def check_grid(grid: Grid, config: VisionConfig) -> None:
+    """Raises InputError unless this is the grid of a picture of whole units."""
+    merge = config.spatial_merge_size
+    if grid[0] != 1:
+        raise InputError(f"a picture of {grid[0]} frames: videos are not supported")
+    if grid[1] < merge or grid[2] < merge or grid[1] % merge or grid[2] % merge:
+        raise InputError(f"a picture of {grid[1]} x {grid[2]} patches, which are no multiples of {merge}")
+
+
+def patch_positions(grid: Grid, config: VisionConfig) -> Int[np.ndarray, "p 2"]:
+    """Row and column of every patch, in the processor's order."""
+    _, rows, columns = grid
+    merge = config.spatial_merge_size
+    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
+    units = places.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    return units.reshape(-1, 2)
+
+
+def window_order(grid: Grid, config: VisionConfig) -> tuple[Int[np.ndarray, " u"], Int[np.ndarray, " w"]]:
+    """The units of a picture window by window, and the patches of each window.
+
+    As in the original, a side that windows fill exactly gets an empty one more.
+    """
+    _, rows, columns = (side // config.spatial_merge_size for side in grid)
+    side = config.window_units
+    down, across = rows // side + 1, columns // side + 1
+    units = np.full((down * side, across * side), -1)
+    units[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    windows = units.reshape(down, side, across, side).transpose(0, 2, 1, 3).reshape(down * across, side * side)
+    return windows[windows >= 0], (windows >= 0).sum(axis=1) * config.unit
+
+
+def window_count(grid: Grid, config: VisionConfig) -> int:
+    """Windows of a picture that hold something."""
+    rows, columns = (-(-side // (config.spatial_merge_size * config.window_units)) for side in grid[1:])
+    return rows * columns

@@ -1,0 +1,162 @@
+"""The image verifier in this process: Qwen2.5-VL with a reward head, as the original trains it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.settings import require_dtype
+from rflow_jax.verifiers.base import Verdict
+from rflow_jax.vlm.qwen import Scoring, rewards
+from rflow_jax.vlm.qwen_chat import batches
+from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
+from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
+from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.load import ShardingFor
+from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint, RewardConfig
+
+PROMPT = Path(__file__).parent / "prompts" / "reward.md"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardVerifierConfig:
+    """Which reward model scores the images.
+
+    Attributes:
+        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), or a Hub id.
+        step: which ``checkpoint-N``; null: the latest.
+        base: folder or Hub id of the model it was trained from, instead of what ``model_config.json`` names.
+        batch_size: images scored at once; the last batch is filled up.
+        mrope: multimodal rotary positions; the original trains and scores without.
+        merge_lora: add the LoRA to the weights (faster); else it is kept apart.
+        prompt_file: the wording around ``$prompt`` that the model was trained with. Without it the prompt stands alone
+            where ``model_config.json`` says so (``prompt_template_type: none``), else in the wording shipped here.
+        max_pixels: of a picture; null: what the model was trained with.
+    """
+
+    model: str
+    step: int | None = None
+    base: str | None = None
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+    mrope: bool = False
+    merge_lora: bool = True
+    prompt_file: str | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"verifier: batch_size is {self.batch_size}; expected at least 1")
+
+
+class RewardVerifier:
+    """Scores images in batches; the score is the reward, normalised where the checkpoint has the numbers.
+
+    Raises:
+        InputError: no such checkpoint, or one that is not usable.
+    """
+
+    concurrency = 1
+
+    def __init__(self, config: RewardVerifierConfig, *, sharding_for: ShardingFor | None = None):
+        checkpoint = RewardCheckpoint.open(resolve_vlm(config.model, reward=True), step=config.step, base=config.base)
+        self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
+        self.batch_size = config.batch_size
+        self._norm = checkpoint.config
+        self._template = read_template(checkpoint.config, config.prompt_file)
+        added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
+        tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
+        model = checkpoint.load(
+            dtype=getattr(jnp, require_dtype(config.dtype)), merge=config.merge_lora, sharding_for=sharding_for
+        )
+        sizes = model.config
+        self._special = _special(checkpoint, tokenizer, sizes.language.vocab_size)
+        self._how = Scoring(checkpoint.config.token, self._special, mrope=config.mrope)
+        self.prepare = Preparation(
+            tokenizer,
+            read_rules(checkpoint.base, sizes),
+            sizes,
+            sizes.language.max_position_embeddings,
+            config.max_pixels or checkpoint.config.max_pixels,
+        )
+        self._graph, self._state = nnx.split(model)
+
+    def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """One verdict an image, in order; an image that cannot be scored is unscored with the reason."""
+        pairs = list(zip(images, items, strict=True))
+        samples, failed = each(lambda k: self._sample(*pairs[k]), len(pairs))
+        verdicts = {k: Verdict(score=None, error=reason) for k, reason in failed.items()}
+        for batch in batches(samples, self.batch_size):
+            verdicts |= self._score(batch)
+        return [verdicts[k] for k in range(len(pairs))]
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _sample(self, image: Image, item: Mapping[str, Any]) -> Sample:
+        if not isinstance(prompt := item.get("prompt"), str):
+            raise InputError("there is no prompt to score the image against")
+        sample = self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
+        if self._special is not None and (found := int(np.sum(sample.ids == self._special))) != 1:
+            raise InputError(f"the prompt holds the special token {SPECIAL_TOKEN} {found - 1} times")
+        return sample
+
+    def _score(self, batch: Mapping[int, Sample]) -> dict[int, Verdict]:
+        own, config = list(batch.values()), self.prepare.config
+        sizes = Sizes.few(own, config, self.batch_size)
+        inputs = batch_of(own, config, pad=self.prepare.tokenizer.pad, sizes=sizes)
+        raw = np.asarray(rewards(self._graph, self.prepare.rules, self._how, self._state, inputs), np.float64)
+        return {k: self._verdict(row) for k, row in zip(batch, raw, strict=False)}
+
+    def _verdict(self, raw: np.ndarray) -> Verdict:
+        """The first number is the score; the original has one."""
+        if not math.isfinite(raw[0]):
+            return Verdict(score=None, raw=raw.tolist(), error=f"the reward is {raw[0]}")
+        return Verdict(score=self._norm.normalised(float(raw[0])), raw=raw.tolist())
+
+
+def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
+    """The text around ``$prompt``, which ends in the special token where the model has one.
+
+    Raises:
+        InputError: the file cannot be read, or does not hold ``$prompt``.
+    """
+    text = "$prompt"
+    if prompt_file or config.template != "none":
+        path = Path(prompt_file) if prompt_file else PROMPT
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise InputError(f"{path}: cannot read this prompt file ({error.strerror})") from error
+        if "prompt" not in Template(text).get_identifiers():
+            raise InputError(f"{path}: does not hold $prompt")
+        if not prompt_file:
+            log.warning(
+                "the reward model was trained with the wording %r; its scores are best with that very text: give it as "
+                "prompt_file",
+                config.template,
+            )
+    missing = config.special_tokens and SPECIAL_TOKEN not in text
+    return Template(f"{text} {SPECIAL_TOKEN}" if missing else text)
+
+
+def _special(checkpoint: RewardCheckpoint, tokenizer: QwenTokenizer, rows: int) -> int | None:
+    if not checkpoint.config.special_tokens:
+        return None
+    number = tokenizer.id_of(SPECIAL_TOKEN)
+    if number is None or number >= rows:
+        raise InputError(f"{checkpoint.step}: the embedding has {rows} rows, none for {SPECIAL_TOKEN}")
+    return number

@@ -1,0 +1,137 @@
+"""A Qwen2.5-VL that answers questions about pictures, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.settings import require_dtype
+from rflow_jax.typing import Array
+from rflow_jax.vlm.qwen import texts
+from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
+from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
+from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.load import ShardingFor
+from rflow_jax.weights.qwen import end_tokens, load_qwen
+
+
+@dataclass(frozen=True)
+class QwenChatConfig:
+    """Which model answers, and how.
+
+    Attributes:
+        model: a folder of Transformers or of ``convert_weights qwen``, or a Hub id.
+        batch_size: questions answered at once; the last batch is filled up.
+        max_new_tokens: of an answer.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        top_p: drawn from the likeliest tokens that together have this probability.
+        seed: of the drawing; an answer also depends on its question, and on nothing else.
+        max_pixels: of a picture; None: the model's own limit.
+    """
+
+    model: str
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; expected a whole number from 0")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Instructions, then texts and pictures in the order they are shown."""
+
+    instructions: str | None
+    parts: tuple[str | Image.Image, ...]
+
+
+class QwenChat:
+    """Answers questions in batches; one instance serves several roles.
+
+    Raises:
+        InputError: no such model, or one that is not usable.
+    """
+
+    def __init__(self, config: QwenChatConfig, *, sharding_for: ShardingFor | None = None):
+        self.config = config
+        folder = resolve_vlm(config.model)
+        tokenizer = QwenTokenizer(folder)
+        model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=sharding_for)
+        sizes = model.config
+        ends = set(end_tokens(folder, sizes)) | ({tokenizer.eos} - {None})
+        self._decoding = Decoding(
+            config.max_new_tokens,
+            tuple(sorted(int(end) for end in ends if end is not None)),
+            tokenizer.pad,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            vocabulary=min(len(tokenizer), sizes.language.vocab_size),
+        )
+        context = sizes.language.max_position_embeddings - config.max_new_tokens
+        self.prepare = Preparation(tokenizer, read_rules(folder, sizes), sizes, context, config.max_pixels)
+        self._graph, self._state = nnx.split(model)
+
+    def answer(self, questions: Sequence[Question]) -> list[str | InputError]:
+        """An answer a question, in order; an error in place of the answer where a question is unusable."""
+        samples, failed = each(
+            lambda k: self.prepare.sample(questions[k].parts, questions[k].instructions), len(questions)
+        )
+        keys = {k: question_key(questions[k], self.config.seed) for k in samples}
+        answers: dict[int, str | InputError] = {k: InputError(reason) for k, reason in failed.items()}
+        for batch in batches(samples, self.config.batch_size):
+            answers |= self._answer(batch, keys)
+        return [answers[k] for k in range(len(questions))]
+
+    def _answer(self, batch: Mapping[int, Sample], keys: Mapping[int, np.ndarray]) -> dict[int, str]:
+        rows, own = self.config.batch_size, list(batch.values())
+        sizes = Sizes.few(own, self.prepare.config, rows)
+        inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
+        data = np.zeros((rows, 2), np.uint32)
+        data[: len(own)] = [keys[k] for k in batch]
+        made = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, _keys(data))
+        tokens, lengths = (np.asarray(x) for x in jax.device_get((made.tokens, made.lengths)))
+        return {
+            k: self.prepare.tokenizer.decode(row[:length])
+            for k, row, length in zip(batch, tokens, lengths, strict=False)
+        }
+
+
+def batches(samples: Mapping[int, Sample], size: int) -> Iterator[dict[int, Sample]]:
+    """At most ``size`` samples each; those alike in size go together, so that little is padding."""
+    order = sorted(
+        samples, key=lambda k: (sum(len(patches) for patches, _ in samples[k].pictures), len(samples[k].ids))
+    )
+    for start in range(0, len(order), size):
+        yield {k: samples[k] for k in order[start : start + size]}
+
+
+def question_key(question: Question, seed: int) -> np.ndarray:
+    """The bits of a random key that follows from a question and a seed: [2] uint32."""
+    digest = hashlib.sha256(f"{seed}\n{question.instructions}".encode())
+    for part in question.parts:
+        digest.update(b"\0" + (part.encode() if isinstance(part, str) else part.convert("RGB").tobytes()))
+    return np.frombuffer(digest.digest(), np.uint32, count=2)
+
+
+def _keys(data: np.ndarray) -> Any | Array:
+    # The generator is named, so that JAX's default does not matter.
+    return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")

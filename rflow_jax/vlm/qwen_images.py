@@ -1,0 +1,126 @@
+"""Pictures as Qwen2.5-VL sees them: resized to whole units and cut into patches on the host, normalised on the device.
+
+What goes to the device are bytes, and one frame of the two that a patch has: an eighth of what the processor of
+Transformers makes, with the same numbers in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2_5_vl.layout import Grid
+from rflow_jax.typing import Array, Float, UInt8
+
+MAX_RATIO = 200  # of the sides of a picture
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """How a picture is prepared, in the names of ``preprocessor_config.json``.
+
+    Attributes:
+        min_pixels, max_pixels: pixels of the picture that is cut into patches.
+        temporal_patch_size: frames of a patch; a picture is as many times the same.
+    """
+
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    rescale_factor: float = 1 / 255
+    resample: int = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> ImageRules:
+        """From the content of ``preprocessor_config.json``; raises InputError where a step is switched off."""
+        off = [
+            step for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb") if not config.get(step, True)
+        ]
+        if off:
+            raise InputError(f"preprocessor config: {', '.join(off)} is false, which is not supported")
+        size = config.get("size") or {}
+        limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+        known = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        known = {key: value for key, value in limits.items() if value is not None} | known
+        for key in ("image_mean", "image_std"):
+            if key in known:
+                known[key] = tuple(known[key])
+        return cls(**known)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a unit: what becomes one token."""
+        return self.patch_size * self.merge_size
+
+
+def fit_size(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, *, least: int = 0
+) -> tuple[int, int]:
+    """Height and width in multiples of ``factor``, near the picture's shape, with a number of pixels within limits.
+
+    Source: ``smart_resize`` of the processor of Transformers; with ``least = factor`` that of Qwen's own utilities.
+
+    Raises:
+        InputError: one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise InputError(f"a picture of {width} x {height} pixels: one side may be at most {MAX_RATIO} times the other")
+    fitted = tuple(max(least, round(side / factor) * factor) for side in (height, width))
+    if math.prod(fitted) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return _sides(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    if math.prod(fitted) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return _sides(math.ceil(side * grow / factor) * factor for side in (height, width))
+    return _sides(fitted)
+
+
+def _sides(sides: Any) -> tuple[int, int]:
+    height, width = sides
+    return height, width
+
+
+def limited(image: Image.Image, max_pixels: int, factor: int = 28) -> Image.Image:
+    """The picture within ``max_pixels``, as Qwen's own utilities hand it to the processor."""
+    image = image.convert("RGB")
+    height, width = fit_size(image.height, image.width, factor, 4 * factor**2, max_pixels, least=factor)
+    return image.resize((width, height))
+
+
+def fitted(image: Image.Image, rules: ImageRules) -> UInt8[np.ndarray, "y x 3"]:
+    """The picture's pixels, resized to whole units."""
+    image = image.convert("RGB")
+    height, width = fit_size(image.height, image.width, rules.factor, rules.min_pixels, rules.max_pixels)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling(rules.resample))
+    return np.asarray(image)
+
+
+def patches_of(pixels: UInt8[np.ndarray, "y x 3"], rules: ImageRules) -> tuple[UInt8[np.ndarray, "p f"], Grid]:
+    """Patches of one frame, unit by unit, each channel by channel; and the grid they come from."""
+    side, merge = rules.patch_size, rules.merge_size
+    rows, columns = (length // side for length in pixels.shape[:2])
+    units = pixels.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
+    return units.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1), (1, rows, columns)
+
+
+def normalised(patches: UInt8[Array, "b p f"], rules: ImageRules) -> Float[Array, "b p g"]:
+    """Patches of all frames as the network takes them, float32; on the device."""
+    channels = len(rules.image_mean)
+    x = patches.reshape(*patches.shape[:2], channels, 1, -1).astype(jnp.float32) * np.float32(rules.rescale_factor)
+    mean, std = (np.asarray(x, np.float32)[:, None, None] for x in (rules.image_mean, rules.image_std))
+    frames = jnp.broadcast_to((x - mean) / std, (*x.shape[:3], rules.temporal_patch_size, x.shape[-1]))
+    return frames.reshape(*patches.shape[:2], -1)

@@ -1,0 +1,115 @@
+"""Chats as tokens: Qwen's tokenizer and chat template, with a picture's token repeated for each token it gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rflow_jax.errors import InputError
+from rflow_jax.weights.components import read_object
+
+IMAGE, VISION_START = "<|image_pad|>", "<|vision_start|>"
+_SPECIAL = ("eos_token", "pad_token", "unk_token", "bos_token")
+_CONFIG, _TEMPLATES = "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
+
+
+class QwenTokenizer:
+    """The tokenizer of a model folder.
+
+    Args:
+        folder: holds ``tokenizer.json`` and ``tokenizer_config.json``, and the chat template in the latter or in a file
+            of its own.
+        template_from: where the chat template is looked for too (a checkpoint's folder may hold tokens alone).
+        added: special tokens to add where the tokenizer does not know them.
+
+    Raises:
+        InputError: one of them is missing or cannot be read.
+    """
+
+    def __init__(self, folder: Path, *, template_from: Path | None = None, added: Sequence[str] = ()):
+        # Else it advises everyone to install PyTorch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+
+        self.folder = folder
+        config = read_object(folder / _CONFIG)
+        special = {name: _text(config[name]) for name in _SPECIAL if config.get(name)}
+        try:
+            self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
+        if added:
+            self._tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+        if self._tokenizer.pad_token_id is None:
+            raise InputError(f"{folder / _CONFIG}: no pad_token; a batch cannot be padded without one")
+        self._places = [folder, *([template_from] if template_from else [])]
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    @property
+    def pad(self) -> int:
+        return int(self._tokenizer.pad_token_id)
+
+    @property
+    def eos(self) -> int | None:
+        return self._tokenizer.eos_token_id
+
+    def id_of(self, token: str) -> int | None:
+        """The number of a token, or None where the tokenizer does not know it as one."""
+        return self._tokenizer.get_vocab().get(token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """[t] int32, nothing added and nothing cut."""
+        return np.asarray(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text without special tokens."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> str:
+        """A conversation in the model's own form, up to where its answer begins."""
+        return self._tokenizer.apply_chat_template(
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+
+    @cached_property
+    def _template(self) -> str:
+        for folder in self._places:
+            jinja, as_json = (folder / name for name in _TEMPLATES)
+            if jinja.is_file():
+                return jinja.read_text(encoding="utf-8")
+            if as_json.is_file():
+                return str(read_object(as_json).get("chat_template", ""))
+            if (folder / _CONFIG).is_file() and (template := read_object(folder / _CONFIG).get("chat_template")):
+                return str(template)
+        raise InputError(f"{self.folder}: no chat template, neither in {_CONFIG} nor in {' or '.join(_TEMPLATES)}")
+
+
+def question(*parts: str | None, system: str | None = None) -> list[dict[str, Any]]:
+    """One message of a user: texts, and None for a picture."""
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    first = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    return [*first, {"role": "user", "content": content}]
+
+
+def expand_images(text: str, tokens: Sequence[int]) -> str:
+    """Repeats each picture's token as often as the picture gives tokens.
+
+    Raises:
+        InputError: the text speaks of more or fewer pictures.
+    """
+    head, *tails = text.split(IMAGE)
+    if len(tails) != len(tokens):
+        raise InputError(f"the text holds {len(tails)} times {IMAGE}, for {len(tokens)} pictures")
+    return head + "".join(IMAGE * count + tail for count, tail in zip(tokens, tails, strict=True))
+
+
+def _text(entry: str | dict[str, Any]) -> str:
+    """A special token's text; some versions of Transformers write its properties along."""
+    return entry if isinstance(entry, str) else entry["content"]

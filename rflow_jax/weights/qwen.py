@@ -1,0 +1,62 @@
+"""Reads Qwen2.5-VL: a folder of Transformers, or one that ``convert_weights qwen`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
+from rflow_jax.weights.components import read_object
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.load import ShardingFor, load_into
+from rflow_jax.weights.names import qwen2_5_vl as names
+from rflow_jax.weights.stored import is_stored, load_stored
+
+
+def read_qwen_config(folder: Path) -> Qwen25VLConfig:
+    """The sizes of a model folder.
+
+    Raises:
+        InputError: no ``config.json``, or one of another network.
+    """
+    path = folder / "config.json"
+    try:
+        return Qwen25VLConfig.from_json(read_object(path))
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+
+
+def end_tokens(folder: Path, config: Qwen25VLConfig) -> tuple[int, ...]:
+    """The tokens that end a text, as ``generation_config.json`` says, or else ``config.json``; empty: neither does."""
+    path = folder / "generation_config.json"
+    ends = read_object(path).get("eos_token_id") if path.is_file() else None
+    if ends is None:
+        return config.eos_token_ids
+    return tuple(ends) if isinstance(ends, list) else (int(ends),)
+
+
+def load_qwen(
+    folder: Path,
+    *,
+    dtype: Any,
+    sharding_for: ShardingFor | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Qwen25VL:
+    """The network with its weights on the devices.
+
+    Args:
+        dtype: of the parameters, and so of what is computed.
+
+    Raises:
+        InputError: not a Qwen2.5-VL, or keys or shapes that are not exactly its.
+    """
+    config = read_qwen_config(folder)
+    model = abstract_qwen2_5_vl(config, dtype)
+    if is_stored(folder):
+        return load_stored(model, folder, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
+    files = TensorFiles.open(folder)
+    table = names.table_for(files, head=model.language.head is not None)
+    return load_into(model, table, files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)

@@ -1,0 +1,266 @@
+"""The original's reward checkpoints, read as they are.
+
+A folder with ``model_config.json`` and ``checkpoint-N/``, which holds either ``adapter_model.safetensors`` and
+``non_lora_state_dict`` (``.pth``, or the same tensors as ``.safetensors``), or everything in ``model.pth``. The base
+model is a folder of Transformers that the configuration names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.lora import Adapter, attach, detach, linear_shapes, linears
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from rflow_jax.models.qwen2_5_vl.reward import RewardModel, RewardToken, abstract_reward_model
+from rflow_jax.weights.components import read_object
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.layered import LayeredFiles
+from rflow_jax.weights.load import ShardingFor, load_into
+from rflow_jax.weights.names.qwen2_5_vl import reward_table
+from rflow_jax.weights.pickles import open_pickle
+from rflow_jax.weights.qwen import read_qwen_config
+from rflow_jax.weights.tables import Table
+
+CONFIG_FILE = "model_config.json"
+SPECIAL_TOKEN = "<|VQ_reward|>"
+_EMBEDDING = "model.embed_tokens.weight"
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What ``model_config.json`` says; the defaults are the original's.
+
+    Attributes:
+        base: the model it was trained from: a folder or a Hub id.
+        outputs: numbers a picture gets; the first is the score.
+        token: whose hidden state is scored.
+        special_tokens: the tokenizer has the special token, and it is the one that is scored.
+        rank, alpha, rslora: of the LoRA.
+        max_pixels: of a picture, before the processor sees it.
+        template: the name of the prompt's wording.
+        mean, std: of the scores, to normalise them; None: not given.
+    """
+
+    base: str
+    outputs: int = 1
+    token: RewardToken = "last"
+    special_tokens: bool = False
+    rank: int = 16
+    alpha: float = 32
+    rslora: bool = False
+    max_pixels: int = 240 * 320
+    template: str = "none"
+    mean: float | None = None
+    std: float | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> RewardConfig:
+        """From a checkpoint's folder; raises InputError where there is no ``model_config.json``, or it is unusable."""
+        path = folder / CONFIG_FILE
+        content = read_object(path)
+        data, model, lora, norm = (
+            content.get(part) or {} for part in ("data_config", "model_config", "peft_lora_config", "inference_config")
+        )
+        try:
+            special = bool(model.get("use_special_tokens", False))
+            return cls(
+                base=str(model["model_name_or_path"]),
+                outputs=int(model.get("output_dim", cls.outputs)),
+                token=_token(model, special, path),
+                special_tokens=special,
+                rank=int(lora.get("lora_r", cls.rank)),
+                alpha=float(lora.get("lora_alpha", cls.alpha)),
+                rslora=bool(lora.get("use_rslora", False)),
+                max_pixels=int(data.get("max_frame_pixels") or cls.max_pixels),
+                template=str(data.get("prompt_template_type") or cls.template),
+                mean=None if norm.get("VQ_mean") is None else float(norm["VQ_mean"]),
+                std=None if norm.get("VQ_std") is None else float(norm["VQ_std"]),
+            )
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not the configuration of a reward model ({error!r})") from error
+
+    def normalised(self, score: float) -> float:
+        """The score by mean and deviation, where the configuration has both."""
+        return score if self.mean is None or self.std is None else (score - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class RewardCheckpoint:
+    """A reward model that was found, nothing of it read yet.
+
+    Attributes:
+        step: the folder ``checkpoint-N``.
+        base: the folder of the base model.
+    """
+
+    folder: Path
+    step: Path
+    base: Path
+    config: RewardConfig
+
+    @classmethod
+    def open(cls, folder: Path, *, step: int | None = None, base: str | None = None) -> RewardCheckpoint:
+        """Finds the checkpoint and its base.
+
+        Args:
+            step: which ``checkpoint-N``; None: the latest.
+            base: a folder or a Hub id, instead of what the configuration names.
+
+        Raises:
+            InputError: no such checkpoint, or no such base.
+        """
+        config = RewardConfig.read(folder)
+        beside = folder / config.base
+        root = resolve_vlm(base) if base else beside if beside.is_dir() else resolve_vlm(config.base)
+        return cls(folder, _step(folder, step), root, config)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer lies: with the checkpoint, or the base's."""
+        own = self.step / "tokenizer"
+        return own if own.is_dir() else self.step if (self.step / "tokenizer.json").is_file() else self.base
+
+    def load(
+        self,
+        *,
+        dtype: Any,
+        merge: bool = True,
+        sharding_for: ShardingFor | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> RewardModel:
+        """The network with its weights on the devices.
+
+        Args:
+            dtype: of the parameters, and so of what is computed.
+            merge: add the LoRA to the weights; else it is kept apart, and acts where the call says.
+
+        Raises:
+            InputError: keys or shapes that are not exactly the network's, an adapter of an unknown linear.
+        """
+        files = self._files()
+        config = read_qwen_config(self.base)
+        if _EMBEDDING not in files:
+            raise InputError(f"{files.where}: {_EMBEDDING} is missing, here and in {self.base}")
+        config = _with_vocabulary(config, files[_EMBEDDING].shape[0])
+        model = abstract_reward_model(config, self.config.outputs, dtype)
+        adapters = _adapters(files, model, reward_table(), self.config)
+        load_into(model, reward_table(), files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
+        if adapters:
+            attach(model, adapters, where=files.where)
+        return merged(model) if merge else model
+
+    def _files(self) -> LayeredFiles:
+        whole = self.step / "model.pth"
+        if whole.is_file():
+            return LayeredFiles([open_pickle(whole, allow=True)], common_name)
+        adapter = self.step / "adapter_model.safetensors"
+        layers = [TensorFiles.open(self.base), self._rest()]
+        if adapter.is_file():
+            layers.append(TensorFiles.open(adapter))
+        return LayeredFiles(layers, common_name)
+
+    def _rest(self) -> TensorFiles:
+        """What is no LoRA; of two files with the same tensors the one that needs no torch."""
+        for name in ("non_lora_state_dict.safetensors", "non_lora_state_dict.pth"):
+            if (file := self.step / name).is_file():
+                return TensorFiles.open(file) if file.suffix == ".safetensors" else open_pickle(file, allow=True)
+        raise InputError(f"{self.step}: no model.pth and no non_lora_state_dict.pth (or .safetensors); no reward model")
+
+
+def common_name(key: str) -> str | None:
+    """A key of any of the files, as the published Qwen2.5-VL names it; None for what carries nothing.
+
+    PEFT wraps names, and later versions of Transformers nest the two parts under ``model``.
+    """
+    if ".original_module." in key:
+        return None
+    key = key.removeprefix("base_model.model.")
+    for wrapping in (".base_layer", ".default", ".modules_to_save"):
+        key = key.replace(f"{wrapping}.", ".")
+    for nested, plain in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if key.startswith(nested):
+            return plain + key.removeprefix(nested)
+    return key
+
+
+def merged(model: RewardModel) -> RewardModel:
+    """Adds every adapter to its linear's weights, in float32, and removes it."""
+    for linear in linears(model).values():
+        if linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
+            continue
+        a, b, kernel = (jnp.asarray(x[...], jnp.float32) for x in (linear.lora_a, linear.lora_b, linear.kernel))
+        change = jnp.dot(a, b, precision="highest") * linear.lora_scale[...]
+        linear.kernel.set_value((kernel + change).astype(linear.kernel.dtype))
+    return detach(model)
+
+
+def _token(model: Mapping[str, Any], special: bool, path: Path) -> RewardToken:
+    """Whose hidden state is scored: where there is a special token, its."""
+    token = "special" if special else model.get("reward_token", RewardConfig.token)
+    if token == "special" and not special:
+        raise InputError(f"{path}: reward_token is 'special', but use_special_tokens is false")
+    if token not in get_args(RewardToken):
+        raise InputError(f"{path}: reward_token is {token!r}; expected last, mean or special")
+    return token
+
+
+def _step(folder: Path, step: int | None) -> Path:
+    found = {
+        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    if not found:
+        raise InputError(f"{folder}: no folder checkpoint-N; is it the folder of a reward model?")
+    if step is not None and step not in found:
+        raise InputError(f"{folder}: no checkpoint-{step}, only {', '.join(map(str, sorted(found)))}")
+    return found[max(found) if step is None else step]
+
+
+def _with_vocabulary(config: Qwen25VLConfig, rows: int) -> Qwen25VLConfig:
+    """The checkpoint's embedding has the special token, and may have lost rows that no token owned."""
+    return replace(config, language=replace(config.language, vocab_size=rows))
+
+
+def _adapters(files: LayeredFiles, model: nnx.Module, table: Table, config: RewardConfig) -> dict[str, Adapter]:
+    """Our dotted path -> adapter, for every LoRA of the files."""
+    halves: dict[str, dict[str, str]] = {}
+    for key in files:
+        if match := _LORA.fullmatch(key):
+            halves.setdefault(match["module"], {})[match["half"]] = key
+    ours = _modules(model, table)
+    adapters: dict[str, Adapter] = {}
+    for module, keys in halves.items():
+        if module not in ours or keys.keys() != {"A", "B"}:
+            raise InputError(f"{files.where}: {next(iter(keys.values()))} is no adapter of a linear of this network")
+        a, b = (files.read(keys[half]) for half in "AB")
+        if a.shape[0] != config.rank:
+            raise InputError(f"{files.where}: {module} has rank {a.shape[0]}, {CONFIG_FILE} says lora_r {config.rank}")
+        if b.shape[0] != sum(ours[module].values()):
+            raise InputError(f"{files.where}: {keys['B']} has {b.shape[0]} rows, not those of this network")
+        rows = np.split(b, np.cumsum(list(ours[module].values()))[:-1])
+        adapters |= {
+            path: Adapter(a, np.ascontiguousarray(part), config.alpha, config.rslora)
+            for path, part in zip(ours[module], rows, strict=True)
+        }
+    return adapters
+
+
+def _modules(model: nnx.Module, table: Table) -> Mapping[str, dict[str, int]]:
+    """The checkpoint's module -> our linears in it, in row order, with the rows of each."""
+    found: dict[str, list[tuple[int, str, int]]] = {}
+    for path, (_, rows) in linear_shapes(model).items():
+        order, theirs, _ = table.module(path)
+        found.setdefault(theirs, []).append((order, path, rows))
+    return {theirs: {path: rows for _, path, rows in sorted(parts)} for theirs, parts in found.items()}
