@@ -46,6 +46,7 @@ class QwenWriter:
             current_prompt=case.current_prompt,
             evaluation=case.evaluation,
             last_reflection=case.last_reflection or "none",
+            new_reflection=case.reflection or "none",
         )
         return Question(self._instructions, (text, case.image))
 

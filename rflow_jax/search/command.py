@@ -165,7 +165,8 @@ def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str,
     written: dict[str, Any] = asdict(config) | asdict(where) | {"strategy": kind}
     for role in MODELS:
         endpoint = getattr(config, role)
-        written[role]["model"] = endpoint.model_name
+        if endpoint.asks_endpoint:
+            written[role]["model"] = endpoint.model_name
         if endpoint.base_url:
             written[role]["base_url"] = public_url(endpoint.base_url)
     return written

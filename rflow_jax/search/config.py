@@ -146,8 +146,8 @@ class SearchConfig:
         asked = {"verifier": self.verifier, "reflector": self.reflector, "refiner": self.refiner}
         used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
         for role in used if self.budget is not None else ():
-            # A class of the user's own (package.module:Class) may count its cost itself.
-            if asked[role].price_input is None and asked[role].name != NONE and ":" not in asked[role].name:
+            # Models in this process cost nothing, and a class of the user's own may count its cost itself.
+            if asked[role].asks_endpoint and asked[role].price_input is None:
                 raise InputError(
                     f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
                     f"{role}.price_output (0 for a server of your own)"

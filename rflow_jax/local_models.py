@@ -1,0 +1,89 @@
+"""Verifiers and writers in this process, made from what a search's configuration says of them.
+
+``model`` names the checkpoint, and ``options`` holds fields of the class that configures such a model. Each is imported
+only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from rflow_jax.errors import InputError
+from rflow_jax.language.base import Writer
+from rflow_jax.language.config import WriterConfig
+from rflow_jax.usage import Meter
+from rflow_jax.verifiers.base import Verifier
+from rflow_jax.verifiers.config import VerifierConfig
+
+Config = TypeVar("Config")
+
+
+def nvila(config: VerifierConfig, meter: Meter | None = None) -> Verifier:
+    """NVILA-Lite-2B-Verifier."""
+    from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+
+    return NvilaVerifier(configure(NvilaVerifierConfig, config.model, config.options, "verifier"))
+
+
+def clip(config: VerifierConfig, meter: Meter | None = None) -> Verifier:
+    """CLIP's score."""
+    from rflow_jax.verifiers.clip import CLIPVerifier, ClipVerifierConfig
+
+    return CLIPVerifier(configure(ClipVerifierConfig, config.model, config.options, "verifier"))
+
+
+def reward(config: VerifierConfig, meter: Meter | None = None) -> Verifier:
+    """The original's image verifier, Qwen2.5-VL with a reward head."""
+    from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+
+    return RewardVerifier(configure(RewardVerifierConfig, config.model, config.options, "verifier"))
+
+
+def qwen(config: WriterConfig, default_prompt: Path, meter: Meter | None = None) -> Writer:
+    """Qwen2.5-VL as reflection generator or prompt refiner; both roles share a model that is configured alike."""
+    from rflow_jax.language.qwen import QwenWriter
+    from rflow_jax.vlm.qwen_chat import QwenChatConfig
+
+    options = configure(QwenChatConfig, config.model, config.options, "writer")
+    return QwenWriter(_qwen_chat(options), Path(config.prompt_file) if config.prompt_file else default_prompt)
+
+
+@lru_cache(maxsize=1)
+def _qwen_chat(config: Any) -> Any:
+    from rflow_jax.vlm.qwen_chat import QwenChat
+
+    return QwenChat(config)
+
+
+def configure(kind: type[Config], model: str | None, options: Mapping[str, Any], role: str) -> Config:
+    """A model's own configuration.
+
+    Args:
+        kind: its dataclass, with a field ``model``.
+        model: its checkpoint; None takes the default of ``kind``, if it has one.
+
+    Raises:
+        InputError: an option that it does not have, or a value of another type.
+    """
+    given = dict(options) | ({} if model is None else {"model": model})
+    known = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}  # pyright: ignore[reportArgumentType]
+    for key, value in given.items():
+        if key not in known:
+            near = get_close_matches(key, known, 1, 0.0)[0]
+            raise InputError(f"{role}.options: unknown key {key}: did you mean {near}?")
+        try:
+            given[key] = TypeAdapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise InputError(f"{role}.options: {key} is {value!r}: {reason}") from error
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise InputError(f"{role}.model: name the checkpoint, a folder or a Hub id") from error
