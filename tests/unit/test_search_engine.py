@@ -306,6 +306,34 @@ def test_a_spent_budget_stops_cleanly_and_a_later_run_goes_on(tmp_path, ran, que
     assert len(again.reflector.cases) + len(again.refiner.cases) == 2 * 18 - written
 
 
+def test_once_it_is_enough_nothing_that_waits_is_asked(tmp_path):
+    """All images wait for their verdicts when the budget is spent: only calls under way are answered."""
+    asked, begun, submitted = models("noise", concurrency=2), [], []
+    all_wait = threading.Event()
+
+    def wait():
+        assert all_wait.wait(PATIENCE)
+        begun.append(1)
+
+    def enough():
+        submitted.append(1)
+        if len(submitted) == 12:
+            all_wait.set()
+        return "enough" if len(begun) >= 3 else None
+
+    asked.verifier.wait = wait
+    done = search(tmp_path, replace(CONFIG, prompts_in_flight=3), "noise", asked=asked, enough=enough)
+    assert done.engine.stopped == "enough"
+    assert done.live.images == 12
+    assert 3 <= done.live.scored <= 3 + 2
+
+
+def test_a_budget_that_is_spent_by_the_last_question_stops_nothing(tmp_path):
+    asked = models("noise")
+    spent = lambda: "spent" if sum(asked.verifier.seen.values()) == 12 else None  # noqa: E731
+    assert search(tmp_path, kind="noise", asked=asked, enough=spent).engine.stopped is None
+
+
 def test_a_prompt_that_is_good_enough_is_not_searched_on(tmp_path):
     config = replace(CONFIG, stop_score=5.0, max_images=9)
     done = search(tmp_path, config)
