@@ -45,6 +45,11 @@ class Calls:
         with self._lock:
             return self._asked
 
+    @property
+    def waiting(self) -> bool:
+        """Whether works wait for their turn."""
+        return not self._works.empty()
+
     def submit(self, work: Any) -> None:
         """Asks about a work when there is room."""
         with self._lock:

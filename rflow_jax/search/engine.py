@@ -170,6 +170,8 @@ class Engine:
         self._tell(work, result)
         with self._changed:
             self._dispatch(work.run.done(work, result))
+            if any(calls.waiting for calls in self._calls.values()):
+                self._may_ask()
             if work.run.finished:
                 self._close_prompt(work.run)
                 self._open_prompts()
@@ -187,13 +189,17 @@ class Engine:
                 self._ready[work.corrects].append(work)
             elif work.step == "take":
                 self._submit_image(work, None)
-            elif not self.stopped:
-                self.stopped = self._enough()
-                if self.stopped:
-                    for calls in self._calls.values():
-                        calls.drop_waiting()
-                else:
-                    self._calls[work.step].submit(work)
+            elif self._may_ask():
+                self._calls[work.step].submit(work)
+
+    def _may_ask(self) -> bool:
+        """Whether further questions may be asked; if not, those that wait for their turn are dropped."""
+        if not self.stopped:
+            self.stopped = self._enough()
+            if self.stopped:
+                for calls in self._calls.values():
+                    calls.drop_waiting()
+        return not self.stopped
 
     def _open_prompts(self) -> None:
         """Begins further prompts while there is room; those that need nothing more are done with at once."""

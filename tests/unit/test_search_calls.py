@@ -160,13 +160,14 @@ def test_what_waits_can_be_dropped(gate, heard):
 
 
 def test_all_threads_end_whatever_waits_and_however_much_each_takes(heard):
-    for batch_size in (1, 4):
+    for batch_size, waiting in ((1, 20), (4, 20), (1, 0), (4, 0)):
         calls = Calls("ending", list, 6, batch_size, heard.result, heard.error)
-        for work in range(20):
+        for work in range(waiting):
             calls.submit(work)
         calls.close()
         calls.drop_waiting()
-        calls.submit("later")
+        if waiting:
+            calls.submit("later")
         for thread in [thread for thread in threading.enumerate() if thread.name.startswith("ending-")]:
             thread.join(PATIENCE)
             assert not thread.is_alive()

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from rflow_jax.chat import png_bytes
@@ -54,7 +54,8 @@ def expected(request, tmp_path_factory):
     return request.param, files(out)
 
 
-@settings(max_examples=10)
+# A run takes a while, and what fails follows from timing: it is not made smaller.
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     batch=st.integers(1, 5),
     in_flight=st.integers(1, 4),
@@ -304,6 +305,34 @@ def test_a_spent_budget_stops_cleanly_and_a_later_run_goes_on(tmp_path, ran, que
     assert len(pipe.requests) + len(pipe_again.requests) == TOGETHER
     assert set((first + again.verifier.seen).values()) == {1}
     assert len(again.reflector.cases) + len(again.refiner.cases) == 2 * 18 - written
+
+
+def test_once_it_is_enough_nothing_that_waits_is_asked(tmp_path):
+    """All images wait for their verdicts when the budget is spent: only calls under way are answered."""
+    asked, begun, submitted = models("noise", concurrency=2), [], []
+    all_wait = threading.Event()
+
+    def wait():
+        assert all_wait.wait(PATIENCE)
+        begun.append(1)
+
+    def enough():
+        submitted.append(1)
+        if len(submitted) == 12:
+            all_wait.set()
+        return "enough" if len(begun) >= 3 else None
+
+    asked.verifier.wait = wait
+    done = search(tmp_path, replace(CONFIG, prompts_in_flight=3), "noise", asked=asked, enough=enough)
+    assert done.engine.stopped == "enough"
+    assert done.live.images == 12
+    assert 3 <= done.live.scored <= 3 + 2
+
+
+def test_a_budget_that_is_spent_by_the_last_question_stops_nothing(tmp_path):
+    asked = models("noise")
+    spent = lambda: "spent" if sum(asked.verifier.seen.values()) == 12 else None  # noqa: E731
+    assert search(tmp_path, kind="noise", asked=asked, enough=spent).engine.stopped is None
 
 
 def test_a_prompt_that_is_good_enough_is_not_searched_on(tmp_path):

@@ -17,6 +17,7 @@ from rflow_jax.sampling import Near
 from rflow_jax.search.config import NoiseStage, ReflectStage
 from rflow_jax.search.journal import JOURNAL
 from rflow_jax.search.store import read_records
+from rflow_jax.verifiers.base import Verdict
 from tests.kit.openai_server import score_of
 from tests.kit.searching import CONFIG, HashVerifier, HashWriter, answer, drive, files, models, prompt_run
 
@@ -160,15 +161,16 @@ def test_a_correction_is_told_its_parent_its_texts_and_its_past(tmp_path):
     assert newer.evaluation.startswith(f"Overall: {first['verdict']['score']:g}")
 
 
-@pytest.mark.parametrize("history", [0, 1, 9])
-def test_the_history_is_as_long_as_it_is_set_to_be(tmp_path, history):
+@pytest.mark.parametrize("history", [0, 1, 2, 9])
+def test_the_history_is_as_long_as_it_is_set_to_be_and_the_newest_are_shown(tmp_path, history):
     asked = models()
-    drive(
-        prompt_run(tmp_path, config=replace(SMALL, reflect=ReflectStage(3, 1, history=history))),
-        asked,
-        random.Random(0),
-    )
-    assert [len(case.history) for case in asked.reflector.cases] == [min(history, n) for n in range(3)]
+    run = prompt_run(tmp_path, config=replace(SMALL, reflect=ReflectStage(4, 1, history=history)))
+    drive(run, asked, random.Random(0))
+    chain = [record["parent_file"] for record in read_records(tmp_path / "00005")[4:]]
+    for number, case in enumerate(asked.reflector.cases):
+        shown = [png_bytes(past.image) for past in case.history]
+        earlier = [png_bytes(run.folder.read_image(name)) for name in chain[:number]]
+        assert shown == earlier[max(0, number - history) :]
 
 
 def test_what_an_image_is_made_from(tmp_path):
@@ -201,7 +203,9 @@ def test_a_neighbours_noise_is_near_its_pivots(tmp_path):
         work = todo.pop()
         if work.step == "draw":
             paths[work.position] = run.request(work).seed
-        todo += run.done(work, answer(work, models("noise")))
+        better = Verdict(float(work.position)) if work.step == "score" else answer(work, models("noise"))
+        todo += run.done(work, better)
+    assert [sample.parent for sample in run.samples] == [None, None, 1, 1, 3, 3, 5, 5]
     for position, sample in enumerate(run.samples):
         if sample.parent is None:
             assert paths[position] == sample.seed
