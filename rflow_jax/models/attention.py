@@ -51,7 +51,8 @@ def _fastest(q: Array) -> Literal["reference", "cudnn", "flash"]:
     backend = jax.default_backend()
     if backend == "gpu" and q.dtype.itemsize == 2:
         return "cudnn"
-    return "flash" if backend == "tpu" else "reference"
+    # A sequence shorter than a tile, such as a window of a picture, would be mostly padding.
+    return "flash" if backend == "tpu" and q.shape[1] >= FLASH_BLOCK else "reference"
 
 
 def _reference(q: Array, k: Array, v: Array, bias: Array | None, causal: bool, lengths: Array | None) -> Array:

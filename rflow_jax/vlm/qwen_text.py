@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.typing import Int
 from rflow_jax.weights.components import read_object
 
 IMAGE, VISION_START = "<|image_pad|>", "<|vision_start|>"
@@ -68,7 +69,7 @@ class QwenTokenizer:
         """[t] int32, nothing added and nothing cut."""
         return np.asarray(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Int[np.ndarray, " t"]) -> str:
         """The text without special tokens."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 

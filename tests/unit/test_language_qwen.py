@@ -1,0 +1,125 @@
+"""Reflections and prompts written by a Qwen2.5-VL in this process (here a tiny one, which writes nonsense)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import rflow_jax.language
+from rflow_jax.errors import InputError
+from rflow_jax.language.base import Case, Writer
+from rflow_jax.language.qwen import QwenWriter, _written
+from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig, question_key
+
+PROMPTS = Path(rflow_jax.language.__file__).parent / "prompts"
+REFLECTION, REFINE = PROMPTS / "reflection.md", PROMPTS / "refine.md"
+
+
+def picture(width, height):
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+CASES = (
+    Case(picture(120, 80), "a photo of a bench", "a photo of a bench", "Overall: 3\nno bench"),
+    Case(picture(64, 140), "two clocks", "two clocks on a wall", "Overall: 7", "Add a second clock."),
+    Case(picture(90, 90), "x", "x", ""),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(golden) -> QwenChatConfig:
+    return QwenChatConfig(str(golden / "qwen" / "base"), dtype="float32", batch_size=4, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def greedy(config) -> QwenChat:
+    return QwenChat(config)
+
+
+@pytest.fixture(scope="module")
+def drawn(config) -> QwenChat:
+    return QwenChat(replace(config, temperature=1.5, top_p=0.95, seed=3))
+
+
+def test_both_roles_share_a_model(greedy):
+    reflector, refiner = QwenWriter(greedy, REFLECTION), QwenWriter(greedy, REFINE)
+    assert isinstance(reflector, Writer)
+    assert (reflector.name, reflector.concurrency, reflector.batch_size) == ("qwen base", 1, 4)
+    one, other = reflector.write(CASES), refiner.write(CASES)
+    assert all(written.text for written in one + other)
+    assert [written.text for written in one] != [written.text for written in other]
+
+
+@pytest.mark.parametrize("name", ["greedy", "drawn"])
+def test_a_text_depends_on_its_case_alone(request, config, name):
+    """Not on the batch, on the order, or on the padding; drawn ones neither."""
+    chat = request.getfixturevalue(name)
+    writer = QwenWriter(chat, REFLECTION)
+    want = [written.text for written in writer.write(CASES)]
+    assert [written.text for written in writer.write(CASES[::-1])][::-1] == want
+    alone = QwenWriter(QwenChat(replace(chat.config, batch_size=1)), REFLECTION)
+    assert [alone.write([case])[0].text for case in CASES] == want
+
+
+def test_seeds(drawn, config):
+    question = Question("Be brief.", ("What is it?", picture(60, 60)))
+    assert np.any(question_key(question, 3) != question_key(question, 4))
+    assert np.any(question_key(question, 3) != question_key(replace(question, instructions=None), 3))
+    other = QwenChat(replace(drawn.config, seed=4))
+    assert other.answer([question]) != drawn.answer([question])
+
+
+def test_one_bad_case_is_its_own_error(greedy):
+    writer = QwenWriter(greedy, REFLECTION)
+    broken = replace(CASES[0], image=picture(1, 400)), replace(CASES[1], evaluation="word " * 5000)
+    written = writer.write([CASES[0], *broken, CASES[2]])
+    assert [one.text for one in (written[0], written[3])] == [one.text for one in writer.write([CASES[0], CASES[2]])]
+    assert [one.text for one in written[1:3]] == [None, None]
+    assert "at most 200 times" in (written[1].error or "")
+    assert "the context holds" in (written[2].error or "")
+    assert writer.write([]) == []
+
+
+def test_texts_are_cleaned():
+    assert _written(' "Add a\n clock." ').text == "Add a clock."
+    assert _written("  \n").error == "the answer is empty"
+    assert _written(InputError("why")).error == "why"
+
+
+def test_texts_without_pictures(greedy):
+    """A batch of text alone, and one with several pictures in a question."""
+    (text,) = greedy.answer([Question(None, ("Say something.",))])
+    several, again = greedy.answer(
+        [Question(None, ("Compare", picture(60, 60), picture(90, 40))), Question(None, ("Hi",))]
+    )
+    assert all(isinstance(answer, str) and answer for answer in (text, several, again))
+
+
+def test_what_is_not_usable(tmp_path, greedy, config):
+    (tmp_path / "prompt.md").write_text("no divider")
+    with pytest.raises(InputError, match="a line --- must divide"):
+        QwenWriter(greedy, tmp_path / "prompt.md")
+    with pytest.raises(InputError, match="cannot read this prompt file"):
+        QwenWriter(greedy, tmp_path / "none.md")
+    for change, message in (
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"model": str(tmp_path)}, r"config\.json: no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            QwenChat(replace(config, **change))
+    with pytest.raises(InputError, match="batch_size is 0"):
+        replace(config, batch_size=0)
