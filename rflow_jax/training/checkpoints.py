@@ -86,8 +86,10 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         """Opened when first needed: a run that cannot begin leaves nothing in its folder."""
         if self._opened is None:
-            # What Orbax logs as errors it raises too, to be told in one line.
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            # What Orbax logs as errors it raises too, to be told in one line; of several writes that fail together it
+            # raises the first, and asyncio logs the others.
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self.config.keep_last,
                 keep_period=self.config.keep_every,
