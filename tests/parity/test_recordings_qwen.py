@@ -1,7 +1,5 @@
 """``verify`` on recordings of Qwen2.5-VL of other sizes, made by PyTorch; and that it notices what is wrong."""
 
-
-
 from __future__ import annotations
 
 import shutil
