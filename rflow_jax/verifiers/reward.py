@@ -25,7 +25,8 @@ from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.load import ShardingFor
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint, RewardConfig
+from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.weights.reward_config import RewardConfig
 
 PROMPT = Path(__file__).parent / "prompts" / "reward.md"
 log = logging.getLogger(__name__)

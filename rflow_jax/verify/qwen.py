@@ -24,9 +24,10 @@ from rflow_jax.verify.recording import Recording
 from rflow_jax.vlm.qwen import embed, hidden_states, texts
 from rflow_jax.vlm.qwen_images import ImageRules, fitted, limited, normalised, patches_of
 from rflow_jax.vlm.qwen_inputs import Inputs, Sample, Sizes, batch_of
+from rflow_jax.vlm.qwen_prepare import read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
-from rflow_jax.weights.components import read_json, read_object
-from rflow_jax.weights.qwen import end_tokens, load_qwen
+from rflow_jax.weights.components import read_json
+from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
 
 BASE, REWARD = "qwen/golden_base", "qwen/golden_reward"
@@ -54,7 +55,8 @@ class Recorded:
 
     @cached_property
     def rules(self) -> ImageRules:
-        return ImageRules.from_json(read_object(self.folder / "base" / "preprocessor_config.json"))
+        base = self.folder / "base"
+        return read_rules(base, read_qwen_config(base))
 
     @cached_property
     def resized(self) -> list[Image.Image]:

@@ -62,13 +62,17 @@ class Preparation:
 
 
 def read_rules(folder: Path, config: Qwen25VLConfig) -> ImageRules:
-    """The rules of a model folder's ``preprocessor_config.json``.
+    """The rules of a model folder's ``preprocessor_config.json``, or, as Transformers 5 writes it, of its processor's.
 
     Raises:
         InputError: there is none, or its patches are not those of the vision tower.
     """
-    path = folder / "preprocessor_config.json"
-    rules = ImageRules.from_json(read_object(path))
+    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.is_file() or not whole.is_file():
+        rules = ImageRules.from_json(read_object(path))
+    else:
+        path = whole
+        rules = ImageRules.from_json(read_object(whole).get("image_processor") or {})
     for name, want in (
         ("patch_size", config.vision.patch_size),
         ("merge_size", config.vision.spatial_merge_size),

@@ -16,7 +16,7 @@ from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.load import parameter_shapes
 from rflow_jax.weights.names.qwen2_5_vl import table_for
 from rflow_jax.weights.qwen import read_qwen_config
-from rflow_jax.weights.reward import CONFIG_FILE
+from rflow_jax.weights.reward_config import CONFIG_FILE
 from rflow_jax.weights.save import Storage, save, write_model_file
 from rflow_jax.weights.stored import is_stored
 from rflow_jax.weights.tables import plan
@@ -25,6 +25,7 @@ from rflow_jax.weights.writing import need_space, whole
 COPIED = (
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.json",

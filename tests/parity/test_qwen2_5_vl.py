@@ -115,7 +115,7 @@ def test_preparation(pair, golden):
 
 def test_sizes_of_pictures():
     draw = np.random.default_rng(0)
-    for height, width in draw.integers(5, 900, (300, 2)):
+    for height, width in draw.integers(5, 900, (300, 2)).tolist():
         if max(height, width) <= 200 * min(height, width):
             limits = (28, 3136, int(draw.integers(20_000, 400_000)))
             assert fit_size(height, width, *limits) == smart_resize(height, width, *limits)

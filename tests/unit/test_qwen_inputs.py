@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -147,6 +149,14 @@ def test_a_folder_that_is_not_whole(golden, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"do_resize": false}')
     with pytest.raises(InputError, match="do_resize is false"):
         read_rules(tmp_path, read_qwen_config(base))
+
+
+def test_rules_of_newer_folders(golden, tmp_path):
+    """Transformers 5 puts the image processor's rules into the processor's file."""
+    base = golden / "qwen" / "base"
+    config, rules = read_qwen_config(base), json.loads((base / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": rules}))
+    assert read_rules(tmp_path, config) == read_rules(base, config) == ImageRules(max_pixels=1_003_520)
 
 
 @pytest.fixture(scope="module")
