@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
+from rflow_jax.errors import RunError
 from rflow_jax.language.base import Case, Past, Written
 from rflow_jax.pipeline import Request
 from rflow_jax.sampling import Near
@@ -105,12 +106,17 @@ class PromptRun:
 
         Args:
             result: a text, a verdict, or None for an image that lies in the folder now.
+
+        Raises:
+            RunError: the image does not lie there; asking for it again might go on for ever.
         """
         if work.step == "draw":
             self.drawn += 1
         if result is not None:
             self.folder.journal.note(work.position, _NOTED_AS[work.step], asdict(result))
         follow = self._follow(work.position)
+        if follow == work:
+            raise RunError(f"{self.folder.path / self.place(work)}: was written and is not there; look after the disk")
         if follow is not None:
             return [follow]
         self._open -= 1

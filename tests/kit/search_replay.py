@@ -138,6 +138,9 @@ class _Player:
                     result.parent_of[name] = name_of(request.condition)
                 self.run.folder.write_image(self.run.place(work), picture(name))
                 return None
+            case "take":
+                self.run.folder.write_image(self.run.place(work), self.run.given_image(work))
+                return None
             case "score":
                 result.scored[name] += 1
                 return verdict(None if name == self.unscored else self.trace["scores"][name])

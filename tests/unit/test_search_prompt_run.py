@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rflow_jax.chat import png_bytes
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.sampling import Near
 from rflow_jax.search.config import NoiseStage, ReflectStage
 from rflow_jax.search.journal import JOURNAL
@@ -275,6 +275,13 @@ def test_given_images_are_taken_over_and_judged_and_the_best_corrected(tmp_path)
     ranked = sorted(records[:5], key=lambda record: record["verdict"]["score"], reverse=True)
     assert {record["parent"] for record in records[5:7]} == {record["id"] for record in ranked[:2]}
     assert len(list((tmp_path / "run/00005/samples").iterdir())) == 5
+
+
+def test_an_image_that_was_written_and_is_not_there_is_not_asked_for_for_ever(tmp_path):
+    run = prompt_run(tmp_path)
+    work = run.begin()[0]
+    with pytest.raises(RunError, match=r"0_round@9-5-0-0\.png: was written and is not there"):
+        run.done(work, None)
 
 
 def test_a_given_image_that_cannot_be_read_is_named(tmp_path):
