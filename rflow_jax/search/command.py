@@ -48,10 +48,10 @@ def _run(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
     config.require_fit(kind, given=where.images is not None)
     out = Path(where.out)
     published = _to_publish(kind, config, where)
+    entries = slice_prompts(read_prompts(where.prompts), where.start, where.end)
     require_usable(out)
     require_same(out, published)
     place, processes = _place(where)
-    entries = slice_prompts(read_prompts(where.prompts), where.start, where.end)
     for index, entry in entries.items():
         check_entry(out, index, entry)
     mine = {index: entries[index] for index in entries if index % processes == place}
