@@ -58,7 +58,7 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "generate,noise,noise-prompt,reflect,report, ..."),
+        ("", "generate,noise,noise-prompt,reflect,"),
         ("nois", "'nois'"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),

@@ -399,9 +399,10 @@ def test_on_several_devices_a_batch_is_as_large_as_all_of_them_take(tmp_path, ra
 
 
 def test_many_runs_leave_no_threads(tmp_path):
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     for number in range(3):
         search(tmp_path / str(number), entries={5: ENTRIES[5]})
-    for thread in [t for t in threading.enumerate() if t.name.startswith(("score-", "reflect-", "refine-", "saver"))]:
+    begun = {*threading.enumerate()} - before
+    for thread in begun:
         thread.join(PATIENCE)
-    assert threading.active_count() <= before
+    assert not any(thread.is_alive() for thread in begun)
