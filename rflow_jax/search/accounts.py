@@ -24,13 +24,13 @@ class Accounts:
     def __init__(self, out: Path, place: int, roles: tuple[str, ...], budget: float | None) -> None:
         self._path = out / (f"usage_{place}.json" if place else "usage.json")
         self._budget = budget
-        remove_beginnings(out, self._path.name)
         before = _read(self._path)
         self._seconds = float(before.get("seconds", 0.0))
         self._images = int(before.get("images", 0))
         spent = before.get("roles", {})
         self.meters = {role: Meter(_usage(spent.get(role, {}))) for role in roles}
         self._began = self._written = time.monotonic()
+        self._owned = False
 
     def total(self) -> Usage:
         """All roles together."""
@@ -57,6 +57,9 @@ class Accounts:
         if not now and moment - self._written < EVERY:
             return
         self._written = moment
+        if not self._owned:  # not earlier: until the folder is claimed, another process may be writing there
+            remove_beginnings(self._path.parent, self._path.name)
+            self._owned = True
         total = self.total()
         content = {
             "seconds": round(self._seconds + moment - self._began, 1),
