@@ -56,7 +56,7 @@ def their_output(model: FluxTransformer2DModel, run: TrainingRun) -> np.ndarray:
 
 
 def test_trained_resumed_and_exported_it_loads_in_diffusers(tmp_path: Path):
-    trainable = TrainableConfig(rank=4, alpha=2)
+    trainable = TrainableConfig(rank=4, alpha=2.0)
     first = TrainingRun(MeshConfig(), 1, trainable, remat="none")
     first.losses(range(2))
     kept = Checkpoints(tmp_path, CheckpointConfig())
