@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from rflow_jax.errors import InputError
+
+
+def use_folder(path: Path) -> bool:
+    """Makes a folder if need be, and tries whether it can be written to, before anything expensive begins.
+
+    Returns:
+        Whether it holds anything.
+
+    Raises:
+        InputError: it cannot be made, or cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        return any(path.iterdir())
+    except OSError as error:
+        raise InputError(f"{path}: cannot use this folder ({error.strerror})") from error
 
 
 def remove_beginnings(folder: Path, name: str = "*") -> None:

@@ -4,18 +4,17 @@ import hashlib
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from PIL.Image import Image
 
 from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
-from rflow_jax.files import write_file
+from rflow_jax.files import use_folder, write_file
+from rflow_jax.images import read_image
 from rflow_jax.progress import count_progress
 from rflow_jax.settings import Settings, require_dtype, require_lora_effect
 
@@ -78,19 +77,14 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
     elif config.condition is not None:
         log.warning("a condition without a lora: FLUX itself has not learned to correct an image")
     names = [f"seed_{_seed_text(seed)}" for seed in _seeds(config)]
-    condition = None if config.condition is None else _open(Path(config.condition))
+    condition = None if config.condition is None else read_image(Path(config.condition))
     out = Path(config.out)
     records = [_record(config, settings, seed) for seed in _seeds(config)]
     for name, record in zip(names, records, strict=True):
         _require_free(out / name, record)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # Said now, and not after the model has been loaded.
-        tempfile.TemporaryFile(dir=out).close()
-    except FileExistsError as error:
-        raise InputError(f"{out}: is a file; give a folder as --out") from error
-    except OSError as error:
-        raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
+    if out.is_file():
+        raise InputError(f"{out}: is a file; give a folder as --out")
+    use_folder(out)
 
     from rflow_jax.pipeline import load_pipeline
 
@@ -136,14 +130,6 @@ def _seeds(config: GenerateConfig) -> list[Seed]:
 
 def _seed_text(seed: Seed) -> str:
     return str(seed) if isinstance(seed, int) else "-".join(map(str, seed))
-
-
-def _open(path: Path) -> Image:
-    try:
-        with PIL.Image.open(path) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this image ({error.strerror or 'not an image file'})") from error
 
 
 def _record(config: GenerateConfig, settings: Settings, seed: Seed) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,3 +57,16 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
         return pixel_levels(mean.tolist(), std.tolist(), float(content.get("rescale_factor", 1 / 255)))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: image_mean and image_std must be there, three numbers each") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image in RGB.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this image ({error.strerror or 'not an image file'})") from error

@@ -70,7 +70,7 @@ class Live:
     """Counts, and shows them as a bar or as lines; safe to use from several threads.
 
     Args:
-        images: that the run will make at most; those that are there already count as made.
+        images: that the run will make at most.
         usage: what the models have used so far, with the calls in flight.
     """
 
@@ -82,7 +82,6 @@ class Live:
         self._usage = usage
         self._lock = threading.Lock()
         self._began = time.monotonic()
-        self._made_here = 0
         self._ended = threading.Event()
         console = Console(stderr=True)
         self._progress = Progress(
@@ -98,10 +97,9 @@ class Live:
         self._task = self._progress.add_task("images", total=images)
 
     def made(self, count: int = 1) -> None:
-        """So many further images exist."""
+        """So many further images were made."""
         with self._lock:
             self.images += count
-            self._made_here += count
         self._progress.update(self._task, advance=count)
 
     def spared(self, images: int) -> None:
@@ -131,7 +129,7 @@ class Live:
         """Pace, busy time, calls, failures and cost, in a few words."""
         usage, fraction = self._usage(), self._clock.fraction
         with self._lock:
-            pace = self._made_here / max(time.monotonic() - self._began, 1e-9)
+            pace = self.images / max(time.monotonic() - self._began, 1e-9)
             failures = self.unscored + self.text_failures
         words = [f"{pace:.2f} images/s"]
         if fraction is not None:

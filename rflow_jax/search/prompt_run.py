@@ -12,11 +12,12 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from rflow_jax.errors import RunError
+from rflow_jax.images import read_image
 from rflow_jax.language.base import Case, Past, Written
 from rflow_jax.pipeline import Request
 from rflow_jax.sampling import Near
-from rflow_jax.search.chains import Sample, ancestors
-from rflow_jax.search.store import PromptFolder, read_image
+from rflow_jax.search.chains import Sample, ancestors, is_correction
+from rflow_jax.search.store import PromptFolder
 from rflow_jax.search.strategies import Draft, Strategy
 from rflow_jax.verifiers.base import Verdict
 
@@ -40,7 +41,7 @@ class Work:
     @property
     def corrects(self) -> bool:
         """Whether the image is made with the corrector."""
-        return self.run.samples[self.position].stage == "reflect"
+        return is_correction(self.run.samples[self.position])
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,10 @@ class PromptRun:
         parent = self.samples[work.position].parent
         assert parent is not None
         sample, reflection = self.samples[parent], ""
-        if work.step == "refine" and self.samples[work.position].stage == "reflect":
+        if work.step == "refine" and work.corrects:
             reflection = Written(**self.folder.journal.known(work.position, REFLECTION)).text or ""
         earlier = ancestors(self.samples, parent)
-        shown = earlier[len(earlier) - min(self.terms.history, len(earlier)) :] if work.step == "reflect" else []
+        shown = earlier[max(0, len(earlier) - self.terms.history) :] if work.step == "reflect" else []
         return Case(
             image=self.folder.read_image(sample.file),
             prompt=self.prompt,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Any
 import yaml
 
 from rflow_jax.errors import InputError
+from rflow_jax.files import use_folder
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -35,12 +35,7 @@ def require_usable(out: Path) -> None:
     Raises:
         InputError: it holds other files, cannot be made, or cannot be written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        taken = any(out.iterdir())
-    except OSError as error:
-        raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
+    taken = use_folder(out)
     if taken and not (out / CONFIG).exists():
         raise InputError(f"{out}: holds files, but no search ({CONFIG} is missing); give another folder as --out")
 

@@ -3,7 +3,7 @@
 ::
 
     config.yaml                          the resolved configuration
-    usage.json                           seconds, questions and tokens; of all processes and starts together
+    usage.json                           seconds, questions, tokens of all starts (usage_{k}.json: of further processes)
     00000/metadata.jsonl                 the entry of the prompt file
     00000/journal.jsonl                  while the prompt is searched: what has happened so far
     00000/records.jsonl                  when it is done: one record an image, how it was made and what was found
@@ -22,12 +22,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from PIL.Image import Image
 
 from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
 from rflow_jax.files import remove_beginnings, write_file
+from rflow_jax.images import read_image
 from rflow_jax.search.chains import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
 from rflow_jax.search.journal import JOURNAL, Journal, json_line
 
@@ -47,13 +47,11 @@ class PromptFolder:
         self.path = folder_of(out, index)
         self.index = index
         self.entry = entry
-        for half in self.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            half.unlink()
+        remove_beginnings(self.path)
         if (self.path / METADATA).exists():
             check_entry(out, index, entry)
         else:
             write_file(self.path / METADATA, json_line(entry))
-        remove_beginnings(self.path)
         self.journal = Journal(self.path / JOURNAL)
 
     @staticmethod
@@ -152,19 +150,6 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}:{number}: no record of an image ({error})") from error
     return records
-
-
-def read_image(path: Path) -> Image:
-    """An image in RGB.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with PIL.Image.open(path) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this image ({error.strerror or 'not an image file'})") from error
 
 
 def link(source: Path, target: Path) -> None:

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import write_file
+from rflow_jax.files import use_folder, write_file
 
 CONFIG = "config.yaml"
 
@@ -35,12 +34,7 @@ def open_folder(out: Path, resume: bool) -> None:
     """
     if jax.process_index():
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        taken = any(out.iterdir())
-    except OSError as error:
-        raise InputError(f"{out}: cannot use this folder ({error.strerror})") from error
+    taken = use_folder(out)
     if taken and not resume:
         raise InputError(f"{out}: holds files already; add --resume to go on with that run, or give an empty folder")
     if taken and not (out / CONFIG).exists():

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from PIL.Image import Image
 
+from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
@@ -138,10 +139,7 @@ def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
     text = "$prompt"
     if prompt_file or config.template != "none":
         path = Path(prompt_file) if prompt_file else PROMPT
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise InputError(f"{path}: cannot read this prompt file ({error.strerror})") from error
+        text = read_prompt(path).strip()
         if "prompt" not in Template(text).get_identifiers():
             raise InputError(f"{path}: does not hold $prompt")
         if not prompt_file:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pytest
 from PIL.Image import Image
 
+import rflow_jax.pipeline
 from rflow_jax.pipeline import Pending, Request
 from rflow_jax.settings import Settings
 
@@ -136,3 +138,10 @@ def picture(request: Request, lora: bool, settings: Settings) -> Image:
     key = (lora, replace(request, condition=None), condition, replace(settings, batch_size=1))
     rng = np.random.default_rng(list(hashlib.sha256(repr(key).encode()).digest()))
     return PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+
+def instead_of_loading(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    """The pipeline that ``load_pipeline`` gives from now on."""
+    fake = FakePipeline()
+    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", lambda model, **more: fake)
+    return fake

@@ -6,12 +6,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import rflow_jax.pipeline
 from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
 from rflow_jax.pairs import PairsConfig, pairs, read_pairs
 from rflow_jax.settings import Settings
-from tests.kit.fake_pipeline import FakePipeline
+from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import files
 
 SETTINGS = Settings(height=32, width=32, condition_size=16, batch_size=2)
@@ -19,9 +18,7 @@ SETTINGS = Settings(height=32, width=32, condition_size=16, batch_size=2)
 
 @pytest.fixture
 def pipe(monkeypatch):
-    fake = FakePipeline()
-    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", lambda model, **more: fake)
-    return fake
+    return instead_of_loading(monkeypatch)
 
 
 @pytest.fixture

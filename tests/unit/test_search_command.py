@@ -13,7 +13,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.search.journal import JOURNAL
 from rflow_jax.search.store import read_records
-from tests.kit.fake_pipeline import FakePipeline
+from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import PRICE, files
 
 SIZES = {"height": 16, "width": 16, "condition_size": 16, "batch_size": 3}
@@ -34,9 +34,7 @@ PER_PROMPT = 2 + 4
 
 @pytest.fixture
 def pipe(monkeypatch):
-    fake = FakePipeline()
-    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", lambda model, **more: fake)
-    return fake
+    return instead_of_loading(monkeypatch)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rflow_jax import files
 from rflow_jax.errors import InputError
 from rflow_jax.search import run_folder
 from rflow_jax.search.run_folder import claim, require_same, require_usable
@@ -108,7 +109,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # Not by permissions: they do not hold for root.
-    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
     with pytest.raises(InputError, match=r"cannot use this folder \(Permission denied\)"):
         require_usable(tmp_path)
 
