@@ -45,6 +45,8 @@ MAY_CHANGE = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "vali
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 CHECKPOINTS, EXPORTS, SEALS = "checkpoints", "lora", "checksums"
 _BLOCK = 1 << 24  # bytes
+# What a checkpoint takes on the disk while it is written: Orbax writes parts, and merges them; and some metadata.
+_COPIES, _OVERHEAD = 2, 1 << 21
 log = logging.getLogger(__name__)
 
 
@@ -130,10 +132,18 @@ class Checkpoints:
             position=ocp.args.JsonSave(position),
             config=ocp.args.JsonSave(config),
         )
-        self._manager.save(step, args=items)  # waits for the one before it
+        self._manager.wait_until_finished()  # the one before it takes room too
+        self._require_space(state)
+        self._manager.save(step, args=items)
         self._seal(before=step)
         if self.config.export and trained.is_lora:
             self._export(step, state, trained)
+
+    def _require_space(self, state: State) -> None:
+        """Said before a write begins: one that breaks off in the middle leaves Orbax's other writes to fail aloud."""
+        needed = _COPIES * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        if shutil.disk_usage(self.out).free < needed:
+            raise OSError(errno.ENOSPC, _DISK[errno.ENOSPC], str(self.out))
 
     def restore(self, like: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
         """The newest state that can be read, with the data's position; None if there is no checkpoint.
@@ -194,7 +204,8 @@ class Checkpoints:
 
     def close(self) -> None:
         if self._opened is not None:
-            self._opened.close()
+            with self._disk_errors():  # it waits for what is being written
+                self._opened.close()
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
