@@ -6,7 +6,7 @@ only when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
@@ -60,6 +60,16 @@ def _qwen_chat(config: Any) -> Any:
     from rflow_jax.vlm.qwen_chat import QwenChat
 
     return QwenChat(config)
+
+
+def claimed_devices(options: Mapping[str, Any]) -> Iterator[Sequence[int]]:
+    """The devices that a role's model takes for itself; those of an ensemble's members are further in."""
+    for key, value in options.items():
+        if key == "devices" and value:
+            yield value
+        for member in value if isinstance(value, (list, tuple)) else ():
+            if isinstance(member, Mapping):
+                yield from claimed_devices(member.get("options") or {})
 
 
 def configure(kind: type[Config], model: str | None, options: Mapping[str, Any], role: str) -> Config:

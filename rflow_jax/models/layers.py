@@ -54,7 +54,7 @@ class Linear(nnx.Module):
     this layer with image tokens in one product, and only the condition's rows get the low-rank term.
 
     Attributes:
-        kernel: [in, out].
+        kernel: [in, out], see :func:`matmul`.
         bias: [out], or None.
         lora_a, lora_b, lora_scale: [in, r], [r, out] and a scalar, or None where no adapter is attached
             (see :func:`rflow_jax.models.lora.attach`).
@@ -68,8 +68,7 @@ class Linear(nnx.Module):
         self.lora_scale = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b s d"], lora: LoraRows = None) -> Float[Array, "*b s o"]:
-        kernel = self.kernel[...]
-        y = jnp.dot(x, kernel.astype(x.dtype))
+        y = matmul(x, self.kernel.get_value())
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if lora is None or self.lora_a is None:
@@ -127,6 +126,20 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         return self.embedding[...][ids]
+
+
+def matmul(x: Float[Array, "*b s d"], kernel: Any, *, dtype: Dtype | None = None) -> Float[Array, "*b s o"]:
+    """``x @ kernel``.
+
+    Args:
+        kernel: [in, out], or what :mod:`rflow_jax.models.quantized` made of it: its few bits are read as they are, and
+            the sums scaled.
+        dtype: of the result; None: that of ``x``.
+    """
+    if isinstance(kernel, jax.Array):
+        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    sums = jnp.dot(x, kernel.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (sums * kernel.scale).astype(dtype or x.dtype)
 
 
 def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:

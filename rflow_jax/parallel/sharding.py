@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -19,10 +20,11 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 Rules = Sequence[tuple[str, PartitionSpec]]
 log = logging.getLogger(__name__)
 
-# FLUX, T5 and CLIP by the same names. Into heads or the wide part: columns over ``tensor``; back: rows.
+# FLUX, text encoders and language models by the same names. Into heads or the wide part: columns over ``tensor``; back:
+# rows.
 RULES: Rules = (
     (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", PartitionSpec()),  # the autoencoder: small, whole everywhere
-    (r".*\.(q|k|v|up|gate|mlp|mod)\.kernel", PartitionSpec(FSDP, TENSOR)),
+    (r".*\.(q|k|v|up|gate|mlp|mod|head)\.kernel", PartitionSpec(FSDP, TENSOR)),
     (r".*\.(out|down)\.kernel", PartitionSpec(TENSOR, FSDP)),
     (r".*\.kernel", PartitionSpec(FSDP)),
     (r".*\.lora_a", PartitionSpec(FSDP)),
@@ -46,11 +48,13 @@ def sharding_for(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, 
     return choose
 
 
-def put_by(choose: Callable[[str, tuple[int, ...]], Sharding]) -> Callable[[str, np.ndarray], jax.Array]:
+def put_by(choose: Callable[[str, tuple[int, ...]], Sharding | None]) -> Callable[[str, np.ndarray], jax.Array]:
     """(dotted path, array) -> the array where ``choose`` says; every device gets its own slice and no other."""
 
     def put(path: str, value: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(value.shape, choose(path, value.shape), lambda index: value[index])
+        if (where := choose(path, value.shape)) is None:
+            return jnp.asarray(value)
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
     return put
 

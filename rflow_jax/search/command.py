@@ -11,6 +11,7 @@ from typing import Any
 from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
+from rflow_jax.local_models import claimed_devices
 from rflow_jax.search.accounts import Accounts
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Models
@@ -128,10 +129,12 @@ def _load(config: SearchConfig) -> Any:
     import jax
 
     from rflow_jax.parallel.mesh import make_mesh
+    from rflow_jax.parallel.placement import unclaimed
     from rflow_jax.pipeline import load_pipeline
 
-    devices = jax.local_devices()
-    mesh = make_mesh(config.mesh, devices) if len(devices) > 1 else None
+    roles = config.verifier, config.reflector, config.refiner
+    devices = unclaimed([claim for role in roles for claim in claimed_devices(role.options)])
+    mesh = None if devices == jax.local_devices()[:1] else make_mesh(config.mesh, devices)
     return load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype, mesh=mesh)
 
 

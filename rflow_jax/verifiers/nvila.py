@@ -16,6 +16,8 @@ from PIL.Image import Image
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.nvila.message import Template, ask, chat, message
+from rflow_jax.models.quantized import Quantization
+from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE, require_fitting, score_each, unscored_number
@@ -34,6 +36,9 @@ class NvilaVerifierConfig:
         rank: "word" ranks yes before no, yes by higher score, no by lower; "margin" scores by yes minus no.
         batch_size: images judged together.
         dtype: number type of the weights and activations, bfloat16 or float32.
+        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
+            null: the first one, with whatever else is there.
+        quantization: int8 or fp8: the language model's weights in 8 bits.
     """
 
     model: str = "Efficient-Large-Model/NVILA-Lite-2B-Verifier"
@@ -41,6 +46,8 @@ class NvilaVerifierConfig:
     rank: Literal["word", "margin"] = "word"
     batch_size: int = 8
     dtype: str = "bfloat16"
+    devices: tuple[int, ...] | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -64,7 +71,8 @@ class NvilaVerifier:
     def __init__(self, config: NvilaVerifierConfig = NvilaVerifierConfig(), model: NvilaModel | None = None) -> None:
         self.config = config
         self.batch_size = config.batch_size
-        self.model = model or load_nvila(config.model, dtype=getattr(jnp, config.dtype))
+        how = {"sharding_for": on_devices(config.devices), "quantization": config.quantization}
+        self.model = model or load_nvila(config.model, dtype=getattr(jnp, config.dtype), **how)
         self._programs = NvilaPrograms(self.model, config.batch_size)
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -15,6 +15,7 @@ from flax import nnx
 from rflow_jax.models.nvila.message import Layout
 from rflow_jax.models.nvila.network import Nvila
 from rflow_jax.models.qwen2.generate import Decoding, Made, Prompts, generate
+from rflow_jax.parallel.placement import whole_beside
 from rflow_jax.typing import Array
 from rflow_jax.weights.nvila import NvilaModel
 
@@ -101,9 +102,9 @@ class NvilaPrograms:
     def look(self, pictures: np.ndarray) -> Array:
         """Image tokens [slots, i, d] of up to as many pictures as a batch can have; the rest is of no meaning."""
         config = self.model.config
-        dtype = self.model.network.language.embed.embedding[...].dtype
+        like = self.model.network.language.embed.embedding[...]
         shape = (self._slots, config.picture_tokens, config.language.hidden_size)
-        tokens = jnp.zeros(shape, dtype)
+        tokens = jnp.zeros(shape, like.dtype, device=whole_beside(like))
         for start in range(0, len(pictures), PICTURES_AT_ONCE):
             group = _filled(pictures[start : start + PICTURES_AT_ONCE], PICTURES_AT_ONCE)
             tokens = _look(self.model.graph, self.model.weights, tokens, group, self._levels, start)

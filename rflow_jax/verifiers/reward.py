@@ -17,6 +17,9 @@ from PIL.Image import Image
 
 from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
+from rflow_jax.models.quantized import Quantization, quantize
+from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
+from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.vlm.qwen import Scoring, rewards
@@ -25,7 +28,6 @@ from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.load import ShardingFor
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
 from rflow_jax.weights.reward_config import RewardConfig
 
@@ -47,6 +49,9 @@ class RewardVerifierConfig:
         prompt_file: the wording around ``$prompt`` that the model was trained with. Without it the prompt stands alone
             where ``model_config.json`` says so (``prompt_template_type: none``), else in the wording shipped here.
         max_pixels: of a picture; null: what the model was trained with.
+        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
+            null: the first one, with whatever else is there.
+        quantization: int8 or fp8: the language model's weights in 8 bits.
     """
 
     model: str
@@ -58,6 +63,8 @@ class RewardVerifierConfig:
     merge_lora: bool = True
     prompt_file: str | None = None
     max_pixels: int | None = None
+    devices: tuple[int, ...] | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -73,7 +80,7 @@ class RewardVerifier:
 
     concurrency = 1
 
-    def __init__(self, config: RewardVerifierConfig, *, sharding_for: ShardingFor | None = None):
+    def __init__(self, config: RewardVerifierConfig):
         checkpoint = RewardCheckpoint.open(resolve_vlm(config.model, reward=True), step=config.step, base=config.base)
         self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
         self.batch_size = config.batch_size
@@ -82,8 +89,11 @@ class RewardVerifier:
         added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
         tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
         model = checkpoint.load(
-            dtype=getattr(jnp, require_dtype(config.dtype)), merge=config.merge_lora, sharding_for=sharding_for
+            dtype=getattr(jnp, require_dtype(config.dtype)),
+            merge=config.merge_lora,
+            sharding_for=on_devices(config.devices),
         )
+        quantize(model, config.quantization, LANGUAGE_LINEARS)
         sizes = model.config
         self._special = _special(checkpoint, tokenizer, sizes.language.vocab_size)
         self._how = Scoring(checkpoint.config.token, self._special, mrope=config.mrope)

@@ -14,7 +14,10 @@ from flax import nnx
 from PIL import Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
+from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array
 from rflow_jax.vlm.qwen import texts
@@ -22,7 +25,6 @@ from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.load import ShardingFor
 from rflow_jax.weights.qwen import end_tokens, load_qwen
 
 
@@ -38,6 +40,9 @@ class QwenChatConfig:
         top_p: drawn from the likeliest tokens that together have this probability.
         seed: of the drawing; an answer also depends on its question, and on nothing else.
         max_pixels: of a picture; None: the model's own limit.
+        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
+            None: the first one, with whatever else is there.
+        quantization: int8 or fp8: the language model's weights in 8 bits.
     """
 
     model: str
@@ -48,6 +53,8 @@ class QwenChatConfig:
     top_p: float = 1.0
     seed: int = 0
     max_pixels: int | None = None
+    devices: tuple[int, ...] | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -71,11 +78,12 @@ class QwenChat:
         InputError: no such model, or one that is not usable.
     """
 
-    def __init__(self, config: QwenChatConfig, *, sharding_for: ShardingFor | None = None):
+    def __init__(self, config: QwenChatConfig):
         self.config = config
         folder = resolve_vlm(config.model)
         tokenizer = QwenTokenizer(folder)
-        model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=sharding_for)
+        how = {"dtype": getattr(jnp, require_dtype(config.dtype)), "sharding_for": on_devices(config.devices)}
+        model = quantize(load_qwen(folder, **how), config.quantization, LANGUAGE_LINEARS)
         sizes = model.config
         ends = set(end_tokens(folder, sizes)) | ({tokenizer.eos} - {None})
         self._decoding = Decoding(

@@ -100,11 +100,13 @@ def stream_targets(the_plan: Plan, files: TensorFiles) -> Iterator[tuple[Target,
 def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Puts one parameter on its devices in our layout.
 
-    Without a sharding a large tensor is copied to the device as it is and transposed there. With one, each
-    device gets its own slice and no other.
+    On one device a large tensor is copied as it is and transposed there. Over several each gets its own slice and no
+    other.
     """
-    if sharding is None and rows.size >= TRANSPOSED_ON_DEVICE:
-        return _transposer(target.via, target.shape, target.is_kernel, dtype)(rows)
+    alone = sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding)
+    if alone and rows.size >= TRANSPOSED_ON_DEVICE:
+        there = rows if sharding is None else jax.device_put(rows, sharding)
+        return _transposer(target.via, target.shape, target.is_kernel, dtype)(there)
     ours = target.to_ours(rows)
     ours = ours if dtype is None else ours.astype(dtype)
     if sharding is None:

@@ -17,6 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.images import levels_in
 from rflow_jax.models.nvila.config import NvilaConfig, require_nvila, require_projector
 from rflow_jax.models.nvila.network import Nvila, abstract_nvila
+from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.progress import byte_progress
@@ -25,7 +26,7 @@ from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.convert import OnProgress, Options, open_folder
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.hub import resolve
-from rflow_jax.weights.load import load_into, parameter_shapes
+from rflow_jax.weights.load import ShardingFor, load_into, parameter_shapes
 from rflow_jax.weights.names import nvila, qwen2, siglip
 from rflow_jax.weights.nvila_tokenizer import NvilaTokenizer
 from rflow_jax.weights.save import MODEL_FILE, save, write_model_file
@@ -62,12 +63,21 @@ class NvilaModel:
         return nnx.merge(self.graph, self.weights)
 
 
-def load_nvila(model: str, *, dtype: Any = jnp.bfloat16, progress: bool = True) -> NvilaModel:
-    """Reads a published checkpoint, or a folder that ``convert_weights nvila`` wrote, onto the default device.
+def load_nvila(
+    model: str,
+    *,
+    dtype: Any = jnp.bfloat16,
+    sharding_for: ShardingFor | None = None,
+    quantization: Quantization | None = None,
+    progress: bool = True,
+) -> NvilaModel:
+    """Reads a published checkpoint, or a folder that ``convert_weights nvila`` wrote, onto the devices.
 
     Args:
         model: a folder, or an id on the Hub.
         dtype: of parameters and activations.
+        sharding_for: where each parameter lives; None puts all on the default device.
+        quantization: of the language model's weights.
 
     Raises:
         InputError: no such folder, another network, or tensors that are not exactly this network's.
@@ -82,12 +92,13 @@ def load_nvila(model: str, *, dtype: Any = jnp.bfloat16, progress: bool = True) 
         task = bar.add_task("loading", total=sum(sizes))
         for part, place in places.items():
             bar.update(task, description=f"loading {part}")
-            advance = partial(bar.advance, task)
+            how = {"dtype": dtype, "sharding_for": sharding_for, "on_bytes": partial(bar.advance, task)}
             if is_stored(place):
-                load_stored(_part(network, part), place, dtype=dtype, on_bytes=advance)
+                load_stored(_part(network, part), place, **how)
             else:
                 files = TensorFiles.open(place)
-                load_into(_part(network, part), _table(part, files, config), files, dtype=dtype, on_bytes=advance)
+                load_into(_part(network, part), _table(part, files, config), files, **how)
+    quantize(network.language, quantization)
     return NvilaModel(model, config, *nnx.split(network), tokenizer, levels)
 
 

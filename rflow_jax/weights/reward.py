@@ -21,6 +21,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter, attach, detach, linear_shapes, linears
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, abstract_reward_model
+from rflow_jax.parallel.sharding import put_by
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.layered import LayeredFiles
@@ -98,7 +99,7 @@ class RewardCheckpoint:
         adapters = _adapters(files, model, reward_table(), self.config)
         load_into(model, reward_table(), files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
         if adapters:
-            attach(model, adapters, where=files.where)
+            attach(model, adapters, where=files.where, put=put_by(sharding_for) if sharding_for else None)
         return merged(model) if merge else model
 
     def _files(self) -> LayeredFiles:

@@ -7,7 +7,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.layers import Embedding, Linear, LoraRows, RMSNorm, abstract
+from rflow_jax.models.layers import Embedding, Linear, LoraRows, RMSNorm, abstract, matmul
 from rflow_jax.models.qwen2.cache import Cache, KeyValue
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2.layers import Past, Qwen2Block
@@ -97,8 +97,7 @@ class Qwen2(nnx.Module):
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores of every token to come next, float32."""
         if self.head is not None:
-            kernel = self.head.kernel[...]
-            return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            return matmul(hidden, self.head.kernel.get_value(), dtype=jnp.float32)
         table = self.embed.embedding[...].astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 

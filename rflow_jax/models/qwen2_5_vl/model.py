@@ -14,6 +14,8 @@ from rflow_jax.models.qwen2_5_vl.layout import VisionLayout
 from rflow_jax.models.qwen2_5_vl.vision import VisionTower
 from rflow_jax.typing import Array, Float, Int
 
+LANGUAGE_LINEARS = r"language\..*"  # most of the weights; quantizing the tower would save little
+
 
 class Qwen25VL(nnx.Module):
     """The vision tower and the language model.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from rflow_jax.models.layers import Linear, abstract
+from rflow_jax.models.layers import Linear, abstract, matmul
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
 from rflow_jax.typing import Array, Float, Int
@@ -55,8 +55,7 @@ class RewardModel(Qwen25VL):
         return self._score(jnp.take_along_axis(hidden, places[:, None, None], axis=1))[:, 0]
 
     def _score(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t k"]:
-        kernel = self.reward.kernel[...]
-        return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return matmul(hidden, self.reward.kernel.get_value(), dtype=jnp.float32)
 
 
 def abstract_reward_model(config: Qwen25VLConfig, outputs: int = 1, dtype: Dtype = jnp.float32) -> RewardModel:

@@ -1,0 +1,55 @@
+"""Which of this process's devices a model takes, when several models share a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from rflow_jax.errors import InputError
+from rflow_jax.parallel.sharding import TENSOR, sharding_for
+
+
+def on_devices(numbers: Sequence[int] | None) -> Callable[[str, tuple[int, ...]], Sharding] | None:
+    """(dotted path, shape) -> where that parameter lives.
+
+    Args:
+        numbers: of devices, as ``jax.local_devices()`` counts them: a model's heads and widths are cut over several.
+            None: the first device, uncommitted.
+
+    Raises:
+        InputError: no such device, or one named twice.
+    """
+    if numbers is None:
+        return None
+    devices = pick(numbers)
+    if len(devices) == 1:
+        where = SingleDeviceSharding(devices[0])
+        return lambda path, shape: where
+    return sharding_for(Mesh(np.array(devices), (TENSOR,)))
+
+
+def pick(numbers: Sequence[int]) -> list[Any]:
+    """The devices of these numbers; raises as :func:`on_devices`."""
+    devices = jax.local_devices()
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise InputError(f"devices: {list(numbers)}: name each device once, and at least one")
+    if wrong := [number for number in numbers if not 0 <= number < len(devices)]:
+        raise InputError(f"devices: there is no device {wrong[0]}: this process has {len(devices)}, counted from 0")
+    return [devices[number] for number in numbers]
+
+
+def whole_beside(array: jax.Array) -> Sharding:
+    """Where all of an array can lie to be used together with this one."""
+    there = array.sharding
+    return NamedSharding(there.mesh, PartitionSpec()) if isinstance(there, NamedSharding) else there
+
+
+def unclaimed(claims: Sequence[Sequence[int]]) -> list[Any]:
+    """The devices that no model claims for itself; all of them, where every one is claimed."""
+    taken = {number for claim in claims for number in claim}
+    devices = jax.local_devices()
+    return [device for number, device in enumerate(devices) if number not in taken] or devices

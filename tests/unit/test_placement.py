@@ -1,0 +1,167 @@
+"""Models with devices of their own, and weights in 8 bits: where they lie, and that the numbers stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import qwix
+from flax import nnx
+from PIL import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.local_models import claimed_devices
+from rflow_jax.models.lora import linears
+from rflow_jax.parallel.placement import on_devices, pick, unclaimed
+from rflow_jax.search import command
+from rflow_jax.search.config import SearchConfig
+from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
+
+PROMPTS = ("a photo of a bench", "two red apples")
+ITEMS = [{"prompt": prompt} for prompt in PROMPTS]
+SHAPES = ((90, 110), (64, 64))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def images():
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 256, (*shape, 3), np.uint8)) for shape in SHAPES]
+
+
+@pytest.fixture(scope="module")
+def make(golden, tmp_path_factory):
+    """kind, options -> a verifier of that kind."""
+    root = tmp_path_factory.mktemp("placed")
+    shutil.copytree(golden / "qwen", root / "qwen")
+    checkpoint = str(golden / "nvila" / "checkpoint")
+
+    def build(kind, **options):
+        how = {"dtype": "float32", "batch_size": 2} | options
+        if kind == "nvila":
+            return NvilaVerifier(NvilaVerifierConfig(checkpoint, rank="margin", **how))
+        return RewardVerifier(RewardVerifierConfig(str(root / "qwen" / "reward"), **how))
+
+    return build
+
+
+def scores(verifier, images):
+    verdicts = verifier.score(images, ITEMS)
+    assert not [verdict.error for verdict in verdicts if verdict.error]
+    return np.array([verdict.score for verdict in verdicts])
+
+
+def devices_of(verifier):
+    state = verifier.model.weights if isinstance(verifier, NvilaVerifier) else verifier._state
+    return {device for leaf in jax.tree.leaves(state) for device in leaf.devices()}
+
+
+@pytest.mark.parametrize("kind", ["reward", "nvila"])
+def test_scores_are_the_same_on_devices_of_its_own(make, images, kind):
+    """To the last bit on one device, to rounding where heads and widths are cut over two."""
+    want = scores(make(kind), images)
+    alone = make(kind, devices=(3,))
+    assert devices_of(alone) == {jax.devices()[3]}
+    np.testing.assert_array_equal(scores(alone, images), want)
+    cut = make(kind, devices=(4, 5))
+    assert devices_of(cut) == set(jax.devices()[4:6])
+    np.testing.assert_allclose(scores(cut, images), want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_kept_apart_goes_along(make, images):
+    want = scores(make("reward"), images)
+    cut = make("reward", devices=(6, 7), merge_lora=False)
+    assert devices_of(cut) == set(jax.devices()[6:8])
+    np.testing.assert_allclose(scores(cut, images), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_scores_in_8_bits_are_those_of_the_rounded_weights(make, images, quantization):
+    plain = scores(make("reward"), images)
+    verifier = make("reward", quantization=quantization)
+    got = scores(verifier, images)
+    assert not np.array_equal(got, plain)
+    model = nnx.merge(verifier._graph, verifier._state)
+    for path, linear in linears(model).items():
+        assert isinstance(linear.kernel.get_value(), qwix.QArray) == path.startswith("language.")
+        if path.startswith("language."):
+            linear.kernel.set_value(qwix.dequantize(linear.kernel.get_value()))
+    verifier._graph, verifier._state = nnx.split(model)
+    np.testing.assert_allclose(got, scores(verifier, images), rtol=1e-5, atol=1e-5)
+
+
+def test_nvila_in_8_bits_scores_nearly_as_before(make, images):
+    want = scores(make("nvila"), images)
+    got = scores(make("nvila", quantization="int8"), images)
+    assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_answers_are_the_same_on_devices_of_its_own(golden, images):
+    config = {"dtype": "float32", "batch_size": 2, "max_new_tokens": 6}
+    questions = [Question(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
+    base = str(golden / "qwen" / "base")
+    want = QwenChat(QwenChatConfig(base, **config)).answer(questions)
+    for devices in ((2,), (1, 2)):
+        assert QwenChat(QwenChatConfig(base, **config, devices=devices)).answer(questions) == want
+    assert all(
+        isinstance(answer, str)
+        for answer in QwenChat(QwenChatConfig(base, **config, quantization="int8")).answer(questions)
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ((8,), "no device 8: this process has 8"),
+        ((0, 0), "each device once"),
+        ((), "at least one"),
+        ((-1,), "no device -1"),
+    ],
+)
+def test_devices_that_do_not_exist_are_told(numbers, reason):
+    with pytest.raises(InputError, match=reason):
+        on_devices(numbers)
+
+
+def test_no_devices_of_its_own_is_the_default():
+    assert on_devices(None) is None
+    assert pick([1, 0]) == [jax.devices()[1], jax.devices()[0]]
+
+
+def test_the_generator_takes_what_is_left():
+    assert unclaimed([[1], [2, 3]]) == [jax.devices()[k] for k in (0, 4, 5, 6, 7)]
+    assert unclaimed([]) == jax.devices()
+    assert unclaimed([range(8)]) == jax.devices()
+
+
+def test_claims_of_an_ensemble_are_found():
+    members = [{"name": "nvila", "options": {"devices": [2]}}, {"name": "clip"}]
+    options = json.loads(json.dumps({"members": members, "weights": [1.0, 2.0]}))
+    assert list(claimed_devices(options)) == [[2]]
+    assert list(claimed_devices({"batch_size": 4, "devices": (1, 2)})) == [(1, 2)]
+    assert list(claimed_devices({"devices": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "left"),
+    [([1, 2, 3, 4, 5, 6, 7], None), ([0], [1, 2, 3, 4, 5, 6, 7]), ([0, 1, 2, 3, 4, 5, 6], [7])],
+)
+def test_a_search_generates_on_the_devices_that_no_model_took(monkeypatch, devices, left):
+    seen = SimpleNamespace(mesh=None)
+    monkeypatch.setattr("rflow_jax.pipeline.load_pipeline", lambda *_, mesh, **__: setattr(seen, "mesh", mesh))
+    verifier = VerifierConfig(name="nvila", options={"devices": devices})
+    command._load(SearchConfig(model="nowhere", verifier=verifier))
+    found = None if seen.mesh is None else sorted(device.id for device in seen.mesh.devices.flat)
+    assert found == left
