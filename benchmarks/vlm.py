@@ -1,11 +1,14 @@
 """Rewards and texts a second of Qwen2.5-VL, beside Transformers' PyTorch on the same accelerator in the same run.
 
-    python -m tests.kit.make_qwen FOLDER && python -m benchmarks.vlm FOLDER [--batch 8 32] [--pictures 32] [--side 512]
+    python -m tests.kit.make_qwen FOLDER
+    python -m benchmarks.vlm FOLDER [--batch 8 32] [--pictures 32] [--side 512] [--quantization int8 fp8] [--alone]
 
 FOLDER holds random weights of the true shapes; both sides read the same files, in bfloat16. Every row is the median
 of a few calls after a first one. "from pictures" begins with pictures in memory, as a search has them, and ends with
-numbers on the host; "on the device" begins with arrays that lie on the accelerator. "peak" is the accelerator memory
-that the side needed at most until then. The last lines say how near the two sides' numbers are.
+numbers on the host; "on the device" begins with arrays that lie on the accelerator. Of the accelerator's memory "held"
+is what the side has at the end of the row (weights and inputs), "peak" the most it had until then. The last lines say
+how near the two sides' numbers are. ``--quantization`` adds rows with weights in 8 bits, ``--alone`` leaves
+Transformers out.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 # Both frameworks live in one process, one after the other: neither may take all the memory at its start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -34,7 +37,9 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
+from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
 from rflow_jax.vlm.qwen import Scoring, rewards, texts
 from rflow_jax.vlm.qwen_inputs import Inputs, Sample, Sizes, batch_of
@@ -45,6 +50,7 @@ from rflow_jax.weights.reward import RewardCheckpoint
 
 QUESTION = "Does the picture show what the prompt says? Name what is missing, what is too much and what is misplaced."
 REWARDS, TOKENS = "rewards/s", "tokens/s"
+OURS = "rflow_jax"
 FROM_PICTURES, ON_DEVICE = "from pictures", "on the device"
 
 
@@ -66,7 +72,10 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        print("unit       system        batch  how               rate   spread  first call s  peak GiB", flush=True)
+        print(
+            "unit       system           batch  how               rate   spread  first call s  held, peak GiB",
+            flush=True,
+        )
 
     def measure(self, unit: str, system: str, batch: int, how: str, count: int, call: Callable[[], Any], n: int) -> Any:
         """Times ``call``, which makes ``count`` of the unit; returns what it gave."""
@@ -82,8 +91,8 @@ class Table:
         row = Row(unit, system, batch, how, rate, (max(seconds) - min(seconds)) / statistics.median(seconds), first)
         self.rows.append(row)
         print(
-            f"{unit:10s} {system:12s} {batch:6d}  {how:14s} {rate:8.1f} {row.spread:8.1%} {first:13.1f} "
-            f"{_peak(system):9.1f}",
+            f"{unit:10s} {system:15s} {batch:6d}  {how:14s} {rate:8.1f} {row.spread:8.1%} {first:13.1f} "
+            f"{_memory(system)}",
             flush=True,
         )
         return result
@@ -96,7 +105,7 @@ class Table:
     def ratios(self) -> Iterator[str]:
         """Ours over theirs, each at its best batch."""
         for unit, how in dict.fromkeys((row.unit, row.how) for row in self.rows):
-            ours, theirs = self.best(unit, "rflow_jax", how), self.best(unit, "transformers", how)
+            ours, theirs = self.best(unit, OURS, how), self.best(unit, "transformers", how)
             if ours and theirs:
                 yield f"{unit} {how}: {ours.rate / theirs.rate:.2f} times (batches {ours.batch} and {theirs.batch})"
 
@@ -140,15 +149,14 @@ def make_work(arguments: argparse.Namespace) -> Work:
 class Ours:
     """This package's programs."""
 
-    name = "rflow_jax"
-
-    def __init__(self, work: Work, table: Table):
-        self.work, self.table = work, table
+    def __init__(self, work: Work, table: Table, quantization: Quantization | None = None):
+        self.work, self.table, self.quantization = work, table, quantization
+        self.name = f"{OURS}, {quantization}" if quantization else OURS
 
     def rewards(self) -> np.ndarray:
         """Measures, and returns the rewards."""
         work, size = self.work, max(self.work.batches)
-        how = {"batch_size": size, "max_pixels": work.prepare.max_pixels}
+        how = {"batch_size": size, "max_pixels": work.prepare.max_pixels, "quantization": self.quantization}
         verifier = RewardVerifier(RewardVerifierConfig(str(work.folder / "reward"), **how))
 
         def from_pictures() -> list[Any]:
@@ -160,7 +168,7 @@ class Ours:
             raise RuntimeError(f"no scores: {errors}")
         del verifier
         model = RewardCheckpoint.open(work.folder / "reward").load(dtype=jnp.bfloat16)
-        graph, state = nnx.split(model)
+        graph, state = nnx.split(quantize(model, self.quantization, LANGUAGE_LINEARS))
         for batch in work.batches:
             inputs = [self._placed(part) for part in parts_of(work.scored, batch)]
 
@@ -175,7 +183,9 @@ class Ours:
         """Measures, and returns the tokens."""
         work, n = self.work, self.work.new_tokens
         base = work.folder / "base"
-        graph, state = nnx.split(load_qwen(base, dtype=jnp.bfloat16))
+        model = quantize(load_qwen(base, dtype=jnp.bfloat16), self.quantization, LANGUAGE_LINEARS)
+        graph, state = nnx.split(model)
+        del model  # what was quantized is held once
         ends = end_tokens(base, work.prepare.config)
         decoding = Decoding(n, ends, work.prepare.tokenizer.pad, min_new_tokens=n)
         made: list[np.ndarray] = []
@@ -275,10 +285,13 @@ class Theirs:
         return made[:, inputs["input_ids"].shape[1] :].cpu().numpy()
 
 
-def _peak(system: str) -> float:
+def _memory(system: str) -> str:
     if system == Theirs.name:
-        return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    else:
+        stats = jax.devices()[0].memory_stats() or {}
+        held, peak = (stats.get(name, 0) for name in ("bytes_in_use", "peak_bytes_in_use"))
+    return f"{held / 2**30:8.1f} {peak / 2**30:5.1f}"
 
 
 def parts_of(things: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -316,22 +329,29 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantization", choices=get_args(Quantization), nargs="+", default=[])
+    parser.add_argument("--alone", action="store_true", help="without Transformers")
     arguments = parser.parse_args()
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{jax.devices()[0].device_kind}; {versions}", flush=True)
     work, table = make_work(arguments), Table()
     print(f"{len(work.scored[0].ids)} tokens to score, {len(work.asked[0].ids)} in a question", flush=True)
-    ours = Ours(work, table)
-    found = [attempt(ours.rewards), attempt(ours.texts)]
-    del ours
-    gc.collect()
-    theirs = Theirs(work, table)
-    others = [attempt(theirs.rewards), attempt(theirs.texts)]
+    results: dict[str, list[np.ndarray | None]] = {}
+    for quantization in (None, *arguments.quantization):
+        side: Ours | Theirs = Ours(work, table, quantization)
+        results[side.name] = [attempt(side.rewards), attempt(side.texts)]
+        del side
+        gc.collect()
+    if not arguments.alone:
+        side = Theirs(work, table)
+        results[side.name] = [attempt(side.rewards), attempt(side.texts)]
     for line in table.ratios():
         print(line)
-    for unit, one, other in zip((REWARDS, TOKENS), found, others, strict=True):
-        print(compare(unit, one, other))
-    if any(result is None for result in (*found, *others)):
+    first, *others = results
+    for other in others:
+        for unit, one, two in zip((REWARDS, TOKENS), results[first], results[other], strict=True):
+            print(f"{first} and {other}: {compare(unit, one, two)}")
+    if any(result is None for both in results.values() for result in both):
         raise SystemExit(1)
 
 
