@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL.Image import Image
 
+from rflow_jax.calls import Calls
 from rflow_jax.language.base import Writer, Written
 from rflow_jax.pipeline import Pending
-from rflow_jax.search.calls import Calls
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Step, Work
 from rflow_jax.settings import Settings

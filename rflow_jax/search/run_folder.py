@@ -107,8 +107,13 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in FREE}
     for role in MODELS:
         if isinstance(kept.get(role), Mapping):
-            kept[role] = {key: value for key, value in kept[role].items() if key not in FREE_OF_A_MODEL}
+            kept[role] = decisive(kept[role])
     return kept
+
+
+def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers of a model follow from, of all that its section of a configuration says."""
+    return {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -46,6 +46,11 @@ class Verdict:
         return f"Overall: {label}{self.score:g}\n{self.explanation}".strip()
 
 
+def read_verdict(stored: Mapping[str, Any]) -> Verdict:
+    """A verdict that was stored as ``dataclasses.asdict`` makes it; raises TypeError where it is none."""
+    return Verdict(**stored)
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """Scores images against GenEval metadata (at least ``prompt``; ``tag`` and ``include`` where known)."""

@@ -151,7 +151,11 @@ def _ours(folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
 
 def _theirs(flax_model: Any, folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
     check_clip_model(folder)  # Transformers would only warn of what is missing, and draw it at random
-    model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
+    try:
+        model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: Transformers cannot read it ({reason}); implementation own may") from error
 
     @jax.jit
     def score(params: Any, pixels: UInt8[Array, "b y x c"], ids: Int[Array, "b t"]) -> Float[Array, " b"]:

@@ -137,4 +137,4 @@ def _stacked(patches: Sequence[np.ndarray], sizes: Sizes, config: Qwen25VLConfig
 def check_context(sample: Sample, limit: int) -> None:
     """Raises InputError where a sample is longer than the model's context."""
     if len(sample.ids) > limit:
-        raise InputError(f"the prompt takes {len(sample.ids)} tokens with its pictures, the context holds {limit}")
+        raise InputError(f"the prompt is too long: {len(sample.ids)} tokens with its pictures, the model reads {limit}")

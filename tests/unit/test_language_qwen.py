@@ -88,7 +88,7 @@ def test_one_bad_case_is_its_own_error(greedy):
     assert [one.text for one in (written[0], written[3])] == [one.text for one in writer.write([CASES[0], CASES[2]])]
     assert [one.text for one in written[1:3]] == [None, None]
     assert "at most 200 times" in (written[1].error or "")
-    assert "the context holds" in (written[2].error or "")
+    assert "the model reads" in (written[2].error or "")
     assert writer.write([]) == []
 
 
