@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rflow_jax.progress import count_progress
@@ -18,6 +19,7 @@ from rflow_jax.search.run_folder import decisive
 from rflow_jax.usage import Meter, Usage
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.ranking import rated
 
 NONE = "-"  # stands for no score and no label
 
@@ -35,8 +37,10 @@ def score(config: ScoreConfig) -> int:
     targets = find_targets(config)
     with Results(None if config.out is None else Path(config.out), decisive(asdict(config.verifier))) as results:
         meter = Meter()
-        found = _scored(config, targets, results, meter)
+        found = _rated(_scored(config, targets, results, meter))
         results.finish(found)
+    if config.verifier.members:
+        _Lines(targets).print(dict(enumerate(found)))
     unscored = sum(not one.verdict.scored for one in found)
     print(_summary(found, unscored, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
     return 1 if unscored else 0
@@ -45,9 +49,11 @@ def score(config: ScoreConfig) -> int:
 def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, meter: Meter) -> list[Found]:
     found = {} if config.again or not results else dict(_known(targets, results))
     todo = {k: target for k, target in enumerate(targets) if k not in found}
-    # A bar where the lines go elsewhere; in a terminal they show themselves how far it is.
-    with count_progress(show=not sys.stdout.isatty()) as progress:
-        task, lines = progress.add_task("score", total=len(targets), completed=len(found)), _Lines(targets)
+    # The scores of an ensemble are known when all are. Else the lines show how far it is, if they go to a terminal.
+    at_end = bool(config.verifier.members)
+    lines = _Lines(() if at_end else targets)
+    with count_progress(show=at_end or not sys.stdout.isatty()) as progress:
+        task = progress.add_task("score", total=len(targets), completed=len(found))
         lines.print(found)
         for k, one in _judged(config, todo, meter):
             results.add(one)
@@ -74,6 +80,18 @@ def _known(targets: Sequence[Target], results: Results) -> Iterator[tuple[int, F
             continue  # said when it is its turn
         if (verdict := results.known(target, sha256)) is not None:
             yield k, Found(target, sha256, verdict)
+
+
+def _rated(found: Sequence[Found]) -> list[Found]:
+    """With the scores that verdicts of an ensemble have among the images of the same prompt."""
+    prompts: dict[str, list[int]] = {}
+    for k, one in enumerate(found):
+        prompts.setdefault(json.dumps(one.target.item, sort_keys=True), []).append(k)
+    verdicts = [one.verdict for one in found]
+    for places in prompts.values():
+        for k, verdict in zip(places, rated([verdicts[k] for k in places]), strict=True):
+            verdicts[k] = verdict or verdicts[k]
+    return [replace(one, verdict=verdict) for one, verdict in zip(found, verdicts, strict=True)]
 
 
 class _Lines:

@@ -6,7 +6,6 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -18,7 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.images import decoded
 from rflow_jax.score.results import Found
 from rflow_jax.score.targets import Target
-from rflow_jax.verifiers.base import Verdict, Verifier
+from rflow_jax.verifiers.base import Verdict, Verifier, settled
 
 Chunk = list[tuple[int, Target]]
 
@@ -70,7 +69,7 @@ def _score(verifier: Verifier, turn: threading.Semaphore, chunk: Chunk) -> list[
         with turn:
             verdicts = verifier.score(list(images.values()), [target.item for target in asked.values()])
         for (k, target), verdict in zip(asked.items(), verdicts, strict=True):
-            found[k] = Found(target, digests[k], _settled(verdict))
+            found[k] = Found(target, digests[k], settled(verdict))
     return list(found.items())
 
 
@@ -81,10 +80,3 @@ def _opened(content: bytes) -> PIL.Image.Image:
             return decoded(image)
     except (OSError, PIL.Image.DecompressionBombError) as error:
         raise InputError("the file is no image that can be read") from error
-
-
-def _settled(verdict: Verdict) -> Verdict:
-    """The verdict, without numbers that no file of JSON can hold."""
-    if verdict.scored:
-        return verdict
-    return replace(verdict, score=None, raw=None, error=verdict.error or f"the score is {verdict.score}")
