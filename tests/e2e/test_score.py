@@ -138,6 +138,36 @@ def test_a_killed_run_goes_on_with_what_is_left(run, tmp_path):
     assert all(line in after for line in map(json.loads, before))
 
 
+def test_an_ensemble_of_a_model_here_and_an_endpoint_ranks_each_prompts_images(run, tmp_path):
+    model = clip(tmp_path)[1].partition("=")[2]
+    members = [
+        {"name": "clip", "model": model, "options": {"batch_size": 4, "dtype": "float32"}},
+        {"name": "openai", "max_retries": 0},
+    ]
+    flags = ["--verifier.name=ensemble", f"--verifier.options={json.dumps({'members': members})}"]
+    out = tmp_path / "o.jsonl"
+    with OpenAIServer([Fault("refusal", when=lambda call: "3 kites" in call.text)]) as server:
+        done = score(run, *flags, "--out", out, environment=server.environment)
+        again = score(run, *flags, "--out", out, environment=server.environment)
+        assert len(server.calls) == 12
+    assert done.returncode == again.returncode == 0, done.stderr
+    assert again.stdout == done.stdout
+    found = table(done)
+    for prompt in range(4):
+        lines = [line for line in map(json.loads, out.open()) if f"/{prompt:05d}/" in line["image"]]
+        columns = [[member["verdict"]["score"] for member in line["verdict"]["members"]] for line in lines]
+        clips, grades = zip(*columns, strict=True)
+        refused = prompt == 3
+        assert (set(grades) == {None}) == refused
+        shares = [(place(clips, k) + (0.5 if refused else place(grades, k))) / 2 for k in range(3)]
+        assert [float(found[line["image"]][0]) for line in lines] == pytest.approx(shares, rel=1e-5)
+        assert all(len(found[line["image"]]) == (4 if refused else 3) for line in lines)
+
+
+def place(values: tuple[float, ...], k: int) -> float:
+    return (sorted(values).index(values[k]) + 0.5) / len(values)  # no two are equal
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
