@@ -120,7 +120,7 @@ def test_a_score_that_is_no_number_is_its_own_error(whole, images, items, monkey
     verdicts = whole.score(images, items)
     assert sum(verdict.scored for verdict in verdicts) == 3
     (failed,) = (verdict for verdict in verdicts if not verdict.scored)
-    assert failed.error == "the reward is nan"
+    assert failed.error.startswith("the model's reward is not a number")
 
 
 def test_nothing_to_score(whole):
