@@ -50,7 +50,7 @@ def qwen(config: WriterConfig, default_prompt: Path, meter: Meter | None = None)
     from rflow_jax.vlm.qwen_chat import QwenChatConfig
 
     options = configure(QwenChatConfig, config.model, config.options, "writer")
-    return QwenWriter(_qwen_chat(options), Path(config.prompt_file) if config.prompt_file else default_prompt)
+    return QwenWriter(_qwen_chat(options), default_prompt, config.prompt_file)
 
 
 @lru_cache(maxsize=1)
