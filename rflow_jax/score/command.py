@@ -121,6 +121,8 @@ def _summary(found: Sequence[Found], unscored: int, usage: Usage, seconds: float
         counts.append(f"mean {sum(verdict.score or 0.0 for verdict in scored) / len(scored):.4g}")
     if labels := [verdict.label for verdict in scored if verdict.label]:
         counts.append(f"{labels.count('yes') / len(labels):.0%} yes")
+    if partly := sum(verdict.error is not None for verdict in scored):
+        counts.append(f"{partly} not by all members")
     if unscored:
         counts.append(f"{unscored} could not be scored (their lines say why)")
     if tokens := usage.prompt_tokens + usage.completion_tokens:

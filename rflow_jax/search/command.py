@@ -169,6 +169,8 @@ def _summary(prompts: int, live: Live, out: Path, accounts: Accounts, verified: 
     counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{live.images} images"]
     if verified:
         counts += [f"{live.scored} scored", f"{live.unscored} without a score"]
+    if live.partly_scored:
+        counts.append(f"{live.partly_scored} of them not by all members of the ensemble")
     if live.text_failures:
         counts.append(f"{live.text_failures} texts failed")
     usage = accounts.total()
