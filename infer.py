@@ -1,4 +1,4 @@
-"""Generate images, and search over them: ``python infer.py --help``."""
+"""Generate images, search over them, and score them: ``python infer.py --help``."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -7,6 +7,7 @@ from rflow_jax import cli
 from rflow_jax.generate import GenerateConfig, generate
 from rflow_jax.pairs import PairsConfig, pairs
 from rflow_jax.report import ReportConfig, report
+from rflow_jax.score import ScoreConfig, score
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.search.nfe import FilterConfig, filter_nfe
 from rflow_jax.settings import Settings
@@ -26,6 +27,7 @@ COMMANDS = {
     "reflect": cli.Command("Correct the best images round by round.", SEARCH, _search("reflect")),
     "report": cli.Command("Show searches on one page.", (ReportConfig,), report, "runs"),
     "filter": cli.Command("Choose the best of a search's first k images.", (FilterConfig,), filter_nfe, "folder"),
+    "score": cli.Command("Score images that are there already.", (ScoreConfig,), score, "images", SEARCH),
     "pairs": cli.Command("Correct known bad images, beside the good ones.", (PairsConfig, Settings), pairs, "file"),
 }
 

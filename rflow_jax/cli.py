@@ -13,8 +13,10 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from rflow_jax.errors import InputError, RunError
@@ -51,12 +53,14 @@ class Command:
         configs: dataclasses; their fields are the flags, and nested dataclasses give dotted ones.
         run: called with an instance of each.
         words: the flag that takes the words without one, such as a folder; all of them if it is a list.
+        kin: dataclasses of other commands; of a YAML file that is meant for them, the sections that both have are used.
     """
 
     help: str
     configs: tuple[type, ...]
     run: Callable[..., int | None]
     words: str | None = None
+    kin: tuple[type, ...] = ()
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -105,7 +109,7 @@ def dispatch(commands: Mapping[str, Command], description: str, argv: Sequence[s
         argv = _spell_out_switches(argv, commands[name])
         argv = _name_words(argv, name, commands[name])
     try:
-        namespace = parser.parse_args(argv)[name]
+        namespace = parser.parse_args(_own_sections(argv, commands.get(name)))[name]
         _require_sections(namespace, commands[name].configs)
     except ArgumentError as error:
         raise InputError(_explain(error, argv, parsers.get(name))) from error
@@ -161,6 +165,30 @@ def _spell_out_switches(argv: Sequence[str], command: Command) -> list[str]:
 
     following = [*argv[1:], "--"]
     return [f"{w}=true" if w in switches and alone(after) else w for w, after in zip(argv, following, strict=True)]
+
+
+def _own_sections(argv: Sequence[str], command: Command | None) -> list[str]:
+    """The words, with a YAML file that is meant for another command replaced by those sections of it that this has."""
+    if command is None or not command.kin:
+        return list(argv)
+    own = {f.name: is_dataclass(f.default_factory) for config in command.configs for f in fields(config)}
+    foreign = {f.name for config in command.kin for f in fields(config)} - own.keys()
+    result = list(argv)
+    for place, file in _config_files(argv):
+        content = _yaml(file)
+        if foreign & content.keys():
+            sections = {key: value for key, value in content.items() if own.get(key)}
+            result[place] = f"{'--config=' * result[place].startswith('--')}{json.dumps(sections, default=str)}"
+    return result
+
+
+def _yaml(file: str) -> dict[str, Any]:
+    """The keys of a YAML file; none where the parser had better say what is wrong with it."""
+    try:
+        content = yaml.safe_load(Path(file).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def bare_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -221,9 +249,13 @@ def plain(error: ArgumentError) -> str:
 
 
 def _config_file(argv: Sequence[str]) -> str:
-    following = zip(argv, [*argv[1:], ""], strict=False)
-    files = [after if word == "--config" else word.partition("=")[2] for word, after in following if "--config" in word]
-    return ", ".join(files) or "the command line"
+    return ", ".join(file for _, file in _config_files(argv)) or "the command line"
+
+
+def _config_files(argv: Sequence[str]) -> list[tuple[int, str]]:
+    """Where among the words a YAML file is named, and its name."""
+    alone = [(k + 1, argv[k + 1]) for k, word in enumerate(argv[:-1]) if word == "--config"]
+    return sorted([*alone, *((k, w.partition("=")[2]) for k, w in enumerate(argv) if w.startswith("--config="))])
 
 
 def _of_files(error: OSError) -> str:

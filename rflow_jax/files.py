@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -38,3 +39,30 @@ def write_file(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line, given with its end, to a file; a killed process leaves all of it or its beginning."""
+    content = line.encode()
+    with open(path, "ab", buffering=0) as file:  # in one call, and without a buffer of our own
+        if file.write(content) < len(content):  # without a buffer a full disk is no error, but a line cut short
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file without their ends; the file is cut behind the last whole one.
+
+    Raises:
+        InputError: it is no text.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        lines = whole.decode().split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text") from error
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return lines

@@ -59,6 +59,19 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
         raise InputError(f"{where}: image_mean and image_std must be there, three numbers each") from error
 
 
+def decoded(image: Image.Image) -> Image.Image:
+    """An image in RGB, decoded to its last pixel.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the image cannot be decoded ({reason})") from error
+
+
 def read_image(path: Path) -> Image.Image:
     """An image in RGB.
 
@@ -67,6 +80,9 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this image ({error.strerror or 'not an image file'})") from error
+            return decoded(file)
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "not an image file"
+        raise InputError(f"{path}: cannot read this image ({reason})") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

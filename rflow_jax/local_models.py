@@ -7,17 +7,15 @@ only when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from difflib import get_close_matches
+from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any, TypeVar
 
 from rflow_jax.errors import InputError
 from rflow_jax.language.base import Writer
 from rflow_jax.language.config import WriterConfig
+from rflow_jax.options import read_options
 from rflow_jax.usage import Meter
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.config import VerifierConfig
@@ -52,7 +50,7 @@ def qwen(config: WriterConfig, default_prompt: Path, meter: Meter | None = None)
     from rflow_jax.vlm.qwen_chat import QwenChatConfig
 
     options = configure(QwenChatConfig, config.model, config.options, "writer")
-    return QwenWriter(_qwen_chat(options), Path(config.prompt_file) if config.prompt_file else default_prompt)
+    return QwenWriter(_qwen_chat(options), default_prompt, config.prompt_file)
 
 
 @lru_cache(maxsize=1)
@@ -80,20 +78,9 @@ def configure(kind: type[Config], model: str | None, options: Mapping[str, Any],
         model: its checkpoint; None takes the default of ``kind``, if it has one.
 
     Raises:
-        InputError: an option that it does not have, or a value of another type.
+        InputError: an option that it does not have, a value of another type, or no checkpoint.
     """
-    given = dict(options) | ({} if model is None else {"model": model})
-    known = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}  # pyright: ignore[reportArgumentType]
-    for key, value in given.items():
-        if key not in known:
-            near = get_close_matches(key, known, 1, 0.0)[0]
-            raise InputError(f"{role}.options: unknown key {key}: did you mean {near}?")
-        try:
-            given[key] = TypeAdapter(known[key]).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-            raise InputError(f"{role}.options: {key} is {value!r}: {reason}") from error
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise InputError(f"{role}.model: name the checkpoint, a folder or a Hub id") from error
+    required = any(field.name == "model" and field.default is MISSING for field in fields(kind))  # pyright: ignore[reportArgumentType]
+    if model is None and required and "model" not in options:
+        raise InputError(f"{role}.model: name the checkpoint, a folder or a Hub id")
+    return read_options(kind, dict(options) | ({} if model is None else {"model": model}), f"{role}.options")

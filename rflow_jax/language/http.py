@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL.Image import Image
-
 from rflow_jax.chat import Answer, Chat, ChatError, Question, UnusableAnswer, look_and_say
 from rflow_jax.language.base import Case, Written
 from rflow_jax.language.config import WriterConfig
@@ -22,8 +20,7 @@ class HttpWriter:
     batch_size = 1
 
     def __init__(self, config: WriterConfig, default_prompt: Path, meter: Meter | None = None) -> None:
-        shipped = PromptFile.read(default_prompt)
-        self._parts = PromptFile.read(Path(config.prompt_file), shipped) if config.prompt_file else shipped
+        self._parts = PromptFile.of(config.prompt_file, default_prompt)
         self._chat = Chat(config, meter)
         self.name = f"http {config.model_name}"
         self.concurrency = config.concurrency
@@ -38,26 +35,8 @@ class HttpWriter:
         self._chat.close()
 
     def _ask_about(self, case: Case) -> Question:
-        text = self._parts.question.safe_substitute(
-            prompt=case.prompt,
-            current_prompt=case.current_prompt,
-            evaluation=case.evaluation,
-            last_reflection=case.last_reflection or "none",
-            new_reflection=case.reflection or "none",
-        )
-        return Question(look_and_say(self._parts.instructions, text, case.image, self._history(case)), _clean)
-
-    def _history(self, case: Case) -> list[tuple[str, Image]]:
-        told = [
-            self._parts.past.safe_substitute(
-                number=number,
-                count=len(case.history),
-                reflection=past.reflection or "none",
-                evaluation=past.evaluation,
-            )
-            for number, past in enumerate(case.history, 1)
-        ]
-        return [(text, past.image) for text, past in zip(told, case.history, strict=True)]
+        *earlier, (text, image) = self._parts.told(case)
+        return Question(look_and_say(self._parts.instructions, text, image, earlier), _clean)
 
 
 def _clean(answer: Answer) -> str:

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from PIL.Image import Image
+
 from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
+from rflow_jax.language.base import Case
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,37 @@ class PromptFile:
             )
         past = Template(parts[1]) if len(parts) == 3 or shipped is None else shipped.past
         return cls(parts[0], past, Template(parts[-1]))
+
+    @classmethod
+    def of(cls, own: str | Path | None, default: Path) -> "PromptFile":
+        """A user's own file, if there is one, with the earlier pictures of the default where it says nothing of them.
+
+        Raises:
+            InputError: as :meth:`read`.
+        """
+        shipped = cls.read(default)
+        return cls.read(Path(own), shipped) if own else shipped
+
+    def told(self, case: Case) -> list[tuple[str, Image]]:
+        """What is said and shown of a case: its earlier pictures, the oldest first, and then the one in hand."""
+        earlier = [
+            self.past.safe_substitute(
+                number=number,
+                count=len(case.history),
+                reflection=past.reflection or "none",
+                evaluation=past.evaluation,
+            )
+            for number, past in enumerate(case.history, 1)
+        ]
+        question = self.question.safe_substitute(
+            prompt=case.prompt,
+            current_prompt=case.current_prompt,
+            evaluation=case.evaluation,
+            last_reflection=case.last_reflection or "none",
+            new_reflection=case.reflection or "none",
+        )
+        shown = [past.image for past in case.history]
+        return list(zip([*earlier, question], [*shown, case.image], strict=True))
 
 
 def in_one_line(answer: str) -> str:

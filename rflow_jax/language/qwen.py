@@ -16,7 +16,8 @@ class QwenWriter:
 
     Args:
         chat: the model.
-        prompt_file: as :mod:`rflow_jax.language.prompt_file` says; its part about earlier pictures is not used.
+        default_prompt: its role: ``REFLECTION_PROMPT`` or ``REFINE_PROMPT``.
+        prompt_file: what the model is told instead, as :mod:`rflow_jax.language.prompt_file` says.
 
     Raises:
         InputError: the prompt file is not usable.
@@ -24,9 +25,9 @@ class QwenWriter:
 
     concurrency = 1
 
-    def __init__(self, chat: QwenChat, prompt_file: Path):
+    def __init__(self, chat: QwenChat, default_prompt: Path, prompt_file: str | Path | None = None):
         self._chat = chat
-        self._parts = PromptFile.read(prompt_file)
+        self._parts = PromptFile.of(prompt_file, default_prompt)
         self.name = f"qwen {Path(chat.config.model).name}"
         self.batch_size = chat.config.batch_size
 
@@ -39,14 +40,8 @@ class QwenWriter:
         """Nothing waits."""
 
     def _ask_about(self, case: Case) -> Question:
-        text = self._parts.question.safe_substitute(
-            prompt=case.prompt,
-            current_prompt=case.current_prompt,
-            evaluation=case.evaluation,
-            last_reflection=case.last_reflection or "none",
-            new_reflection=case.reflection or "none",
-        )
-        return Question(self._parts.instructions, (text, case.image))
+        parts = [part for pair in self._parts.told(case) for part in pair]
+        return Question(self._parts.instructions, tuple(parts))
 
 
 def _written(answer: str | InputError) -> Written:

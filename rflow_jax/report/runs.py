@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +12,8 @@ import PIL.Image
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict
+from rflow_jax.verifiers.ranking import best_first, rated
 
 _PROMPT_FOLDER = re.compile(r"\d{5,}")
 _TEXT, _NUMBER, _MAYBE_TEXT = (str,), (int,), (str, type(None))
@@ -33,7 +34,9 @@ _VERDICT = {
     "label": _MAYBE_TEXT,
     "explanation": _MAYBE_TEXT,
     "error": _MAYBE_TEXT,
+    "members": (list, type(None)),
 }
+_MEMBER = {"name": _TEXT, "weight": (int, float), "verdict": (dict,)}
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,8 @@ class Prompt:
 
     def best(self, count: int | None = None) -> int | None:
         """Position of the best of the first ``count`` pictures (all by default); ties go to the first made."""
-        ranks = {k: picture.verdict.rank for k, picture in enumerate(self.pictures[:count]) if picture.verdict}
-        best = max(ranks, key=ranks.__getitem__, default=None)
-        return best if best is not None and self.pictures[best].scored else None
+        best = best_first([picture.verdict for picture in self.pictures[:count]])[0]
+        return best if self.pictures[best].scored else None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ def _read_prompt(folder: Path) -> Prompt | None:
         text = record["prompt"]
     if not pictures:
         return None
+    verdicts = rated([picture.verdict for picture in pictures])
+    pictures = [replace(picture, verdict=verdict) for picture, verdict in zip(pictures, verdicts, strict=True)]
     metadata = folder / "metadata.jsonl"
     entry = next((entry for _, entry in _json_lines(metadata)), {}) if metadata.is_file() else {}
     tag = entry.get("tag")
@@ -179,11 +183,6 @@ def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
         raise ValueError(f"file is {record['file']!r}, outside the prompt's folder")
     if parent is not None and not 0 <= parent < position:
         raise ValueError(f"parent is {parent}, which is no earlier record")
-    if verdict is not None:
-        _check(verdict, _VERDICT)
-        texts = verdict.get("explanation") or "", None, verdict.get("error")
-        score = verdict.get("score")
-        verdict = Verdict(None if score is None else float(score), verdict.get("label"), *texts)
     return Picture(
         file=record["file"],
         size=_size(folder / file),
@@ -194,8 +193,25 @@ def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
         refined_prompt=record.get("refined_prompt"),
         reflection=record.get("reflection"),
         text_errors=tuple(map(str, record.get("text_errors") or ())),
-        verdict=verdict,
+        verdict=None if verdict is None else _verdict(verdict),
     )
+
+
+def _verdict(stored: Mapping[str, Any]) -> Verdict:
+    _check(stored, _VERDICT)
+    score = stored.get("score")
+    known = {
+        "score": None if score is None else float(score),
+        "label": stored.get("label"),
+        "explanation": stored.get("explanation") or "",
+        "error": stored.get("error"),
+    }
+    if stored.get("members") is None:
+        return Verdict(**known)
+    for member in stored["members"]:
+        _check(member if isinstance(member, dict) else {}, _MEMBER)
+    members = (MemberVerdict(one["name"], one["weight"], _verdict(one["verdict"])) for one in stored["members"])
+    return EnsembleVerdict(**known, members=tuple(members))
 
 
 def _check(record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:

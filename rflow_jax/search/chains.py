@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rflow_jax.verifiers import ranking
 from rflow_jax.verifiers.base import Verdict
 
 Seed = tuple[int, int, int, int]
@@ -45,16 +46,11 @@ class Sample:
     text_errors: tuple[str, ...] = ()
     verdict: Verdict | None = None
 
-    @property
-    def rank(self) -> tuple[int, float]:
-        """Greater is better; unscored is least."""
-        return self.verdict.rank if self.verdict else (0, 0.0)
-
 
 def best_first(samples: Sequence[Sample], among: Iterable[int]) -> list[int]:
-    """The distinct positions in ``among``, best first; ties in the order the samples were made."""
-    # Sorting is stable under reverse=True, so ties keep their order.
-    return sorted(sorted(set(among)), key=lambda position: samples[position].rank, reverse=True)
+    """The distinct positions in ``among``, best first of these; ties in the order the samples were made."""
+    compared = sorted(set(among))
+    return [compared[k] for k in ranking.best_first([samples[position].verdict for position in compared])]
 
 
 def is_correction(sample: Sample) -> bool:

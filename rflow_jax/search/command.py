@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
 from rflow_jax.local_models import claimed_devices
@@ -19,7 +18,7 @@ from rflow_jax.search.given import given_images
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Terms
 from rflow_jax.search.prompts import read_prompts, slice_prompts
-from rflow_jax.search.run_folder import MODELS, claim, require_same, require_usable
+from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
 from rflow_jax.search.store import PromptFolder, check_entry, is_done
 from rflow_jax.verifiers import make_verifier
 
@@ -166,19 +165,15 @@ def _made_with(config: SearchConfig, pipe: Any, models: Models) -> dict[str, Any
 def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str, Any]:
     """The configuration as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
     written: dict[str, Any] = asdict(config) | asdict(where) | {"strategy": kind}
-    for role in MODELS:
-        endpoint = getattr(config, role)
-        if endpoint.asks_endpoint:
-            written[role]["model"] = endpoint.model_name
-        if endpoint.base_url:
-            written[role]["base_url"] = public_url(endpoint.base_url)
-    return written
+    return written | {role: public_section(getattr(config, role)) for role in MODELS}
 
 
 def _summary(prompts: int, live: Live, out: Path, accounts: Accounts, verified: bool) -> str:
     counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{live.images} images"]
     if verified:
         counts += [f"{live.scored} scored", f"{live.unscored} without a score"]
+    if live.partly_scored:
+        counts.append(f"{live.partly_scored} of them not by all members of the ensemble")
     if live.text_failures:
         counts.append(f"{live.text_failures} texts failed")
     usage = accounts.total()

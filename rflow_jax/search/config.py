@@ -9,7 +9,7 @@ from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
 from rflow_jax.settings import Settings, require_dtype
-from rflow_jax.verifiers.config import NONE, VerifierConfig
+from rflow_jax.verifiers.config import ENSEMBLE, NONE, VerifierConfig
 
 LARGEST_SEED = 2**32 - 1
 Kind = Literal["noise", "noise-prompt", "reflect"]
@@ -128,6 +128,8 @@ class SearchConfig:
             raise InputError(
                 f"{kind} chooses or improves images by their verdicts: verifier.name none serves random noise only"
             )
+        if self.stop_score is not None and self.verifier.name == ENSEMBLE:
+            raise InputError("stop_score: an ensemble ranks the images of a prompt, and has no score to stop at")
         if kind == "noise-prompt" and self.noise.method != "random":
             raise InputError("noise.method is zero_order: noise-prompt takes fresh noise; set it to random")
         self._require_prices(kind)
@@ -147,7 +149,7 @@ class SearchConfig:
         used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
         for role in used if self.budget is not None else ():
             # Models in this process cost nothing, and a class of the user's own may count its cost itself.
-            if asked[role].asks_endpoint and asked[role].price_input is None:
+            if any(one.asks_endpoint and one.price_input is None for one in _endpoints(asked[role])):
                 raise InputError(
                     f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
                     f"{role}.price_output (0 for a server of your own)"
@@ -208,6 +210,11 @@ class RunConfig:
         if not slash or not number.isdecimal() or not count.isdecimal() or not int(number) < int(count):
             raise InputError(f"share is {self.share}: give k/n, the k-th of n processes, such as 0/4")
         return int(number), int(count)
+
+
+def _endpoints(model: VerifierConfig | WriterConfig) -> tuple[VerifierConfig | WriterConfig, ...]:
+    """The members of an ensemble, or the model alone."""
+    return (isinstance(model, VerifierConfig) and model.members) or (model,)
 
 
 def _require_size(name: str, rounds: int, branches: int) -> None:

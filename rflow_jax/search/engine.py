@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL.Image import Image
 
+from rflow_jax.calls import Calls
 from rflow_jax.language.base import Writer, Written
 from rflow_jax.pipeline import Pending
-from rflow_jax.search.calls import Calls
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Step, Work
 from rflow_jax.settings import Settings
@@ -180,6 +180,8 @@ class Engine:
     def _tell(self, work: Work, result: Any) -> None:
         if isinstance(result, Verdict):
             self._live.judged(None if result.scored else result.error or "not a number")
+            if result.scored and result.error:
+                self._live.member_failed(result.error)
         elif isinstance(result, Written) and result.error is not None:
             self._live.text_failed("reflection" if work.step == "reflect" else "refined prompt", result.error)
 

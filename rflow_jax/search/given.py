@@ -26,11 +26,16 @@ def given_images(folder: Path, entries: Mapping[int, Mapping[str, Any]]) -> dict
     for index, entry in entries.items():
         samples = folder_of(folder, index) / SAMPLES
         check_entry(folder, index, entry)
-        files = [file for file in samples.iterdir() if file.suffix.lower() in SUFFIXES] if samples.is_dir() else []
-        if not files:
+        found[index] = image_files(samples)
+        if not found[index]:
             raise InputError(f"{samples}: no images to begin with; prompt {index} of the prompt file needs some")
-        found[index] = sorted(files, key=_in_number)
     return found
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, in the order of the numbers in their names; none if there is no such folder."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted((file for file in files if file.suffix.lower() in SUFFIXES), key=_in_number)
 
 
 def _in_number(file: Path) -> tuple[list[int], str]:

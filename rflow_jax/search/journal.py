@@ -5,12 +5,12 @@ A line that was cut by a kill is dropped when the journal is opened again: what 
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rflow_jax.files import append_line, whole_lines
 
 JOURNAL = "journal.jsonl"
 
@@ -30,7 +30,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[int, dict[str, Any]] = {}
-        for line in _whole_lines(path):
+        for line in whole_lines(path):
             self._remember(json.loads(line))
 
     def known(self, position: int, what: str) -> Any:
@@ -40,11 +40,7 @@ class Journal:
     def note(self, position: int, what: str, value: Any) -> None:
         """Adds a line."""
         entry = {"id": position, what: value}
-        line = json_line(entry).encode()
-        # In one call, and without a buffer of our own: a killed process leaves a whole line or the beginning of one.
-        with open(self._path, "ab", buffering=0) as file:
-            if file.write(line) < len(line):  # without a buffer a full disk is no error, but a line cut short
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        append_line(self._path, json_line(entry))
         self._remember(entry)
 
     def remove(self) -> None:
@@ -53,14 +49,3 @@ class Journal:
 
     def _remember(self, entry: dict[str, Any]) -> None:
         self._known.setdefault(entry.pop("id"), {}).update(entry)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of the file without their ends; the file is cut behind the last whole one."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.decode().split("\n")[:-1]

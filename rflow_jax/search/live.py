@@ -75,7 +75,7 @@ class Live:
     """
 
     def __init__(self, images: int, clock: BusyClock, usage: Callable[[], Usage]) -> None:
-        self.images = self.scored = self.unscored = self.text_failures = 0
+        self.images = self.scored = self.unscored = self.partly_scored = self.text_failures = 0
         self.first_failure: str | None = None
         self._total = images
         self._clock = clock
@@ -115,6 +115,12 @@ class Live:
             self.unscored += error is not None
             self._remember("score", error)
 
+    def member_failed(self, error: str) -> None:
+        """Why a further image was scored by a part of an ensemble only."""
+        with self._lock:
+            self.partly_scored += 1
+            self._remember("score", error)
+
     def text_failed(self, what: str, error: str) -> None:
         """Why a further reflection or refinement could not be written."""
         with self._lock:
@@ -130,7 +136,7 @@ class Live:
         usage, fraction = self._usage(), self._clock.fraction
         with self._lock:
             pace = self.images / max(time.monotonic() - self._began, 1e-9)
-            failures = self.unscored + self.text_failures
+            failures = self.unscored + self.partly_scored + self.text_failures
         words = [f"{pace:.2f} images/s"]
         if fraction is not None:
             words.append(f"generator {fraction:.0%} busy")

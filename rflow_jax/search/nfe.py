@@ -9,7 +9,8 @@ from typing import Any
 from rflow_jax.errors import InputError
 from rflow_jax.search.run_folder import CONFIG
 from rflow_jax.search.store import RECORDS, link, read_records
-from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.base import Verdict, read_verdict
+from rflow_jax.verifiers.ranking import best_first
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FilterConfig:
 
 def best_of_first(verdicts: list[Verdict], k: int) -> int:
     """The best of the first k, the first of equals; a position."""
-    return max(range(min(k, len(verdicts))), key=lambda position: verdicts[position].rank)
+    return best_first(verdicts[:k])[0]
 
 
 def filter_nfe(config: FilterConfig) -> int:
@@ -63,7 +64,7 @@ def _place(folder: Path, config: FilterConfig) -> None:
         records = [record for record in records if _corrects(record)] or records
     if any(record["verdict"] is None for record in records):
         raise InputError(f"{folder}: its images have no verdicts; filter chooses by them")
-    verdicts = [Verdict(**record["verdict"]) for record in records]
+    verdicts = [read_verdict(record["verdict"]) for record in records]
     for k in config.k:
         target = folder / f"nfe{k}"
         target.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from rflow_jax.sampling import Near
 from rflow_jax.search.chains import Sample, ancestors, is_correction
 from rflow_jax.search.store import PromptFolder
 from rflow_jax.search.strategies import Draft, Strategy
-from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.base import Verdict, read_verdict
 
 # What an image still needs, in this order: a reflection on its parent, a refined prompt, to be made (or to be
 # taken over, if it is given), to be judged.
@@ -164,7 +164,7 @@ class PromptRun:
             verdict = known(position, VERDICT)
             if verdict is None:
                 return Work(self, position, "score")
-            self.samples[position] = replace(sample, verdict=Verdict(**verdict))
+            self.samples[position] = replace(sample, verdict=read_verdict(verdict))
         return None
 
     def _with_texts(self, position: int) -> Sample:

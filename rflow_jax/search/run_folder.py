@@ -6,13 +6,17 @@ import fcntl
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
 from rflow_jax.files import use_folder
+from rflow_jax.language.config import WriterConfig
+from rflow_jax.verifiers.config import VerifierConfig
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -107,8 +111,28 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in FREE}
     for role in MODELS:
         if isinstance(kept.get(role), Mapping):
-            kept[role] = {key: value for key, value in kept[role].items() if key not in FREE_OF_A_MODEL}
+            kept[role] = decisive(kept[role])
     return kept
+
+
+def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers of a model follow from, of all that its section of a configuration says."""
+    kept = {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
+    if members := (kept.get("options") or {}).get("members"):
+        kept["options"] = kept["options"] | {"members": [decisive(member) for member in members]}
+    return kept
+
+
+def public_section(model: VerifierConfig | WriterConfig) -> dict[str, Any]:
+    """A model's section as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
+    section = asdict(model)
+    if model.asks_endpoint:
+        section["model"] = model.model_name
+    if model.base_url:
+        section["base_url"] = public_url(model.base_url)
+    if isinstance(model, VerifierConfig) and model.members:
+        section["options"]["members"] = [public_section(member) for member in model.members]
+    return section
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rflow_jax.files import remove_beginnings, write_file
 from rflow_jax.images import read_image
 from rflow_jax.search.chains import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
 from rflow_jax.search.journal import JOURNAL, Journal, json_line
+from rflow_jax.verifiers.ranking import rated
 
 RECORDS, METADATA = "records.jsonl", "metadata.jsonl"
 SAMPLES, LAST_ROUND, BEST_OF_CHAINS, BEST = "samples", "samples_lastround", "samples_path_bestround", "samples_best"
@@ -80,6 +81,8 @@ class PromptFolder:
         self, samples: Sequence[Sample], made_with: Mapping[str, Any], verified: bool, count_first: bool = True
     ) -> None:
         """Fills the folders of results and writes the records; they are the sign that the prompt is done."""
+        verdicts = rated([sample.verdict for sample in samples])
+        samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         first = [position for position, sample in enumerate(samples) if not is_correction(sample)]
         self._place(SAMPLES, samples, first)
         if chains(samples):

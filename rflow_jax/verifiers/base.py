@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
@@ -44,6 +44,55 @@ class Verdict:
             return "No evaluation of this image is available."
         label = f"{self.label}, " if self.label else ""
         return f"Overall: {label}{self.score:g}\n{self.explanation}".strip()
+
+
+@dataclass(frozen=True)
+class MemberVerdict:
+    """What one member of an ensemble found, and how much it counts."""
+
+    name: str
+    weight: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class EnsembleVerdict(Verdict):
+    """What the members of an ensemble found about one image.
+
+    Only a set of them can be compared (:mod:`rflow_jax.verifiers.ranking`); the score, where there is one, tells its
+    place in the set.
+
+    Attributes:
+        members: one verdict each, also of those that failed.
+    """
+
+    members: tuple[MemberVerdict, ...] = ()
+
+    @property
+    def scored(self) -> bool:
+        """Whether any member scored it."""
+        return any(member.verdict.scored for member in self.members)
+
+    def evaluation(self) -> str:
+        """The members' verdicts in words."""
+        return self.explanation if self.scored else super().evaluation()
+
+
+def settled(verdict: Verdict) -> Verdict:
+    """The verdict; where there is no score, without numbers that JSON cannot hold, and with a reason."""
+    if verdict.scored:
+        return verdict
+    return replace(verdict, score=None, raw=None, error=verdict.error or f"the score is {verdict.score}")
+
+
+def read_verdict(stored: Mapping[str, Any]) -> Verdict:
+    """A verdict that was stored as ``dataclasses.asdict`` makes it; raises KeyError or TypeError where it is none."""
+    if "members" not in stored:
+        return Verdict(**stored)
+    members = tuple(
+        MemberVerdict(member["name"], member["weight"], Verdict(**member["verdict"])) for member in stored["members"]
+    )
+    return EnsembleVerdict(**{**stored, "members": members})
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from PIL.Image import Image
 
+from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
 from rflow_jax.images import levels_in
 from rflow_jax.prompts import load_tokenizer
@@ -25,7 +26,7 @@ from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.clip_images import ClipImages
-from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE, require_fitting, score_each, unscored_number
+from rflow_jax.verifiers.in_process import score_each, unscored_number
 from rflow_jax.weights.clip_model import check_clip_model, load_clip_model, read_clip_config
 from rflow_jax.weights.components import read_object
 from rflow_jax.weights.hub import resolve
@@ -93,8 +94,7 @@ class CLIPVerifier:
         An image that cannot be decoded, a prompt beyond CLIP's 77 tokens and a score that is no number are errors of
         that image alone.
         """
-        at_once = BATCHES_AT_ONCE * self.batch_size
-        return score_each(images, items, self._pair, self._verdicts, at_once=at_once)
+        return score_each(images, items, self._pair, self._verdicts, batch_size=self.batch_size)
 
     def close(self) -> None:
         """Nothing waits."""
@@ -151,7 +151,11 @@ def _ours(folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
 
 def _theirs(flax_model: Any, folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
     check_clip_model(folder)  # Transformers would only warn of what is missing, and draw it at random
-    model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
+    try:
+        model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: Transformers cannot read it ({reason}); implementation own may") from error
 
     @jax.jit
     def score(params: Any, pixels: UInt8[Array, "b y x c"], ids: Int[Array, "b t"]) -> Float[Array, " b"]:

@@ -1,9 +1,13 @@
 """Which verifier scores the images."""
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from rflow_jax.chat import Endpoint
+from rflow_jax.errors import InputError
+from rflow_jax.options import read_options
 from rflow_jax.registry import check_name
 
 VERIFIERS = {
@@ -12,11 +16,25 @@ VERIFIERS = {
     "nvila": "rflow_jax.local_models:nvila",
     "reward": "rflow_jax.local_models:reward",
     "clip": "rflow_jax.local_models:clip",
+    "ensemble": "rflow_jax.verifiers.ensemble:EnsembleVerifier",
 }
 """Names and their classes, which are made as ``Class(config, meter)`` and follow ``Verifier``."""
 
 OVER_HTTP = ("openai", "yesno")
-NONE = "none"
+ENSEMBLE, NONE = "ensemble", "none"
+
+
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """What an ensemble is made of.
+
+    Attributes:
+        members: a ``verifier`` section each.
+        weights: how much each member counts; empty: all alike.
+    """
+
+    members: list[dict[str, Any]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -25,23 +43,51 @@ class VerifierConfig(Endpoint):
 
     Attributes:
         name: openai (grades in JSON, from any compatible endpoint), yesno (the likelihood of yes and no as the first
-            word); nvila, reward or clip in this process; a class of your own as package.module:Class; or none to
-            generate without scoring (noise only).
+            word); nvila, reward or clip in this process; ensemble of several; a class of your own as
+            package.module:Class; or none to generate without scoring (noise only).
         prompts: folder with judge.md, question.md and aspects.json for openai, instead of the ones shipped here.
         template: what yesno asks: question, raw (the prompt alone), or a file with $prompt in it.
-        options: of a verifier in this process, such as {batch_size: 8, rank: margin}.
+        options: of a verifier in this process, such as {batch_size: 8, rank: margin}; of an ensemble its members, a
+            section like this one each, and their weights.
     """
 
     name: str = "openai"
     prompts: str | None = None
     template: str = "question"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # members may have addresses with passwords
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name("verifier", self.name, (*VERIFIERS, NONE))
+        if self.name == ENSEMBLE:
+            self._check_ensemble()
+
+    @cached_property
+    def members(self) -> tuple["VerifierConfig", ...]:
+        """Those of an ensemble; empty for any other verifier."""
+        if self.name != ENSEMBLE:
+            return ()
+        given = read_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").members
+        return tuple(read_options(VerifierConfig, m, f"{ENSEMBLE}.options.members[{k}]") for k, m in enumerate(given))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One for each member."""
+        weights = read_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").weights
+        return tuple(weights or [1.0] * len(self.members))
 
     @property
     def asks_endpoint(self) -> bool:
         """Whether it is asked over HTTP."""
         return self.name in OVER_HTTP
+
+    def _check_ensemble(self) -> None:
+        if not self.members:
+            raise InputError(f"{ENSEMBLE}.options: give members, such as [{{name: nvila}}, {{name: clip}}]")
+        if wrong := [member.name for member in self.members if member.name in (ENSEMBLE, NONE)]:
+            raise InputError(f"{ENSEMBLE}.options: a member cannot be {wrong[0]}")
+        if len(self.weights) != len(self.members) or not all(math.isfinite(w) and w > 0 for w in self.weights):
+            raise InputError(
+                f"{ENSEMBLE}.options: weights is {list(self.weights)}: give a number above 0 for each of the "
+                f"{len(self.members)} members"
+            )

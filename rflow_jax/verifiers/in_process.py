@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
+from rflow_jax.each import do_each
+from rflow_jax.errors import InputError
+from rflow_jax.images import decoded
 from rflow_jax.verifiers.base import Verdict
 
 Prepared = TypeVar("Prepared")
-BATCHES_AT_ONCE = 4  # images are prepared for so many batches, so that like ones find each other
 log = logging.getLogger(__name__)
-
-
-class Unscorable(Exception):
-    """Why one image has no score, in words."""
 
 
 def score_each(
@@ -25,63 +23,40 @@ def score_each(
     prepare: Callable[[Image, str], Prepared],
     score: Callable[[Sequence[Prepared]], Iterable[Verdict]],
     *,
-    at_once: int,
+    batch_size: int,
 ) -> list[Verdict]:
-    """One verdict an image, in order.
+    """One verdict an image, in order; an image that cannot be prepared is unscored with the reason.
 
     Args:
-        prepare: (image in RGB, prompt) -> what the model is given; may raise :class:`Unscorable`.
+        prepare: (image in RGB, prompt) -> what the model is given; may raise InputError.
         score: one verdict for each that could be prepared, in order.
-        at_once: images prepared before any is scored; bounds the memory of a call with thousands.
+        batch_size: of the model; bounds how many are prepared at once.
     """
-    pairs = list(zip(images, items, strict=True))
-    verdicts: list[Verdict] = []
-    for start in range(0, len(pairs), at_once):
-        verdicts += _score_some(pairs[start : start + at_once], prepare, score)
-    return verdicts
 
+    def prepared(pair: tuple[Image, Mapping[str, Any]]) -> Prepared:
+        image, item = pair
+        return prepare(decoded(image), prompt_of(item))
 
-def _score_some(
-    pairs: Sequence[tuple[Image, Mapping[str, Any]]],
-    prepare: Callable[[Image, str], Prepared],
-    score: Callable[[Sequence[Prepared]], Iterable[Verdict]],
-) -> list[Verdict]:
-    prepared: dict[int, Prepared] = {}
-    verdicts: dict[int, Verdict] = {}
-    for k, (image, item) in enumerate(pairs):
-        try:
-            prepared[k] = prepare(decoded(image), prompt_of(item))
-        except Unscorable as error:
-            log.warning("no score for an image of %r: %s", str(item.get("prompt"))[:60], error)
-            verdicts[k] = Verdict(score=None, error=str(error))
-    found = score(list(prepared.values())) if prepared else ()
-    verdicts |= dict(zip(prepared, found, strict=True))
-    return [verdicts[k] for k in range(len(pairs))]
-
-
-def decoded(image: Image) -> Image:
-    """The image in RGB; raises :class:`Unscorable` where it cannot be decoded."""
-    try:
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Unscorable(f"the image cannot be decoded ({reason})") from error
+    found = do_each(list(zip(images, items, strict=True)), prepared, score, batch_size=batch_size)
+    return [
+        _unscored(verdict, item) if isinstance(verdict, InputError) else verdict
+        for verdict, item in zip(found, items, strict=True)
+    ]
 
 
 def prompt_of(item: Mapping[str, Any]) -> str:
-    """The prompt in an image's metadata; raises :class:`Unscorable` where there is none."""
+    """The prompt in an image's metadata; raises InputError where there is none."""
     prompt = item.get("prompt")
     if not isinstance(prompt, str):
-        raise Unscorable("the metadata has no prompt")
+        raise InputError("the metadata has no prompt")
     return prompt
-
-
-def require_fitting(tokens: int, context: int) -> None:
-    """Raises :class:`Unscorable` for a prompt longer than the model can read."""
-    if tokens > context:
-        raise Unscorable(f"the prompt is too long: {tokens} tokens, the model reads {context}")
 
 
 def unscored_number(what: str) -> Verdict:
     """The verdict on an image for which the model computed no number."""
     return Verdict(score=None, error=f"the model's {what} is not a number; float32 may help (dtype)")
+
+
+def _unscored(error: InputError, item: Mapping[str, Any]) -> Verdict:
+    log.warning("no score for an image of %r: %s", str(item.get("prompt"))[:60], error)
+    return Verdict(score=None, error=str(error))

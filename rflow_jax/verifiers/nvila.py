@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
 
+from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
 from rflow_jax.models.nvila.message import Template, ask, chat, message
 from rflow_jax.models.quantized import Quantization
 from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE, require_fitting, score_each, unscored_number
+from rflow_jax.verifiers.in_process import score_each, unscored_number
 from rflow_jax.verifiers.nvila_programs import NvilaPrograms, Question
 from rflow_jax.weights.nvila import NvilaModel, load_nvila
 
@@ -81,8 +82,7 @@ class NvilaVerifier:
         An image that cannot be decoded, a prompt that is too long and a logit that is no number are errors of that
         image alone.
         """
-        at_once = BATCHES_AT_ONCE * self.batch_size
-        return score_each(images, items, self._question, self._verdicts, at_once=at_once)
+        return score_each(images, items, self._question, self._verdicts, batch_size=self.batch_size)
 
     def close(self) -> None:
         """Nothing waits."""

@@ -22,10 +22,11 @@ from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.in_process import score_each, unscored_number
 from rflow_jax.vlm.qwen import Scoring, rewards
 from rflow_jax.vlm.qwen_chat import batches
 from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
+from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
@@ -107,24 +108,27 @@ class RewardVerifier:
         self._graph, self._state = nnx.split(model)
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict an image, in order; an image that cannot be scored is unscored with the reason."""
-        pairs = list(zip(images, items, strict=True))
-        samples, failed = each(lambda k: self._sample(*pairs[k]), len(pairs))
-        verdicts = {k: Verdict(score=None, error=reason) for k, reason in failed.items()}
-        for batch in batches(samples, self.batch_size):
-            verdicts |= self._score(batch)
-        return [verdicts[k] for k in range(len(pairs))]
+        """One verdict an image, in order.
+
+        An image that cannot be decoded, a prompt that is too long or names special tokens, and a reward that is no
+        number are errors of that image alone.
+        """
+        return score_each(images, items, self._sample, self._verdicts, batch_size=self.batch_size)
 
     def close(self) -> None:
         """Nothing waits."""
 
-    def _sample(self, image: Image, item: Mapping[str, Any]) -> Sample:
-        if not isinstance(prompt := item.get("prompt"), str):
-            raise InputError("there is no prompt to score the image against")
+    def _sample(self, image: Image, prompt: str) -> Sample:
         sample = self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
         if self._special is not None and (found := int(np.sum(sample.ids == self._special))) != 1:
             raise InputError(f"the prompt holds the special token {SPECIAL_TOKEN} {found - 1} times")
         return sample
+
+    def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        for batch in batches(samples, self.batch_size):
+            verdicts |= self._score(batch)
+        return [verdicts[k] for k in range(len(samples))]
 
     def _score(self, batch: Mapping[int, Sample]) -> dict[int, Verdict]:
         own, config = list(batch.values()), self.prepare.config
@@ -136,7 +140,7 @@ class RewardVerifier:
     def _verdict(self, raw: np.ndarray) -> Verdict:
         """The first number is the score; the original has one."""
         if not math.isfinite(raw[0]):
-            return Verdict(score=None, raw=raw.tolist(), error=f"the reward is {raw[0]}")
+            return unscored_number("reward")
         return Verdict(score=self._norm.normalised(float(raw[0])), raw=raw.tolist())
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from rflow_jax.each import do_each
 from rflow_jax.errors import InputError
 from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.generate import Decoding
@@ -22,10 +23,10 @@ from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array
 from rflow_jax.vlm.qwen import texts
 from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
+from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.qwen import end_tokens, load_qwen
+from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class QwenChat:
     def __init__(self, config: QwenChatConfig):
         self.config = config
         folder = resolve_vlm(config.model)
+        read_qwen_config(folder)  # another network is said first
         tokenizer = QwenTokenizer(folder)
         how = {"dtype": getattr(jnp, require_dtype(config.dtype)), "sharding_for": on_devices(config.devices)}
         model = quantize(load_qwen(folder, **how), config.quantization, LANGUAGE_LINEARS)
@@ -100,16 +102,20 @@ class QwenChat:
 
     def answer(self, questions: Sequence[Question]) -> list[str | InputError]:
         """An answer a question, in order; an error in place of the answer where a question is unusable."""
-        samples, failed = each(
-            lambda k: self.prepare.sample(questions[k].parts, questions[k].instructions), len(questions)
-        )
-        keys = {k: question_key(questions[k], self.config.seed) for k in samples}
-        answers: dict[int, str | InputError] = {k: InputError(reason) for k, reason in failed.items()}
+        return do_each(questions, self._prepared, self._answers, batch_size=self.config.batch_size)
+
+    def _prepared(self, question: Question) -> tuple[Sample, np.ndarray]:
+        sample = self.prepare.sample(question.parts, question.instructions)
+        return sample, question_key(question, self.config.seed)
+
+    def _answers(self, prepared: Sequence[tuple[Sample, np.ndarray]]) -> list[str]:
+        samples, keys = zip(*prepared, strict=True)
+        answers: dict[int, str] = {}
         for batch in batches(samples, self.config.batch_size):
             answers |= self._answer(batch, keys)
-        return [answers[k] for k in range(len(questions))]
+        return [answers[k] for k in range(len(prepared))]
 
-    def _answer(self, batch: Mapping[int, Sample], keys: Mapping[int, np.ndarray]) -> dict[int, str]:
+    def _answer(self, batch: Mapping[int, Sample], keys: Sequence[np.ndarray]) -> dict[int, str]:
         rows, own = self.config.batch_size, list(batch.values())
         sizes = Sizes.few(own, self.prepare.config, rows)
         inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
@@ -123,11 +129,13 @@ class QwenChat:
         }
 
 
-def batches(samples: Mapping[int, Sample], size: int) -> Iterator[dict[int, Sample]]:
-    """At most ``size`` samples each; those alike in size go together, so that little is padding."""
-    order = sorted(
-        samples, key=lambda k: (sum(len(patches) for patches, _ in samples[k].pictures), len(samples[k].ids))
-    )
+def batches(samples: Sequence[Sample], size: int) -> Iterator[dict[int, Sample]]:
+    """At most ``size`` samples each, by their positions; those alike in size go together: little is padding."""
+
+    def patches_and_tokens(k: int) -> tuple[int, int]:
+        return sum(len(patches) for patches, _ in samples[k].pictures), len(samples[k].ids)
+
+    order = sorted(range(len(samples)), key=patches_and_tokens)
     for start in range(0, len(order), size):
         yield {k: samples[k] for k in order[start : start + size]}
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.layout import Grid, VisionLayout, layout_of, window_count
 from rflow_jax.models.qwen2_5_vl.positions import image_places, rope_positions
@@ -132,9 +131,3 @@ def _stacked(patches: Sequence[np.ndarray], sizes: Sizes, config: Qwen25VLConfig
     for place, one in zip(out, patches, strict=False):
         place[: len(one)] = one
     return out
-
-
-def check_context(sample: Sample, limit: int) -> None:
-    """Raises InputError where a sample is longer than the model's context."""
-    if len(sample.ids) > limit:
-        raise InputError(f"the prompt takes {len(sample.ids)} tokens with its pictures, the context holds {limit}")

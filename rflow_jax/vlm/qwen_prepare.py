@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
+from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
+from rflow_jax.images import decoded
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.vlm.qwen_images import ImageRules, fitted, limited, patches_of
-from rflow_jax.vlm.qwen_inputs import Sample, check_context
+from rflow_jax.vlm.qwen_inputs import Sample
 from rflow_jax.vlm.qwen_text import QwenTokenizer, expand_images, question
 from rflow_jax.weights.components import read_object
-
-T = TypeVar("T")
-# What a picture that cannot be decoded raises, depending on its format and on how it is broken.
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, EOFError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,15 @@ class Preparation:
         pictures = tuple(self._picture(part) for part in parts if isinstance(part, Image.Image))
         told = question(*(part if isinstance(part, str) else None for part in parts), system=instructions)
         tokens = [grid[1] * grid[2] // self.config.vision.unit for _, grid in pictures]
-        sample = Sample(self.tokenizer.encode(expand_images(self.tokenizer.chat(told), tokens)), pictures)
-        check_context(sample, self.context)
-        return sample
+        ids = self.tokenizer.encode(expand_images(self.tokenizer.chat(told), tokens))
+        require_fitting(len(ids), self.context)
+        return Sample(ids, pictures)
 
     def _picture(self, image: Image.Image):
-        try:
-            if self.max_pixels is not None:
-                image = limited(image, self.max_pixels, self.rules.factor)
-            return patches_of(fitted(image, self.rules), self.rules)
-        except InputError:
-            raise
-        except _UNREADABLE as error:
-            raise InputError(f"a picture cannot be decoded ({str(error).strip() or type(error).__name__})") from error
+        image = decoded(image)
+        if self.max_pixels is not None:
+            image = limited(image, self.max_pixels, self.rules.factor)
+        return patches_of(fitted(image, self.rules), self.rules)
 
 
 def read_rules(folder: Path, config: Qwen25VLConfig) -> ImageRules:
@@ -81,15 +74,3 @@ def read_rules(folder: Path, config: Qwen25VLConfig) -> ImageRules:
         if getattr(rules, name) != want:
             raise InputError(f"{path}: {name} is {getattr(rules, name)}, the vision tower has {want}")
     return rules
-
-
-def each(work: Callable[[int], T], count: int) -> tuple[dict[int, T], dict[int, str]]:
-    """Does the work for each number; what fails for bad input has its reason, and the others go on."""
-    done: dict[int, T] = {}
-    failed: dict[int, str] = {}
-    for number in range(count):
-        try:
-            done[number] = work(number)
-        except InputError as error:
-            failed[number] = str(error)
-    return done, failed

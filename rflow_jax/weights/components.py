@@ -89,7 +89,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; a model folder is laid out as diffusers writes it") from error
+        raise InputError(f"{path}: no such file; give a whole folder of such a model") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

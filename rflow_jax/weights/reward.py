@@ -60,11 +60,12 @@ class RewardCheckpoint:
             base: a folder or a Hub id, instead of what the configuration names.
 
         Raises:
-            InputError: no such checkpoint, or no such base.
+            InputError: no such checkpoint, no such base, or one that is another network.
         """
         config = RewardConfig.read(folder)
         beside = folder / config.base
         root = resolve_vlm(base) if base else beside if beside.is_dir() else resolve_vlm(config.base)
+        read_qwen_config(root)  # another network is said before anything is read of it
         return cls(folder, _step(folder, step), root, config)
 
     @property

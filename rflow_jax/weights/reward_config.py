@@ -45,6 +45,8 @@ class RewardConfig:
     def read(cls, folder: Path) -> RewardConfig:
         """From a checkpoint's folder; raises InputError where there is no ``model_config.json``, or it is unusable."""
         path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; a reward model's folder holds {CONFIG_FILE} and checkpoint-N")
         content = read_object(path)
         data, model, lora, norm = (
             content.get(part) or {} for part in ("data_config", "model_config", "peft_lora_config", "inference_config")

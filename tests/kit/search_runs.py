@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.ranking import best_first
 from tests.kit.scenes import DEFECTS, ENTRIES, Scene, picture, png, possible_defects, said_of
 
 TALK = "the picture shows its main object near a soft edge with light that falls from above"
@@ -157,7 +158,7 @@ def _write(
             (folder / record["file"]).write_bytes(pictures[k] if pictures else png(Image.new("RGB", (64, 64), "#8aa")))
     if records[0]["verdict"]:
         verdicts = [Verdict(**record["verdict"]) for record in records]
-        best = max(range(len(records)), key=lambda k: verdicts[k].rank)
+        best = best_first(verdicts)[0]
         (folder / "samples_best").mkdir()
         os.link(folder / records[best]["file"], folder / "samples_best/00000.png")
 

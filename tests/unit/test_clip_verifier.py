@@ -14,27 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.clip import ClipTextConfig
-from rflow_jax.models.clip_vision import Clip, ClipConfig, ClipVisionConfig
+from rflow_jax.models.clip_vision import ClipConfig, ClipVisionConfig
 from rflow_jax.verifiers import clip
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.clip import CLIPVerifier, ClipVerifierConfig
 from rflow_jax.verifiers.clip_images import ClipImages
-from rflow_jax.weights.clip_model import load_clip_model, read_clip_config
-from rflow_jax.weights.load import parameter_values
-from rflow_jax.weights.names.clip import WHOLE
-from rflow_jax.weights.tables import plan
-from tests.kit.encoders import random_model
+from rflow_jax.weights.clip_model import load_clip_model
+from tests.kit.clip import VISION, make_clip
 
-SIDE = 20
-TEXT = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION |= {"image_size": SIDE, "patch_size": 5}
-PROCESSOR = {
-    "size": {"shortest_edge": SIDE},
-    "crop_size": {"height": SIDE, "width": SIDE},
-    "image_mean": [0.48, 0.45, 0.4],
-    "image_std": [0.26, 0.26, 0.27],
-}
 DRAW = np.random.default_rng(0)
 IMAGES = [Image.fromarray(DRAW.integers(0, 256, (*size, 3), np.uint8)) for size in ((20, 20), (50, 31), (22, 90))]
 ITEMS = [{"prompt": prompt} for prompt in ("a cat", "two dogs", "a red cube")]
@@ -42,20 +29,7 @@ ITEMS = [{"prompt": prompt} for prompt in ("a cat", "two dogs", "a red cube")]
 
 @pytest.fixture(scope="module")
 def folder(golden, tmp_path_factory):
-    """A tiny CLIP as Transformers lays it out."""
-    folder = tmp_path_factory.mktemp("clip") / "model"
-    shutil.copytree(golden / "pipeline" / "tokenizer", folder)
-    words = json.loads((golden / "pipeline" / "text_encoder" / "config.json").read_text())
-    text = TEXT | {key: words[key] for key in ("vocab_size", "eos_token_id")}
-    config = {"model_type": "clip", "text_config": text, "vision_config": VISION, "projection_dim": 8}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    network = random_model(Clip, read_clip_config(folder))
-    values = {path: np.asarray(value) for path, value in parameter_values(network).items()}
-    the_plan = plan(WHOLE, {path: value.shape for path, value in values.items()})
-    tensors = {key: the_plan.join(key, values) for key in the_plan.entries}
-    save_file(tensors | {"logit_scale": np.asarray(np.log(100), np.float32)}, folder / "model.safetensors")
-    return folder
+    return make_clip(tmp_path_factory.mktemp("clip") / "model", golden)
 
 
 def own(folder, **how):

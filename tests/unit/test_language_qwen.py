@@ -12,7 +12,7 @@ from PIL import Image
 
 import rflow_jax.language
 from rflow_jax.errors import InputError
-from rflow_jax.language.base import Case, Writer
+from rflow_jax.language.base import Case, Past, Writer
 from rflow_jax.language.qwen import QwenWriter, _written
 from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig, question_key
 
@@ -88,8 +88,47 @@ def test_one_bad_case_is_its_own_error(greedy):
     assert [one.text for one in (written[0], written[3])] == [one.text for one in writer.write([CASES[0], CASES[2]])]
     assert [one.text for one in written[1:3]] == [None, None]
     assert "at most 200 times" in (written[1].error or "")
-    assert "the context holds" in (written[2].error or "")
+    assert "the model reads" in (written[2].error or "")
     assert writer.write([]) == []
+
+
+HISTORY = (Past(picture(60, 90), "", "too dark"), Past(picture(90, 60), "Lighten it.", "too light"))
+CHAINS = (CASES[0], replace(CASES[1], history=HISTORY[:1]), replace(CASES[2], history=HISTORY), CASES[2])
+
+
+def test_earlier_images_come_first_each_behind_its_text(greedy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(greedy, "answer", lambda questions: asked.extend(questions) or ["x"] * len(questions))
+    QwenWriter(greedy, REFLECTION).write(CHAINS)
+    parts = asked[2].parts
+    assert [type(part) is str for part in parts] == [True, False] * 3
+    assert list(parts[1::2]) == [HISTORY[0].image, HISTORY[1].image, CASES[2].image]
+    assert parts[0].startswith(
+        "Earlier attempt 1 of 2, painted after this reflection: none\nFindings about it:\ntoo dark"
+    )
+    assert parts[2].startswith("Earlier attempt 2 of 2, painted after this reflection: Lighten it.\n")
+    assert parts[4].startswith("The picture to correct.")
+    assert [len(question.parts) for question in asked] == [2, 4, 6, 2]
+
+
+def test_texts_with_a_history_depend_on_their_case_alone(greedy):
+    """Cases with more and with fewer pictures share a batch."""
+    writer = QwenWriter(greedy, REFLECTION)
+    want = [written.text for written in writer.write(CHAINS)]
+    assert all(want)
+    assert want[2] != want[3]
+    assert [writer.write([case])[0].text for case in CHAINS] == want
+    assert [written.text for written in writer.write(CHAINS[::-1])][::-1] == want
+
+
+def test_a_prompt_file_without_a_part_about_earlier_images_takes_the_shipped_one(greedy, tmp_path, monkeypatch):
+    (tmp_path / "own.md").write_text("Be brief.\n---\nWhat now, $prompt?")
+    asked = []
+    monkeypatch.setattr(greedy, "answer", lambda questions: asked.extend(questions) or ["x"] * len(questions))
+    QwenWriter(greedy, REFLECTION, tmp_path / "own.md").write(CHAINS[1:2])
+    assert asked[0].instructions == "Be brief."
+    assert asked[0].parts[0].startswith("Earlier attempt 1 of 1")
+    assert asked[0].parts[2] == "What now, two clocks?"
 
 
 def test_texts_are_cleaned():
@@ -110,9 +149,9 @@ def test_texts_without_pictures(greedy):
 def test_what_is_not_usable(tmp_path, greedy, config):
     (tmp_path / "prompt.md").write_text("no divider")
     with pytest.raises(InputError, match="a line --- must divide"):
-        QwenWriter(greedy, tmp_path / "prompt.md")
+        QwenWriter(greedy, REFLECTION, tmp_path / "prompt.md")
     with pytest.raises(InputError, match="cannot read this prompt file"):
-        QwenWriter(greedy, tmp_path / "none.md")
+        QwenWriter(greedy, REFLECTION, tmp_path / "none.md")
     for change, message in (
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1"),

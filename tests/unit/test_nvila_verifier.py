@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert_weights.__main__ import main
+from rflow_jax.each import BATCHES_AT_ONCE
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.in_process import BATCHES_AT_ONCE
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
 from rflow_jax.verify.nvila import pattern
 from rflow_jax.weights.nvila import load_nvila

@@ -168,7 +168,7 @@ def prepare(golden) -> Preparation:
 
 def test_what_a_chat_cannot_be(prepare, tmp_path):
     picture = Image.new("RGB", (112, 112))
-    with pytest.raises(InputError, match="the context holds 200"):
+    with pytest.raises(InputError, match="the model reads 200"):
         prepare.sample((picture, "long " * 100))
     with pytest.raises(InputError, match="for 1 pictures"):
         prepare.sample((picture, f"a text with {IMAGE} in it"))

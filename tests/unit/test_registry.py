@@ -79,6 +79,6 @@ def test_the_examples_of_the_documentation_are_configurations():
     page = (Path(__file__).parents[2] / "docs/verifiers.md").read_text()
     sections = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     configs = [VerifierConfig(**section["verifier"]) for section in sections if "verifier" in section]
-    assert {config.name for config in configs} == {"openai", "yesno", "nvila", "reward", "clip"}
+    assert {config.name for config in configs} == {"openai", "yesno", "nvila", "reward", "clip", "ensemble"}
     assert len(sections) == len(configs) + 1
     assert WriterConfig(**sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"

@@ -59,7 +59,7 @@ def test_best_first_is_a_permutation_by_score_then_order_with_unscored_last(valu
     keys = [(samples[p].verdict.scored, samples[p].verdict.score if samples[p].verdict.scored else 0) for p in ranked]
     assert keys == sorted(keys, reverse=True)
     for earlier, later in pairwise(ranked):
-        if samples[earlier].rank == samples[later].rank:
+        if samples[earlier].verdict.rank == samples[later].verdict.rank:
             assert earlier < later
 
 
@@ -79,7 +79,7 @@ def test_the_kept_parents_are_no_worse_than_those_left_out(search):
     noise = [p for p, s in enumerate(samples) if s.parent is None]
     kept = [s.parent for s in samples if s.parent in noise]
     assert len(kept) == branches
-    assert all(samples[k].rank >= samples[n].rank for k in kept for n in noise if n not in kept)
+    assert all(samples[k].verdict.rank >= samples[n].verdict.rank for k in kept for n in noise if n not in kept)
 
 
 @given(searches())
@@ -121,8 +121,8 @@ def test_the_best_of_a_chain_is_its_own_and_no_other_of_it_is_better(search):
     samples, _ = searched(search)
     for best, chain in zip(best_of_chains(samples), chains(samples), strict=True):
         assert best in chain
-        assert samples[best].rank == max(samples[position].rank for position in chain)
-    assert samples[best_of_all(samples)].rank == max(sample.rank for sample in samples)
+        assert samples[best].verdict.rank == max(samples[position].verdict.rank for position in chain)
+    assert samples[best_of_all(samples)].verdict.rank == max(sample.verdict.rank for sample in samples)
 
 
 @given(searches())

@@ -102,7 +102,7 @@ def test_one_bad_image_is_its_own_error(whole, images, items, tmp_path):
     assert [verdicts[k].score for k in (0, 4)] == pytest.approx([one.score for one in want], abs=1e-5)
     for verdict, reason in zip(
         [verdicts[k] for k in (1, 2, 3, 5)],
-        ("cannot be decoded", "no prompt", "the context holds 4096", "holds the special token"),
+        ("cannot be decoded", "no prompt", "the model reads 4096", "holds the special token"),
         strict=True,
     ):
         assert reason in (verdict.error or "")
@@ -120,7 +120,7 @@ def test_a_score_that_is_no_number_is_its_own_error(whole, images, items, monkey
     verdicts = whole.score(images, items)
     assert sum(verdict.scored for verdict in verdicts) == 3
     (failed,) = (verdict for verdict in verdicts if not verdict.scored)
-    assert failed.error == "the reward is nan"
+    assert failed.error.startswith("the model's reward is not a number")
 
 
 def test_nothing_to_score(whole):

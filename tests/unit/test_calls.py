@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rflow_jax.search.calls import Calls
+from rflow_jax.calls import Calls
 
 PATIENCE = 20.0
 

@@ -1,0 +1,41 @@
+"""Settings that a user gives as plain keys and values, such as ``verifier.options``, read into their dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, TypeVar, get_type_hints
+
+from rflow_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Config:
+    """The dataclass ``kind`` with these fields.
+
+    Args:
+        where: what an error begins with.
+
+    Raises:
+        InputError: a key that is no field (the nearest is named), a value of another type, or a field that is missing.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(kind)
+    known = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    values = dict(given)
+    for key, value in given.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, 1, 0.0)[0]
+            raise InputError(f"{where}: unknown key {key}: did you mean {near}?")
+        try:
+            values[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise InputError(f"{where}: {key} is {value!r}: {reason}") from error
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error

@@ -1,0 +1,137 @@
+"""The file of verdicts: JSON lines that are added as they come, so that a killed run has lost none."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rflow_jax.errors import InputError
+from rflow_jax.files import append_line, remove_beginnings, whole_lines, write_file
+from rflow_jax.score.targets import Target
+from rflow_jax.search.journal import json_line
+from rflow_jax.verifiers.base import Verdict, read_verdict
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found about an image.
+
+    Attributes:
+        sha256: of the file's bytes; None if it could not be read.
+    """
+
+    target: Target
+    sha256: str | None
+    verdict: Verdict
+
+
+class Results:
+    """The file, and what stands in it; a context manager that keeps other processes out meanwhile.
+
+    Args:
+        path: of the file; None keeps nothing.
+        verifier: the settings that scores follow from.
+
+    Raises:
+        InputError: the file cannot be used, holds something else, or another process writes into it.
+    """
+
+    def __init__(self, path: Path | None, verifier: Mapping[str, Any]) -> None:
+        self._path = path
+        self._settings = hashlib.sha256(json.dumps(verifier, sort_keys=True).encode()).hexdigest()[:16]
+        self._lines: dict[str, dict[str, Any]] = {}
+        self._scored: dict[str, Verdict] = {}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._held = _claimed(path)
+            for number, line in enumerate(whole_lines(path), 1):
+                self._remember(line, f"{path}:{number}")
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is not None:
+            self._held.close()
+
+    def __bool__(self) -> bool:
+        """Whether any score is known."""
+        return bool(self._scored)
+
+    def known(self, target: Target, sha256: str) -> Verdict | None:
+        """The verdict of this verifier on these bytes and this prompt, if it is a score."""
+        return self._scored.get(_key(sha256, self._settings, target.item))
+
+    def add(self, found: Found) -> None:
+        """Writes a verdict down, whole or not at all."""
+        if self._path is not None:
+            append_line(self._path, json_line(self._line(found)))
+
+    def finish(self, all_found: Iterable[Found]) -> None:
+        """Brings the file into order: what else it held, then one line for each of these images."""
+        if self._path is None:
+            return
+        for found in all_found:
+            line = self._line(found)
+            place = _place(line)
+            self._lines.pop(place, None)
+            self._lines[place] = line
+        write_file(self._path, "".join(map(json_line, self._lines.values())))
+
+    def _line(self, found: Found) -> dict[str, Any]:
+        return {
+            "image": shown(found.target.path),
+            "item": dict(found.target.item),
+            "settings": self._settings,
+            "sha256": found.sha256,
+            "verdict": asdict(found.verdict),
+        }
+
+    def _remember(self, text: str, where: str) -> None:
+        try:
+            line = json.loads(text)
+            verdict, place = read_verdict(line["verdict"]), _place(line)
+            key = _key(line["sha256"], line["settings"], line["item"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: no line of infer.py score; give another file as --out") from error
+        self._lines[place] = line
+        if verdict.scored:
+            self._scored[key] = verdict
+
+
+def shown(path: Path) -> str:
+    """A path as text of one line, whatever bytes it is made of."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:
+    return json.dumps([sha256, settings, item], sort_keys=True)
+
+
+def _place(line: Mapping[str, Any]) -> str:
+    """Lines about the same image, prompt and verifier: a later one replaces the earlier."""
+    return _key(line["image"], line["settings"], line["item"])
+
+
+def _claimed(path: Path) -> Any:
+    """The file, held open and locked."""
+    held = open(path, "ab")  # noqa: SIM115
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(held.fileno()).st_ino != path.stat().st_ino:  # another process has just put its own in place
+            raise BlockingIOError
+    except OSError as error:
+        held.close()
+        raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out") from error
+    remove_beginnings(path.parent, path.name)
+    return held

@@ -1,0 +1,43 @@
+"""Members of ensembles for tests: they score by the image's bytes, and their configuration says how they are."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rflow_jax.usage import Meter
+from rflow_jax.verifiers import VerifierConfig
+from rflow_jax.verifiers.base import Verdict
+from tests.kit.openai_server import score_of
+from tests.kit.searching import HashVerifier
+
+OWN = {"name": "tests.kit.ensemble:make"}
+MADE: dict[str, HashVerifier] = {}
+"""Those that were made last, by their names."""
+
+
+class Backwards(HashVerifier):
+    """Scores the other way round."""
+
+    def _verdict(self, png: bytes, item: Mapping[str, Any]) -> Verdict:
+        verdict = super()._verdict(png, item)
+        return Verdict(None if verdict.score is None else -verdict.score, error=verdict.error)
+
+
+def make(config: VerifierConfig, meter: Meter | None) -> HashVerifier:
+    """A verifier whose ``model`` says how it is: {"name", "concurrency", "batch_size", "fails", "backwards"}."""
+    how = json.loads(config.model or "{}")
+    kind = Backwards if how.pop("backwards", False) else HashVerifier
+    bad = how.pop("fails", "")
+    made = kind(meter, fails=lambda png: bool(bad) and str(score_of(png))[-1] in bad, **how)
+    MADE[made.name] = made
+    return made
+
+
+def own(name: str, **how: Any) -> dict[str, Any]:
+    """The section of a member."""
+    return OWN | {"model": json.dumps({"name": name, "concurrency": 1, **how})}
+
+
+def config(*members: dict[str, Any], **options: Any) -> VerifierConfig:
+    """An ensemble."""
+    return VerifierConfig(name="ensemble", options={"members": list(members)} | options)

@@ -1,0 +1,299 @@
+"""``infer.py score`` with a verifier that answers at once."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+
+import infer
+import tests.kit.searching as kit
+from rflow_jax import cli
+from rflow_jax.chat import png_bytes
+from rflow_jax.score import judging
+from rflow_jax.score.targets import Target
+from rflow_jax.verifiers.base import Verdict
+from tests.kit.asking import pictures
+from tests.kit.openai_server import score_of
+from tests.kit.searching import HashVerifier
+
+HASH = "--verifier.name=tests.kit.searching:config_verifier"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The verifiers that were made."""
+    made = []
+    make = kit.config_verifier
+
+    def remembered(config, meter):
+        made.append(make(config, meter))
+        return made[-1]
+
+    monkeypatch.setattr(kit, "config_verifier", remembered)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three prompts as GenEval lays them out, two images each."""
+    for number, image in enumerate(pictures(6)):
+        prompt = tmp_path / f"run/{number // 2:05d}"
+        (prompt / "samples").mkdir(parents=True, exist_ok=True)
+        (prompt / "metadata.jsonl").write_text(json.dumps({"prompt": f"prompt {number // 2}", "tag": "colors"}) + "\n")
+        image.save(prompt / f"samples/{number % 2:05d}.png")
+    return tmp_path / "run"
+
+
+def call(*argv):
+    return cli.run(lambda: cli.dispatch(infer.COMMANDS, "", ["score", *map(str, argv)]))
+
+
+def lines(capsys):
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+
+def score(path):
+    with PIL.Image.open(path) as image:
+        return score_of(png_bytes(image))
+
+
+def stored(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_files_against_a_prompt_a_line_each(folder, asked, capsys):
+    files = sorted(folder.glob("*/samples/*"))
+    assert call(*files, "--prompt", "an owl", HASH) == 0
+    said = capsys.readouterr()
+    assert said.out == "".join(f"{score(file):.6g}\t-\t{file}\n" for file in files)
+    mean = sum(map(score, files)) / 6
+    assert said.err.startswith(f"6 of 6 images scored, mean {mean:.4g}, 6 questions, 42 tokens ($0.0600); ")
+    assert asked[0].closed
+
+
+def test_a_folder_of_images_against_a_prompt(folder, asked, capsys):
+    assert call(folder / "00001/samples", "--prompt", "an owl", HASH) == 0
+    assert [line[2] for line in lines(capsys)] == [str(folder / f"00001/samples/0000{k}.png") for k in range(2)]
+
+
+def test_a_pattern_that_no_shell_has_expanded(folder, asked, capsys):
+    assert call(f"{folder}/*/samples/00001.png", "--prompt", "an owl", HASH) == 0
+    assert [line[2] for line in lines(capsys)] == sorted(map(str, folder.glob("*/samples/00001.png")))
+
+
+def test_every_sample_of_a_folder_against_its_own_prompt(folder, asked, tmp_path, capsys):
+    assert call(folder, HASH, "--out", tmp_path / "o.jsonl") == 0
+    assert [(float(line[0]), line[2]) for line in lines(capsys)] == [
+        (score(file), str(file)) for file in sorted(folder.glob("*/samples/*"))
+    ]
+    for number, line in enumerate(stored(tmp_path / "o.jsonl")):
+        assert line["item"] == {"prompt": f"prompt {number // 2}", "tag": "colors"}
+        assert line["verdict"]["explanation"] == f"as prompt {number // 2}"
+        assert line["verdict"]["raw"] == {"of": "colors"}
+
+
+def test_other_images_of_a_folder(folder, asked, capsys):
+    (folder / "00001/samples").rename(folder / "00001/samples_best")
+    assert call(folder, "--samples=samples_best", HASH) == 0
+    assert len(lines(capsys)) == 2
+
+
+def test_images_and_prompts_from_a_list(folder, asked, tmp_path, capsys):
+    entries = [
+        {"image": "run/00000/samples/00000.png", "prompt": "a", "tag": "x"},
+        {"image": "run/00000/samples/00001.png"},
+        {"image": "none.png", "prompt": "c"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert call("--prompts", tmp_path / "list.jsonl", HASH, "--out", tmp_path / "o.jsonl") == 1
+    first, second, third = lines(capsys)
+    assert first[:2] == [f"{score(folder / '00000/samples/00000.png'):.6g}", "-"]
+    assert second == ["-", "-", str(folder / "00000/samples/00001.png"),
+                      f"no prompt: {tmp_path}/list.jsonl:2 has none"]  # fmt: skip
+    assert third == ["-", "-", str(tmp_path / "none.png"), "cannot read the file (No such file or directory)"]
+    assert [line["verdict"]["raw"] for line in stored(tmp_path / "o.jsonl")] == [{"of": "x"}, None, None]
+
+
+def test_what_cannot_be_scored_is_said_and_the_others_keep_their_scores(folder, asked, capsys):
+    whole = {str(file): score(file) for file in folder.glob("*/samples/*")}
+    cut, text = folder / "00000/samples/00001.png", folder / "00001/samples/00000.png"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    text.write_text("no image")
+    (folder / "00002/metadata.jsonl").unlink()
+    assert call(folder, HASH) == 1
+    said = capsys.readouterr()
+    found = {line.split("\t")[2]: line.split("\t") for line in said.out.splitlines()}
+    assert "cannot be decoded" in found.pop(str(cut))[3]
+    assert found.pop(str(text))[3] == "the file is no image that can be read"
+    for number in range(2):
+        why = found.pop(str(folder / f"00002/samples/0000{number}.png"))[3]
+        assert why == f"no prompt: {folder}/00002/metadata.jsonl: No such file or directory"
+    assert {path: float(line[0]) for path, line in found.items()} == {path: whole[path] for path in found}
+    assert len(found) == 2
+    assert said.err.startswith("2 of 6 images scored, mean ")
+    assert "4 could not be scored" in said.err
+
+
+def test_a_score_that_is_no_number_is_an_error_of_its_own(folder, asked, tmp_path, monkeypatch, capsys):
+    right = HashVerifier.score
+
+    def broken(self, images, items):
+        return [Verdict(float("nan"), raw=[float("nan")]) if items[0]["prompt"] == "prompt 1" else v
+                for v in right(self, images, items)]  # fmt: skip
+
+    monkeypatch.setattr(HashVerifier, "score", broken)
+    assert call(folder, HASH, "--out", tmp_path / "o.jsonl") == 1
+    assert [line[3:] for line in lines(capsys)] == [[], [], ["the score is nan"], ["the score is nan"], [], []]
+    assert "NaN" not in (tmp_path / "o.jsonl").read_text()
+
+
+def test_what_is_scored_is_not_asked_again(folder, asked, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    assert call(folder, HASH, "--out", out) == 0
+    before, said = out.read_bytes(), capsys.readouterr().out
+    assert call(folder, HASH, "--out", out, "--verifier.concurrency=3") == 0
+    assert capsys.readouterr().out == said
+    assert out.read_bytes() == before
+    assert len(asked) == 1
+    # Other bytes, another prompt, another verifier: asked. The same bytes in another place: not.
+    PIL.Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "00000/samples/00000.png")
+    (folder / "00001/metadata.jsonl").write_text('{"prompt": "other"}\n')
+    (folder / "00003/samples").mkdir(parents=True)
+    (folder / "00003/metadata.jsonl").write_text((folder / "00002/metadata.jsonl").read_text())
+    (folder / "00003/samples/00000.png").write_bytes((folder / "00002/samples/00000.png").read_bytes())
+    assert call(folder, HASH, "--out", out) == 0
+    assert sum(asked[1].seen.values()) == 3
+    assert call(folder, HASH, "--out", out, "--verifier.temperature=0.5") == 0
+    assert sum(asked[2].seen.values()) == 7
+    assert call(folder, HASH, "--out", out, "--again") == 0
+    assert sum(asked[3].seen.values()) == 7
+    kept = stored(out)
+    assert len({line["settings"] for line in kept}) == 2
+    assert len(kept) == 2 * 7 + 2  # what stood there of the prompt that is another now is kept
+
+
+def test_what_failed_is_asked_again_and_its_line_replaced(folder, asked, tmp_path, monkeypatch):
+    out = tmp_path / "o.jsonl"
+    right = HashVerifier.score
+    monkeypatch.setattr(
+        HashVerifier,
+        "score",
+        lambda self, images, items: (
+            [Verdict(None, error="gone")] if items[0]["prompt"] == "prompt 0" else right(self, images, items)
+        ),
+    )
+    assert call(folder, HASH, "--out", out) == 1
+    monkeypatch.setattr(HashVerifier, "score", right)
+    assert call(folder, HASH, "--out", out) == 0
+    assert sum(asked[1].seen.values()) == 2
+    assert [line["verdict"]["score"] for line in stored(out)] == [
+        score(file) for file in sorted(folder.glob("*/samples/*"))
+    ]
+
+
+def test_a_killed_run_has_lost_no_line(folder, asked, tmp_path, monkeypatch, capsys):
+    """A bug in the verifier stands for the kill; the line that was being written is cut."""
+    out = tmp_path / "o.jsonl"
+    right, count = HashVerifier.score, iter(range(99))
+
+    def dies(self, images, items):
+        if next(count) == 3:
+            raise RuntimeError("killed")
+        return right(self, images, items)
+
+    monkeypatch.setattr(HashVerifier, "score", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        call(folder, HASH, "--out", out, "--verifier.concurrency=1")
+    assert len(stored(out)) == 3
+    out.write_text(out.read_text() + '{"image": "half')
+    assert call(folder, HASH, "--out", out) == 0
+    assert sum(asked[1].seen.values()) == 3
+    assert [line["image"] for line in stored(out)] == sorted(map(str, folder.glob("*/samples/*")))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no images: give files with --prompt"),
+        (["none.png", "--prompt=x"], "none.png: no such file or folder"),
+        (["*/none*.png", "--prompt=x"], "*/none*.png: no such file or folder"),
+        (["{run}/00000", "--prompt=x"], "00000: no image there"),
+        (["{run}/00000/samples/00000.png"], "no prompt to score it against"),
+        (["{run}/00000/samples"], "for a folder of images give --prompt"),
+        (["{run}", "--samples=none"], "run: no image there"),
+        (["{run}", "--prompts=list"], "prompts names images and their prompts"),
+        (["--prompts=none.jsonl"], "none.jsonl: cannot read the list of images"),
+        (["{run}", "--prompt= "], "prompt is empty"),
+        (["{run}", "--verifier.name=none"], "verifier.name is none"),
+        (["{run}", "--verifier.nam=x"], "did you mean verifier.name?"),
+        (["{run}", "--out={run}/00000/metadata.jsonl"], "metadata.jsonl:1: no line of infer.py score"),
+    ],
+)
+def test_bad_input_is_one_line(folder, asked, capsys, argv, message):
+    flags = [] if any("verifier.name" in word for word in argv) else [HASH]
+    assert call(*[word.format(run=folder) for word in argv], *flags) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+    assert not any(verifier.seen for verifier in asked)
+
+
+def test_lines_of_a_list_that_are_none_are_said(tmp_path, asked, capsys):
+    for content, message in (("", "names no images"), ("{half", ":1: no JSON object"), ('{"prompt": "x"}', ":1: exp")):
+        (tmp_path / "l").write_text(content)
+        assert call("--prompts", tmp_path / "l", HASH) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_another_process_that_writes_into_the_file_is_noticed(folder, asked, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    code = (
+        f"import fcntl; f = open({str(out)!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    assert call(folder, HASH, "--out", out) == 2
+    assert "another process is writing into it" in capsys.readouterr().err
+    holder.communicate("\n")
+    assert call(folder, HASH, "--out", out) == 0
+
+
+def test_the_configuration_of_a_search_gives_its_verifier(folder, asked, tmp_path, capsys):
+    content = {"model": "m", "out": str(tmp_path), "prompts": "p", "verifier": {"name": HASH.partition("=")[2]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    assert call(folder, "--config", tmp_path / "c.yaml") == 0
+    assert call(folder, f"--config={tmp_path / 'c.yaml'}", "--verifier.concurrency=2") == 0
+    assert [verifier.concurrency for verifier in asked] == [8, 2]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**content, "verifier": {"nam": "x"}}))
+    capsys.readouterr()
+    assert call(folder, "--config", tmp_path / "c.yaml") == 2
+    assert "did you mean verifier.name?" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"verifier": content["verifier"], "imagess": ["x"]}))
+    assert call("--config", tmp_path / "c.yaml") == 2
+    assert "did you mean images?" in capsys.readouterr().err
+
+
+def test_batches_are_filled_across_folders(folder):
+    verifier = HashVerifier(concurrency=1, batch_size=4)
+    sizes = []
+    right = verifier.score
+    verifier.score = lambda images, items: sizes.append(len(images)) or right(images, items)
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    found = dict(judging.judge(verifier, targets))
+    assert sorted(sizes) == [2, 4]  # which of them is read first is not said
+    assert {k: found[k].verdict.score for k in found} == {k: score(target.path) for k, target in targets.items()}
+
+
+def test_as_many_calls_at_once_as_the_verifier_takes_and_no_more(folder):
+    everyone = threading.Barrier(3, timeout=20)
+    verifier = HashVerifier(concurrency=3, wait=lambda: everyone.wait() and time.sleep(0.01))
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    assert len(dict(judging.judge(verifier, targets))) == 6
+    assert verifier.most_at_once == 3
