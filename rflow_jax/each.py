@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from rflow_jax.errors import InputError
@@ -11,6 +13,7 @@ Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 BATCHES_AT_ONCE = 4  # items are prepared for so many batches, so that like ones find each other
+THREADS = min(8, os.cpu_count() or 1)  # pictures are decoded and resized without Python's lock
 
 
 def do_each(
@@ -22,33 +25,45 @@ def do_each(
 ) -> list[Result | InputError]:
     """One result an item, in order; for an item that cannot be prepared the reason.
 
+    Items are prepared in threads, the next ones while the work is done on those before them.
+
     Args:
         prepare: what the work is given; may raise InputError.
         work: one result for each that could be prepared, in order; not called without any.
-        batch_size: of the work; so much more than that is prepared at once, however many items there are.
+        batch_size: of the work; so many more than that are prepared at once, however many items there are.
     """
-    results: list[Result | InputError] = []
     step = BATCHES_AT_ONCE * batch_size
-    for start in range(0, len(items), step):
-        results += _some(items[start : start + step], prepare, work)
+    results: list[Result | InputError] = []
+    with ThreadPoolExecutor(THREADS, "prepare") as threads:
+
+        def begin(start: int) -> list[Future[Prepared]]:
+            return [threads.submit(prepare, item) for item in items[start : start + step]]
+
+        following = begin(0)
+        for start in range(step, len(items) + step, step):
+            ready, failed = _settled(following)
+            following = begin(start)
+            results += _together(ready, failed, work)
     return results
 
 
-def _some(
-    items: Sequence[Item],
-    prepare: Callable[[Item], Prepared],
-    work: Callable[[Sequence[Prepared]], Iterable[Result]],
-) -> list[Result | InputError]:
-    prepared: dict[int, Prepared] = {}
-    results: dict[int, Result | InputError] = {}
-    for k, item in enumerate(items):
+def _settled(futures: Sequence[Future[Prepared]]) -> tuple[dict[int, Prepared], dict[int, InputError]]:
+    ready: dict[int, Prepared] = {}
+    failed: dict[int, InputError] = {}
+    for k, future in enumerate(futures):
         try:
-            prepared[k] = prepare(item)
+            ready[k] = future.result()
         except InputError as error:
-            results[k] = error
-    done = work(list(prepared.values())) if prepared else ()
-    results |= dict(zip(prepared, done, strict=True))
-    return [results[k] for k in range(len(items))]
+            failed[k] = error
+    return ready, failed
+
+
+def _together(
+    ready: dict[int, Prepared], failed: dict[int, InputError], work: Callable[[Sequence[Prepared]], Iterable[Result]]
+) -> list[Result | InputError]:
+    done = work(list(ready.values())) if ready else ()
+    results: dict[int, Result | InputError] = {**failed, **dict(zip(ready, done, strict=True))}
+    return [results[k] for k in sorted(results)]
 
 
 def require_fitting(tokens: int, context: int) -> None:

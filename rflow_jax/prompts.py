@@ -63,13 +63,22 @@ def load_tokenizer(folder: Path) -> Any:
     ready = folder / "tokenizer.json"
     try:
         if not ready.is_file():
-            return AutoTokenizer.from_pretrained(folder)
+            return settled(AutoTokenizer.from_pretrained(folder))
         # As it was saved: Transformers would build T5's again from its sentencepiece model, and say so each time.
         config = json.loads((folder / "tokenizer_config.json").read_text())
         special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
-        return PreTrainedTokenizerFast(tokenizer_file=str(ready), **special)
+        return settled(PreTrainedTokenizerFast(tokenizer_file=str(ready), **special))
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def settled(tokenizer: Any) -> Any:
+    """The tokenizer after a first call, which puts aside the padding and the limit that its file may ask for.
+
+    Later calls of the same kind only read it, so that threads may share it.
+    """
+    tokenizer("", truncation=False, verbose=False)
+    return tokenizer
 
 
 def _token(entry: str | dict[str, Any]) -> str:

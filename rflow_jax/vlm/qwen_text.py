@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.prompts import settled
 from rflow_jax.typing import Int
 from rflow_jax.weights.components import read_object
 
@@ -46,6 +47,7 @@ class QwenTokenizer:
             raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
         if added:
             self._tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+        settled(self._tokenizer)
         if self._tokenizer.pad_token_id is None:
             raise InputError(f"{folder / _CONFIG}: no pad_token; a batch cannot be padded without one")
         self._places = [folder, *([template_from] if template_from else [])]

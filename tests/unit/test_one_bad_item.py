@@ -9,13 +9,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
 import rflow_jax.verifiers.reward as reward_module
-from rflow_jax.each import BATCHES_AT_ONCE, do_each
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers import VerifierConfig, make_verifier
 from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
@@ -125,40 +122,6 @@ def test_a_score_that_is_no_number_changes_no_other(made, kind, monkeypatch):
     assert "not a number" in found[lost][1]
     for k in {0, 1, 2, 3} - {lost}:
         assert found[k] == (pytest.approx(want[k][0], rel=1e-5, abs=1e-5), None)
-
-
-# ---- the mechanism ----
-
-
-@given(st.lists(st.booleans(), max_size=30), st.integers(1, 4))
-def test_every_item_has_its_result_or_its_error(fine, batch_size):
-    waiting = most = 0
-
-    def prepare(item):
-        nonlocal waiting, most
-        k, usable = item
-        if not usable:
-            raise InputError(f"{k} is bad")
-        waiting += 1
-        most = max(most, waiting)
-        return k
-
-    def work(prepared):
-        nonlocal waiting
-        assert prepared
-        waiting -= len(prepared)
-        return [10 * k for k in prepared]
-
-    found = do_each(list(enumerate(fine)), prepare, work, batch_size=batch_size)
-    assert [str(x) for x in found] == [str(10 * k) if usable else f"{k} is bad" for k, usable in enumerate(fine)]
-    assert most <= BATCHES_AT_ONCE * batch_size
-
-
-def test_what_is_no_bad_input_is_no_error_of_an_item():
-    with pytest.raises(ZeroDivisionError):
-        do_each([1], lambda item: item / 0, list, batch_size=1)
-    with pytest.raises(ValueError, match="zip"):
-        do_each([1, 2], lambda item: item, lambda prepared: [], batch_size=1)
 
 
 # ---- checkpoints of another architecture ----
