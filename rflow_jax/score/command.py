@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rflow_jax.progress import count_progress
@@ -15,7 +15,7 @@ from rflow_jax.score.config import ScoreConfig
 from rflow_jax.score.judging import judge
 from rflow_jax.score.results import Found, Results, shown
 from rflow_jax.score.targets import Target, find_targets
-from rflow_jax.search.run_folder import decisive
+from rflow_jax.search.run_folder import decisive, public_section
 from rflow_jax.usage import Meter, Usage
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
@@ -35,7 +35,9 @@ def score(config: ScoreConfig) -> int:
     """
     began = time.monotonic()
     targets = find_targets(config)
-    with Results(None if config.out is None else Path(config.out), decisive(asdict(config.verifier))) as results:
+    with Results(
+        None if config.out is None else Path(config.out), decisive(public_section(config.verifier))
+    ) as results:
         meter = Meter()
         found = _rated(_scored(config, targets, results, meter))
         results.finish(found)

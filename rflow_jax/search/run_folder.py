@@ -131,8 +131,15 @@ def public_section(model: VerifierConfig | WriterConfig) -> dict[str, Any]:
     if model.base_url:
         section["base_url"] = public_url(model.base_url)
     if isinstance(model, VerifierConfig) and model.members:
-        section["options"]["members"] = [public_section(member) for member in model.members]
+        pairs = zip(model.members, section["options"]["members"], strict=True)
+        section["options"]["members"] = [_public_member(member, given) for member, given in pairs]
     return section
+
+
+def _public_member(member: VerifierConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`public_section`, but what was not given stays away."""
+    section = public_section(member)
+    return {key: value for key, value in section.items() if key in given or (key == "model" and member.asks_endpoint)}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

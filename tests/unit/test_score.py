@@ -19,7 +19,7 @@ from rflow_jax.score import judging
 from rflow_jax.score.targets import Target
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.asking import pictures
-from tests.kit.openai_server import score_of
+from tests.kit.openai_server import OpenAIServer, score_of
 from tests.kit.searching import HashVerifier
 
 HASH = "--verifier.name=tests.kit.searching:config_verifier"
@@ -176,6 +176,16 @@ def test_what_is_scored_is_not_asked_again(folder, asked, tmp_path, capsys):
     kept = stored(out)
     assert len({line["settings"] for line in kept}) == 2
     assert len(kept) == 2 * 7 + 2  # what stood there of the prompt that is another now is kept
+
+
+def test_another_model_in_the_environment_is_another_verifier(folder, tmp_path, monkeypatch):
+    out = tmp_path / "o.jsonl"
+    with OpenAIServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        for model, asked in (("one", 6), ("one", 6), ("two", 12)):
+            monkeypatch.setenv("OPENAI_MODEL", model)
+            assert call(folder, "--out", out) == 0
+            assert len(server.calls) == asked
 
 
 def test_what_failed_is_asked_again_and_its_line_replaced(folder, asked, tmp_path, monkeypatch):

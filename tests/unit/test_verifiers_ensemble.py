@@ -179,6 +179,7 @@ def test_what_is_published_holds_no_secret_of_a_member():
     assert section["options"]["members"][1]["base_url"] == "http://host/v1"
     assert section["options"]["members"][1]["model"] == "gpt-4o"
     assert "secret" not in repr(section) + repr(verifier)
+    assert section["options"]["members"][1].keys() == {"name", "base_url", "concurrency", "model"}
     assert VerifierConfig(**section).members[0] == verifier.members[0]
 
 
