@@ -13,8 +13,10 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from rflow_jax.errors import InputError, RunError
@@ -133,6 +135,33 @@ def _call(command: Command, parser: ArgumentParser, namespace: Namespace) -> int
     return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
 
+def early_value(argv: Sequence[str], key: str, default: str) -> str:
+    """The value of one key of a command line or of its YAML files, before there is a parser for the others.
+
+    A flag goes before files, and of several files the last one counts; what is wrong with a file the parser will say.
+    """
+    flags = _values_of(argv, f"--{key}")
+    if flags:
+        return flags[-1]
+    for file in reversed(_values_of(argv, "--config")):
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(content, Mapping) and key in content:
+            return str(content[key])
+    return default
+
+
+def _values_of(argv: Sequence[str], flag: str) -> list[str]:
+    following = zip(argv, [*argv[1:], ""], strict=False)
+    return [after if word == flag else word.partition("=")[2] for word, after in following if _is_flag(word, flag)]
+
+
+def _is_flag(word: str, flag: str) -> bool:
+    return word == flag or word.startswith(f"{flag}=")
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """The known key most like ``key``; the last part of a dotted key may stand for the whole."""
 
@@ -221,9 +250,7 @@ def plain(error: ArgumentError) -> str:
 
 
 def _config_file(argv: Sequence[str]) -> str:
-    following = zip(argv, [*argv[1:], ""], strict=False)
-    files = [after if word == "--config" else word.partition("=")[2] for word, after in following if "--config" in word]
-    return ", ".join(files) or "the command line"
+    return ", ".join(_values_of(argv, "--config")) or "the command line"
 
 
 def _of_files(error: OSError) -> str:
