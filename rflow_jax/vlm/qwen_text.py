@@ -65,6 +65,10 @@ class QwenTokenizer:
         """The number of a token, or None where the tokenizer does not know it as one."""
         return self._tokenizer.get_vocab().get(token)
 
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer with the tokens that were added, as Transformers reads it."""
+        self._tokenizer.save_pretrained(folder)
+
     def encode(self, text: str) -> np.ndarray:
         """[t] int32, nothing added and nothing cut."""
         return np.asarray(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)

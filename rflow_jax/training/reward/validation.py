@@ -1,0 +1,93 @@
+"""How good a reward model is by now: its loss and its accuracy on held-out pairs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rflow_jax.data.preferences import PairSource
+from rflow_jax.data.records import RecordError
+from rflow_jax.errors import InputError
+from rflow_jax.parallel.mesh import put_batch, replicated
+from rflow_jax.training.reward.batches import PairExample, PairInputs, PairMaker
+from rflow_jax.training.reward.config import PairValidationConfig
+from rflow_jax.training.reward.losses import pair_accuracy, pair_losses
+from rflow_jax.training.reward.objective import PairObjective
+
+log = logging.getLogger(__name__)
+
+
+class PairValidation:
+    """Held-out pairs, prepared once.
+
+    Args:
+        batch: pairs scored at once.
+
+    Raises:
+        InputError: no pair is usable.
+    """
+
+    def __init__(
+        self,
+        config: PairValidationConfig,
+        source: PairSource,
+        maker: PairMaker,
+        objective: PairObjective,
+        frozen: Any,
+        mesh: Mesh,
+        batch: int,
+    ):
+        self.every = config.every
+        self._mesh, self._loss, self._frozen = mesh, objective.loss, frozen
+        examples = _usable(source, maker, config.records)
+        starts = range(0, len(examples), batch)
+        self._count = len(examples)
+        self._batches = [maker.inputs(examples[k : k + batch], batch) for k in starts]
+        self._rewards = jax.jit(objective.rewards, out_shardings=replicated(mesh))
+
+    def run(self, step: int, trainable: Any) -> dict[str, float]:
+        """``validation/loss``, and ``validation/accuracy`` where any pair has a preference."""
+        rewards = jnp.asarray(self.rewards(trainable))
+        labels, scores = (
+            jnp.asarray(np.concatenate([getattr(batch, name) for batch in self._batches])[: self._count])
+            for name in ("labels", "scores")
+        )
+        right, counted = pair_accuracy(rewards, labels)
+        found = {"validation/loss": float(jnp.mean(pair_losses(self._loss, rewards, scores, labels)))}
+        return found | ({"validation/accuracy": float(right / counted)} if counted else {})
+
+    def moments(self, trainable: Any) -> tuple[float, float]:
+        """Mean and deviation of the rewards of all pictures."""
+        rewards = self.rewards(trainable)
+        return float(rewards.mean()), float(rewards.std())
+
+    def rewards(self, trainable: Any) -> np.ndarray:
+        """[pairs, 2] float32."""
+        # Every process reads all pairs, and keeps the rows of its devices.
+        found = [self._rewards(trainable, self._frozen, self._put(batch)) for batch in self._batches]
+        return np.concatenate([np.asarray(one) for one in found])[: self._count]
+
+    def _put(self, batch: PairInputs) -> PairInputs:
+        return put_batch(self._mesh, batch, whole=True)
+
+
+def _usable(source: PairSource, maker: PairMaker, count: int) -> list[PairExample]:
+    """The first usable pairs."""
+    found: list[PairExample] = []
+    trouble = ""
+    for index in range(len(source)):
+        if len(found) == count:
+            break
+        try:
+            found.append(maker.example(source.read(index)))
+        except RecordError as error:
+            trouble = str(error)
+            log.warning("validation: skipped %s", trouble)
+    if not found:
+        raise InputError(f"validation: no pair is usable; the last: {trouble}")
+    return found

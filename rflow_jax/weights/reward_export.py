@@ -1,0 +1,134 @@
+"""A trained reward model -> the original's checkpoint, as :mod:`rflow_jax.weights.reward` reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rflow_jax.files import write_file
+from rflow_jax.models.lora import adapters_of
+from rflow_jax.models.qwen2_5_vl.reward import RewardModel, SpecialTokenEmbedding
+from rflow_jax.weights.load import parameter_shapes, parameter_values
+from rflow_jax.weights.lora_export import peft_config
+from rflow_jax.weights.names.qwen2_5_vl import reward_table
+from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.tables import plan
+from rflow_jax.weights.writing import save_tensors, whole
+
+PREFIX = "base_model.model."  # PEFT's
+TABLE, ADDED = "language.embed.embedding", "language.embed.special"
+EMBEDDING = "model.embed_tokens.weight"
+ADAPTER, REST, TOKENIZER = "adapter_model.safetensors", "non_lora_state_dict.safetensors", "tokenizer"
+
+
+class Savable(Protocol):
+    """A tokenizer, as far as it matters here."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class RewardExport:
+    """What a checkpoint says besides its numbers.
+
+    Attributes:
+        base: folder or Hub id of the base model.
+        vocabulary: rows of the embedding: the tokens with the special one.
+        loss: that it was trained with.
+        vision: whether the vision tower has moved.
+    """
+
+    config: RewardConfig
+    base: str
+    vocabulary: int
+    loss: str
+    vision: bool
+
+
+def export_reward(model: RewardModel, trained: set[str], what: RewardExport, tokenizer: Savable, step: Path) -> None:
+    """Writes ``checkpoint-N`` and, beside it, ``model_config.json``.
+
+    Args:
+        model: on the host.
+        trained: dotted paths of the parameters that have moved, besides LoRA.
+        tokenizer: with the special token.
+        step: the folder ``checkpoint-N``.
+    """
+    with whole(step) as partial:
+        partial.mkdir()
+        _write_step(model, trained, what, tokenizer, partial)
+    _write_json(step.parent / CONFIG_FILE, _model_config(what))
+
+
+def _write_step(model: RewardModel, trained: set[str], what: RewardExport, tokenizer: Savable, step: Path) -> None:
+    named = {_module(path): adapter for path, adapter in adapters_of(model).items()}
+    tensors: dict[str, np.ndarray] = {}
+    for name, adapter in named.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": adapter.a, f"{PREFIX}{name}.lora_B.weight": adapter.b}
+    if named:
+        save_tensors(step / ADAPTER, tensors, {"format": "pt"})
+        _write_json(step / "adapter_config.json", peft_config(named) | {"base_model_name_or_path": what.base})
+    rest = {f"{PREFIX}{name}": value for name, value in _rest(model, trained, what.vocabulary).items()}
+    save_tensors(step / REST, rest, {"format": "pt"})
+    tokenizer.save(step / TOKENIZER)
+
+
+def _rest(model: RewardModel, trained: set[str], vocabulary: int) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors that have moved and are no LoRA; the whole embedding where a row of it has."""
+    shapes = {path: shape for path, shape in parameter_shapes(model).items() if path not in (TABLE, ADDED)}
+    values = parameter_values(model)
+    the_plan = plan(reward_table(), shapes)
+    moved = {
+        key: the_plan.join(key, values)
+        for key, targets in the_plan.entries.items()
+        if any(target.path in trained for target in targets)
+    }
+    if {TABLE, ADDED} & trained:
+        moved[EMBEDDING] = _embedding(model, vocabulary)
+    return moved
+
+
+def _embedding(model: RewardModel, vocabulary: int) -> np.ndarray:
+    embed: Any = model.language.embed
+    table = np.asarray(embed.embedding[...])
+    if not isinstance(embed, SpecialTokenEmbedding):
+        return table
+    grown = np.zeros((vocabulary, table.shape[1]), table.dtype)
+    grown[: len(table)] = table[:vocabulary]
+    grown[embed.token] = np.asarray(embed.special[...])[0].astype(table.dtype)
+    return grown
+
+
+def _module(path: str) -> str:
+    return reward_table().module(path)[1]
+
+
+def _model_config(what: RewardExport) -> Mapping[str, Any]:
+    config = what.config
+    norm = {"VQ_mean": config.mean, "VQ_std": config.std}
+    return {
+        "data_config": {"max_frame_pixels": config.max_pixels, "prompt_template_type": config.template},
+        "model_config": {
+            "model_name_or_path": what.base,
+            "output_dim": config.outputs,
+            "use_special_tokens": config.special_tokens,
+            "freeze_vision_tower": not what.vision,
+            "reward_token": config.token,
+            "loss_type": what.loss,
+        },
+        "peft_lora_config": {
+            "lora_enable": True,
+            "lora_r": config.rank,
+            "lora_alpha": config.alpha,
+            "use_rslora": config.rslora,
+        },
+    } | ({} if config.mean is None else {"inference_config": norm})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_file(path, json.dumps(content, indent=2) + "\n")
