@@ -127,7 +127,7 @@ def tell(run: Run, untold: tuple[int, Any, Any] | None) -> None:
             + (f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet")
             + "; lower optimizer.lr or optimizer.clip, or set train.dtype to float32"
         )
-    metrics = {name: float(one.total / one.count) for name, one in report.metrics.items() if one.count}
+    metrics = {name: float(one.total / one.of) for name, one in report.metrics.items() if one.of}
     run.watch.step(step, report, batch, run.loader.drawn(step), metrics)
 
 

@@ -107,8 +107,8 @@ class PairFile:
 
     def read(self, index: int) -> Pair:
         line = self.lines[index]
-        images = (read_image(self.folder / name, line.where) for name in (line.image_a, line.image_b))
-        return Pair(line.where, line.prompt, *images, line.label, *line.scores)
+        a, b = (read_image(self.folder / name, line.where) for name in (line.image_a, line.image_b))
+        return Pair(line.where, line.prompt, a, b, line.label, *line.scores)
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,8 @@ def make_recipe(config: RunConfig, trained: Trained) -> Recipe:
     """
     bundle, how, data = trained.bundle, config.train, config.data
     data.require_grid(bundle.token_pixels)
-    shape = Shape(
-        how.max_sequence_length or bundle.default_t5_length,
-        (data.target_size // bundle.token_pixels,) * 2,
-        (data.condition_size // bundle.token_pixels,) * 2,
-    )
+    image, condition = data.target_size // bundle.token_pixels, data.condition_size // bundle.token_pixels
+    text = how.max_sequence_length or bundle.default_t5_length
+    shape = Shape(text, (image, image), (condition, condition))
     dtype = jnp.dtype(how.dtype)
     return Recipe(how.seed, dtype, shape, how.flags, how.remat, how.accumulation, how.attention)

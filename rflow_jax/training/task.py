@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -23,6 +23,7 @@ TASKS = {
 DEFAULT = "corrector"
 
 
+@runtime_checkable
 class Validation(Protocol):
     """Held-out records, tried every so many steps."""
 
@@ -34,6 +35,7 @@ class Validation(Protocol):
         ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model that is trained on data, loaded onto the mesh.
 
@@ -77,6 +79,7 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
 class TakeStep(Protocol):
     """(state, what :meth:`Task.put` gives) -> (state, report)."""
 

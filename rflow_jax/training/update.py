@@ -33,7 +33,7 @@ class Ratio(NamedTuple):
     """A metric as a sum and what it is divided by, so that parts of a batch can be added up."""
 
     total: Float[Array, ""]
-    count: Float[Array, ""]
+    of: Float[Array, ""]
 
 
 Metrics = dict[str, Ratio]

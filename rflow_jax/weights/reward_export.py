@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +23,8 @@ from rflow_jax.weights.writing import save_tensors, whole
 PREFIX = "base_model.model."  # PEFT's
 TABLE, ADDED = "language.embed.embedding", "language.embed.special"
 EMBEDDING = "model.embed_tokens.weight"
+SaveTo = Callable[[Path], None]
 ADAPTER, REST, TOKENIZER = "adapter_model.safetensors", "non_lora_state_dict.safetensors", "tokenizer"
-
-
-class Savable(Protocol):
-    """A tokenizer, as far as it matters here."""
-
-    def save(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -50,22 +45,24 @@ class RewardExport:
     vision: bool
 
 
-def export_reward(model: RewardModel, trained: set[str], what: RewardExport, tokenizer: Savable, step: Path) -> None:
+def export_reward(
+    model: RewardModel, trained: set[str], what: RewardExport, save_tokenizer: SaveTo, step: Path
+) -> None:
     """Writes ``checkpoint-N`` and, beside it, ``model_config.json``.
 
     Args:
         model: on the host.
         trained: dotted paths of the parameters that have moved, besides LoRA.
-        tokenizer: with the special token.
+        save_tokenizer: writes the tokenizer, with the special token, into a folder.
         step: the folder ``checkpoint-N``.
     """
     with whole(step) as partial:
         partial.mkdir()
-        _write_step(model, trained, what, tokenizer, partial)
+        _write_step(model, trained, what, save_tokenizer, partial)
     _write_json(step.parent / CONFIG_FILE, _model_config(what))
 
 
-def _write_step(model: RewardModel, trained: set[str], what: RewardExport, tokenizer: Savable, step: Path) -> None:
+def _write_step(model: RewardModel, trained: set[str], what: RewardExport, save_tokenizer: SaveTo, step: Path) -> None:
     named = {_module(path): adapter for path, adapter in adapters_of(model).items()}
     tensors: dict[str, np.ndarray] = {}
     for name, adapter in named.items():
@@ -75,7 +72,7 @@ def _write_step(model: RewardModel, trained: set[str], what: RewardExport, token
         _write_json(step / "adapter_config.json", peft_config(named) | {"base_model_name_or_path": what.base})
     rest = {f"{PREFIX}{name}": value for name, value in _rest(model, trained, what.vocabulary).items()}
     save_tensors(step / REST, rest, {"format": "pt"})
-    tokenizer.save(step / TOKENIZER)
+    save_tokenizer(step / TOKENIZER)
 
 
 def _rest(model: RewardModel, trained: set[str], vocabulary: int) -> dict[str, np.ndarray]:

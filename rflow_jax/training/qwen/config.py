@@ -26,7 +26,7 @@ class QwenTrainableConfig:
 
     pattern: str | None = LANGUAGE_LINEARS
     rank: int = 16
-    alpha: float | None = 32
+    alpha: float | None = 32.0
     parameters: str | None = None
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def flops_of_sample(parts: Parts, config: Qwen25VLConfig, *, tokens: int, patche
 
     Of frozen weights no gradient is computed, and none at all in a vision tower that stays.
     """
-    sizes = dict.fromkeys(("vision", "language"), 0)
+    sizes: dict[str, int] = {"vision": 0, "language": 0}
     for state in (parts.trainable, parts.frozen):
         for path, leaf in nnx.to_flat_state(state):
             if path[0] in sizes and leaf.get_value().ndim > 1 and "embed" not in path:

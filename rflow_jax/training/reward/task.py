@@ -147,7 +147,7 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
         token=config.reward.token,
         special_tokens=config.reward.token == "special",
         rank=trainable.rank,
-        alpha=trainable.rank if trainable.alpha is None else trainable.alpha,
+        alpha=float(trainable.rank if trainable.alpha is None else trainable.alpha),
         max_pixels=config.data.max_pixels,
         template="none" if config.reward.prompt_file is None else _FROM_FILE,
     )

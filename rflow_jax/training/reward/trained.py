@@ -38,4 +38,4 @@ class TrainedReward:
         model = self.parts.merged(trainable)
         if folder is not None:
             moved = {dotted(path) for path, leaf in nnx.to_flat_state(trainable) if not isinstance(leaf, nnx.LoRAParam)}
-            export_reward(model, moved, what, self.tokenizer, folder)
+            export_reward(model, moved, what, self.tokenizer.save, folder)

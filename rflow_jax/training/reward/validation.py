@@ -16,7 +16,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import put_batch, replicated
 from rflow_jax.training.reward.batches import PairExample, PairInputs, PairMaker
 from rflow_jax.training.reward.config import PairValidationConfig
-from rflow_jax.training.reward.losses import pair_accuracy, pair_losses
+from rflow_jax.training.reward.losses import LossName, pair_accuracy, pair_losses
 from rflow_jax.training.reward.objective import PairObjective
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class PairValidation:
         batch: int,
     ):
         self.every = config.every
-        self._mesh, self._loss, self._frozen = mesh, objective.loss, frozen
+        self._loss: LossName = objective.loss
+        self._mesh, self._frozen = mesh, frozen
         examples = _usable(source, maker, config.records)
         starts = range(0, len(examples), batch)
         self._count = len(examples)
