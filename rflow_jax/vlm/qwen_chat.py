@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from rflow_jax.vlm.qwen_prepare import Preparation, each, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.load import ShardingFor
-from rflow_jax.weights.qwen import end_tokens, load_qwen
+from rflow_jax.weights.peft_adapters import attach_adapter, merged
+from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class QwenChatConfig:
         top_p: drawn from the likeliest tokens that together have this probability.
         seed: of the drawing; an answer also depends on its question, and on nothing else.
         max_pixels: of a picture; None: the model's own limit.
+        adapter: folder of a LoRA that PEFT or ``train.py`` (task ``sft``) wrote; it is added to the weights.
     """
 
     model: str
@@ -48,6 +51,7 @@ class QwenChatConfig:
     top_p: float = 1.0
     seed: int = 0
     max_pixels: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -76,6 +80,8 @@ class QwenChat:
         folder = resolve_vlm(config.model)
         tokenizer = QwenTokenizer(folder)
         model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=sharding_for)
+        if config.adapter is not None:
+            model = merged(attach_adapter(model, Path(config.adapter).expanduser(), published_table(model)))
         sizes = model.config
         ends = set(end_tokens(folder, sizes)) | ({tokenizer.eos} - {None})
         self._decoding = Decoding(

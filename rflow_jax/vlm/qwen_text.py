@@ -77,10 +77,10 @@ class QwenTokenizer:
         """The text without special tokens."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """A conversation in the model's own form, up to where its answer begins."""
+    def chat(self, messages: Sequence[dict[str, Any]], *, answer: bool = True) -> str:
+        """A conversation in the model's own form, up to where its answer begins; without ``answer``, up to its end."""
         return self._tokenizer.apply_chat_template(
-            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=answer
         )
 
     @cached_property

@@ -14,17 +14,16 @@ from rflow_jax.files import write_file
 from rflow_jax.models.lora import adapters_of
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, SpecialTokenEmbedding
 from rflow_jax.weights.load import parameter_shapes, parameter_values
-from rflow_jax.weights.lora_export import peft_config
 from rflow_jax.weights.names.qwen2_5_vl import reward_table
+from rflow_jax.weights.peft_adapters import PREFIX, export_adapter
 from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
 from rflow_jax.weights.tables import plan
 from rflow_jax.weights.writing import save_tensors, whole
 
-PREFIX = "base_model.model."  # PEFT's
 TABLE, ADDED = "language.embed.embedding", "language.embed.special"
 EMBEDDING = "model.embed_tokens.weight"
 SaveTo = Callable[[Path], None]
-ADAPTER, REST, TOKENIZER = "adapter_model.safetensors", "non_lora_state_dict.safetensors", "tokenizer"
+REST, TOKENIZER = "non_lora_state_dict.safetensors", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,8 @@ def export_reward(
 
 
 def _write_step(model: RewardModel, trained: set[str], what: RewardExport, save_tokenizer: SaveTo, step: Path) -> None:
-    named = {_module(path): adapter for path, adapter in adapters_of(model).items()}
-    tensors: dict[str, np.ndarray] = {}
-    for name, adapter in named.items():
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": adapter.a, f"{PREFIX}{name}.lora_B.weight": adapter.b}
-    if named:
-        save_tensors(step / ADAPTER, tensors, {"format": "pt"})
-        _write_json(step / "adapter_config.json", peft_config(named) | {"base_model_name_or_path": what.base})
+    if adapters := adapters_of(model):
+        export_adapter(adapters, reward_table(), what.base, step)
     rest = {f"{PREFIX}{name}": value for name, value in _rest(model, trained, what.vocabulary).items()}
     save_tensors(step / REST, rest, {"format": "pt"})
     save_tokenizer(step / TOKENIZER)
@@ -99,10 +93,6 @@ def _embedding(model: RewardModel, vocabulary: int) -> np.ndarray:
     grown[: len(table)] = table[:vocabulary]
     grown[embed.token] = np.asarray(embed.special[...])[0].astype(table.dtype)
     return grown
-
-
-def _module(path: str) -> str:
-    return reward_table().module(path)[1]
 
 
 def _model_config(what: RewardExport) -> Mapping[str, Any]:
