@@ -15,6 +15,7 @@ import pytest
 
 from rflow_jax.data.make_genref import make_genref
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+from tests.kit.chats import make_chats
 from tests.kit.preferences import make_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -151,3 +152,32 @@ def test_a_checkpoint_of_other_settings_is_refused(place, pairs):
         status, text = place.run("reward_debug", "kept", *flags_of(pairs, 2), "--resume", "true", flag, value)
         assert status == 2, text
         assert flag.removeprefix("--") in text
+
+
+@pytest.fixture(scope="module")
+def chats(place) -> list[str]:
+    (place.root / "chats").mkdir()
+    file = str(make_chats(place.root / "chats"))
+    small = ["--data.max_images", "2", "--train.batch_size", "2", "--watch.every", "1", "--watch.tensorboard", "false"]
+    return ["--data.chats", file, "--validation.chats", file, *small]
+
+
+def test_fine_tuning_stopped_and_resumed_is_fine_tuning_at_once(place, chats):
+    status, text = place.run("sft_debug", "sft", *chats, "--train.steps", "4")
+    assert status == 0, text
+    tried = [line["validation/loss"] for line in place.lines("sft") if "validation/loss" in line]
+    assert len(tried) == 2
+    assert tried[1] < tried[0]
+    assert (place.root / "sft" / "adapter" / "4" / "adapter_model.safetensors").is_file()
+    assert place.run("sft_debug", "sft_parts", *chats, "--train.steps", "2")[0] == 0
+    status, text = place.run("sft_debug", "sft_parts", *chats, "--train.steps", "4", "--resume", "true")
+    assert status == 0, text
+    assert place.steps("sft_parts") == place.steps("sft")
+
+
+def test_a_chat_that_is_not_usable_is_named(place, tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    status, text = place.run("sft_debug", "bad_chats", "--data.chats", str(tmp_path / "chats.jsonl"))
+    assert status == 2, text
+    assert "chats.jsonl:1: no message of the assistant" in text
+    assert "Traceback" not in text
