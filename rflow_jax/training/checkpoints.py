@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.files import write_file
+from rflow_jax.training.exporter import Exporter
 from rflow_jax.training.folder import fresh
 from rflow_jax.training.update import State
 
@@ -70,23 +71,6 @@ class CheckpointConfig:
                 raise InputError(f"checkpoint.{name} is {getattr(self, name)}: give at least 1")
         if self.keep_every is not None and self.keep_every < 1:
             raise InputError(f"checkpoint.keep_every is {self.keep_every}: give at least 1, or null")
-
-
-@runtime_checkable
-class Exporter(Protocol):
-    """Writes what was trained in the form that other programs read.
-
-    Attributes:
-        exports: where in the run's folder that of a step goes, such as ``lora/{step}``, with the step at its end; None:
-            there is no such form.
-    """
-
-    @property
-    def exports(self) -> str | None: ...
-
-    def export(self, trainable: Any, folder: Path | None) -> None:
-        """Is called in every process, with a folder to make in the first alone."""
-        ...
 
 
 class Checkpoints:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from rflow_jax.cli import nearest
 from rflow_jax.errors import InputError
-from rflow_jax.training.checkpoints import Exporter
+from rflow_jax.training.exporter import Exporter
 from rflow_jax.training.update import Report, State
 
 # The key ``task`` of a configuration -> (its dataclass, the class that is made of it and a mesh).

@@ -18,8 +18,8 @@ import transformers
 
 from rflow_jax.models.qwen2_5_vl.layout import Grid
 from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
+from rflow_jax.training.qwen.batches import ArrayBatch
 from rflow_jax.training.qwen.config import QwenTrainableConfig
-from rflow_jax.training.sft.batches import ChatBatch
 from rflow_jax.training.sft.config import ChatValidationConfig, SftTaskConfig
 from rflow_jax.training.sft.objective import weighed
 from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
@@ -74,7 +74,7 @@ def case(request, tmp_path_factory, golden) -> Case:
 def our_batch(run: SftRun) -> Any:
     maker, source = run.task._maker, run.task._source
     examples = [maker.example(source.read(index)) for index in range(len(source))]
-    return run.task.put(ChatBatch(0, maker.inputs(examples, len(examples)), [], 0.0, ""))
+    return run.task.put(ArrayBatch(0, maker.inputs(examples, len(examples)), [], 0.0, ""))
 
 
 def our_loss(run: SftRun) -> float:

@@ -1,10 +1,10 @@
-"""Pairs -> batches: decoded, tokenized and cut into patches by workers, then stacked."""
+"""Pairs of pictures -> what the reward model is given."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
 from typing import Any, NamedTuple
@@ -13,13 +13,10 @@ import jax
 import numpy as np
 
 from rflow_jax.data.examples import decode
-from rflow_jax.data.loader import Loader, Made
-from rflow_jax.data.preferences import INVALID, Pair, PairSource
+from rflow_jax.data.preferences import INVALID, Pair
 from rflow_jax.data.records import RecordError
-from rflow_jax.data.shuffle import Job, ShuffledPlan
 from rflow_jax.errors import InputError
 from rflow_jax.training.qwen.rows import Rows, RowSizes, rows_of
-from rflow_jax.training.reward.config import PairDataConfig
 from rflow_jax.typing import Array, Float, Int
 from rflow_jax.vlm.qwen_inputs import Sample
 from rflow_jax.vlm.qwen_prepare import Preparation
@@ -47,19 +44,9 @@ class PairInputs(NamedTuple):
     scores: Float[Array | np.ndarray, "b 2"]
 
 
-class PairBatch(NamedTuple):
-    """This process's pairs of one step; attributes as in :class:`~rflow_jax.data.loader.HostBatch`."""
-
-    step: int
-    inputs: PairInputs
-    skipped: list[str]
-    waited: float
-    digest: str
-
-
 @dataclass(frozen=True)
 class PairMaker:
-    """Makes what the network is given of a pair.
+    """A :class:`~rflow_jax.training.qwen.batches.Maker`.
 
     Attributes:
         special: the token of which a sample must hold one; None: there is none.
@@ -89,6 +76,11 @@ class PairMaker:
             np.asarray([example.scores for example in padded], np.float32),
         )
 
+    def digest(self, pair: Pair) -> bytes:
+        """A hash of everything in a pair."""
+        sums = [zlib.crc32(image) for image in (pair.image_a, pair.image_b)]
+        return hashlib.sha256(f"{pair.prompt}\0{sums}\0{pair.label}".encode()).digest()
+
     def _sample(self, pair: Pair, content: bytes, name: str) -> Sample:
         image = decode(content, f"{pair.key}: {name}")
         try:
@@ -98,50 +90,3 @@ class PairMaker:
         if self.special is not None and np.sum(sample.ids == self.special) != 1:
             raise RecordError(f"{pair.key}: the prompt holds the special token")
         return self.sizes.require(sample, self.prepare.config, pair.key)
-
-
-@dataclass(frozen=True)
-class MakePair:
-    """Reads the pair that a job names, and prepares it; runs in a worker."""
-
-    source: PairSource
-    maker: PairMaker
-
-    def __call__(self, job: Job) -> Made:
-        try:
-            pair = self.source.read(job.index)
-            return Made(self.maker.example(pair), _digest(pair))
-        except RecordError as error:
-            return Made(None, b"", str(error))
-
-
-class PairLoader(Loader):
-    """Batches of pairs."""
-
-    def __init__(self, plan: ShuffledPlan, source: PairSource, maker: PairMaker, config: PairDataConfig, start: int):
-        super().__init__(plan, MakePair(source, maker), config, start)
-        self._maker = maker
-
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        inputs = self._maker.inputs([one.example for one in made], len(made))
-        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
-        return PairBatch(step, inputs, skipped, waited, digest)
-
-
-def open_pair_loader(
-    source: PairSource,
-    maker: PairMaker,
-    config: PairDataConfig,
-    *,
-    start: int,
-    position: Mapping[str, Any] | None,
-    **how: Any,
-) -> PairLoader:
-    """Batches from a step on; ``how`` as in :class:`~rflow_jax.data.shuffle.ShuffledPlan`."""
-    plan = ShuffledPlan(len(source), fingerprint=source.fingerprint, name="pairs", position=position, **how)
-    return PairLoader(plan, source, maker, config, start)
-
-
-def _digest(pair: Pair) -> bytes:
-    sums = [zlib.crc32(image) for image in (pair.image_a, pair.image_b)]
-    return hashlib.sha256(f"{pair.prompt}\0{sums}\0{pair.label}".encode()).digest()

@@ -21,10 +21,11 @@ from rflow_jax.models.qwen2_5_vl.reward import RewardModel, reward_model_of
 from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.feed import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, open_array_loader
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.qwen.rows import RowSizes
 from rflow_jax.training.qwen.trained import Parts, first_key, flops_of_sample, take_apart
-from rflow_jax.training.reward.batches import PairBatch, PairInputs, PairLoader, PairMaker, open_pair_loader
+from rflow_jax.training.reward.batches import PairInputs, PairMaker
 from rflow_jax.training.reward.config import RewardRunConfig
 from rflow_jax.training.reward.losses import NEED_SCORES
 from rflow_jax.training.reward.objective import PairObjective
@@ -99,14 +100,14 @@ class Reward:
         parts, config = self.trained.parts, self._maker.prepare.config
         return 2 * flops_of_sample(parts, config, tokens=sizes.tokens, patches=sizes.patches, pictures=1)
 
-    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> PairLoader:
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
         """Batches of pairs from a step on."""
         how, data = self._config.train, self._config.data
         slots = slots_here(self._mesh, how.batch_size)
-        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots}
-        return open_pair_loader(self._source, self._maker, data, start=start, position=position, **sizes)
+        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots, "name": "pairs"}
+        return open_array_loader(self._source, self._maker, data, start=start, position=position, **sizes)
 
-    def put(self, batch: PairBatch) -> PairInputs:
+    def put(self, batch: ArrayBatch) -> PairInputs:
         """Pairs on the mesh."""
         return put_batch(self._mesh, batch.inputs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import jax
@@ -11,15 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rflow_jax.data.preferences import PairSource
-from rflow_jax.data.records import RecordError
-from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import put_batch, replicated
-from rflow_jax.training.reward.batches import PairExample, PairInputs, PairMaker
+from rflow_jax.training.qwen.batches import first_usable
+from rflow_jax.training.reward.batches import PairInputs, PairMaker
 from rflow_jax.training.reward.config import PairValidationConfig
 from rflow_jax.training.reward.losses import LossName, pair_accuracy, pair_losses
 from rflow_jax.training.reward.objective import PairObjective
-
-log = logging.getLogger(__name__)
 
 
 class PairValidation:
@@ -45,7 +41,7 @@ class PairValidation:
         self.every = config.every
         self._loss: LossName = objective.loss
         self._mesh, self._frozen = mesh, frozen
-        examples = _usable(source, maker, config.records)
+        examples = first_usable(source, maker, config.records)
         starts = range(0, len(examples), batch)
         self._count = len(examples)
         self._batches = [maker.inputs(examples[k : k + batch], batch) for k in starts]
@@ -75,20 +71,3 @@ class PairValidation:
 
     def _put(self, batch: PairInputs) -> PairInputs:
         return put_batch(self._mesh, batch, whole=True)
-
-
-def _usable(source: PairSource, maker: PairMaker, count: int) -> list[PairExample]:
-    """The first usable pairs."""
-    found: list[PairExample] = []
-    trouble = ""
-    for index in range(len(source)):
-        if len(found) == count:
-            break
-        try:
-            found.append(maker.example(source.read(index)))
-        except RecordError as error:
-            trouble = str(error)
-            log.warning("validation: skipped %s", trouble)
-    if not found:
-        raise InputError(f"validation: no pair is usable; the last: {trouble}")
-    return found

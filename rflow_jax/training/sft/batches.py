@@ -1,23 +1,20 @@
-"""Chats -> batches: decoded, tokenized and cut into patches by workers, then stacked."""
+"""Chats with pictures -> what the network is given, and which tokens it is to predict."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from rflow_jax.data.chats import PICTURE, Chat, ChatFile
+from rflow_jax.data.chats import PICTURE, Chat
 from rflow_jax.data.examples import decode
-from rflow_jax.data.loader import Loader, Made
 from rflow_jax.data.records import RecordError
-from rflow_jax.data.shuffle import Job, ShuffledPlan
 from rflow_jax.errors import InputError
 from rflow_jax.training.qwen.rows import Rows, RowSizes, rows_of
-from rflow_jax.training.sft.config import ChatDataConfig
 from rflow_jax.typing import Array, Float
 from rflow_jax.vlm.qwen_inputs import Sample
 from rflow_jax.vlm.qwen_prepare import Preparation
@@ -46,19 +43,9 @@ class ChatInputs(NamedTuple):
     weights: Float[Array | np.ndarray, "b t"]
 
 
-class ChatBatch(NamedTuple):
-    """This process's chats of one step; attributes as in :class:`~rflow_jax.data.loader.HostBatch`."""
-
-    step: int
-    inputs: ChatInputs
-    skipped: list[str]
-    waited: float
-    digest: str
-
-
 @dataclass(frozen=True)
 class ChatMaker:
-    """Makes what the network is given of a chat."""
+    """A :class:`~rflow_jax.training.qwen.batches.Maker`."""
 
     prepare: Preparation
     sizes: RowSizes
@@ -85,6 +72,11 @@ class ChatMaker:
         for row, example in zip(weights, padded, strict=True):
             row[: len(example.learned)] = example.learned
         return ChatInputs(rows, weights)
+
+    def digest(self, chat: Chat) -> bytes:
+        """A hash of everything in a chat."""
+        sums = [zlib.crc32(image) for image in chat.images]
+        return hashlib.sha256(f"{chat.messages}{sums}".encode()).digest()
 
     def _tokens(self, segments: Sequence[tuple[str, bool]], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         ids, learned, left = [], [], list(tokens)
@@ -117,48 +109,6 @@ def segments_of(tokenizer: QwenTokenizer, messages: Sequence[tuple[str, str]]) -
     return segments
 
 
-@dataclass(frozen=True)
-class MakeChat:
-    """Reads the chat that a job names, and prepares it; runs in a worker."""
-
-    source: ChatFile
-    maker: ChatMaker
-
-    def __call__(self, job: Job) -> Made:
-        try:
-            chat = self.source.read(job.index)
-            return Made(self.maker.example(chat), _digest(chat))
-        except RecordError as error:
-            return Made(None, b"", str(error))
-
-
-class ChatLoader(Loader):
-    """Batches of chats."""
-
-    def __init__(self, plan: ShuffledPlan, source: ChatFile, maker: ChatMaker, config: ChatDataConfig, start: int):
-        super().__init__(plan, MakeChat(source, maker), config, start)
-        self._maker = maker
-
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        inputs = self._maker.inputs([one.example for one in made], len(made))
-        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
-        return ChatBatch(step, inputs, skipped, waited, digest)
-
-
-def open_chat_loader(
-    source: ChatFile,
-    maker: ChatMaker,
-    config: ChatDataConfig,
-    *,
-    start: int,
-    position: Mapping[str, Any] | None,
-    **how: Any,
-) -> ChatLoader:
-    """Batches from a step on; ``how`` as in :class:`~rflow_jax.data.shuffle.ShuffledPlan`."""
-    plan = ShuffledPlan(len(source), fingerprint=source.fingerprint, name="chats", position=position, **how)
-    return ChatLoader(plan, source, maker, config, start)
-
-
 def _content(text: str) -> list[dict[str, str]]:
     """A message's text and pictures, as chat templates take them."""
     first, *others = text.split(PICTURE)
@@ -166,7 +116,3 @@ def _content(text: str) -> list[dict[str, str]]:
     for other in others:
         parts += [{"type": "image"}, *([{"type": "text", "text": other}] if other else [])]
     return parts
-
-
-def _digest(chat: Chat) -> bytes:
-    return hashlib.sha256(f"{chat.messages}{[zlib.crc32(image) for image in chat.images]}".encode()).digest()

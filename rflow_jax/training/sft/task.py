@@ -14,9 +14,10 @@ from rflow_jax.data.chats import ChatFile
 from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.feed import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, open_array_loader
 from rflow_jax.training.qwen.rows import RowSizes
 from rflow_jax.training.qwen.trained import flops_of_sample, take_apart
-from rflow_jax.training.sft.batches import ChatBatch, ChatInputs, ChatLoader, ChatMaker, open_chat_loader
+from rflow_jax.training.sft.batches import ChatInputs, ChatMaker
 from rflow_jax.training.sft.config import SftRunConfig
 from rflow_jax.training.sft.objective import ChatObjective, weighed
 from rflow_jax.training.sft.trained import TrainedChat
@@ -71,14 +72,14 @@ class Sft:
         how = {"tokens": sizes.tokens, "patches": sizes.patches, "pictures": sizes.pictures}
         return flops_of_sample(self.trained.parts, config, **how)
 
-    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ChatLoader:
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
         """Batches of chats from a step on."""
         how, data = self._config.train, self._config.data
         slots = slots_here(self._mesh, how.batch_size)
-        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots}
-        return open_chat_loader(self._source, self._maker, data, start=start, position=position, **sizes)
+        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots, "name": "chats"}
+        return open_array_loader(self._source, self._maker, data, start=start, position=position, **sizes)
 
-    def put(self, batch: ChatBatch) -> ChatInputs:
+    def put(self, batch: ArrayBatch) -> ChatInputs:
         """Chats on the mesh."""
         return put_batch(self._mesh, batch.inputs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import jax
@@ -10,15 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rflow_jax.data.chats import ChatFile
-from rflow_jax.data.records import RecordError
-from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import put_batch, replicated
-from rflow_jax.training.sft.batches import ChatExample, ChatInputs, ChatMaker
+from rflow_jax.training.qwen.batches import first_usable
+from rflow_jax.training.sft.batches import ChatInputs, ChatMaker
 from rflow_jax.training.sft.config import ChatValidationConfig
 from rflow_jax.training.sft.objective import ChatObjective
 from rflow_jax.typing import Array
-
-log = logging.getLogger(__name__)
 
 
 class ChatValidation:
@@ -43,7 +39,7 @@ class ChatValidation:
     ):
         self.every = config.every
         self._mesh, self._frozen = mesh, frozen
-        examples = _usable(source, maker, config.records)
+        examples = first_usable(source, maker, config.records)
         self._batches = [maker.inputs(examples[k : k + batch], batch) for k in range(0, len(examples), batch)]
 
         def sums(trainable: Any, frozen: Any, chats: ChatInputs) -> tuple[Array, Array, Array]:
@@ -59,20 +55,3 @@ class ChatValidation:
         sums = [jax.device_get(self._sums(trainable, self._frozen, put)) for put in puts]
         loss, right, count = (float(sum(part)) for part in zip(*sums, strict=True))
         return {"validation/loss": loss / count, "validation/token_accuracy": right / count}
-
-
-def _usable(source: ChatFile, maker: ChatMaker, count: int) -> list[ChatExample]:
-    """The first usable chats."""
-    found: list[ChatExample] = []
-    trouble = ""
-    for index in range(len(source)):
-        if len(found) == count:
-            break
-        try:
-            found.append(maker.example(source.read(index)))
-        except RecordError as error:
-            trouble = str(error)
-            log.warning("validation: skipped %s", trouble)
-    if not found:
-        raise InputError(f"validation: no chat is usable; the last: {trouble}")
-    return found
