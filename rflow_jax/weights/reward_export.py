@@ -16,7 +16,7 @@ from rflow_jax.models.qwen2_5_vl.reward import RewardModel, SpecialTokenEmbeddin
 from rflow_jax.weights.load import parameter_shapes, parameter_values
 from rflow_jax.weights.names.qwen2_5_vl import reward_table
 from rflow_jax.weights.peft_adapters import PREFIX, export_adapter
-from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.reward_config import CONFIG_FILE, PROMPT_FILE, RewardConfig
 from rflow_jax.weights.tables import plan
 from rflow_jax.weights.writing import save_tensors, whole
 
@@ -35,6 +35,7 @@ class RewardExport:
         vocabulary: rows of the embedding: the tokens with the special one.
         loss: that it was trained with.
         vision: whether the vision tower has moved.
+        prompt: the wording around ``$prompt``; None: the prompt alone.
     """
 
     config: RewardConfig
@@ -42,6 +43,7 @@ class RewardExport:
     vocabulary: int
     loss: str
     vision: bool
+    prompt: str | None = None
 
 
 def export_reward(
@@ -59,6 +61,8 @@ def export_reward(
         partial.mkdir()
         _write_step(model, trained, what, save_tokenizer, partial)
     _write_json(step.parent / CONFIG_FILE, _model_config(what))
+    if what.prompt is not None:
+        write_file(step.parent / PROMPT_FILE, what.prompt)
 
 
 def _write_step(model: RewardModel, trained: set[str], what: RewardExport, save_tokenizer: SaveTo, step: Path) -> None:

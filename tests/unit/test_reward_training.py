@@ -102,6 +102,15 @@ def test_the_verifier_gives_the_scores_of_the_trained_model(pairs, tmp_path, tra
         np.testing.assert_allclose([scores.mean(), scores.std()], [0, 1], atol=1e-4)
 
 
+def test_the_wording_goes_with_the_export(pairs, tmp_path):
+    (tmp_path / "wording.txt").write_text("How well does it show $prompt?")
+    how = RewardTaskConfig(prompt_file=str(tmp_path / "wording.txt"))
+    run = RewardRun(reward_config(pairs, reward=how))
+    run.task.trained.export(run.state.trainable, tmp_path / "reward" / "checkpoint-0")
+    verifier = RewardVerifier(RewardVerifierConfig(str(tmp_path / "reward"), dtype="float32"))
+    assert verifier._template.template == f"How well does it show $prompt? {SPECIAL_TOKEN}"
+
+
 def test_exports_that_go_with_their_checkpoints(pairs, tmp_path):
     run = RewardRun(reward_config(pairs))
     kept = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))

@@ -44,7 +44,7 @@ from rflow_jax.weights.reward_config import RewardConfig
 from rflow_jax.weights.reward_export import RewardExport
 
 HEAD = r"reward\.kernel|language\.embed\.special"
-_FROM_FILE = "file"  # what an export calls a wording that it does not hold
+_FROM_FILE = "file"  # what an export calls a wording of the run's own
 
 
 class Reward:
@@ -89,7 +89,9 @@ class Reward:
             config.train.attention,
             config.train.remat,
         )
-        what = RewardExport(how, how.base, len(tokenizer), config.reward.loss, _moves_vision(parts))
+        file = config.reward.prompt_file
+        wording = None if file is None else read_prompt(Path(file))
+        what = RewardExport(how, how.base, len(tokenizer), config.reward.loss, _moves_vision(parts), wording)
         self.trained = TrainedReward(parts, what, tokenizer)
         self.trainable = parts.trainable
 
@@ -141,8 +143,6 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
     """What an export says of the model."""
     trainable: QwenTrainableConfig = config.trainable
     base = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
-    if config.reward.prompt_file is not None:
-        read_prompt(Path(config.reward.prompt_file))
     return RewardConfig(
         base,
         token=config.reward.token,
