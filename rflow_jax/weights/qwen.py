@@ -83,7 +83,7 @@ def export_qwen(model: Qwen25VL, base: Path, folder: Path) -> None:
     """Writes a folder of Transformers: the network's parameters, and all that is text of the folder it came from.
 
     Args:
-        model: on the host, without adapters.
+        model: without adapters.
         base: the folder it was read from.
     """
     folder.mkdir(parents=True)

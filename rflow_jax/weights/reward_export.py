@@ -52,7 +52,6 @@ def export_reward(
     """Writes ``checkpoint-N`` and, beside it, ``model_config.json``.
 
     Args:
-        model: on the host.
         trained: dotted paths of the parameters that have moved, besides LoRA.
         save_tokenizer: writes the tokenizer, with the special token, into a folder.
         step: the folder ``checkpoint-N``.

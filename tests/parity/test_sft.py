@@ -125,7 +125,9 @@ def same_answers(case: Case, run: SftRun, folder: Path, tmp_path: Path) -> None:
     """The chat with the adapter says what the chat with the merged model says, and not what the base says."""
     merged = case.run(sft=SftTaskConfig(merge=True))
     merged.state = run.state
+    before = our_loss(merged)
     whole = exported(merged, tmp_path / "merged")
+    assert our_loss(merged) == before, "the export has changed what is trained"
     how = {"dtype": "float32", "batch_size": 2, "max_new_tokens": 6}
     questions = [Question(None, (picture(80, 70, 5), "What is it?")), Question("Be brief.", ("Why?",))]
     with jax.default_matmul_precision("highest"):

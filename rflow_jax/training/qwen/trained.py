@@ -37,8 +37,14 @@ class Parts(NamedTuple):
     frozen: Any
 
     def merged(self, trainable: Any) -> Any:
-        """The network with these parameters, on the host."""
-        return nnx.merge(self.graph, on_host(trainable), on_host(self.frozen))
+        """The network with these parameters, to be exported; every process must call it.
+
+        Its frozen part stays on the devices where this process reaches all of it, since little of it may be wanted.
+        """
+        one = jax.process_count() == 1
+        # New variables around the same arrays: what is set in the network is not set here.
+        frozen = jax.tree.map(lambda x: x, self.frozen) if one else on_host(self.frozen)
+        return nnx.merge(self.graph, on_host(trainable), frozen)
 
 
 def first_key(seed: int) -> jax.Array:
