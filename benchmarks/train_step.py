@@ -31,7 +31,8 @@ from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.objective import Examples
 from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rflow_jax.training.step import Recipe, Shape, init_state, make_step
+from rflow_jax.training.step import Recipe, Shape, make_step
+from rflow_jax.training.update import init_state
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 LOSSES_SHOWN = 3

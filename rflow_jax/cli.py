@@ -137,6 +137,25 @@ def _call(command: Command, parser: ArgumentParser, namespace: Namespace) -> int
     return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
 
+def early_value(argv: Sequence[str], key: str, default: str) -> str:
+    """The value of one key of a command line or of its YAML files, before there is a parser for the others.
+
+    A flag goes before files, and of several files the last one counts; what is wrong with a file the parser will say.
+    """
+    if flags := _values_of(argv, f"--{key}"):
+        return flags[-1][1]
+    for _, file in reversed(_values_of(argv, "--config")):
+        if key in (content := _yaml(file)):
+            return str(content[key])
+    return default
+
+
+def _values_of(argv: Sequence[str], flag: str) -> list[tuple[int, str]]:
+    """Where among the words a flag's values stand, and the values."""
+    alone = [(k + 1, argv[k + 1]) for k, word in enumerate(argv[:-1]) if word == flag]
+    return sorted([*alone, *((k, w.partition("=")[2]) for k, w in enumerate(argv) if w.startswith(f"{flag}="))])
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """The known key most like ``key``; the last part of a dotted key may stand for the whole."""
 
@@ -174,7 +193,7 @@ def _own_sections(argv: Sequence[str], command: Command | None) -> list[str]:
     own = {f.name: is_dataclass(f.default_factory) for config in command.configs for f in fields(config)}
     foreign = {f.name for config in command.kin for f in fields(config)} - own.keys()
     result = list(argv)
-    for place, file in _config_files(argv):
+    for place, file in _values_of(argv, "--config"):
         content = _yaml(file)
         if foreign & content.keys():
             sections = {key: value for key, value in content.items() if own.get(key)}
@@ -249,13 +268,7 @@ def plain(error: ArgumentError) -> str:
 
 
 def _config_file(argv: Sequence[str]) -> str:
-    return ", ".join(file for _, file in _config_files(argv)) or "the command line"
-
-
-def _config_files(argv: Sequence[str]) -> list[tuple[int, str]]:
-    """Where among the words a YAML file is named, and its name."""
-    alone = [(k + 1, argv[k + 1]) for k, word in enumerate(argv[:-1]) if word == "--config"]
-    return sorted([*alone, *((k, w.partition("=")[2]) for k, w in enumerate(argv) if w.startswith("--config="))])
+    return ", ".join(file for _, file in _values_of(argv, "--config")) or "the command line"
 
 
 def _of_files(error: OSError) -> str:

@@ -78,6 +78,20 @@ class Plan(Protocol):
         ...
 
 
+@runtime_checkable
+class LoaderConfig(Protocol):
+    """How batches are made in advance; see :class:`~rflow_jax.data.config.DataConfig`."""
+
+    @property
+    def workers(self) -> int | None: ...
+
+    @property
+    def prefetch(self) -> int: ...
+
+    @property
+    def skip_limit(self) -> int: ...
+
+
 class Loader:
     """Batches of a plan from one step on, for ever; a context manager that ends its workers.
 
@@ -89,7 +103,7 @@ class Loader:
         RunError: a worker process died.
     """
 
-    def __init__(self, plan: Plan, make: Callable[[Any], Made], config: DataConfig, start: int):
+    def __init__(self, plan: Plan, make: Callable[[Any], Made], config: LoaderConfig, start: int):
         self._plan, self._config, self._start = plan, config, start
         self._skipped = 0
         self._workers = Workers(make, worker_count(config.workers))

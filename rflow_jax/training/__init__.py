@@ -1,1 +1,1 @@
-"""Training of the corrector: its objective and its optimizers."""
+"""Training: the loop's parts, and what can be trained."""

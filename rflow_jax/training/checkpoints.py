@@ -16,19 +16,17 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.files import write_file
+from rflow_jax.training.exporter import Exporter
 from rflow_jax.training.folder import fresh
-from rflow_jax.training.model import Trained
-from rflow_jax.training.step import State
-from rflow_jax.weights.lora_export import export_lora
+from rflow_jax.training.update import State
 
 # Settings a resumed run must have as they were: else its numbers would mean something else, or its state would not fit.
 MUST_STAY = (
-    *("model", "trainable.*", "optimizer.name"),
+    *("task", "model", "trainable.*", "optimizer.name"),
     *(
         "train.batch_size",
         "train.dtype",
@@ -37,13 +35,14 @@ MUST_STAY = (
         "train.latent_lora",
         "train.max_sequence_length",
     ),
-    *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*"),
+    *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*", "data.max_*"),
+    "reward.*",
 )
 # Those whose change says nothing about the training; of all others (the learning rate, say) it is told.
 MAY_CHANGE = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
 
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
-CHECKPOINTS, EXPORTS, SEALS = "checkpoints", "lora", "checksums"
+CHECKPOINTS, SEALS = "checkpoints", "checksums"
 _BLOCK = 1 << 24  # bytes
 # What a checkpoint takes on the disk while it is written: Orbax writes parts, and merges them; and some metadata.
 _COPIES, _OVERHEAD = 2, 1 << 21
@@ -58,7 +57,7 @@ class CheckpointConfig:
         every: steps between two.
         keep_last: so many of the newest are kept.
         keep_every: those at multiples of it are kept for good.
-        export: also write the LoRA as ``lora/{step}/pytorch_lora_weights.safetensors``.
+        export: also write what was trained for other programs, such as ``lora/{step}`` of the corrector.
     """
 
     every: int = 2000
@@ -107,7 +106,7 @@ class Checkpoints:
             return []
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, position: dict[str, Any], config: dict[str, Any], trained: Trained) -> None:
+    def save(self, state: State, position: dict[str, Any], config: dict[str, Any], trained: Exporter) -> None:
         """Begins to write; the state is copied first, so that training can go on.
 
         A checkpoint that could not be written is noticed here or in :meth:`wait`.
@@ -123,7 +122,7 @@ class Checkpoints:
             self._save(int(jax.device_get(state.step)), state, position, config, trained)
 
     def _save(
-        self, step: int, state: State, position: dict[str, Any], config: dict[str, Any], trained: Trained
+        self, step: int, state: State, position: dict[str, Any], config: dict[str, Any], trained: Exporter
     ) -> None:
         if step in self.steps:
             return
@@ -136,8 +135,8 @@ class Checkpoints:
         self._require_space(state)
         self._manager.save(step, args=items)
         self._seal(before=step)
-        if self.config.export and trained.is_lora:
-            self._export(step, state, trained)
+        if self.config.export and trained.exports:
+            self._export(step, state, trained, trained.exports)
 
     def _require_space(self, state: State) -> None:
         """Said before a write begins: one that breaks off in the middle leaves Orbax's other writes to fail aloud."""
@@ -246,17 +245,16 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._manager.reload()
 
-    def _export(self, step: int, state: State, trained: Trained) -> None:
-        trainable = state.trainable
-        if jax.process_count() > 1:
-            trainable = multihost_utils.process_allgather(trainable, tiled=True)
-        if jax.process_index():
+    def _export(self, step: int, state: State, trained: Exporter, place: str) -> None:
+        first = jax.process_index() == 0
+        folder = self.out / place.format(step=step)
+        trained.export(state.trainable, fresh(folder) if first else None)
+        if not first:
             return
-        folder = self.out / EXPORTS
-        export_lora(nnx.merge(trained.graph, jax.device_get(trainable), trained.frozen), fresh(folder / str(step)))
-        kept = {str(step) for step in self.steps} | {str(step)}
-        for other in folder.iterdir():
-            if other.name not in kept and other.name.isdigit():
+        prefix = Path(place).name.removesuffix("{step}")
+        kept = {f"{prefix}{one}" for one in (*self.steps, step)}
+        for other in folder.parent.glob(f"{prefix}*"):
+            if other.name not in kept and other.name.removeprefix(prefix).isdigit():
                 shutil.rmtree(other)
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from rflow_jax.data.config import DataConfig
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import Remat
 from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.models.remat import Remat
 from rflow_jax.parallel.mesh import DistributedConfig, MeshConfig
 from rflow_jax.settings import require_dtype
 from rflow_jax.training.checkpoints import CheckpointConfig
@@ -23,7 +23,46 @@ LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class LoopConfig:
+    """The steps of a run, whatever is trained.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: samples of one optimizer step, on all devices together.
+        accumulation: a batch is taken in so many parts, one after the other, to save memory.
+        remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
+        dtype: of the activations and of the parameters that stay as they are.
+        seed: every draw derives from it.
+        attention: see rflow_jax/models/attention.py.
+    """
+
+    steps: int = 6000
+    batch_size: int = 64
+    accumulation: int = 1
+    remat: Remat = "full"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = 0
+    attention: AttentionImpl = "auto"
+
+    def __post_init__(self) -> None:
+        require_dtype(self.dtype)
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} is {getattr(self, name)}: give at least 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"train.seed is {self.seed}: give a number from 0 to {LARGEST_SEED}")
+
+    def check_batch(self, devices: int) -> None:
+        """Raises InputError unless every device gets as many samples, in every part of the batch."""
+        if self.batch_size % (devices * self.accumulation):
+            raise InputError(
+                f"train.batch_size is {self.batch_size}: give a multiple of {devices * self.accumulation} (samples are "
+                f"spread over {devices} device{'s' if devices > 1 else ''}, in {self.accumulation} parts)"
+            )
+
+
+@dataclass(frozen=True)
+class StepConfig(LoopConfig):
     """The steps of a run.
 
     Attributes:
@@ -38,44 +77,42 @@ class StepConfig:
         max_sequence_length: T5 tokens; null takes the model's own.
     """
 
-    steps: int = 6000
-    batch_size: int = 64
-    accumulation: int = 1
-    remat: Remat = "full"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = 0
-    attention: AttentionImpl = "auto"
     union_cond_attn: bool = True
     add_cond_attn: bool = False
     latent_lora: bool = False
     max_sequence_length: int | None = None
 
-    def __post_init__(self) -> None:
-        require_dtype(self.dtype)
-        for name in ("steps", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name} is {getattr(self, name)}: give at least 1")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"train.seed is {self.seed}: give a number from 0 to {LARGEST_SEED}")
-
     @property
     def flags(self) -> ConditionFlags:
         return ConditionFlags(self.union_cond_attn, self.add_cond_attn, self.latent_lora)
 
-    def check_batch(self, devices: int) -> None:
-        """Raises InputError unless every device gets as many samples, in every part of the batch."""
-        if self.batch_size % (devices * self.accumulation):
-            raise InputError(
-                f"train.batch_size is {self.batch_size}: give a multiple of {devices * self.accumulation} (samples are "
-                f"spread over {devices} device{'s' if devices > 1 else ''}, in {self.accumulation} parts)"
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What every task is told."""
+
+    task: str
+    model: str
+    out: str
+    resume: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name."""
+        return dict(_flat(asdict(self)))
 
 
-@dataclass(frozen=True)
-class RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CommonConfig):
     """Trains the corrector on GenRef.
 
     Attributes:
+        task: what is trained.
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
@@ -90,22 +127,11 @@ class RunConfig:
         watch: how it is watched.
     """
 
-    model: str
-    out: str
+    task: Literal["corrector"] = "corrector"
     data: DataConfig
-    resume: bool = False
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: StepConfig = field(default_factory=StepConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-
-    def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name."""
-        return dict(_flat(asdict(self)))
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

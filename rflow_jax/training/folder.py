@@ -7,8 +7,10 @@
     tensorboard/                    the same for TensorBoard
     checkpoints/{step}/             to resume from
     checksums/{step}.json           of that checkpoint's files
-    lora/{step}/                    pytorch_lora_weights.safetensors, for diffusers, ComfyUI and infer.py
-    validation/{step:07d}/          bad, good and generated image, side by side
+    lora/{step}/                    pytorch_lora_weights.safetensors, for diffusers, ComfyUI and infer.py (corrector)
+    reward/checkpoint-{step}/       the original's reward checkpoint, for the verifier of that name (reward)
+    adapter/{step}/, model/{step}/  an adapter of PEFT, or a folder of Transformers (sft)
+    validation/{step:07d}/          bad, good and generated image, side by side (corrector)
 """
 
 from __future__ import annotations

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rflow_jax.errors import InputError
@@ -18,6 +21,7 @@ from rflow_jax.training.step import INIT
 from rflow_jax.weights.bundle import Bundle, load_bundle
 from rflow_jax.weights.hub import resolve_lora
 from rflow_jax.weights.load import ShardingFor
+from rflow_jax.weights.lora_export import export_lora
 from rflow_jax.weights.lora_files import read_lora
 
 
@@ -69,6 +73,16 @@ class Trained:
     frozen: Any
     is_lora: bool
 
+    @property
+    def exports(self) -> str | None:
+        return "lora/{step}" if self.is_lora else None
+
+    def export(self, trainable: Any, folder: Path | None) -> None:
+        """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``infer.py``."""
+        trainable = on_host(trainable)
+        if folder is not None:
+            export_lora(nnx.merge(self.graph, trainable, self.frozen), folder)
+
     def bundle_with(self, trainable: Any) -> Bundle:
         """The bundle to generate with, the moving parameters as given."""
         weights = self.bundle.weights | {"transformer": (self.frozen, trainable)}
@@ -93,13 +107,24 @@ def load_trained(model: str, config: TrainableConfig, *, seed: int, dtype: str, 
         graph, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
     else:
         chosen = re.compile(config.parameters)
-        graph, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(_dotted(path))), ...)
+        graph, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
         if not jax.tree.leaves(trainable):
             raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {model}")
         # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
         trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     put = sharding_for(mesh)
-    return Trained(bundle, graph, _on_mesh(trainable, put), _on_mesh(frozen, put), config.parameters is None)
+    return Trained(bundle, graph, on_mesh(trainable, put), on_mesh(frozen, put), config.parameters is None)
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays of a tree as numpy's, whole; all processes must call it where there are several."""
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable:
+            return jax.device_get(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(fetch, tree)
 
 
 def count(state: Any) -> int:
@@ -116,11 +141,11 @@ def _attach(transformer: Any, config: TrainableConfig, seed: int) -> None:
     init_lora(transformer, config.rank, alpha=config.alpha, pattern=config.pattern, rngs=rngs)
 
 
-def _on_mesh(state: Any, put: ShardingFor) -> Any:
+def on_mesh(state: Any, put: ShardingFor) -> Any:
     """The state with every leaf where the rules want it; what already lies there stays."""
 
     def place(path: Any, leaf: jax.Array) -> jax.Array:
-        sharding = put(_dotted(path), leaf.shape)
+        sharding = put(dotted(path), leaf.shape)
         if leaf.sharding == sharding:
             return leaf
         # By way of the host: the leaf may lie on one device of this process alone.
@@ -130,5 +155,6 @@ def _on_mesh(state: Any, put: ShardingFor) -> Any:
     return nnx.from_flat_state([(path, variable.replace(place(path, variable.get_value()))) for path, variable in flat])
 
 
-def _dotted(path: Any) -> str:
+def dotted(path: Any) -> str:
+    """A path in a state with dots between its parts."""
     return ".".join(map(str, path))

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import Remat
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
 from rflow_jax.models.flux.transformer import FluxTransformer
+from rflow_jax.models.remat import Remat
 from rflow_jax.typing import Array, Float
 
 TRAINING_GUIDANCE = 1.0  # the network's guidance input while it is trained

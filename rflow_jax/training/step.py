@@ -1,4 +1,4 @@
-"""One optimizer step: encode a batch, draw times and noise, differentiate, clip, move. Compiled over a mesh."""
+"""The corrector's step: encode a batch, draw times and noise, move. Compiled over a mesh."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import Remat
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
+from rflow_jax.models.remat import Remat
 from rflow_jax.parallel.mesh import BATCH
 from rflow_jax.sampling import encode_condition
 from rflow_jax.training.objective import Examples, flow_matching_losses
+from rflow_jax.training.update import Metrics, Report, State, compile_step, make_update
 from rflow_jax.typing import Array, Float, Int, UInt8, UInt32
 
 # What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
@@ -40,33 +41,6 @@ class Inputs(NamedTuple):
     clip_ids: Int[Array, "b 77"]
     t5_ids: Int[Array, "b t"]
     numbers: UInt32[Array, " b"]
-
-
-class State(NamedTuple):
-    """What changes from step to step.
-
-    Attributes:
-        step: steps taken.
-        trainable: parameters, float32.
-        optimizer: the optimizer's state.
-    """
-
-    step: Int[Array, ""]
-    trainable: Any
-    optimizer: Any
-
-
-class Report(NamedTuple):
-    """What a step tells.
-
-    Attributes:
-        gradient_norm: before the clip.
-        d: Prodigy's estimate of the distance; None with other optimizers.
-    """
-
-    loss: Float[Array, ""]
-    gradient_norm: Float[Array, ""]
-    d: Float[Array, ""] | None
 
 
 @dataclass(frozen=True)
@@ -144,7 +118,7 @@ def batch_losses(
 
 def make_step(
     graph: Any, config: Any, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh, shardings: Any
-) -> Callable[[State, Any, Examples, Array], tuple[State, Report]]:
+) -> Any:
     """A jitted function of (state, frozen parameters, examples, numbers of the samples); the state is donated.
 
     Args:
@@ -153,57 +127,14 @@ def make_step(
     """
     rope = rope_for(config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
 
-    def loss_of(trainable: Any, frozen: Any, part: tuple[Examples, Array]) -> Array:
-        examples, numbers = part
+    def objective(trainable: Any, frozen: Any, batch: tuple[Examples, Array]) -> tuple[Array, Metrics]:
+        examples, numbers = batch
         keys = sample_keys(recipe.seed, numbers)
-        return jnp.mean(batch_losses(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys))
+        return jnp.mean(batch_losses(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys)), {}
 
-    def gradients(trainable: Any, frozen: Any, whole: tuple[Examples, Array]) -> tuple[Array, Any]:
-        """Loss and gradient of the batch, taken in parts."""
-        if recipe.accumulation == 1:
-            return jax.value_and_grad(loss_of)(trainable, frozen, whole)
-        parts = jax.tree.map(partial(_in_parts, parts=recipe.accumulation, mesh=mesh), whole)
-
-        def add(total: tuple[Array, Any], part: Any) -> tuple[tuple[Array, Any], None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(trainable, frozen, part)), None
-
-        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
-        total, _ = jax.lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / recipe.accumulation, total)
+    update = make_update(objective, optimizer, accumulation=recipe.accumulation, mesh=mesh)
 
     def step(state: State, frozen: Any, examples: Examples, numbers: Array) -> tuple[State, Report]:
-        loss, gradient = gradients(state.trainable, frozen, (examples, numbers))
-        updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        report = Report(loss, optax.tree.norm(gradient), optax.tree.get(moved, "estim_lr"))
-        return State(state.step + 1, trainable, moved), report
+        return update(state, frozen, (examples, numbers))
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
-
-
-def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:
-    """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
-
-    def split(rows: Array) -> Array:
-        return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
-
-    return jax.shard_map(split, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))(x)
-
-
-def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Any]:
-    """The state before the first step, and where its leaves live: an optimizer's numbers with their parameter."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda x: x.sharding, trainable)
-    optimizer_places = optax.tree.map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, trainable),
-        places,
-        transform_non_params=lambda _: everywhere,
-    )
-    kept: Any = everywhere
-    shardings = State(kept, places, optimizer_places)
-    # Copied: Prodigy remembers the first parameters, and a donated buffer must not be in the state twice.
-    init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=optimizer_places)
-    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
-    return State(step, trainable, init(trainable)), shardings
+    return compile_step(step, shardings, mesh)

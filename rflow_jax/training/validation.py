@@ -88,6 +88,11 @@ class Validation:
         self._losses = self._compile_losses()
         self._pipe = Pipeline(trained.bundle_with(trained.trainable), attention=recipe.attention)
 
+    @property
+    def every(self) -> int:
+        """Steps between two."""
+        return self.config.every
+
     def run(self, step: int, trainable: Any) -> dict[str, float]:
         """Writes the pictures and returns the losses: ``validation/{subset}`` and ``validation/all``."""
         losses = self.losses(trainable)

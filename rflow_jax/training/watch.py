@@ -79,19 +79,23 @@ class Watch:
         self._file = out / METRICS
         self._skipped = 0
         self._losses: list[float] = []
+        self._names: list[str] = []
         self.restart_clock()
         self._board = self._wandb = None
         if self.writes:
             _keep_until(self._file, resumed)
             self._open_boards(out)
 
-    def step(self, step: int, report: Any, batch: Any, drawn: Mapping[str, int]) -> None:
+    def step(
+        self, step: int, report: Any, batch: Any, drawn: Mapping[str, int], metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Takes in one step, after it is done.
 
         Args:
             report: the step's numbers, on the host.
             batch: the host's batch.
             drawn: samples of each subset so far, of all processes.
+            metrics: what the step tells besides.
         """
         self._samples += self.batch_size
         self._waited += batch.waited
@@ -99,7 +103,8 @@ class Watch:
         self._tell_skipped(batch.skipped)
         line: dict[str, Any] = {"step": step, "loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
         line |= {} if report.d is None else {"d": float(report.d)}
-        line |= {"drawn": dict(drawn), "samples": batch.digest}
+        line |= {**(metrics or {}), "drawn": dict(drawn), "samples": batch.digest}
+        self._names = list(metrics or {})
         if step % self.config.every == 0 or step == self.steps:
             line |= self._pace()
             self._show(line)
@@ -108,10 +113,10 @@ class Watch:
         self.write(line)
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """Takes in the losses on held-out records; the time it took does not count as training."""
+        """Takes in the losses and metrics on held-out records; the time it took does not count as training."""
         self.write({"step": step, **losses})
         numbers = ", ".join(f"{name.rpartition('/')[2]} {loss:.4f}" for name, loss in losses.items())
-        self.say(f"step {step}/{self.steps}, validation loss: {numbers}")
+        self.say(f"step {step}/{self.steps}, validation: {numbers}")
         self.restart_clock()
 
     def _pace(self) -> dict[str, Any]:
@@ -159,6 +164,7 @@ class Watch:
         loss = sum(self._losses) / len(self._losses)
         parts = [f"step {line['step']}/{self.steps}", f"loss {loss:.4f}", f"|g| {line['gradient_norm']:.3g}"]
         parts += [f"d {line['d']:.3g}"] if "d" in line else []
+        parts += [f"{name} {line[name]:.3f}" for name in self._names]
         parts += [f"{line['samples_per_s']:.2f} samples/s"]
         parts += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
         parts += [f"data wait {line['data_wait']:.0%}", " ".join(f"{k} {v}" for k, v in line["drawn"].items())]

@@ -30,7 +30,7 @@ from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
-from rflow_jax.weights.reward_config import RewardConfig
+from rflow_jax.weights.reward_config import PROMPT_FILE, RewardConfig
 
 PROMPT = Path(__file__).parent / "prompts" / "reward.md"
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ class RewardVerifierConfig:
         mrope: multimodal rotary positions; the original trains and scores without.
         merge_lora: add the LoRA to the weights (faster); else it is kept apart.
         prompt_file: the wording around ``$prompt`` that the model was trained with. Without it the prompt stands alone
-            where ``model_config.json`` says so (``prompt_template_type: none``), else in the wording shipped here.
+            where ``model_config.json`` says so (``prompt_template_type: none``), else in the ``prompt.md`` that
+            ``train.py`` leaves with a checkpoint, or in the wording shipped here.
         max_pixels: of a picture; null: what the model was trained with.
         devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
             null: the first one, with whatever else is there.
@@ -86,7 +87,9 @@ class RewardVerifier:
         self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
         self.batch_size = config.batch_size
         self._norm = checkpoint.config
-        self._template = read_template(checkpoint.config, config.prompt_file)
+        beside = checkpoint.folder / PROMPT_FILE
+        own = str(beside) if beside.is_file() else None
+        self._template = read_template(checkpoint.config, config.prompt_file or own)
         added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
         tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
         model = checkpoint.load(

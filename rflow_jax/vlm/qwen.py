@@ -15,6 +15,7 @@ from rflow_jax.models.layers import ALL_ROWS
 from rflow_jax.models.qwen2.generate import Decoding, Made, Prompts, generate
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, RewardToken
+from rflow_jax.models.remat import Remat
 from rflow_jax.typing import Array, Bool, Float
 from rflow_jax.vlm.qwen_images import ImageRules, normalised
 from rflow_jax.vlm.qwen_inputs import Inputs
@@ -54,11 +55,12 @@ def hidden_states(
     *,
     lora: bool = True,
     attention: AttentionImpl = "auto",
+    remat: Remat = "none",
 ) -> Float[Array, "b t d"]:
     """The hidden states of embeddings after the last norm; ``mrope`` and ``lora`` as in :class:`Scoring`."""
     plain = jnp.arange(x.shape[1], dtype=jnp.int32)
     positions = jnp.where(mrope, jnp.asarray(inputs.positions), plain)
-    return model.language(x, positions, lora=ALL_ROWS if lora else None, attention=attention)
+    return model.language(x, positions, lora=ALL_ROWS if lora else None, attention=attention, remat=remat)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
@@ -66,9 +68,21 @@ def rewards(
     graph: Any, rules: ImageRules, how: Scoring, state: Any, inputs: Inputs, *, attention: AttentionImpl = "auto"
 ) -> Float[Array, "b k"]:
     """Rewards of a batch, before any normalisation."""
-    model: RewardModel = nnx.merge(graph, state)
+    return score(nnx.merge(graph, state), rules, how, inputs, attention=attention)
+
+
+def score(
+    model: RewardModel,
+    rules: ImageRules,
+    how: Scoring,
+    inputs: Inputs,
+    *,
+    attention: AttentionImpl = "auto",
+    remat: Remat = "none",
+) -> Float[Array, "b k"]:
+    """Rewards of a batch, for a program that does more with them; ``remat`` as in training."""
     x = embed(model, rules, inputs, lora=how.lora, attention=attention)
-    hidden = hidden_states(model, x, inputs, how.mrope, lora=how.lora, attention=attention)
+    hidden = hidden_states(model, x, inputs, how.mrope, lora=how.lora, attention=attention, remat=remat)
     return model.rewards(
         hidden, jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths), token=how.token, special=how.special
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
+from rflow_jax.weights.peft_adapters import attach_adapter, merged
+from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class QwenChatConfig:
         devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
             None: the first one, with whatever else is there.
         quantization: int8 or fp8: the language model's weights in 8 bits.
+        adapter: folder of a LoRA that PEFT or ``train.py`` (task ``sft``) wrote; it is added to the weights.
     """
 
     model: str
@@ -56,6 +59,7 @@ class QwenChatConfig:
     max_pixels: int | None = None
     devices: tuple[int, ...] | None = None
     quantization: Quantization | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -84,8 +88,12 @@ class QwenChat:
         folder = resolve_vlm(config.model)
         read_qwen_config(folder)  # another network is said first
         tokenizer = QwenTokenizer(folder)
-        how = {"dtype": getattr(jnp, require_dtype(config.dtype)), "sharding_for": on_devices(config.devices)}
-        model = quantize(load_qwen(folder, **how), config.quantization, LANGUAGE_LINEARS)
+        place = on_devices(config.devices)
+        model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=place)
+        if config.adapter is not None:
+            adapter = Path(config.adapter).expanduser()
+            model = merged(attach_adapter(model, adapter, published_table(model), sharding_for=place))
+        quantize(model, config.quantization, LANGUAGE_LINEARS)
         sizes = model.config
         ends = set(end_tokens(folder, sizes)) | ({tokenizer.eos} - {None})
         self._decoding = Decoding(

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
 from rflow_jax.images import decoded
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from rflow_jax.models.qwen2_5_vl.layout import Grid
 from rflow_jax.vlm.qwen_images import ImageRules, fitted, limited, patches_of
 from rflow_jax.vlm.qwen_inputs import Sample
 from rflow_jax.vlm.qwen_text import QwenTokenizer, expand_images, question
@@ -40,14 +42,15 @@ class Preparation:
             InputError: a picture that cannot be decoded, texts that name special tokens of pictures, a chat longer than
                 the context.
         """
-        pictures = tuple(self._picture(part) for part in parts if isinstance(part, Image.Image))
+        pictures = tuple(self.picture(part) for part in parts if isinstance(part, Image.Image))
         told = question(*(part if isinstance(part, str) else None for part in parts), system=instructions)
         tokens = [grid[1] * grid[2] // self.config.vision.unit for _, grid in pictures]
         ids = self.tokenizer.encode(expand_images(self.tokenizer.chat(told), tokens))
         require_fitting(len(ids), self.context)
         return Sample(ids, pictures)
 
-    def _picture(self, image: Image.Image):
+    def picture(self, image: Image.Image) -> tuple[np.ndarray, Grid]:
+        """Patches and grid of a picture; raises InputError where it cannot be decoded."""
         image = decoded(image)
         if self.max_pixels is not None:
             image = limited(image, self.max_pixels, self.rules.factor)

@@ -67,6 +67,10 @@ class QwenTokenizer:
         """The number of a token, or None where the tokenizer does not know it as one."""
         return self._tokenizer.get_vocab().get(token)
 
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer with the tokens that were added, as Transformers reads it."""
+        self._tokenizer.save_pretrained(folder)
+
     def encode(self, text: str) -> np.ndarray:
         """[t] int32, nothing added and nothing cut."""
         return np.asarray(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
@@ -75,10 +79,10 @@ class QwenTokenizer:
         """The text without special tokens."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """A conversation in the model's own form, up to where its answer begins."""
+    def chat(self, messages: Sequence[dict[str, Any]], *, answer: bool = True) -> str:
+        """A conversation in the model's own form, up to where its answer begins; without ``answer``, up to its end."""
         return self._tokenizer.apply_chat_template(
-            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=answer
         )
 
     @cached_property

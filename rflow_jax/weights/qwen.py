@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
 from rflow_jax.weights.components import read_object
 from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import ShardingFor, load_into
+from rflow_jax.weights.load import ShardingFor, load_into, parameter_shapes, parameter_values
 from rflow_jax.weights.names import qwen2_5_vl as names
 from rflow_jax.weights.stored import is_stored, load_stored
+from rflow_jax.weights.tables import Table, plan
+from rflow_jax.weights.writing import write_safetensors
+
+_TEXTS = (".json", ".jinja")
 
 
 def read_qwen_config(folder: Path) -> Qwen25VLConfig:
@@ -60,3 +67,33 @@ def load_qwen(
     files = TensorFiles.open(folder)
     table = names.table_for(files, head=model.language.head is not None)
     return load_into(model, table, files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
+
+
+def published_table(model: Qwen25VL) -> Table:
+    """The names that published checkpoints give the network's parameters."""
+    return names.table_for((), head=model.language.head is not None)
+
+
+def nested_table(model: Qwen25VL) -> Table:
+    """The names of Transformers' modules from 4.52 on."""
+    return names.table_for((names.NESTED[0],), head=model.language.head is not None)
+
+
+def export_qwen(model: Qwen25VL, base: Path, folder: Path) -> None:
+    """Writes a folder of Transformers: the network's parameters, and all that is text of the folder it came from.
+
+    Args:
+        model: without adapters.
+        base: the folder it was read from.
+    """
+    folder.mkdir(parents=True)
+    for file in base.iterdir():
+        if file.is_file() and (file.suffix in _TEXTS or file.name == "merges.txt") and ".index." not in file.name:
+            shutil.copyfile(file, folder / file.name)
+    the_plan, values = plan(published_table(model), parameter_shapes(model)), parameter_values(model)
+    infos = {
+        key: (np.dtype(values[targets[0].path].dtype), the_plan.their_shape(key))
+        for key, targets in the_plan.entries.items()
+    }
+    tensors = ((key, the_plan.join(key, values).astype(dtype)) for key, (dtype, _) in infos.items())
+    write_safetensors(folder / "model.safetensors", infos, tensors, {"format": "pt"})

@@ -8,17 +8,13 @@ model is a folder of Transformers that the configuration names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
 from rflow_jax.errors import InputError
-from rflow_jax.models.lora import Adapter, attach, detach, linear_shapes, linears
+from rflow_jax.models.lora import attach
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, abstract_reward_model
 from rflow_jax.parallel.sharding import put_by
@@ -27,14 +23,13 @@ from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.layered import LayeredFiles
 from rflow_jax.weights.load import ShardingFor, load_into
 from rflow_jax.weights.names.qwen2_5_vl import reward_table
+from rflow_jax.weights.peft_adapters import ADAPTER_FILE, common_name, find_adapters, merged
 from rflow_jax.weights.pickles import open_pickle
 from rflow_jax.weights.qwen import read_qwen_config
 from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
-from rflow_jax.weights.tables import Table
 
 SPECIAL_TOKEN = "<|VQ_reward|>"
 _EMBEDDING = "model.embed_tokens.weight"
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,9 @@ class RewardCheckpoint:
             raise InputError(f"{files.where}: {_EMBEDDING} is missing, here and in {self.base}")
         config = _with_vocabulary(config, files[_EMBEDDING].shape[0])
         model = abstract_reward_model(config, self.config.outputs, dtype)
-        adapters = _adapters(files, model, reward_table(), self.config)
+        own = self.config
+        how = {"rank": own.rank, "alpha": own.alpha, "rslora": own.rslora, "said_by": f"{CONFIG_FILE} says lora_r"}
+        adapters = find_adapters(files, model, reward_table(), **how)
         load_into(model, reward_table(), files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
         if adapters:
             attach(model, adapters, where=files.where, put=put_by(sharding_for) if sharding_for else None)
@@ -107,7 +104,7 @@ class RewardCheckpoint:
         whole = self.step / "model.pth"
         if whole.is_file():
             return LayeredFiles([open_pickle(whole, allow=True)], common_name)
-        adapter = self.step / "adapter_model.safetensors"
+        adapter = self.step / ADAPTER_FILE
         layers = [TensorFiles.open(self.base), self._rest()]
         if adapter.is_file():
             layers.append(TensorFiles.open(adapter))
@@ -119,33 +116,6 @@ class RewardCheckpoint:
             if (file := self.step / name).is_file():
                 return TensorFiles.open(file) if file.suffix == ".safetensors" else open_pickle(file, allow=True)
         raise InputError(f"{self.step}: no model.pth and no non_lora_state_dict.pth (or .safetensors); no reward model")
-
-
-def common_name(key: str) -> str | None:
-    """A key of any of the files, as the published Qwen2.5-VL names it; None for what carries nothing.
-
-    PEFT wraps names, and later versions of Transformers nest the two parts under ``model``.
-    """
-    if ".original_module." in key:
-        return None
-    key = key.removeprefix("base_model.model.")
-    for wrapping in (".base_layer", ".default", ".modules_to_save"):
-        key = key.replace(f"{wrapping}.", ".")
-    for nested, plain in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if key.startswith(nested):
-            return plain + key.removeprefix(nested)
-    return key
-
-
-def merged(model: RewardModel) -> RewardModel:
-    """Adds every adapter to its linear's weights, in float32, and removes it."""
-    for linear in linears(model).values():
-        if linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
-            continue
-        a, b, kernel = (jnp.asarray(x[...], jnp.float32) for x in (linear.lora_a, linear.lora_b, linear.kernel))
-        change = jnp.dot(a, b, precision="highest") * linear.lora_scale[...]
-        linear.kernel.set_value((kernel + change).astype(linear.kernel.dtype))
-    return detach(model)
 
 
 def _step(folder: Path, step: int | None) -> Path:
@@ -162,36 +132,3 @@ def _step(folder: Path, step: int | None) -> Path:
 def _with_vocabulary(config: Qwen25VLConfig, rows: int) -> Qwen25VLConfig:
     """The checkpoint's embedding has the special token, and may have lost rows that no token owned."""
     return replace(config, language=replace(config.language, vocab_size=rows))
-
-
-def _adapters(files: LayeredFiles, model: nnx.Module, table: Table, config: RewardConfig) -> dict[str, Adapter]:
-    """Our dotted path -> adapter, for every LoRA of the files."""
-    halves: dict[str, dict[str, str]] = {}
-    for key in files:
-        if match := _LORA.fullmatch(key):
-            halves.setdefault(match["module"], {})[match["half"]] = key
-    ours = _modules(model, table)
-    adapters: dict[str, Adapter] = {}
-    for module, keys in halves.items():
-        if module not in ours or keys.keys() != {"A", "B"}:
-            raise InputError(f"{files.where}: {next(iter(keys.values()))} is no adapter of a linear of this network")
-        a, b = (files.read(keys[half]) for half in "AB")
-        if a.shape[0] != config.rank:
-            raise InputError(f"{files.where}: {module} has rank {a.shape[0]}, {CONFIG_FILE} says lora_r {config.rank}")
-        if b.shape[0] != sum(ours[module].values()):
-            raise InputError(f"{files.where}: {keys['B']} has {b.shape[0]} rows, not those of this network")
-        rows = np.split(b, np.cumsum(list(ours[module].values()))[:-1])
-        adapters |= {
-            path: Adapter(a, np.ascontiguousarray(part), config.alpha, config.rslora)
-            for path, part in zip(ours[module], rows, strict=True)
-        }
-    return adapters
-
-
-def _modules(model: nnx.Module, table: Table) -> Mapping[str, dict[str, int]]:
-    """The checkpoint's module -> our linears in it, in row order, with the rows of each."""
-    found: dict[str, list[tuple[int, str, int]]] = {}
-    for path, (_, rows) in linear_shapes(model).items():
-        order, theirs, _ = table.module(path)
-        found.setdefault(theirs, []).append((order, path, rows))
-    return {theirs: {path: rows for _, path, rows in sorted(parts)} for theirs, parts in found.items()}

@@ -12,6 +12,7 @@ from rflow_jax.models.qwen2_5_vl.reward import RewardToken
 from rflow_jax.weights.components import read_object
 
 CONFIG_FILE = "model_config.json"
+PROMPT_FILE = "prompt.md"  # beside it, where the wording was one of the run's own
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Plan:
             yield target, tensor if len(targets) == 1 else tensor[start : start + rows]
             start += rows
 
-    def join(self, key: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    def join(self, key: str, values: Mapping[str, Any]) -> np.ndarray:
         """The checkpoint's tensor from our parameters (by path)."""
         blocks = [t.to_theirs(np.asarray(values[t.path])) for t in self.entries[key]]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

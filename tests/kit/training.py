@@ -11,7 +11,8 @@ import numpy as np
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.training.model import TrainableConfig, load_trained
 from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rflow_jax.training.step import Inputs, Recipe, Shape, init_state, make_encode, make_step
+from rflow_jax.training.step import Inputs, Recipe, Shape, make_encode, make_step
+from rflow_jax.training.update import init_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BATCH, TEXT, STEPS = 8, 16, 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,10 @@ from rflow_jax.models.attention import AttentionImpl, attend
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.embeddings import Rope, apply_rope
 from rflow_jax.models.layers import ALL_ROWS, Linear, LoraRows, RMSNorm, layer_norm
+from rflow_jax.models.remat import Remat, remember
 from rflow_jax.typing import Array, Float
 
 NORM_EPS = 1e-6
-
-# "none" keeps every intermediate result of a block for the backward pass; "dots" the results of products, and computes
-# the rest again; "full" keeps a block's inputs alone.
-Remat = Literal["none", "dots", "full"]
-_SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Context:
         flags: how the condition takes part.
         condition_scale: scalar; its logarithm is added to the attention logits between the condition and the rest.
         attention: see :func:`rflow_jax.models.attention.attend`.
-        remat: what the backward pass computes again, see :data:`Remat`.
+        remat: what the backward pass computes again, see :data:`rflow_jax.models.remat.Remat`.
     """
 
     rope: Rope
@@ -52,9 +48,7 @@ class Context:
 
     def remember(self, block: Callable[..., Any]) -> Callable[..., Any]:
         """A block that keeps for its backward pass only what ``remat`` says."""
-        if self.remat == "none":
-            return block
-        return jax.checkpoint(block, policy=_SAVED[self.remat])
+        return remember(block, self.remat)
 
     def lora_rows(self, tokens: int) -> LoraRows:
         """The rows of an array that ends in the condition's on which the LoRA acts."""

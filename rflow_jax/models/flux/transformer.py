@@ -11,18 +11,11 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import (
-    Context,
-    DoubleBlock,
-    DoubleModulation,
-    Modulation,
-    Remat,
-    SingleBlock,
-    modulate,
-)
+from rflow_jax.models.flux.blocks import Context, DoubleBlock, DoubleModulation, Modulation, SingleBlock, modulate
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.embeddings import TIME_FEATURES, MLPEmbedder, Rope, time_features
 from rflow_jax.models.layers import Linear, abstract
+from rflow_jax.models.remat import Remat
 from rflow_jax.typing import Array, Float
 
 CONDITION_GUIDANCE = 1.0  # the guidance the condition's modulation vector is made with
@@ -85,7 +78,7 @@ class FluxTransformer(nnx.Module):
             c_t: the condition's time.
             condition_scale: strength of the attention between the condition and the rest; None is 1.
             flags, attention: see their classes.
-            remat: what training computes again to save memory, see :data:`rflow_jax.models.flux.blocks.Remat`.
+            remat: what training computes again to save memory, see :data:`rflow_jax.models.remat.Remat`.
 
         Raises:
             InputError: flags that exclude each other, or that don't fit the number of tokens.

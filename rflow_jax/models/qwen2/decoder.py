@@ -12,6 +12,7 @@ from rflow_jax.models.qwen2.cache import Cache, KeyValue
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2.layers import Past, Qwen2Block
 from rflow_jax.models.qwen2.rope import Rope, rope_of
+from rflow_jax.models.remat import Remat, remember
 from rflow_jax.typing import Array, Float, Int
 
 Positions = Int[Array, "b t"] | Int[Array, "3 b t"]
@@ -46,6 +47,7 @@ class Qwen2(nnx.Module):
         *,
         lora: LoraRows = None,
         attention: AttentionImpl = "auto",
+        remat: Remat = "none",
     ) -> Float[Array, "b t d"]:
         """The hidden states after the last norm.
 
@@ -53,10 +55,11 @@ class Qwen2(nnx.Module):
             x: embeddings, padded on the right.
             positions: [b, t]; or [3, b, t] (time, row, column) where the config has ``mrope_section``.
             lora: the tokens that adapters act on; None: none.
+            remat: what training computes again to save memory, see :data:`rflow_jax.models.remat.Remat`.
         """
         rope = self.rope(positions)
         for block in self.blocks:
-            x, _ = block(x, rope, None, lora, attention)
+            x = remember(lambda x, rope, block=block: block(x, rope, None, lora, attention)[0], remat)(x, rope)
         return self.final_norm(x)
 
     def prefill(

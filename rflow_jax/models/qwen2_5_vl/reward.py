@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -56,6 +56,45 @@ class RewardModel(Qwen25VL):
 
     def _score(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t k"]:
         return matmul(hidden, self.reward.kernel.get_value(), dtype=jnp.float32)
+
+
+class SpecialTokenEmbedding(nnx.Module):
+    """A table of vectors, and apart from it the vector of one token, which can move while the table stays.
+
+    Args:
+        embedding: the table.
+        token: the token, which may have a row in the table or not.
+        special: [1, d], its vector.
+    """
+
+    def __init__(self, embedding: nnx.Param, token: int, special: Float[Array, "1 d"]):
+        self.embedding, self.token = embedding, token
+        self.special = nnx.Param(special)
+
+    def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        table = self.embedding[...]
+        rows = table[jnp.minimum(ids, table.shape[0] - 1)]
+        return jnp.where((ids == self.token)[..., None], self.special[...].astype(rows.dtype), rows)
+
+
+def reward_model_of(
+    base: Qwen25VL, kernel: Float[Array, "d k"], token: int | None, special: Float[Array, "1 d"] | None
+) -> RewardModel:
+    """A reward model on a language model, whose parameters it takes over and whose head it leaves out.
+
+    Args:
+        kernel: of the reward head.
+        token: the special token; None: there is none.
+        special: its vector.
+    """
+    model = abstract_reward_model(base.config, kernel.shape[1], kernel.dtype)
+    model.vision, model.language = base.vision, base.language
+    model.language.head = nnx.data(None)
+    model.reward.kernel.set_value(kernel)
+    if token is not None and special is not None:
+        table: Any = SpecialTokenEmbedding(base.language.embed.embedding, token, special)
+        model.language.embed = table
+    return model
 
 
 def abstract_reward_model(config: Qwen25VLConfig, outputs: int = 1, dtype: Dtype = jnp.float32) -> RewardModel:

@@ -1,0 +1,90 @@
+"""Records of GenRef as chats that teach reflections: ``python -m rflow_jax.data.make_chats --shards S --out DIR``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rflow_jax import cli
+from rflow_jax.data.chats import PICTURE
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.loader import open_source
+from rflow_jax.data.records import Record, RecordError
+from rflow_jax.errors import InputError
+from rflow_jax.files import write_file
+
+
+@dataclass(frozen=True)
+class ChatsConfig:
+    """What is made: each bad picture with its prompt as a question, and its reflection as the answer.
+
+    Attributes:
+        shards: of GenRef: addresses as in the corrector's ``data``.
+        out: folder of ``chats.jsonl``, ``held_out.jsonl`` and the pictures.
+        question: the user's message; ``$prompt`` is the record's, and <image> the bad picture.
+        held_out: so many of the records go into ``held_out.jsonl``.
+        limit: so many records at most; null: all.
+    """
+
+    shards: str | list[str]
+    out: str
+    question: str = f"{PICTURE}Prompt: $prompt\nWhat should change in this picture?"
+    held_out: int = 8
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.held_out < 0:
+            raise InputError(f"held_out is {self.held_out}: give at least 0")
+        if self.question.count(PICTURE) != 1:
+            raise InputError(f"question: must hold {PICTURE} once")
+
+
+def make_chats(config: ChatsConfig) -> tuple[int, int]:
+    """Writes the two files and the pictures; returns how many chats are in each file.
+
+    Raises:
+        InputError: no record has a reflection.
+    """
+    out = Path(config.out)
+    lines: list[str] = []
+    for record in _records(config):
+        name = f"pictures/{record.key.replace('/', '_')}.jpg"
+        write_file(out / name, record.bad_image)
+        question = config.question.replace("$prompt", record.prompt)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record.reflection.strip()}]
+        lines.append(json.dumps({"messages": messages, "images": [name]}, ensure_ascii=False) + "\n")
+    if len(lines) <= config.held_out:
+        raise InputError(f"{config.shards}: {len(lines)} records have a reflection, and {config.held_out} are held out")
+    learned = len(lines) - config.held_out
+    write_file(out / "chats.jsonl", "".join(lines[:learned]))
+    write_file(out / "held_out.jsonl", "".join(lines[learned:]))
+    return learned, config.held_out
+
+
+def _records(config: ChatsConfig) -> Any:
+    source, count = open_source(DataConfig(config.shards)), 0
+    for subset, records in source.counts.items():
+        for index in range(records):
+            if count == config.limit:
+                return
+            try:
+                record: Record = source.read(subset, index)
+            except RecordError:
+                continue
+            # The marker of a picture in a text would stand for a picture that is not there.
+            if record.reflection.strip() and PICTURE not in record.prompt + record.reflection:
+                count += 1
+                yield record
+
+
+def _run(config: ChatsConfig) -> None:
+    learned, held_out = make_chats(config)
+    print(f"{learned} chats, and {held_out} held out, in {config.out}")
+
+
+COMMAND = cli.Command("Write GenRef's reflections as chats.", (ChatsConfig,), _run)
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(lambda: cli.run_command(COMMAND)))

@@ -1,0 +1,91 @@
+"""The corrector as a task: FLUX with a condition branch, trained on GenRef."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rflow_jax.data.loader import Loader, open_loader
+from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.training.config import RunConfig
+from rflow_jax.training.feed import put_pixels, slots_here
+from rflow_jax.training.model import Trained, load_trained
+from rflow_jax.training.step import Inputs, Recipe, Shape, make_encode, make_step
+from rflow_jax.training.task import TakeStep
+from rflow_jax.training.update import Report, State
+from rflow_jax.training.validation import Validation
+
+
+class Corrector:
+    """A :class:`~rflow_jax.training.task.Task`.
+
+    Raises:
+        InputError: the model or a setting is not usable.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        how = config.train
+        self.trained = load_trained(config.model, config.trainable, seed=how.seed, dtype=how.dtype, mesh=mesh)
+        self.trainable = self.trained.trainable
+        self.title = "a LoRA" if self.trained.is_lora else "parameters"
+        self._recipe = make_recipe(config, self.trained)
+        self._put = put_pixels(self.trained.bundle, self._recipe.shape.text, mesh)
+
+    @property
+    def flops(self) -> float:
+        """Of frozen weights no gradient is computed, only that of what passes through them."""
+        shape = self._recipe.shape
+        (rows, columns), (c_rows, c_columns) = shape.image, shape.condition
+        config = self.trained.bundle.flux_config
+        forward = forward_flops(config, text=shape.text, image=rows * columns, condition=c_rows * c_columns)
+        return forward * (2 if self.trained.is_lora else 3)
+
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> Loader:
+        """Batches of GenRef from a step on."""
+        how = self._config.train
+        slots = slots_here(self._mesh, how.batch_size)
+        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots}
+        return open_loader(self._config.data, **sizes, start=start, position=position)
+
+    def put(self, batch: Any) -> Inputs:
+        """Pictures and tokens on the mesh."""
+        return self._put(batch)
+
+    def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
+        """Encodes a batch, then moves the parameters."""
+        trained, recipe, bundle = self.trained, self._recipe, self.trained.bundle
+        step = make_step(trained.graph, bundle.flux_config, optimizer, recipe, self._mesh, shardings)
+        encode = make_encode(bundle, recipe, self._mesh)
+        encoders = {name: bundle.weights[name] for name in ("vae", "clip", "t5")}
+
+        def take(state: State, inputs: Inputs) -> tuple[State, Report]:
+            return step(state, trained.frozen, encode(encoders, inputs), inputs.numbers)
+
+        return take
+
+    def open_validation(self, out: Path) -> Validation | None:
+        """Losses and pictures of held-out records."""
+        config = self._config
+        if config.validation.shards is None:
+            return None
+        return Validation(config.validation, config.data, self.trained, self._recipe, self._mesh, out)
+
+
+def make_recipe(config: RunConfig, trained: Trained) -> Recipe:
+    """How a step is computed, the sizes in the model's own tokens.
+
+    Raises:
+        InputError: the pictures' sizes do not fit the model.
+    """
+    bundle, how, data = trained.bundle, config.train, config.data
+    data.require_grid(bundle.token_pixels)
+    image, condition = data.target_size // bundle.token_pixels, data.condition_size // bundle.token_pixels
+    text = how.max_sequence_length or bundle.default_t5_length
+    shape = Shape(text, (image, image), (condition, condition))
+    dtype = jnp.dtype(how.dtype)
+    return Recipe(how.seed, dtype, shape, how.flags, how.remat, how.accumulation, how.attention)

@@ -1,0 +1,69 @@
+"""Settings that the tasks on a Qwen2.5-VL share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rflow_jax.errors import InputError
+
+# The linears of the language model's blocks.
+LANGUAGE_LINEARS = r"language\.blocks\.\d+\.(attn\.(q|k|v|out)|ff\.(gate|up|down))"
+
+
+@dataclass(frozen=True)
+class QwenTrainableConfig:
+    """What is trained.
+
+    Attributes:
+        pattern: regular expression on dotted paths: the linears that get a LoRA; null: no LoRA. The vision tower's are
+            ``vision.blocks.0.ff.up`` and so on.
+        rank: of the LoRA.
+        alpha: its strength is alpha / rank; null is the rank.
+        parameters: regular expression on dotted parameter paths: these of the model's own are trained too (".*" and no
+            pattern is a full fine-tune; ``vision.*`` the vision tower).
+    """
+
+    pattern: str | None = LANGUAGE_LINEARS
+    rank: int = 16
+    alpha: float | None = 32.0
+    parameters: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"trainable.rank is {self.rank}: give at least 1")
+        if self.pattern is None and self.parameters is None:
+            raise InputError("trainable.pattern and trainable.parameters are null: give one of them")
+        for name in ("pattern", "parameters"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise InputError(f"trainable.{name}: no regular expression ({error})") from error
+
+
+@dataclass(frozen=True)
+class QwenDataConfig:
+    """How samples are made.
+
+    Attributes:
+        max_tokens: of a sample, its pictures' included; all are padded to it, and longer ones are not used.
+        max_pixels: of a picture; larger ones are made smaller.
+        max_ratio: of the sides of a picture; pictures beyond it are not used.
+        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        prefetch: batches made in advance.
+        skip_limit: so many unusable records, all processes' own count, end the run.
+    """
+
+    max_tokens: int = 512
+    max_pixels: int = 448 * 448
+    max_ratio: float = 4.0
+    workers: int | None = None
+    prefetch: int = 4
+    skip_limit: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_tokens": 8, "max_pixels": 1, "max_ratio": 1, "prefetch": 1, "skip_limit": 0}.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"data.{name} is {getattr(self, name)}: give at least {least}")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"data.workers is {self.workers}: give at least 0")

@@ -1,0 +1,123 @@
+"""What a run of reward training is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rflow_jax.data.patience import Patience
+from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2_5_vl.reward import RewardToken
+from rflow_jax.training.config import CommonConfig
+from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+from rflow_jax.training.reward.losses import LossName
+
+
+@dataclass(frozen=True)
+class RewardTaskConfig:
+    """How pictures are scored, and what the scores are held against.
+
+    Attributes:
+        loss: ``bt`` (Bradley-Terry), ``margin``, ``constant_margin``, ``scaled``, ``reg`` (regression to people's
+            scores) or ``btt`` (Bradley-Terry with ties).
+        token: whose hidden state is scored: that of the special token <|VQ_reward|>, whose vector is trained too, of
+            the ``last`` token, or the ``mean``.
+        mrope: multimodal rotary positions; the original trains and scores without.
+        prompt_file: the wording around ``$prompt``; null: the prompt alone.
+        normalise: write mean and deviation of the held-out pictures' rewards into each export, by which a verifier's
+            scores are normalised.
+    """
+
+    loss: LossName = "bt"
+    token: RewardToken = "special"
+    mrope: bool = False
+    prompt_file: str | None = None
+    normalise: bool = False
+
+
+@dataclass(frozen=True)
+class PairDataConfig(QwenDataConfig):
+    """Pairs of pictures of one prompt; give ``pairs`` or ``shards``.
+
+    Attributes:
+        pairs: file of JSON lines: ``prompt``, ``image_a``, ``image_b`` (relative to the file), ``label`` (A, B or
+            same), and if people scored the pictures ``score_a`` and ``score_b``.
+        shards: of GenRef, whose good pictures are preferred to the bad ones: addresses as in the corrector's ``data``.
+        format: of the shards: ``tar`` or ``tfds``.
+        cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
+        patience: how long a server is waited for.
+        max_tokens: of a sample, its picture's included; all are padded to it, and longer ones are not used.
+        max_pixels: of a picture; larger ones are made smaller.
+        max_ratio: of the sides of a picture; pictures beyond it are not used.
+        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        prefetch: batches made in advance.
+        skip_limit: so many unusable records, all processes' own count, end the run.
+    """
+
+    pairs: str | None = None
+    shards: str | list[str] | None = None
+    format: Literal["tar", "tfds"] = "tar"
+    cache: str | None = None
+    patience: Patience = Patience()
+    max_pixels: int = 240 * 320
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.pairs is None) == (self.shards is None):
+            raise InputError("data: give pairs (a file of JSON lines) or shards (of GenRef), one of the two")
+
+
+@dataclass(frozen=True)
+class PairValidationConfig:
+    """Validation on pairs that are held out; give ``pairs`` or ``shards``, or neither for none.
+
+    Attributes:
+        pairs, shards: as in ``data``.
+        every: steps between two; there is one before the first step too.
+        records: so many, from the first on.
+    """
+
+    pairs: str | None = None
+    shards: str | list[str] | None = None
+    every: int = 500
+    records: int = 512
+
+    def __post_init__(self) -> None:
+        if self.pairs is not None and self.shards is not None:
+            raise InputError("validation: give pairs or shards, one of the two")
+        for name in ("every", "records"):
+            if getattr(self, name) < 1:
+                raise InputError(f"validation.{name} is {getattr(self, name)}: give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRunConfig(CommonConfig):
+    """Trains an image verifier on pairs of pictures.
+
+    Attributes:
+        task: what is trained.
+        model: the Qwen2.5-VL it begins with: a folder or a Hub id.
+        out: folder of the run.
+        resume: go on from the newest checkpoint in ``out``, if there is one.
+        reward: how pictures are scored, and the loss.
+        trainable: what is trained besides the reward head and the special token.
+        optimizer: how it moves.
+        train: the steps; a sample is a pair.
+        mesh: how the devices are arranged.
+        distributed: several processes as one run.
+        data: what it is trained on.
+        checkpoint: when the run is saved.
+        validation: how it is tried on held-out pairs.
+        watch: how it is watched.
+    """
+
+    task: Literal["reward"] = "reward"
+    data: PairDataConfig
+    reward: RewardTaskConfig = field(default_factory=RewardTaskConfig)
+    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
+    validation: PairValidationConfig = field(default_factory=PairValidationConfig)
+
+    def __post_init__(self) -> None:
+        held_out = self.validation.pairs is not None or self.validation.shards is not None
+        if self.reward.normalise and not held_out:
+            raise InputError("reward.normalise: takes the held-out pairs' rewards; give validation.pairs or shards")

@@ -1,0 +1,177 @@
+"""The image verifier as a task: a reward model on a Qwen2.5-VL, trained on pairs of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from rflow_jax.chat.prompt_file import read_prompt
+from rflow_jax.data.preferences import PairSource, open_pairs
+from rflow_jax.errors import InputError
+from rflow_jax.models.layers import init_kernel
+from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
+from rflow_jax.models.qwen2_5_vl.reward import RewardModel, reward_model_of
+from rflow_jax.parallel.mesh import put_batch
+from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.training.feed import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, open_array_loader
+from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.rows import RowSizes
+from rflow_jax.training.qwen.trained import Parts, first_key, flops_of_sample, take_apart
+from rflow_jax.training.reward.batches import PairInputs, PairMaker
+from rflow_jax.training.reward.config import RewardRunConfig
+from rflow_jax.training.reward.losses import NEED_SCORES
+from rflow_jax.training.reward.objective import PairObjective
+from rflow_jax.training.reward.trained import TrainedReward
+from rflow_jax.training.reward.validation import PairValidation
+from rflow_jax.training.task import TakeStep
+from rflow_jax.training.update import Report, State, compile_step, make_update
+from rflow_jax.verifiers.reward import read_template
+from rflow_jax.vlm.qwen import Scoring
+from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
+from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.qwen import load_qwen
+from rflow_jax.weights.reward import SPECIAL_TOKEN
+from rflow_jax.weights.reward_config import RewardConfig
+from rflow_jax.weights.reward_export import RewardExport
+
+HEAD = r"reward\.kernel|language\.embed\.special"
+_FROM_FILE = "file"  # what an export calls a wording of the run's own
+
+
+class Reward:
+    """A :class:`~rflow_jax.training.task.Task`.
+
+    Raises:
+        InputError: the model or a setting is not usable.
+    """
+
+    title = "a reward model"
+
+    def __init__(self, config: RewardRunConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        folder = resolve_vlm(config.model)
+        how = reward_config(config, folder)
+        # Wordings and the data are cheap to check.
+        template = read_template(how, config.reward.prompt_file)
+        self._source = _open(config)
+        tokenizer = QwenTokenizer(folder, added=[SPECIAL_TOKEN] if how.special_tokens else [])
+        special = tokenizer.id_of(SPECIAL_TOKEN) if how.special_tokens else None
+
+        dtype = jnp.dtype(config.train.dtype)
+        base = load_qwen(folder, dtype=dtype, sharding_for=sharding_for(mesh))
+        parts = take_apart(
+            begin(base, special, config.train.seed, dtype), config.trainable, mesh, seed=config.train.seed, also=HEAD
+        )
+        sizes, rules = base.config, read_rules(folder, base.config)
+        limits = config.data.max_pixels, config.data.max_ratio
+        self._sizes = RowSizes.of(
+            sizes.vision, rules, tokens=config.data.max_tokens, pictures=1, max_pixels=limits[0], max_ratio=limits[1]
+        )
+        context = min(config.data.max_tokens, sizes.language.max_position_embeddings)
+        prepare = Preparation(tokenizer, rules, sizes, context, config.data.max_pixels)
+        self._maker = PairMaker(prepare, template, self._sizes, special)
+        scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
+        self._objective = PairObjective(
+            parts.graph,
+            rules,
+            scoring,
+            config.reward.loss,
+            sizes.vision.unit,
+            config.train.attention,
+            config.train.remat,
+        )
+        file = config.reward.prompt_file
+        wording = None if file is None else read_prompt(Path(file))
+        what = RewardExport(how, how.base, len(tokenizer), config.reward.loss, _moves_vision(parts), wording)
+        self.trained = TrainedReward(parts, what, tokenizer)
+        self.trainable = parts.trainable
+
+    @cached_property
+    def flops(self) -> float:
+        """Of a pair."""
+        sizes = self._sizes
+        parts, config = self.trained.parts, self._maker.prepare.config
+        return 2 * flops_of_sample(parts, config, tokens=sizes.tokens, patches=sizes.patches, pictures=1)
+
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
+        """Batches of pairs from a step on."""
+        how, data = self._config.train, self._config.data
+        slots = slots_here(self._mesh, how.batch_size)
+        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots, "name": "pairs"}
+        return open_array_loader(self._source, self._maker, data, start=start, position=position, **sizes)
+
+    def put(self, batch: ArrayBatch) -> PairInputs:
+        """Pairs on the mesh."""
+        return put_batch(self._mesh, batch.inputs)
+
+    def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
+        """Scores both pictures of each pair, then moves the parameters."""
+        update = make_update(self._objective, optimizer, accumulation=self._config.train.accumulation, mesh=self._mesh)
+        step, frozen = compile_step(update, shardings, self._mesh), self.trained.parts.frozen
+
+        def take(state: State, inputs: PairInputs) -> tuple[State, Report]:
+            return step(state, frozen, inputs)
+
+        return take
+
+    def open_validation(self, out: Path) -> PairValidation | None:
+        """Loss and accuracy on held-out pairs."""
+        config = self._config.validation
+        if config.pairs is None and config.shards is None:
+            return None
+        data = self._config.data
+        how = {"format": data.format, "cache": data.cache, "patience": data.patience}
+        source = open_pairs(config.pairs, config.shards, **how)
+        batch = self._config.train.batch_size // self._config.train.accumulation
+        frozen = self.trained.parts.frozen
+        found = PairValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
+        if self._config.reward.normalise:
+            self.trained.measure = found.moments
+        return found
+
+
+def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
+    """What an export says of the model."""
+    trainable: QwenTrainableConfig = config.trainable
+    base = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
+    return RewardConfig(
+        base,
+        token=config.reward.token,
+        special_tokens=config.reward.token == "special",
+        rank=trainable.rank,
+        alpha=float(trainable.rank if trainable.alpha is None else trainable.alpha),
+        max_pixels=config.data.max_pixels,
+        template="none" if config.reward.prompt_file is None else _FROM_FILE,
+    )
+
+
+def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardModel:
+    """The reward model before the first step: a random head; the special token is the mean of the others."""
+    table = base.language.embed.embedding[...]
+    mean = None if special is None else jnp.mean(table[:special], axis=0, keepdims=True, dtype=jnp.float32)
+    key = jax.random.fold_in(first_key(seed), 1)
+    return reward_model_of(base, init_kernel(key, (table.shape[1], 1), dtype), special, mean)
+
+
+def _open(config: RewardRunConfig) -> PairSource:
+    data = config.data
+    how = {"format": data.format, "cache": data.cache, "patience": data.patience}
+    source = open_pairs(data.pairs, data.shards, **how)
+    if config.reward.loss in NEED_SCORES and not source.has_scores:
+        raise InputError(
+            f"reward.loss is {config.reward.loss}: it takes people's scores, and {data.pairs or data.shards} has none"
+        )
+    return source
+
+
+def _moves_vision(parts: Parts) -> bool:
+    return any(path[0] == "vision" for path, _ in nnx.to_flat_state(parts.trainable))

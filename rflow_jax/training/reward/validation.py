@@ -1,0 +1,73 @@
+"""How good a reward model is by now: its loss and its accuracy on held-out pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rflow_jax.data.preferences import PairSource
+from rflow_jax.parallel.mesh import put_batch, replicated
+from rflow_jax.training.qwen.batches import first_usable
+from rflow_jax.training.reward.batches import PairInputs, PairMaker
+from rflow_jax.training.reward.config import PairValidationConfig
+from rflow_jax.training.reward.losses import LossName, pair_accuracy, pair_losses
+from rflow_jax.training.reward.objective import PairObjective
+
+
+class PairValidation:
+    """Held-out pairs, prepared once.
+
+    Args:
+        batch: pairs scored at once.
+
+    Raises:
+        InputError: no pair is usable.
+    """
+
+    def __init__(
+        self,
+        config: PairValidationConfig,
+        source: PairSource,
+        maker: PairMaker,
+        objective: PairObjective,
+        frozen: Any,
+        mesh: Mesh,
+        batch: int,
+    ):
+        self.every = config.every
+        self._loss: LossName = objective.loss
+        self._mesh, self._frozen = mesh, frozen
+        examples = first_usable(source, maker, config.records)
+        starts = range(0, len(examples), batch)
+        self._count = len(examples)
+        self._batches = [maker.inputs(examples[k : k + batch], batch) for k in starts]
+        self._rewards = jax.jit(objective.rewards, out_shardings=replicated(mesh))
+
+    def run(self, step: int, trainable: Any) -> dict[str, float]:
+        """``validation/loss``, and ``validation/accuracy`` where any pair has a preference."""
+        rewards = jnp.asarray(self.rewards(trainable))
+        labels, scores = (
+            jnp.asarray(np.concatenate([getattr(batch, name) for batch in self._batches])[: self._count])
+            for name in ("labels", "scores")
+        )
+        right, counted = pair_accuracy(rewards, labels)
+        found = {"validation/loss": float(jnp.mean(pair_losses(self._loss, rewards, scores, labels)))}
+        return found | ({"validation/accuracy": float(right / counted)} if counted else {})
+
+    def moments(self, trainable: Any) -> tuple[float, float]:
+        """Mean and deviation of the rewards of all pictures."""
+        rewards = self.rewards(trainable)
+        return float(rewards.mean()), float(rewards.std())
+
+    def rewards(self, trainable: Any) -> np.ndarray:
+        """[pairs, 2] float32."""
+        # Every process reads all pairs, and keeps the rows of its devices.
+        found = [self._rewards(trainable, self._frozen, self._put(batch)) for batch in self._batches]
+        return np.concatenate([np.asarray(one) for one in found])[: self._count]
+
+    def _put(self, batch: PairInputs) -> PairInputs:
+        return put_batch(self._mesh, batch, whole=True)

@@ -1,0 +1,98 @@
+"""What a run of supervised fine-tuning is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rflow_jax.errors import InputError
+from rflow_jax.training.config import CommonConfig
+from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+
+
+@dataclass(frozen=True)
+class ChatDataConfig(QwenDataConfig):
+    """Chats with pictures.
+
+    Attributes:
+        chats: file of JSON lines: ``messages``, each with ``role`` (system, user or assistant) and ``content``, in
+            which ``<image>`` stands for a picture, and ``images`` (relative to the file).
+        max_images: of a chat; chats with more are not used.
+        max_tokens: of a chat, its pictures' included; all are padded to it, and longer ones are not used.
+        max_pixels: of a picture; larger ones are made smaller.
+        max_ratio: of the sides of a picture; pictures beyond it are not used.
+        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        prefetch: batches made in advance.
+        skip_limit: so many unusable records, all processes' own count, end the run.
+    """
+
+    chats: str = ""
+    max_images: int = 1
+    max_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.chats:
+            raise InputError("data.chats: name a file of JSON lines")
+        if self.max_images < 0:
+            raise InputError(f"data.max_images is {self.max_images}: give at least 0")
+
+
+@dataclass(frozen=True)
+class ChatValidationConfig:
+    """Validation on chats that are held out.
+
+    Attributes:
+        chats: as in ``data``; null: no validation.
+        every: steps between two; there is one before the first step too.
+        records: so many, from the first on.
+    """
+
+    chats: str | None = None
+    every: int = 500
+    records: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("every", "records"):
+            if getattr(self, name) < 1:
+                raise InputError(f"validation.{name} is {getattr(self, name)}: give at least 1")
+
+
+@dataclass(frozen=True)
+class SftTaskConfig:
+    """What is left at a checkpoint.
+
+    Attributes:
+        merge: write a whole folder of Transformers with the LoRA added to the weights, instead of the adapter alone. So
+            it is done too where parameters of the model itself are trained.
+    """
+
+    merge: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftRunConfig(CommonConfig):
+    """Fine-tunes a Qwen2.5-VL on chats.
+
+    Attributes:
+        task: what is trained.
+        model: the Qwen2.5-VL it begins with: a folder or a Hub id.
+        out: folder of the run.
+        resume: go on from the newest checkpoint in ``out``, if there is one.
+        sft: what is left at a checkpoint.
+        trainable: what is trained.
+        optimizer: how it moves.
+        train: the steps; a sample is a chat.
+        mesh: how the devices are arranged.
+        distributed: several processes as one run.
+        data: what it is trained on.
+        checkpoint: when the run is saved.
+        validation: how it is tried on held-out chats.
+        watch: how it is watched.
+    """
+
+    task: Literal["sft"] = "sft"
+    data: ChatDataConfig
+    sft: SftTaskConfig = field(default_factory=SftTaskConfig)
+    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
+    validation: ChatValidationConfig = field(default_factory=ChatValidationConfig)

@@ -1,0 +1,110 @@
+"""Supervised fine-tuning as a task: a Qwen2.5-VL learns the answers of chats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rflow_jax.data.chats import ChatFile
+from rflow_jax.parallel.mesh import put_batch
+from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.training.feed import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, open_array_loader
+from rflow_jax.training.qwen.rows import RowSizes
+from rflow_jax.training.qwen.trained import flops_of_sample, take_apart
+from rflow_jax.training.sft.batches import ChatInputs, ChatMaker
+from rflow_jax.training.sft.config import SftRunConfig
+from rflow_jax.training.sft.objective import ChatObjective, weighed
+from rflow_jax.training.sft.trained import TrainedChat
+from rflow_jax.training.sft.validation import ChatValidation
+from rflow_jax.training.task import TakeStep
+from rflow_jax.training.update import Report, State, compile_step, make_update
+from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
+from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.qwen import load_qwen
+
+
+class Sft:
+    """A :class:`~rflow_jax.training.task.Task`.
+
+    Raises:
+        InputError: the model or a setting is not usable.
+    """
+
+    title = "a language model"
+
+    def __init__(self, config: SftRunConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        folder = resolve_vlm(config.model)
+        self._source = ChatFile.open(Path(config.data.chats).expanduser())
+        tokenizer = QwenTokenizer(folder)
+
+        how, data = config.train, config.data
+        base = load_qwen(folder, dtype=jnp.dtype(how.dtype), sharding_for=sharding_for(mesh))
+        sizes, rules = base.config, read_rules(folder, base.config)
+        parts = take_apart(base, config.trainable, mesh, seed=how.seed)
+        self._sizes = RowSizes.of(
+            sizes.vision,
+            rules,
+            tokens=min(data.max_tokens, sizes.language.max_position_embeddings),
+            pictures=data.max_images,
+            max_pixels=data.max_pixels,
+            max_ratio=data.max_ratio,
+        )
+        prepare = Preparation(tokenizer, rules, sizes, self._sizes.tokens, data.max_pixels)
+        self._maker = ChatMaker(prepare, self._sizes)
+        self._objective = ChatObjective(parts.graph, rules, sizes.vision.unit, how.attention, how.remat)
+        name = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
+        merge = config.sft.merge or config.trainable.parameters is not None
+        self.trained = TrainedChat(parts, folder, name, merge)
+        self.trainable = parts.trainable
+
+    @cached_property
+    def flops(self) -> float:
+        """Of a chat."""
+        sizes, config = self._sizes, self._maker.prepare.config
+        how = {"tokens": sizes.tokens, "patches": sizes.patches, "pictures": sizes.pictures}
+        return flops_of_sample(self.trained.parts, config, **how)
+
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
+        """Batches of chats from a step on."""
+        how, data = self._config.train, self._config.data
+        slots = slots_here(self._mesh, how.batch_size)
+        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots, "name": "chats"}
+        return open_array_loader(self._source, self._maker, data, start=start, position=position, **sizes)
+
+    def put(self, batch: ArrayBatch) -> ChatInputs:
+        """Chats on the mesh."""
+        return put_batch(self._mesh, batch.inputs)
+
+    def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
+        """Predicts the answers' tokens, then moves the parameters."""
+        parts = self._config.train.accumulation
+        update = make_update(self._objective, optimizer, accumulation=parts, mesh=self._mesh)
+
+        def whole(state: State, frozen: Any, chats: ChatInputs) -> tuple[State, Report]:
+            return update(state, frozen, weighed(chats, parts))
+
+        step, frozen = compile_step(whole, shardings, self._mesh), self.trained.parts.frozen
+
+        def take(state: State, inputs: ChatInputs) -> tuple[State, Report]:
+            return step(state, frozen, inputs)
+
+        return take
+
+    def open_validation(self, out: Path) -> ChatValidation | None:
+        """Loss on held-out chats."""
+        config = self._config.validation
+        if config.chats is None:
+            return None
+        source = ChatFile.open(Path(config.chats).expanduser())
+        batch = self._config.train.batch_size // self._config.train.accumulation
+        return ChatValidation(
+            config, source, self._maker, self._objective, self.trained.parts.frozen, self._mesh, batch
+        )

@@ -1,0 +1,125 @@
+"""One optimizer step of any objective: differentiate, in parts if need be, clip, move. Compiled over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rflow_jax.parallel.mesh import BATCH, replicated
+from rflow_jax.typing import Array, Float, Int
+
+
+class State(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        step: steps taken.
+        trainable: parameters, float32.
+        optimizer: the optimizer's state.
+    """
+
+    step: Int[Array, ""]
+    trainable: Any
+    optimizer: Any
+
+
+class Ratio(NamedTuple):
+    """A metric as a sum and what it is divided by, so that parts of a batch can be added up."""
+
+    total: Float[Array, ""]
+    of: Float[Array, ""]
+
+
+Metrics = dict[str, Ratio]
+# (trainable, frozen, batch) -> the loss, to be averaged over equal parts of a batch, and what else is told.
+Objective = Callable[[Any, Any, Any], tuple[Float[Array, ""], Metrics]]
+
+
+class Report(NamedTuple):
+    """What a step tells.
+
+    Attributes:
+        gradient_norm: before the clip.
+        d: Prodigy's estimate of the distance; None with other optimizers.
+        metrics: of the objective, besides its loss.
+    """
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    d: Float[Array, ""] | None
+    metrics: Metrics = {}  # noqa: RUF012 (nothing is ever put into it)
+
+
+def make_update(
+    objective: Objective, optimizer: optax.GradientTransformation, *, accumulation: int, mesh: Mesh
+) -> Callable[[State, Any, Any], tuple[State, Report]]:
+    """A function of (state, frozen parameters, batch), to be compiled by :func:`compile_step`.
+
+    Args:
+        accumulation: a batch is taken in so many parts, one after the other.
+    """
+
+    def gradients(trainable: Any, frozen: Any, batch: Any) -> tuple[tuple[Array, Metrics], Any]:
+        """Loss, metrics and gradient of the batch, taken in parts."""
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        if accumulation == 1:
+            return differentiate(trainable, frozen, batch)
+        parts = jax.tree.map(partial(_in_parts, parts=accumulation, mesh=mesh), batch)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, differentiate(trainable, frozen, part)), None
+
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+        shapes = jax.eval_shape(differentiate, trainable, frozen, first)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((loss, metrics), gradient), _ = jax.lax.scan(add, zero, parts)
+        loss, gradient = jax.tree.map(lambda x: x / accumulation, (loss, gradient))
+        return (loss, metrics), gradient
+
+    def update(state: State, frozen: Any, batch: Any) -> tuple[State, Report]:
+        (loss, metrics), gradient = gradients(state.trainable, frozen, batch)
+        updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        report = Report(loss, optax.tree.norm(gradient), optax.tree.get(moved, "estim_lr"), metrics)
+        return State(state.step + 1, trainable, moved), report
+
+    return update
+
+
+def compile_step(step: Callable[..., tuple[State, Report]], shardings: Any, mesh: Mesh) -> Any:
+    """The jitted step; its first argument, the state, is donated and comes back where ``shardings`` says."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:
+    """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
+
+    def split(rows: Array) -> Array:
+        return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
+
+    return jax.shard_map(split, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))(x)
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Any]:
+    """The state before the first step, and where its leaves live: an optimizer's numbers with their parameter."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda x: x.sharding, trainable)
+    optimizer_places = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, trainable),
+        places,
+        transform_non_params=lambda _: everywhere,
+    )
+    kept: Any = everywhere
+    shardings = State(kept, places, optimizer_places)
+    # Copied: Prodigy remembers the first parameters, and a donated buffer must not be in the state twice.
+    init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=optimizer_places)
+    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    return State(step, trainable, init(trainable)), shardings

@@ -1,0 +1,151 @@
+"""PEFT's adapters of Qwen2.5-VL: read, written, and added to the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.errors import InputError
+from rflow_jax.files import write_file
+from rflow_jax.models.lora import Adapter, attach, detach, linear_shapes, linears
+from rflow_jax.parallel.sharding import put_by
+from rflow_jax.weights.components import read_object
+from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.layered import LayeredFiles
+from rflow_jax.weights.load import ShardingFor
+from rflow_jax.weights.lora_export import peft_config
+from rflow_jax.weights.tables import Table
+from rflow_jax.weights.writing import save_tensors
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # in front of every key
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+# What changes the meaning of the matrices, and is not supported.
+_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+
+
+def common_name(key: str) -> str | None:
+    """A key of any of the files, as the published Qwen2.5-VL names it; None for what carries nothing.
+
+    PEFT wraps names, and later versions of Transformers nest the two parts under ``model``.
+    """
+    if ".original_module." in key:
+        return None
+    key = key.removeprefix(PREFIX)
+    for wrapping in (".base_layer", ".default", ".modules_to_save"):
+        key = key.replace(f"{wrapping}.", ".")
+    for nested, plain in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if key.startswith(nested):
+            return plain + key.removeprefix(nested)
+    return key
+
+
+def find_adapters(
+    files: LayeredFiles, model: nnx.Module, table: Table, *, rank: int, alpha: float, rslora: bool, said_by: str
+) -> dict[str, Adapter]:
+    """Our dotted path -> adapter, for every LoRA of the files.
+
+    Args:
+        table: with published names.
+        said_by: the file that says the rank, for messages.
+
+    Raises:
+        InputError: an adapter of an unknown linear, or of another size.
+    """
+    halves: dict[str, dict[str, str]] = {}
+    for key in files:
+        if match := _LORA.fullmatch(key):
+            halves.setdefault(match["module"], {})[match["half"]] = key
+    ours = _modules(model, table)
+    adapters: dict[str, Adapter] = {}
+    for module, keys in halves.items():
+        if module not in ours or keys.keys() != {"A", "B"}:
+            raise InputError(f"{files.where}: {next(iter(keys.values()))} is no adapter of a linear of this network")
+        a, b = (files.read(keys[half]) for half in "AB")
+        if a.shape[0] != rank:
+            raise InputError(f"{files.where}: {module} has rank {a.shape[0]}, {said_by} {rank}")
+        if b.shape[0] != sum(ours[module].values()):
+            raise InputError(f"{files.where}: {keys['B']} has {b.shape[0]} rows, not those of this network")
+        rows = np.split(b, np.cumsum(list(ours[module].values()))[:-1])
+        adapters |= {
+            path: Adapter(a, np.ascontiguousarray(part), alpha, rslora)
+            for path, part in zip(ours[module], rows, strict=True)
+        }
+    return adapters
+
+
+def merged(model: Model) -> Model:
+    """Adds every adapter to its linear's weights, in float32, and removes it."""
+    for linear in linears(model).values():
+        if linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
+            continue
+        a, b, kernel = (jnp.asarray(x[...], jnp.float32) for x in (linear.lora_a, linear.lora_b, linear.kernel))
+        change = jnp.dot(a, b, precision="highest") * linear.lora_scale[...]
+        linear.kernel.set_value((kernel + change).astype(linear.kernel.dtype))
+    return detach(model)
+
+
+def attach_adapter(model: Model, folder: Path, table: Table, *, sharding_for: ShardingFor | None = None) -> Model:
+    """Attaches the adapter in a folder that PEFT wrote.
+
+    Args:
+        table: with published names.
+        sharding_for: where each of its matrices lives; None puts all on the default device.
+
+    Raises:
+        InputError: it is none, not of this network, or of a kind that is not supported.
+    """
+    config = read_object(folder / ADAPTER_CONFIG)
+    wrong = [name for name in _UNSUPPORTED if config.get(name)]
+    if config.get("peft_type", "LORA") != "LORA" or wrong:
+        what = ", ".join(wrong) or f"peft_type {config['peft_type']}"
+        raise InputError(f"{folder / ADAPTER_CONFIG}: {what} is not supported")
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / ADAPTER_CONFIG}: no r and lora_alpha; is it PEFT's?") from error
+    files = LayeredFiles([TensorFiles.open(folder / ADAPTER_FILE)], common_name)
+    how = {
+        "rank": rank,
+        "alpha": alpha,
+        "rslora": bool(config.get("use_rslora")),
+        "said_by": f"{ADAPTER_CONFIG} says r",
+    }
+    put = put_by(sharding_for) if sharding_for else None
+    return attach(model, find_adapters(files, model, table, **how), where=files.where, put=put)
+
+
+def export_adapter(adapters: Mapping[str, Adapter], table: Table, base: str, folder: Path, **config: Any) -> None:
+    """Writes adapters as PEFT does.
+
+    Args:
+        adapters: by our dotted path.
+        table: with the names of the network that the adapter is for.
+        base: folder or Hub id of that network.
+        config: further entries of ``adapter_config.json``.
+    """
+    named = {table.module(path)[1]: adapter for path, adapter in adapters.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for name, adapter in named.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": adapter.a, f"{PREFIX}{name}.lora_B.weight": adapter.b}
+    save_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
+    content = peft_config(named) | {"base_model_name_or_path": base} | config
+    write_file(folder / ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _modules(model: nnx.Module, table: Table) -> Mapping[str, dict[str, int]]:
+    """The checkpoint's module -> our linears in it, in row order, with the rows of each."""
+    found: dict[str, list[tuple[int, str, int]]] = {}
+    for path, (_, rows) in linear_shapes(model).items():
+        order, theirs, _ = table.module(path)
+        found.setdefault(theirs, []).append((order, path, rows))
+    return {theirs: {path: rows for _, path, rows in sorted(parts)} for theirs, parts in found.items()}

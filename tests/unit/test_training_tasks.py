@@ -1,0 +1,79 @@
+"""Which task a command line means, and the recipes of the tasks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rflow_jax import cli
+from rflow_jax.errors import InputError
+from rflow_jax.training.config import CommonConfig, RunConfig
+from rflow_jax.training.folder import CONFIG, write_config
+from rflow_jax.training.reward.config import RewardRunConfig
+from rflow_jax.training.sft.config import SftRunConfig
+from rflow_jax.training.task import DEFAULT, TASKS, config_of
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*(ROOT / "configs").glob("reward_*.yaml"), *(ROOT / "configs").glob("sft_*.yaml")])
+LIGHT = """
+import sys
+import rflow_jax.training.reward.batches, rflow_jax.training.sft.batches
+from jax._src import xla_bridge
+print(len(xla_bridge._backends), "torch" in sys.modules)
+"""
+
+
+def read(file: Path) -> CommonConfig:
+    found: list[Any] = []
+    config = config_of(cli.early_value(["--config", str(file)], "task", DEFAULT))
+    cli.run_command(cli.Command("", (config,), found.append), ["--config", str(file)])
+    return found[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path):
+    config = read(recipe)
+    assert recipe.stem.startswith(config.task)
+    write_config(tmp_path, asdict(config))
+    assert read(tmp_path / CONFIG) == config
+    assert recipe.read_text().startswith("# ")
+    assert f"--config configs/{recipe.name}" in recipe.read_text()
+
+
+def test_the_task_of_a_command_line(tmp_path):
+    for number, content in enumerate(("task: sft", "model: m", "- a list", ": no {yaml", "task: reward")):
+        (tmp_path / f"{number}.yaml").write_text(content)
+    files = [str(tmp_path / f"{number}.yaml") for number in range(5)]
+
+    def task(*argv: str) -> str:
+        return cli.early_value(argv, "task", DEFAULT)
+
+    assert task() == "corrector"
+    assert task("--config", files[0]) == "sft"
+    assert task(f"--config={files[0]}", "--task", "reward") == "reward"
+    assert task("--task=sft", "--config", files[4]) == "sft"
+    assert task("--config", files[0], "--config", files[4]) == "reward"
+    assert task("--config", files[4], "--config", files[1]) == "reward"
+    for file in (files[2], files[3], "/nowhere.yaml"):
+        assert task("--config", file) == "corrector"
+
+
+def test_every_task_has_settings_of_its_own():
+    assert {name: config_of(name) for name in TASKS} == {
+        "corrector": RunConfig,
+        "reward": RewardRunConfig,
+        "sft": SftRunConfig,
+    }
+    with pytest.raises(InputError, match="did you mean reward"):
+        config_of("rewrad")
+
+
+def test_what_workers_import_takes_no_device():
+    """Else every worker would take the accelerator, or its memory."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "False"]
