@@ -156,7 +156,7 @@ def test_pictures_that_cannot_be_decoded_are_replaced_and_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
-    [("word " * 200, "the context holds 64"), (f"a {SPECIAL_TOKEN}", "holds the special token")],
+    [("word " * 200, "too long: 852 tokens, the model reads 64"), (f"a {SPECIAL_TOKEN}", "holds the special token")],
     ids=["long", "special token"],
 )
 def test_prompts_that_do_not_fit_are_skipped(pairs, tmp_path, prompt, reason):
