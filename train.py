@@ -82,6 +82,8 @@ def loop(run: Run, preemption: Preemption) -> None:
     first = step = int(state.step)
     if step == 0:
         validate(run, state, step)
+    else:
+        run.checkpoints.export_missing(state, run.task.trained)
     with closing(feed(iter(run.loader), run.task.put)) as batches:
         untold: tuple[int, Any, Any] | None = None
         stop = False
@@ -114,16 +116,16 @@ def tell(run: Run, untold: tuple[int, Any, Any] | None) -> None:
     """Hands the numbers of one step to the watch.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss or the gradient is not finite.
     """
     if untold is None:
         return
     step, report, batch = untold
     report = jax.device_get(report)
-    if not math.isfinite(report.loss):
+    if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
         kept = run.checkpoints.steps
         raise RunError(
-            f"step {step}: the loss is {report.loss}; "
+            f"step {step}: the loss is {report.loss}, the gradient's norm {report.gradient_norm}; "
             + (f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet")
             + "; lower optimizer.lr or optimizer.clip, or set train.dtype to float32"
         )

@@ -19,7 +19,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         InputError: the file cannot be read, a line is no JSON object, or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Texts may hold what str.splitlines takes for the end of a line, too.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot read this file ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -29,13 +30,21 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: not a JSON object, but {line.strip()[:40]!r}")
-        yield f"{path}:{number}", record
+        yield f"{path}:{number}", _object(line, f"{path}:{number}")
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not a JSON object, but {line.strip()[:40]!r}")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a character ({error.object[error.start]!r})") from error
+    return record
 
 
 def text_of(record: dict[str, Any], key: str, where: str) -> str:
@@ -55,5 +64,5 @@ def read_image(path: Path, where: str) -> bytes:
     """The bytes of a picture that a line names; raises RecordError where there are none."""
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{where}: {path}: cannot read this picture ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{where}: {path}: cannot read this picture ({error})") from error

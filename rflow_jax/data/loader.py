@@ -287,6 +287,6 @@ def require_same_records(position: Mapping[str, Any] | None, fingerprint: str) -
     """Raises InputError if a run would go on with other records than it began with."""
     if position is not None and position.get("fingerprint") != fingerprint:
         raise InputError(
-            "data.shards: these are not the records the run began with (other shards, or another order); give the "
+            "data: these are not the records the run began with (other shards, or another order); give the "
             "same, or start afresh with another out"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rflow_jax.data.records import Record, RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.files import write_file
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ChatsConfig:
@@ -24,8 +27,8 @@ class ChatsConfig:
         shards: of GenRef: addresses as in the corrector's ``data``.
         out: folder of ``chats.jsonl``, ``held_out.jsonl`` and the pictures.
         question: the user's message; ``$prompt`` is the record's, and <image> the bad picture.
-        held_out: so many of the records go into ``held_out.jsonl``.
-        limit: so many records at most; null: all.
+        held_out: so many of the records go into ``held_out.jsonl``, spread evenly over all.
+        limit: the first so many records; null: all.
     """
 
     shards: str | list[str]
@@ -49,18 +52,18 @@ def make_chats(config: ChatsConfig) -> tuple[int, int]:
     """
     out = Path(config.out)
     lines: list[str] = []
-    for record in _records(config):
-        name = f"pictures/{record.key.replace('/', '_')}.jpg"
+    for number, record in enumerate(_records(config)):
+        name = f"pictures/{number:07d}.jpg"  # keys may stand in several shards
         write_file(out / name, record.bad_image)
         question = config.question.replace("$prompt", record.prompt)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record.reflection.strip()}]
         lines.append(json.dumps({"messages": messages, "images": [name]}, ensure_ascii=False) + "\n")
     if len(lines) <= config.held_out:
         raise InputError(f"{config.shards}: {len(lines)} records have a reflection, and {config.held_out} are held out")
-    learned = len(lines) - config.held_out
-    write_file(out / "chats.jsonl", "".join(lines[:learned]))
-    write_file(out / "held_out.jsonl", "".join(lines[learned:]))
-    return learned, config.held_out
+    held_out = {(2 * k + 1) * len(lines) // (2 * config.held_out) for k in range(config.held_out)}
+    write_file(out / "chats.jsonl", "".join(line for k, line in enumerate(lines) if k not in held_out))
+    write_file(out / "held_out.jsonl", "".join(lines[k] for k in sorted(held_out)))
+    return len(lines) - config.held_out, config.held_out
 
 
 def _records(config: ChatsConfig) -> Any:
@@ -71,7 +74,8 @@ def _records(config: ChatsConfig) -> Any:
                 return
             try:
                 record: Record = source.read(subset, index)
-            except RecordError:
+            except RecordError as error:
+                log.warning("left out: %s", error)
                 continue
             # The marker of a picture in a text would stand for a picture that is not there.
             if record.reflection.strip() and PICTURE not in record.prompt + record.reflection:

@@ -46,11 +46,15 @@ class PairSource(Protocol):
 
     Attributes:
         fingerprint: of the pairs and their order.
+        labels: those that there are.
         has_scores: whether any picture has a score.
     """
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def labels(self) -> frozenset[int]: ...
 
     @property
     def has_scores(self) -> bool: ...
@@ -75,7 +79,7 @@ class _Line(NamedTuple):
 class PairFile:
     """The pairs of a file of JSON lines: ``prompt``, ``image_a`` and ``image_b`` (relative to the file), ``label``.
 
-    A label that is not ``A``, ``B`` or ``same`` leaves the pair without influence; ``score_a`` and ``score_b`` may be
+    ``label`` is ``A``, ``B`` or ``same``, or anything else where nobody knows; ``score_a`` and ``score_b`` may be
     missing.
     """
 
@@ -88,15 +92,16 @@ class PairFile:
         """Reads the lines, and none of the pictures.
 
         Raises:
-            InputError: a line is not usable, or none has a label; names the line.
+            InputError: a line is not usable; names it.
         """
         lines = tuple(_line(where, record) for where, record in read_lines(path))
-        without = sum(line.label == INVALID for line in lines)
-        if without == len(lines):
-            raise InputError(f"{path}: no line has a label; give A, B or same")
-        if without:
-            log.warning("%s: %d of %d lines have no label A, B or same, and no influence", path, without, len(lines))
+        if without := sum(line.label == INVALID for line in lines):
+            log.warning("%s: %d of %d lines have no label A, B or same", path, without, len(lines))
         return cls(path.parent, lines, fingerprint_of(path))
+
+    @property
+    def labels(self) -> frozenset[int]:
+        return frozenset(line.label for line in self.lines)
 
     @property
     def has_scores(self) -> bool:
@@ -116,6 +121,7 @@ class GenRefPairs:
     """The records of GenRef, whose good picture is A and preferred to the bad one."""
 
     source: RecordSource
+    labels = frozenset({A})
     has_scores = False
 
     @property

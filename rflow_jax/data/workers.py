@@ -1,4 +1,4 @@
-"""Processes that read and decode. They never import JAX, and end with the process that started them."""
+"""Processes that read and decode. They never open a device, and end with the process that started them."""
 
 from __future__ import annotations
 

@@ -138,6 +138,14 @@ class Checkpoints:
         if self.config.export and trained.exports:
             self._export(step, state, trained, trained.exports)
 
+    def export_missing(self, state: State, trained: Exporter) -> None:
+        """Exports a state that was restored, where the run before was ended between the checkpoint and its export."""
+        step = int(jax.device_get(state.step))
+        if not self.config.export or not trained.exports or (self.out / trained.exports.format(step=step)).exists():
+            return
+        with self._disk_errors():
+            self._export(step, state, trained, trained.exports)
+
     def _require_space(self, state: State) -> None:
         """Said before a write begins: one that breaks off in the middle leaves Orbax's other writes to fail aloud."""
         needed = _COPIES * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD

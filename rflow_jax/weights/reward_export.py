@@ -59,7 +59,7 @@ def export_reward(
     with whole(step) as partial:
         partial.mkdir()
         _write_step(model, trained, what, save_tokenizer, partial)
-    _write_json(step.parent / CONFIG_FILE, _model_config(what))
+    _write_json(step.parent / CONFIG_FILE, _model_config(what, lora=bool(adapters_of(model))))
     if what.prompt is not None:
         write_file(step.parent / PROMPT_FILE, what.prompt)
 
@@ -98,11 +98,17 @@ def _embedding(model: RewardModel, vocabulary: int) -> np.ndarray:
     return grown
 
 
-def _model_config(what: RewardExport) -> Mapping[str, Any]:
+def _model_config(what: RewardExport, *, lora: bool) -> Mapping[str, Any]:
     config = what.config
     norm = {"VQ_mean": config.mean, "VQ_std": config.std}
     return {
-        "data_config": {"max_frame_pixels": config.max_pixels, "prompt_template_type": config.template},
+        # The original wants the keys of its own data, too.
+        "data_config": {
+            "meta_data": "",
+            "data_dir": "",
+            "max_frame_pixels": config.max_pixels,
+            "prompt_template_type": config.template,
+        },
         "model_config": {
             "model_name_or_path": what.base,
             "output_dim": config.outputs,
@@ -112,7 +118,8 @@ def _model_config(what: RewardExport) -> Mapping[str, Any]:
             "loss_type": what.loss,
         },
         "peft_lora_config": {
-            "lora_enable": True,
+            "lora_enable": lora,
+            "lora_namespan_exclude": ["visual", "embed_tokens", "lm_head", "rm_head"],
             "lora_r": config.rank,
             "lora_alpha": config.alpha,
             "use_rslora": config.rslora,

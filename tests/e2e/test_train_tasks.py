@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,11 +102,13 @@ def test_two_steps_and_two_more_are_four(place, pairs):
     status, text = place.run("reward_debug", "whole", *flags_of(pairs, 4))
     assert status == 0, text
     assert place.run("reward_debug", "parts", *flags_of(pairs, 2))[0] == 0
+    shutil.rmtree(place.root / "parts" / "reward")  # as if it had been killed before the export
     status, text = place.run("reward_debug", "parts", *flags_of(pairs, 4), "--resume")
     assert status == 0, text
     assert "step 2 of 4" in text
     assert len(place.steps("whole")) == 4
     assert place.steps("parts") == place.steps("whole")
+    assert {path.name for path in (place.root / "parts" / "reward").glob("*-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
 def test_sigterm_saves_and_the_run_goes_on(place, pairs):

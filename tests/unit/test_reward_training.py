@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -13,13 +14,14 @@ from flax import nnx
 from PIL import Image
 
 from rflow_jax.data.preferences import INVALID, TIE, A, B, PairFile
+from rflow_jax.data.records import RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig
 from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
 from rflow_jax.training.model import dotted
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.reward.config import PairDataConfig, PairValidationConfig, RewardRunConfig, RewardTaskConfig
-from rflow_jax.training.reward.task import Reward
+from rflow_jax.training.reward.task import Reward, open_checked
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
 from rflow_jax.weights.reward import SPECIAL_TOKEN
 from tests.kit.preferences import make_pairs
@@ -217,14 +219,46 @@ def test_a_line_that_is_not_usable_is_named(tmp_path, content, message):
         PairFile.open(tmp_path / "pairs.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("", "holds no line"), ('{"prompt": "p", "image_a": "a", "image_b": "b"}', "no line has a label")],
-)
-def test_a_file_that_teaches_nothing(tmp_path, content, message):
-    (tmp_path / "pairs.jsonl").write_text(content)
-    with pytest.raises(InputError, match=message):
+def test_a_file_without_a_line(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds no line"):
         PairFile.open(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("loss", "more", "message"),
+    [
+        ("bt", {}, "no line with a label A or B"),
+        ("bt", {"label": "same"}, "no line with a label A or B"),
+        ("btt", {"label": "same"}, None),
+        ("btt", {"score_a": 3}, "no line with a label A, B or same"),
+        ("reg", {"score_a": 3}, None),
+        ("reg", {"label": "A"}, "takes people's scores"),
+        ("scaled", {"score_a": 3, "label": "same"}, "no line with a label A or B"),
+    ],
+)
+def test_a_file_must_teach_something_by_the_loss(tmp_path, loss, more, message):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "image_a": "a", "image_b": "b"} | more))
+    config = RewardRunConfig(
+        model="m", out="o", data=PairDataConfig(pairs=str(file)), reward=RewardTaskConfig(loss=loss)
+    )
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        open_checked(config, str(file), None)
+
+
+def test_texts_may_hold_separators_of_lines_and_no_half_characters(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    prompt = "one\u2028two\u0085three"
+    line = {"prompt": prompt, "image_a": "a", "image_b": "b", "label": "A"}
+    file.write_text("\ufeff" + json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert PairFile.open(file).lines[0].prompt == prompt
+    file.write_text(json.dumps(line | {"prompt": "half \ud83d"}))
+    with pytest.raises(InputError, match=r"pairs\.jsonl:1: holds half of a character"):
+        PairFile.open(file)
+    file.write_text(json.dumps(line | {"image_a": "a\0.png"}))
+    with pytest.raises(RecordError, match="cannot read this picture"):
+        PairFile.open(file).read(0)
 
 
 def test_settings_that_make_no_sense():

@@ -133,6 +133,9 @@ def test_reflections_of_genref_as_chats(tmp_path):
     assert [role for role, _ in chat.messages] == ["user", "assistant"]
     assert chat.messages[1][1].endswith(".")
     assert chat.images[0].startswith(b"\xff\xd8")
+    held_out = ChatFile.open(tmp_path / "out" / "held_out.jsonl")
+    names = [line.images[0] for line in held_out.lines]
+    assert names == [f"pictures/{k:07d}.jpg" for k in (1, 3, 6, 8)]  # from all over the ten
     with pytest.raises(InputError, match="are held out"):
         make_chats(ChatsConfig(shards, str(tmp_path / "other"), held_out=16))
     with pytest.raises(InputError, match="must hold <image> once"):

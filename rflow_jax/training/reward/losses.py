@@ -18,6 +18,8 @@ from rflow_jax.typing import Array, Float, Int
 
 LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
 NEED_SCORES = ("scaled", "reg")  # without scores they are 0
+# Without one of these labels the others are.
+NEED_LABELS = {name: {A, B} for name in ("bt", "margin", "constant_margin", "scaled")} | {"btt": {A, B, TIE}}
 MARGIN = 0.57
 TIES = 5.0  # k of Bradley-Terry with ties: how much stronger a picture must be to be preferred
 MIDDLE = 3.0  # of the people's scores

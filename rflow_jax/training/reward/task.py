@@ -27,7 +27,7 @@ from rflow_jax.training.qwen.rows import RowSizes
 from rflow_jax.training.qwen.trained import Parts, first_key, flops_of_sample, take_apart
 from rflow_jax.training.reward.batches import PairInputs, PairMaker
 from rflow_jax.training.reward.config import RewardRunConfig
-from rflow_jax.training.reward.losses import NEED_SCORES
+from rflow_jax.training.reward.losses import NEED_LABELS, NEED_SCORES
 from rflow_jax.training.reward.objective import PairObjective
 from rflow_jax.training.reward.trained import TrainedReward
 from rflow_jax.training.reward.validation import PairValidation
@@ -62,7 +62,11 @@ class Reward:
         how = reward_config(config, folder)
         # Wordings and the data are cheap to check.
         template = read_template(how, config.reward.prompt_file)
-        self._source = _open(config)
+        self._source = open_checked(config, config.data.pairs, config.data.shards)
+        held_out = config.validation
+        self._held_out = (
+            open_checked(config, held_out.pairs, held_out.shards) if held_out.pairs or held_out.shards else None
+        )
         tokenizer = QwenTokenizer(folder, added=[SPECIAL_TOKEN] if how.special_tokens else [])
         special = tokenizer.id_of(SPECIAL_TOKEN) if how.special_tokens else None
 
@@ -125,12 +129,9 @@ class Reward:
 
     def open_validation(self, out: Path) -> PairValidation | None:
         """Loss and accuracy on held-out pairs."""
-        config = self._config.validation
-        if config.pairs is None and config.shards is None:
+        config, source = self._config.validation, self._held_out
+        if source is None:
             return None
-        data = self._config.data
-        how = {"format": data.format, "cache": data.cache, "patience": data.patience}
-        source = open_pairs(config.pairs, config.shards, **how)
         batch = self._config.train.batch_size // self._config.train.accumulation
         frozen = self.trained.parts.frozen
         found = PairValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
@@ -162,14 +163,16 @@ def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardM
     return reward_model_of(base, init_kernel(key, (table.shape[1], 1), dtype), special, mean)
 
 
-def _open(config: RewardRunConfig) -> PairSource:
-    data = config.data
+def open_checked(config: RewardRunConfig, pairs: str | None, shards: str | list[str] | None) -> PairSource:
+    """The pairs; raises InputError where the loss could learn nothing from them."""
+    data, loss = config.data, config.reward.loss
     how = {"format": data.format, "cache": data.cache, "patience": data.patience}
-    source = open_pairs(data.pairs, data.shards, **how)
-    if config.reward.loss in NEED_SCORES and not source.has_scores:
-        raise InputError(
-            f"reward.loss is {config.reward.loss}: it takes people's scores, and {data.pairs or data.shards} has none"
-        )
+    source = open_pairs(pairs, shards, **how)
+    if loss in NEED_SCORES and not source.has_scores:
+        raise InputError(f"reward.loss is {loss}: it takes people's scores, and {pairs or shards} has none")
+    if loss in NEED_LABELS and not source.labels & NEED_LABELS[loss]:
+        wanted = "A, B or same" if loss == "btt" else "A or B"
+        raise InputError(f"reward.loss is {loss}: {pairs or shards} has no line with a label {wanted}")
     return source
 
 

@@ -43,6 +43,8 @@ class Sft:
         self._config, self._mesh = config, mesh
         folder = resolve_vlm(config.model)
         self._source = ChatFile.open(Path(config.data.chats).expanduser())
+        held_out = config.validation.chats
+        self._held_out = ChatFile.open(Path(held_out).expanduser()) if held_out is not None else None
         tokenizer = QwenTokenizer(folder)
 
         how, data = config.train, config.data
@@ -100,10 +102,9 @@ class Sft:
 
     def open_validation(self, out: Path) -> ChatValidation | None:
         """Loss on held-out chats."""
-        config = self._config.validation
-        if config.chats is None:
+        config, source = self._config.validation, self._held_out
+        if source is None:
             return None
-        source = ChatFile.open(Path(config.chats).expanduser())
         batch = self._config.train.batch_size // self._config.train.accumulation
         return ChatValidation(
             config, source, self._maker, self._objective, self.trained.parts.frozen, self._mesh, batch
