@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import yaml
 
 from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
-from rflow_jax.files import use_folder
+from rflow_jax.files import hold, use_folder
 from rflow_jax.language.config import WriterConfig
 from rflow_jax.verifiers.config import VerifierConfig
 
@@ -73,8 +72,7 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
     """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
 
     Returns:
-        A file that holds the claim as long as it is open. Whoever opens and closes the configuration meanwhile, in this
-        process, gives the claim up.
+        A file that holds the claim as long as it is open.
 
     Raises:
         InputError: another process works here, or began another search a moment ago.
@@ -83,13 +81,9 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
     if not path.exists():
         _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
-    held = open(path, "rb+")  # noqa: SIM115
-    try:
-        # A byte for each process of a run: it is given up when the process ends, however it ends.
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-    except OSError as error:
-        held.close()
-        raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another") from error
+    held = hold(out / f".{CONFIG}.{place}.lock" if place else path)  # a file for each process of a run
+    if held is None:
+        raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another")
     return held
 
 

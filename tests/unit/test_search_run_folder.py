@@ -1,5 +1,6 @@
 """The folder of a run: the same search goes on, and one process with each share."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,32 @@ def test_one_process_a_share_until_it_dies(run):
     finally:
         other.kill()
         other.communicate()
+
+
+def test_a_claim_outlives_readers_of_the_configuration(tmp_path):
+    for place in (0, 2):
+        with claim(tmp_path, CONFIG, place):
+            require_same(tmp_path, CONFIG)
+            with pytest.raises(InputError, match="another process is at work in this folder"):
+                claim(tmp_path, CONFIG, place)
+        claim(tmp_path, CONFIG, place).close()
+
+
+def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with pytest.raises(InputError, match=r"cannot be locked \(No locks available\)"):
+        claim(tmp_path, CONFIG, 0)
+
+
+def test_only_beginnings_of_the_file_itself_are_removed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    kept = [tmp_path / ".a[1].b.12.tmp", tmp_path / ".a1.12.tmp", tmp_path / "sub/.a[1].12.tmp"]
+    for file in (*kept, tmp_path / ".a[1].12.tmp"):
+        file.touch()
+    files.remove_beginnings(tmp_path, "a[1]")
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
+    files.remove_beginnings(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["sub"]
