@@ -31,9 +31,11 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
     call = partial(_call, verifier, turn)
     calls = Calls("score", call, verifier.concurrency + 1, 1, lambda _, found: heard.put(found), heard.put)
     works = list(targets.items())
+    # Those in this process take several batches, to prepare the next while the device works; others just one.
+    size = verifier.batch_size * getattr(verifier, "batches_a_call", 1)
     try:
-        for start in range(0, len(works), verifier.batch_size):
-            calls.submit(works[start : start + verifier.batch_size])
+        for start in range(0, len(works), size):
+            calls.submit(works[start : start + size])
         left = len(works)
         while left:
             found = heard.get()

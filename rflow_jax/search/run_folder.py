@@ -15,7 +15,7 @@ from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
 from rflow_jax.files import hold, use_folder
 from rflow_jax.language.config import WriterConfig
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -29,6 +29,8 @@ FREE_OF_A_MODEL = (
     "price_input",
     "price_output",
 )
+LOCAL = ("nvila", "reward", "clip")
+FREE_OF_A_LOCAL_MODEL = ("batch_size", "devices")
 MODELS = ("verifier", "reflector", "refiner")
 
 
@@ -112,8 +114,13 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
 def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
     """What the answers of a model follow from, of all that its section of a configuration says."""
     kept = {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
-    if members := (kept.get("options") or {}).get("members"):
-        kept["options"] = kept["options"] | {"members": [decisive(member) for member in members]}
+    name, options = kept.get("name"), kept.get("options")
+    if not isinstance(options, Mapping):
+        return kept
+    if name in LOCAL:
+        kept["options"] = {key: value for key, value in options.items() if key not in FREE_OF_A_LOCAL_MODEL}
+    elif name == ENSEMBLE and isinstance(members := options.get("members"), (list, tuple)):
+        kept["options"] = {**options, "members": [decisive(m) if isinstance(m, Mapping) else m for m in members]}
     return kept
 
 

@@ -438,3 +438,18 @@ def test_a_path_that_the_terminal_cannot_show_is_no_crash(folder, asked, monkeyp
     monkeypatch.setattr(sys, "stdout", ascii_only)
     assert call(folder, HASH) == 0
     assert b"\\xfc.png" in ascii_only.buffer.getvalue()
+
+
+def test_a_verifier_in_this_process_gets_several_batches_a_call(folder):
+    sizes = []
+
+    class Local(HashVerifier):
+        batches_a_call = 4
+
+        def score(self, images, items):
+            sizes.append(len(images))
+            return [Verdict(1.0) for _ in images]
+
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    assert len(dict(judging.judge(Local(concurrency=1, batch_size=1), targets))) == 6
+    assert sorted(sizes) == [2, 4]

@@ -11,7 +11,7 @@ import yaml
 from rflow_jax import files
 from rflow_jax.errors import InputError
 from rflow_jax.search import run_folder
-from rflow_jax.search.run_folder import claim, require_same, require_usable
+from rflow_jax.search.run_folder import claim, decisive, require_same, require_usable
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -189,3 +189,15 @@ def test_only_beginnings_of_the_file_itself_are_removed(tmp_path):
     assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
     files.remove_beginnings(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["sub"]
+
+
+def test_what_changes_no_score_of_a_local_model_may_change():
+    def section(name, **options):
+        return {"name": name, "options": options}
+
+    for name in ("nvila", "reward", "clip"):
+        one, other = section(name, batch_size=1, rank="x"), section(name, devices=[1], batch_size=2, rank="x")
+        assert decisive(one) == decisive(other) == section(name, rank="x")
+        assert decisive(section("ensemble", members=[one])) == decisive(section("ensemble", members=[other]))
+    own = section("package.module:Class", members=["a", 3], batch_size=2, devices=[1])
+    assert decisive(own) == own
