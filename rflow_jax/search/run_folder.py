@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import yaml
@@ -70,11 +71,34 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
-    """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
+class Claim:
+    """A claim on a folder, until it is closed or the process ends; a context manager.
 
-    Returns:
-        A file that holds the claim as long as it is open.
+    Args:
+        held: the file that is locked.
+        lock: that file, if it is there for nothing else.
+    """
+
+    def __init__(self, held: IO[bytes], lock: Path | None) -> None:
+        self._held, self._lock = held, lock
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives it up."""
+        if self._lock is not None:
+            self._lock.unlink(missing_ok=True)  # while it is locked: it must not be another's by then
+        self._held.close()
+
+
+def claim(out: Path, config: Mapping[str, Any], place: int) -> Claim:
+    """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
 
     Raises:
         InputError: another process works here, or began another search a moment ago.
@@ -83,10 +107,11 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
     if not path.exists():
         _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
-    held = hold(out / f".{CONFIG}.{place}.lock" if place else path)  # a file for each process of a run
+    lock = out / f".{CONFIG}.{place}.lock" if place else None  # a file for each process of a run
+    held = hold(lock or path)
     if held is None:
         raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another")
-    return held
+    return Claim(held, lock)
 
 
 def _write_first(path: Path, content: str) -> None:

@@ -169,6 +169,7 @@ def test_a_claim_outlives_readers_of_the_configuration(tmp_path):
             with pytest.raises(InputError, match="another process is at work in this folder"):
                 claim(tmp_path, CONFIG, place)
         claim(tmp_path, CONFIG, place).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
