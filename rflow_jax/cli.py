@@ -69,6 +69,9 @@ def run(main: Callable[[], int | None]) -> int:
     Returns:
         The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # a path need not fit the terminal's encoding
     try:
         return main() or 0
     except InputError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rflow_jax.errors import InputError
 
@@ -68,8 +69,24 @@ def decoded(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the image cannot be decoded ({reason})") from error
+        raise InputError(f"the image cannot be decoded ({_reason(error)})") from error
+
+
+def image_in(content: bytes) -> Image.Image:
+    """An image in RGB, from the bytes of its file.
+
+    Raises:
+        InputError: they are none, or are cut off.
+    """
+    try:
+        with Image.open(BytesIO(content)) as file:
+            return decoded(file)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:  # says no more than where the bytes lie in memory
+        raise InputError("the file is no image that can be read") from error
+    except Exception as error:
+        raise InputError(f"the file is no image that can be read ({_reason(error)})") from error
 
 
 def read_image(path: Path) -> Image.Image:
@@ -81,8 +98,13 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return decoded(file)
-    except (OSError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not an image file"
-        raise InputError(f"{path}: cannot read this image ({reason})") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: cannot read this image (not an image file)") from error
+    except Exception as error:
+        raise InputError(f"{path}: cannot read this image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

@@ -61,13 +61,17 @@ def _qwen_chat(config: Any) -> Any:
 
 
 def claimed_devices(options: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """The devices that a role's model takes for itself; those of an ensemble's members are further in."""
-    for key, value in options.items():
-        if key == "devices" and value:
-            yield value
-        for member in value if isinstance(value, (list, tuple)) else ():
-            if isinstance(member, Mapping):
-                yield from claimed_devices(member.get("options") or {})
+    """The devices that a role's model takes for itself; those of an ensemble's members are further in.
+
+    Anything else under these names is left to the class that gets the options.
+    """
+    devices, members = options.get("devices"), options.get("members")
+    if isinstance(devices, (list, tuple)) and devices and all(type(number) is int for number in devices):
+        yield devices
+    if isinstance(members, (list, tuple)) and all(isinstance(member, Mapping) for member in members):
+        for member in members:
+            if isinstance(own := member.get("options"), Mapping):
+                yield from claimed_devices(own)
 
 
 def configure(kind: type[Config], model: str | None, options: Mapping[str, Any], role: str) -> Config:

@@ -33,8 +33,11 @@ def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Co
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
-            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-            raise InputError(f"{where}: {key} is {value!r}: {reason}") from error
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            place = key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
+            # Texts, and what holds them, may be addresses with passwords.
+            given_as = f" is {value!r}" if value is None or isinstance(value, (bool, int, float)) else ""
+            raise InputError(f"{where}: {place}{given_as}: {first['msg']}") from error
     try:
         return kind(**values)
     except TypeError as error:

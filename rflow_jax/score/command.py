@@ -78,7 +78,7 @@ def _known(targets: Sequence[Target], results: Results) -> Iterator[tuple[int, F
     for k, target in enumerate(targets):
         try:
             sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
-        except OSError:
+        except (OSError, ValueError):
             continue  # said when it is its turn
         if (verdict := results.known(target, sha256)) is not None:
             yield k, Found(target, sha256, verdict)

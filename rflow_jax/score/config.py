@@ -1,5 +1,6 @@
 """What ``infer.py score`` is told."""
 
+import os
 from dataclasses import dataclass, field
 
 from rflow_jax.errors import InputError
@@ -37,5 +38,11 @@ class ScoreConfig:
             raise InputError("prompts names images and their prompts: leave out the other images and prompt")
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("prompt is empty")
+        try:
+            (self.prompt or "").encode()
+        except UnicodeEncodeError as error:
+            raise InputError("prompt is not UTF-8 text") from error
+        if self.prompts is not None and self.out and os.path.realpath(self.out) == os.path.realpath(self.prompts):
+            raise InputError("out is the list of prompts: give another file")
         if self.verifier.name == NONE:
             raise InputError("verifier.name is none: name one that scores")

@@ -7,14 +7,13 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from io import BytesIO
 from typing import Any
 
 import PIL.Image
 
 from rflow_jax.calls import Calls
 from rflow_jax.errors import InputError
-from rflow_jax.images import decoded
+from rflow_jax.images import image_in
 from rflow_jax.score.results import Found
 from rflow_jax.score.targets import Target
 from rflow_jax.verifiers.base import Verdict, Verifier, settled
@@ -32,9 +31,11 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
     call = partial(_call, verifier, turn)
     calls = Calls("score", call, verifier.concurrency + 1, 1, lambda _, found: heard.put(found), heard.put)
     works = list(targets.items())
+    # Those in this process take several batches, to prepare the next while the device works; others just one.
+    size = verifier.batch_size * getattr(verifier, "batches_a_call", 1)
     try:
-        for start in range(0, len(works), verifier.batch_size):
-            calls.submit(works[start : start + verifier.batch_size])
+        for start in range(0, len(works), size):
+            calls.submit(works[start : start + size])
         left = len(works)
         while left:
             found = heard.get()
@@ -59,11 +60,12 @@ def _score(verifier: Verifier, turn: threading.Semaphore, chunk: Chunk) -> list[
         try:
             content = target.path.read_bytes()
             digests[k] = hashlib.sha256(content).hexdigest()
-            images[k] = _opened(content)
-        except OSError as error:
-            found[k] = Found(target, None, Verdict(None, error=f"cannot read the file ({error.strerror})"))
+            images[k] = image_in(content)
         except InputError as error:
             found[k] = Found(target, digests[k], Verdict(None, error=str(error)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            found[k] = Found(target, None, Verdict(None, error=f"cannot read the file ({reason})"))
     asked = {k: target for k, target in chunk if k in images}
     if asked:
         with turn:
@@ -71,12 +73,3 @@ def _score(verifier: Verifier, turn: threading.Semaphore, chunk: Chunk) -> list[
         for (k, target), verdict in zip(asked.items(), verdicts, strict=True):
             found[k] = Found(target, digests[k], settled(verdict))
     return list(found.items())
-
-
-def _opened(content: bytes) -> PIL.Image.Image:
-    """Raises InputError where it is no image, or is cut off."""
-    try:
-        with PIL.Image.open(BytesIO(content)) as image:
-            return decoded(image)
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise InputError("the file is no image that can be read") from error

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import append_line, remove_beginnings, whole_lines, write_file
+from rflow_jax.files import append_line, cut_end, hold, read_lines, remove_beginnings, write_file
 from rflow_jax.score.targets import Target
 from rflow_jax.search.journal import json_line
-from rflow_jax.verifiers.base import Verdict, read_verdict
+from rflow_jax.verifiers.base import EnsembleVerdict, Verdict, read_verdict
+
+# A line of this file to any of its characters; a list of images and prompts begins alike.
+_BEGINNING = re.compile(rb'\{"image": "(?:[^"\\]|\\.)*(?:\\?|"(?P<rest>.*))', re.DOTALL)
+_START, _REST = b'{"image": "', b', "item": {'
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,18 @@ class Results:
 
     def __init__(self, path: Path | None, verifier: Mapping[str, Any]) -> None:
         self._path = path
-        self._settings = hashlib.sha256(json.dumps(verifier, sort_keys=True).encode()).hexdigest()[:16]
+        self._settings = hashlib.sha256(json.dumps(verifier, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self._lines: dict[str, dict[str, Any]] = {}
         self._scored: dict[str, Verdict] = {}
         if path is not None:
+            self._path = path = Path(os.path.realpath(path))  # a link stays one when the file is replaced
             path.parent.mkdir(parents=True, exist_ok=True)
             self._held = _claimed(path)
-            for number, line in enumerate(whole_lines(path), 1):
-                self._remember(line, f"{path}:{number}")
+            try:
+                self._read(path)
+            except BaseException:
+                self._held.close()
+                raise
 
     def __enter__(self) -> Results:
         return self
@@ -96,12 +104,23 @@ class Results:
             "verdict": asdict(found.verdict),
         }
 
+    def _read(self, path: Path) -> None:
+        lines, torn = read_lines(path)
+        for number, line in enumerate(lines, 1):
+            self._remember(line, f"{path}:{number}")
+        if not torn:
+            return
+        if not lines and not _begins(torn):
+            raise InputError(f"{path}:1: no line of infer.py score; give another file as --out")
+        cut_end(path, torn)  # only now: another's file stays as it is
+
     def _remember(self, text: str, where: str) -> None:
         try:
             line = json.loads(text)
             verdict, place = read_verdict(line["verdict"]), _place(line)
             key = _key(line["sha256"], line["settings"], line["item"])
-        except (ValueError, KeyError, TypeError) as error:
+            _require_kinds(verdict)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{where}: no line of infer.py score; give another file as --out") from error
         self._lines[place] = line
         if verdict.scored:
@@ -123,15 +142,34 @@ def _place(line: Mapping[str, Any]) -> str:
     return _key(line["image"], line["settings"], line["item"])
 
 
-def _claimed(path: Path) -> Any:
+def _require_kinds(verdict: Verdict) -> None:
+    """Raises TypeError for a verdict that was edited into something else."""
+    number, text = (int, float, type(None)), (str, type(None))
+    if not isinstance(verdict.score, number) or isinstance(verdict.score, bool):
+        raise TypeError("score")
+    if not all(isinstance(value, text) for value in (verdict.label, verdict.error, verdict.explanation)):
+        raise TypeError("label, error or explanation")
+    for member in verdict.members if isinstance(verdict, EnsembleVerdict) else ():
+        if not isinstance(member.weight, (int, float)):
+            raise TypeError("weight")
+        _require_kinds(member.verdict)
+
+
+def _begins(torn: bytes) -> bool:
+    """Whether this can be the beginning of a line that was cut."""
+    if len(torn) <= len(_START):
+        return _START.startswith(torn)
+    match = _BEGINNING.fullmatch(torn)
+    rest = match and (match["rest"] or b"")
+    return rest is not None and (rest.startswith(_REST) or _REST.startswith(rest))
+
+
+def _claimed(path: Path) -> IO[bytes]:
     """The file, held open and locked."""
-    held = open(path, "ab")  # noqa: SIM115
-    try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(held.fileno()).st_ino != path.stat().st_ino:  # another process has just put its own in place
-            raise BlockingIOError
-    except OSError as error:
-        held.close()
-        raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out") from error
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file; give another as --out")
+    held = hold(path)
+    if held is None:
+        raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out")
     remove_beginnings(path.parent, path.name)
     return held

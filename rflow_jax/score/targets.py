@@ -14,6 +14,8 @@ from rflow_jax.score.config import ScoreConfig
 from rflow_jax.search.given import image_files
 from rflow_jax.search.store import METADATA
 
+NO_TEXT = "holds half a surrogate pair, which is no text"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -72,12 +74,21 @@ def _under(path: Path, config: ScoreConfig) -> Iterator[Target]:
 def _metadata(path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The entry of a prompt's folder, and why it cannot be used."""
     try:
-        item = json.loads(path.read_text(encoding="utf-8"))
+        item = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         return {}, f"no prompt: {path}: {error.strerror}"
-    except ValueError:
+    except UnicodeEncodeError:
+        return {}, f"no prompt: {path}: {NO_TEXT}"
+    except (ValueError, RecursionError):
         return {}, f"no prompt: {path} is not JSON"
     return _checked(item, str(path))
+
+
+def _parsed(text: str) -> Any:
+    """What JSON says; raises UnicodeEncodeError where UTF-8 cannot hold it."""
+    found = json.loads(text)
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _checked(item: Any, where: str) -> tuple[Mapping[str, Any], str | None]:
@@ -100,10 +111,14 @@ def _listed(path: Path) -> Iterator[Target]:
     for number, line in entries:
         where = f"{path}:{number}"
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: no JSON object ({error.msg})") from error
+            entry = _parsed(line)
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: {NO_TEXT}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: no JSON object ({getattr(error, 'msg', error)})") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise InputError(f'{where}: expected an object such as {{"image": "a.png", "prompt": "a cat"}}')
+        if "\0" in entry["image"]:
+            raise InputError(f"{where}: image holds a NUL, which no path can")
         item, problem = _checked({key: value for key, value in entry.items() if key != "image"}, where)
         yield Target(path.parent / entry["image"], item, problem)

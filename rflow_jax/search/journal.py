@@ -17,7 +17,16 @@ JOURNAL = "journal.jsonl"
 
 def json_line(value: Mapping[str, Any]) -> str:
     """One line of JSON, readable in any script; only ``\\n`` ends it, since a text may hold other separators."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair is \\ud800 in JSON too
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a number or an array of NumPy, or of anything else that a class of one's own gives."""
+    for convert in ("tolist", "item"):
+        if callable(method := getattr(value, convert, None)):
+            return method()
+    return str(value)
 
 
 class Journal:

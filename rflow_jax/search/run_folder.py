@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import yaml
 
 from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
-from rflow_jax.files import use_folder
+from rflow_jax.files import hold, use_folder
 from rflow_jax.language.config import WriterConfig
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
@@ -30,6 +30,8 @@ FREE_OF_A_MODEL = (
     "price_input",
     "price_output",
 )
+LOCAL = ("nvila", "reward", "clip")
+FREE_OF_A_LOCAL_MODEL = ("batch_size", "devices")
 MODELS = ("verifier", "reflector", "refiner")
 
 
@@ -69,12 +71,34 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
-    """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
+class Claim:
+    """A claim on a folder, until it is closed or the process ends; a context manager.
 
-    Returns:
-        A file that holds the claim as long as it is open. Whoever opens and closes the configuration meanwhile, in this
-        process, gives the claim up.
+    Args:
+        held: the file that is locked.
+        lock: that file, if it is there for nothing else.
+    """
+
+    def __init__(self, held: IO[bytes], lock: Path | None) -> None:
+        self._held, self._lock = held, lock
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives it up."""
+        if self._lock is not None:
+            self._lock.unlink(missing_ok=True)  # while it is locked: it must not be another's by then
+        self._held.close()
+
+
+def claim(out: Path, config: Mapping[str, Any], place: int) -> Claim:
+    """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
 
     Raises:
         InputError: another process works here, or began another search a moment ago.
@@ -83,14 +107,11 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> IO[bytes]:
     if not path.exists():
         _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
-    held = open(path, "rb+")  # noqa: SIM115
-    try:
-        # A byte for each process of a run: it is given up when the process ends, however it ends.
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-    except OSError as error:
-        held.close()
-        raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another") from error
-    return held
+    lock = out / f".{CONFIG}.{place}.lock" if place else None  # a file for each process of a run
+    held = hold(lock or path)
+    if held is None:
+        raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another")
+    return Claim(held, lock)
 
 
 def _write_first(path: Path, content: str) -> None:
@@ -118,8 +139,13 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
 def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
     """What the answers of a model follow from, of all that its section of a configuration says."""
     kept = {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
-    if members := (kept.get("options") or {}).get("members"):
-        kept["options"] = kept["options"] | {"members": [decisive(member) for member in members]}
+    name, options = kept.get("name"), kept.get("options")
+    if not isinstance(options, Mapping):
+        return kept
+    if name in LOCAL:
+        kept["options"] = {key: value for key, value in options.items() if key not in FREE_OF_A_LOCAL_MODEL}
+    elif name == ENSEMBLE and isinstance(members := options.get("members"), (list, tuple)):
+        kept["options"] = {**options, "members": [decisive(m) if isinstance(m, Mapping) else m for m in members]}
     return kept
 
 

@@ -3,6 +3,7 @@
 ::
 
     config.yaml                          the resolved configuration
+    .config.yaml.{k}.lock                while process k works; the first locks config.yaml itself
     usage.json                           seconds, questions, tokens of all starts (usage_{k}.json: of further processes)
     00000/metadata.jsonl                 the entry of the prompt file
     00000/journal.jsonl                  while the prompt is searched: what has happened so far

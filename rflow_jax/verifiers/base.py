@@ -79,7 +79,12 @@ class EnsembleVerdict(Verdict):
 
 
 def settled(verdict: Verdict) -> Verdict:
-    """The verdict; where there is no score, without numbers that JSON cannot hold, and with a reason."""
+    """The verdict with a float as score; without one, free of numbers that JSON cannot hold, and with a reason."""
+    if verdict.score is not None and type(verdict.score) is not float:
+        try:
+            verdict = replace(verdict, score=float(verdict.score))
+        except (TypeError, ValueError, OverflowError):
+            return replace(verdict, score=None, raw=None, error=verdict.error or f"the score is {verdict.score!r}")
     if verdict.scored:
         return verdict
     return replace(verdict, score=None, raw=None, error=verdict.error or f"the score is {verdict.score}")

@@ -26,7 +26,7 @@ from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.clip_images import ClipImages
-from rflow_jax.verifiers.in_process import score_each, unscored_number
+from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
 from rflow_jax.weights.clip_model import check_clip_model, load_clip_model, read_clip_config
 from rflow_jax.weights.components import read_object
 from rflow_jax.weights.hub import resolve
@@ -76,6 +76,7 @@ class CLIPVerifier:
 
     name = "clip"
     concurrency = 1
+    batches_a_call = BATCHES_A_CALL
 
     def __init__(self, config: ClipVerifierConfig = ClipVerifierConfig()) -> None:
         self.config = config

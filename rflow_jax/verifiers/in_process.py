@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
-from rflow_jax.each import do_each
+from rflow_jax.each import BATCHES_AT_ONCE, do_each
 from rflow_jax.errors import InputError
 from rflow_jax.images import decoded
 from rflow_jax.verifiers.base import Verdict
 
 Prepared = TypeVar("Prepared")
+BATCHES_A_CALL = 2 * BATCHES_AT_ONCE  # half of them are prepared while the device works on the others
 log = logging.getLogger(__name__)
 
 

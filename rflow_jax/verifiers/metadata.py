@@ -12,7 +12,7 @@ def required(item: Mapping[str, Any]) -> str:
         return "what the prompt says"
     try:
         return "; ".join(_required(thing, objects) for thing in objects)
-    except (KeyError, TypeError, IndexError, AttributeError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return json.dumps(objects)  # metadata of another kind
 
 
@@ -23,7 +23,7 @@ def excluded(item: Mapping[str, Any]) -> str:
         return "whatever contradicts the prompt"
     try:
         return "; ".join(f"{thing['count']} or more x {thing['class']}" for thing in objects)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         return json.dumps(objects)
 
 

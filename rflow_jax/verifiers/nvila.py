@@ -21,7 +21,7 @@ from rflow_jax.models.quantized import Quantization
 from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.in_process import score_each, unscored_number
+from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
 from rflow_jax.verifiers.nvila_programs import NvilaPrograms, Question
 from rflow_jax.weights.nvila import NvilaModel, load_nvila
 
@@ -68,6 +68,7 @@ class NvilaVerifier:
 
     name = "nvila"
     concurrency = 1
+    batches_a_call = BATCHES_A_CALL
 
     def __init__(self, config: NvilaVerifierConfig = NvilaVerifierConfig(), model: NvilaModel | None = None) -> None:
         self.config = config

@@ -64,13 +64,15 @@ class OpenAIVerifier(ChatVerifier):
 
     def question(self, image: Image, item: Mapping[str, Any]) -> Question:
         """The image with its prompt, the aspects of its tag, and the form of the answer."""
-        aspects = self._aspects.get(item.get("tag", "default"), self._aspects["default"])
+        tag = item.get("tag")
+        tag = tag if isinstance(tag, str) else None
+        aspects = self._aspects.get(tag or "default", self._aspects["default"])
         system = self._judge.safe_substitute(
             aspects="\n".join(f"- {name}: {meaning}" for name, meaning in aspects.items()), form=_in_words(aspects)
         )
         text = self._question.safe_substitute(
             prompt=item["prompt"],
-            tag=item.get("tag", "free text"),
+            tag="free text" if tag is None else tag,
             include=required(item),
             exclude=excluded(item),
         )

@@ -22,7 +22,7 @@ from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.in_process import score_each, unscored_number
+from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
 from rflow_jax.vlm.qwen import Scoring, rewards
 from rflow_jax.vlm.qwen_chat import batches
 from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
@@ -81,6 +81,7 @@ class RewardVerifier:
     """
 
     concurrency = 1
+    batches_a_call = BATCHES_A_CALL
 
     def __init__(self, config: RewardVerifierConfig):
         checkpoint = RewardCheckpoint.open(resolve_vlm(config.model, reward=True), step=config.step, base=config.base)

@@ -73,7 +73,10 @@ def test_nvila_judges_in_this_process(tmp_path):
     ("flags", "words"),
     [
         (['--verifier.options={"batchsize": 2}'], "verifier.options: unknown key batchsize: did you mean batch_size?"),
-        (['--verifier.options={"batch_size": "many"}'], "verifier.options: batch_size is 'many'"),
+        (
+            ['--verifier.options={"batch_size": "many"}'],
+            "verifier.options: batch_size: Input should be a valid int",
+        ),
         (['--verifier.options={"batch_size": 0}'], "batch_size is 0"),
         (["--verifier.model=tests/golden/pipeline"], "tests/golden/pipeline"),
     ],

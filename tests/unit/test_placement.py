@@ -151,7 +151,11 @@ def test_claims_of_an_ensemble_are_found():
     options = json.loads(json.dumps({"members": members, "weights": [1.0, 2.0]}))
     assert list(claimed_devices(options)) == [[2]]
     assert list(claimed_devices({"batch_size": 4, "devices": (1, 2)})) == [(1, 2)]
-    assert list(claimed_devices({"devices": None})) == []
+    for other in (None, 2, "01", ["0"], [True], {"a": 1}):
+        assert list(claimed_devices({"devices": other})) == []
+    for members in (3, ["a"], [{"options": 3}], {"options": {"devices": [1]}}):
+        assert list(claimed_devices({"members": members})) == []
+    assert list(claimed_devices({"others": [{"options": {"devices": [1]}}]})) == []
 
 
 @pytest.mark.parametrize(

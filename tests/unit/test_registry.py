@@ -10,10 +10,12 @@ from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, WriterConfig, make_writer
 from rflow_jax.language.base import Written
 from rflow_jax.language.config import WRITERS
+from rflow_jax.options import read_options
 from rflow_jax.registry import find
 from rflow_jax.usage import Meter
 from rflow_jax.verifiers import VERIFIERS, VerifierConfig, make_verifier
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.config import EnsembleOptions
 
 
 class Mine:
@@ -82,3 +84,16 @@ def test_the_examples_of_the_documentation_are_configurations():
     assert {config.name for config in configs} == {"openai", "yesno", "nvila", "reward", "clip", "ensemble"}
     assert len(sections) == len(configs) + 1
     assert WriterConfig(**sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"
+
+
+def test_an_error_in_options_repeats_no_text_that_may_be_secret():
+    secret = "http://me:secret@host"
+    for given, words in (
+        ({"members": [{"base_url": secret}, secret]}, "x: members[1]: "),
+        ({"weights": secret}, "x: weights: "),
+        ({"weights": 3}, "x: weights is 3: "),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_options(EnsembleOptions, given, "x")
+        assert str(caught.value).startswith(words)
+        assert "secret" not in str(caught.value)

@@ -1,6 +1,8 @@
 """``infer.py score`` with a verifier that answers at once."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +17,10 @@ import infer
 import tests.kit.searching as kit
 from rflow_jax import cli
 from rflow_jax.chat import png_bytes
+from rflow_jax.errors import InputError
+from rflow_jax.images import read_image
 from rflow_jax.score import judging
+from rflow_jax.score.results import Found, Results
 from rflow_jax.score.targets import Target
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.asking import pictures
@@ -265,7 +270,7 @@ def test_lines_of_a_list_that_are_none_are_said(tmp_path, asked, capsys):
 def test_another_process_that_writes_into_the_file_is_noticed(folder, asked, tmp_path, capsys):
     out = tmp_path / "o.jsonl"
     code = (
-        f"import fcntl; f = open({str(out)!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+        f"import fcntl; f = open({str(out)!r}, 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
@@ -307,3 +312,144 @@ def test_as_many_calls_at_once_as_the_verifier_takes_and_no_more(folder):
     targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
     assert len(dict(judging.judge(verifier, targets))) == 6
     assert verifier.most_at_once == 3
+
+
+def test_a_second_writer_is_refused_as_long_as_the_first_writes(tmp_path):
+    out, found = tmp_path / "o.jsonl", Found(Target(tmp_path / "a.png", {"prompt": "x"}), "0", Verdict(1.0))
+    with Results(out, {}) as first:
+        first.add(found)
+        for _ in range(2):
+            with pytest.raises(InputError, match="another process is writing into it"):
+                Results(out, {})
+        first.add(found)
+    with Results(out, {}) as second:
+        assert second.known(found.target, "0") == Verdict(1.0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a note",
+        b"{",
+        b'{"image": "a.png", "prompt": "a cat"}',
+        b'{"image": "a.png", "prompt": "a cat"}\n{"image": "b.png", "prompt": "a d',
+        b"\xff\xfe",
+        b"[1]\n",
+        b'{"image": "a", "settings": "b", "item": {}, "sha256": "c", "verdict": {"score": "high"}}\n',
+        b'{"image": "a", "settings": "b", "item": {}, "sha256": "c", "verdict": [1]}\n',
+    ],
+)
+def test_a_file_of_another_kind_stays_as_it_is(folder, asked, tmp_path, capsys, content):
+    out = tmp_path / "o"
+    out.write_bytes(content)
+    if content == b"{":  # can be the first byte of a line
+        assert call(folder, HASH, "--out", out) == 0
+        return
+    assert call(folder, HASH, "--out", out) == 2
+    assert "no line of infer.py score" in capsys.readouterr().err
+    assert out.read_bytes() == content
+
+
+def test_a_first_line_cut_anywhere_is_one_of_ours(tmp_path):
+    out = tmp_path / "o"
+    with Results(out, {}) as results:
+        results.add(Found(Target(tmp_path / 'ü"\\.png', {"prompt": "x"}), "0", Verdict(1.0)))
+    line = out.read_bytes()
+    for end in range(len(line)):
+        out.write_bytes(line[:end])
+        with Results(out, {}):
+            assert out.read_bytes() == b""
+
+
+def test_an_out_that_is_no_file_of_its_own_is_refused(folder, asked, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for out in ("/dev/null", tmp_path / "pipe", tmp_path):
+        assert call(folder, HASH, "--out", out) == 2
+        assert "is no regular file" in capsys.readouterr().err
+    (tmp_path / "list").write_text('{"image": "a.png", "prompt": "x"}')
+    (tmp_path / "link").symlink_to("list")
+    assert call("--prompts", tmp_path / "list", "--out", tmp_path / "link", HASH) == 2
+    assert "out is the list of prompts" in capsys.readouterr().err
+
+
+def test_a_link_as_out_stays_one(folder, asked, tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    assert call(folder, HASH, "--out", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert len(stored(tmp_path / "real")) == 6
+
+
+def test_numbers_of_numpy_are_written_down(folder, asked, tmp_path, monkeypatch, capsys):
+    def gives(score, raw):
+        verdict = Verdict(None, raw=raw)
+        object.__setattr__(verdict, "score", score)  # a class of one's own is not checked as ours are in tests
+        monkeypatch.setattr(HashVerifier, "score", lambda self, images, items: [verdict for _ in items])
+
+    gives(np.float32(0.5), {"all": np.ones(2), "n": np.int64(3)})
+    assert call(folder, HASH, "--out", tmp_path / "o") == 0
+    assert {line["verdict"]["score"] for line in stored(tmp_path / "o")} == {0.5}
+    assert [line["verdict"]["raw"] for line in stored(tmp_path / "o")] == [{"all": [1.0, 1.0], "n": 3}] * 6
+    gives("high", None)
+    assert call(folder, HASH, "--out", tmp_path / "o", "--again") == 1
+    assert "the score is 'high'" in capsys.readouterr().out
+
+
+def test_what_pillow_raises_of_its_own_is_an_error_of_that_image(folder, asked, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("bad header")
+
+    monkeypatch.setattr(PIL.Image, "open", broken)
+    assert call(folder, HASH) == 1
+    assert {line[3] for line in lines(capsys)} == {"the file is no image that can be read (bad header)"}
+    with pytest.raises(InputError, match=r"00000.png: cannot read this image \(bad header\)"):
+        read_image(folder / "00000/samples/00000.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "a", "prompt": ' + "[" * 100_000, "no JSON object"),
+        ('{"image": "a", "prompt": "x", "n": ' + "1" * 5000 + "}", "no JSON object"),
+        (r'{"image": "a", "prompt": "\ud800"}', "holds half a surrogate pair"),
+        (r'{"image": "a\udcff", "prompt": "x"}', "holds half a surrogate pair"),
+        (r'{"image": "a\u0000", "prompt": "x"}', "image holds a NUL"),
+    ],
+)
+def test_what_no_file_can_hold_is_said_with_its_line(folder, tmp_path, asked, capsys, line, message):
+    (tmp_path / "l").write_text('{"image": "a", "prompt": "x"}\n' + line)
+    assert call("--prompts", tmp_path / "l", HASH) == 2
+    said = capsys.readouterr().err
+    assert f"l:2: {message}" in said
+    assert said.count("\n") == 1
+    if "image holds" not in message and "udcff" not in line:
+        (folder / "00000/metadata.jsonl").write_text(line)
+        assert call(folder, HASH) == 1
+        assert "no prompt: " in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_no_text(folder, asked, capsys):
+    assert call(folder / "00000/samples", "--prompt=\udcff", HASH) == 2
+    assert "prompt is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_path_that_the_terminal_cannot_show_is_no_crash(folder, asked, monkeypatch):
+    (folder / "00000/samples/00000.png").rename(folder / "00000/samples/ü.png")
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert call(folder, HASH) == 0
+    assert b"\\xfc.png" in ascii_only.buffer.getvalue()
+
+
+def test_a_verifier_in_this_process_gets_several_batches_a_call(folder):
+    sizes = []
+
+    class Local(HashVerifier):
+        batches_a_call = 4
+
+        def score(self, images, items):
+            sizes.append(len(images))
+            return [Verdict(1.0) for _ in images]
+
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    assert len(dict(judging.judge(Local(concurrency=1, batch_size=1), targets))) == 6
+    assert sorted(sizes) == [2, 4]

@@ -1,5 +1,6 @@
 """The folder of a run: the same search goes on, and one process with each share."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from rflow_jax import files
 from rflow_jax.errors import InputError
 from rflow_jax.search import run_folder
-from rflow_jax.search.run_folder import claim, require_same, require_usable
+from rflow_jax.search.run_folder import claim, decisive, require_same, require_usable
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -159,3 +160,45 @@ def test_one_process_a_share_until_it_dies(run):
     finally:
         other.kill()
         other.communicate()
+
+
+def test_a_claim_outlives_readers_of_the_configuration(tmp_path):
+    for place in (0, 2):
+        with claim(tmp_path, CONFIG, place):
+            require_same(tmp_path, CONFIG)
+            with pytest.raises(InputError, match="another process is at work in this folder"):
+                claim(tmp_path, CONFIG, place)
+        claim(tmp_path, CONFIG, place).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with pytest.raises(InputError, match=r"cannot be locked \(No locks available\)"):
+        claim(tmp_path, CONFIG, 0)
+
+
+def test_only_beginnings_of_the_file_itself_are_removed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    kept = [tmp_path / ".a[1].b.12.tmp", tmp_path / ".a1.12.tmp", tmp_path / "sub/.a[1].12.tmp"]
+    for file in (*kept, tmp_path / ".a[1].12.tmp"):
+        file.touch()
+    files.remove_beginnings(tmp_path, "a[1]")
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
+    files.remove_beginnings(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["sub"]
+
+
+def test_what_changes_no_score_of_a_local_model_may_change():
+    def section(name, **options):
+        return {"name": name, "options": options}
+
+    for name in ("nvila", "reward", "clip"):
+        one, other = section(name, batch_size=1, rank="x"), section(name, devices=[1], batch_size=2, rank="x")
+        assert decisive(one) == decisive(other) == section(name, rank="x")
+        assert decisive(section("ensemble", members=[one])) == decisive(section("ensemble", members=[other]))
+    own = section("package.module:Class", members=["a", 3], batch_size=2, devices=[1])
+    assert decisive(own) == own

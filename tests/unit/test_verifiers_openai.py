@@ -225,3 +225,13 @@ def test_it_follows_the_protocol_and_gives_up_when_closed():
         verifier.close()
         verifier.close()
         assert [verdict.error for verdict in verifier.score(pictures(2), items(2))] == [CLOSED, CLOSED]
+
+
+@pytest.mark.parametrize("tag", [["colors"], {}, 3, None])
+def test_a_tag_that_is_no_text_is_none(tag):
+    (image,) = pictures(1)
+    verifier = OpenAIVerifier(VerifierConfig())
+    item = {"prompt": "a cat", "include": [{"class": "cat", "count": 1, "position": ["left"]}], "exclude": "x"}
+    without = verifier.question(image, item)
+    assert verifier.question(image, item | {"tag": tag}).messages == without.messages
+    verifier.close()
