@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.kit.qwen import picture
+from tests.kit.pictures import picture
 
 TURNS = (
     (("user", "<image>What is it?"), ("assistant", "A bench.")),

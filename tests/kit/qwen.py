@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 
 from tests.kit.torch_models import randomise
 
@@ -90,11 +88,3 @@ def make(folder: Path, shape: dict[str, Any], *, tokenizer: Path, seed: int = 0)
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(rules))
     return model.eval()
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of noise and ramps."""
-    draw = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    ramps = np.stack([x * 3 % 256, y * 2 % 256, (x + y) % 256], axis=-1)
-    return Image.fromarray((ramps // 2 + draw.integers(0, 128, (height, width, 3))).astype(np.uint8))

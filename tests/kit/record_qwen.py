@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
 from rflow_jax.weights.reward import SPECIAL_TOKEN
-from tests.kit.qwen import END, PAD, make, picture
+from tests.kit.pictures import picture
+from tests.kit.qwen import END, PAD, make
 
 _CHAT = "<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 _LORA = r".*language_model.*(self_attn|mlp)\..*_proj"

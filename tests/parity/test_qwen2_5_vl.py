@@ -33,7 +33,8 @@ from rflow_jax.weights.names.qwen2_5_vl import table_for
 from rflow_jax.weights.qwen import load_qwen, read_qwen_config
 from rflow_jax.weights.tables import plan
 from tests.kit.compare import relative_error
-from tests.kit.qwen import END, PAD, SHAPES, TOKENS, make, picture
+from tests.kit.pictures import picture
+from tests.kit.qwen import END, PAD, SHAPES, TOKENS, make
 from tests.kit.torch_models import on_meta, shapes_of
 from tests.unit.test_qwen_sizes import REAL
 

@@ -23,7 +23,8 @@ from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
 from tests.kit.compare import relative_error
-from tests.kit.qwen import PAD, USUAL, make, picture
+from tests.kit.pictures import picture
+from tests.kit.qwen import PAD, USUAL, make
 from tests.parity.test_qwen2_5_vl import packed
 
 pytestmark = pytest.mark.parity

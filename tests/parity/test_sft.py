@@ -25,7 +25,8 @@ from rflow_jax.training.sft.objective import weighed
 from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
 from rflow_jax.vlm.qwen_images import normalised
 from tests.kit.chats import make_chats
-from tests.kit.qwen import PAD, SHAPES, make, picture
+from tests.kit.pictures import picture
+from tests.kit.qwen import PAD, SHAPES, make
 from tests.kit.sft import SftRun, sft_config
 
 pytestmark = pytest.mark.parity
