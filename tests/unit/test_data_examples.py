@@ -62,7 +62,7 @@ def test_pixels_are_those_of_pillow(good, bad, box):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), small=st.integers(1, 60), seed=st.integers(0, 99), black_and_white=st.booleans())
+@given(data=st.data(), small=st.integers(1, 60), seed=st.integers(0, 99), black_and_white=st.booleans())
 def test_the_condition_is_pillows_to_one_step_even_of_noise(data, small, seed, black_and_white):
     """Also where it is a whole part of the picture, for which something faster than Pillow is used."""
     side = data.draw(st.one_of(st.integers(1, 6).map(lambda ratio: ratio * small), st.integers(2, 200)))
