@@ -1,5 +1,6 @@
 """Everything that shapes one image and is the same for all images of a call."""
 
+import re
 from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
@@ -97,3 +98,11 @@ def _require_grid(name: str, value: int) -> None:
 def _require_scale(name: str, value: float) -> None:
     if not 0 <= value < float("inf"):
         raise InputError(f"{name} is {value}: give a finite number that is not negative")
+
+
+def require_pattern(name: str, pattern: str | None) -> None:
+    """Raises InputError unless this is a regular expression, or None."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise InputError(f"{name}: no regular expression ({error})") from error

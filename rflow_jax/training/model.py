@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import REFLECTION_FLOW, attach, init_lora
 from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.settings import require_pattern
 from rflow_jax.training.step import INIT
 from rflow_jax.weights.bundle import Bundle, load_bundle
 from rflow_jax.weights.hub import resolve_lora
@@ -49,10 +50,7 @@ class TrainableConfig:
         if self.parameters is not None and self.lora is not None:
             raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora has no place")
         for name in ("pattern", "parameters"):
-            try:
-                re.compile(getattr(self, name) or "")
-            except re.error as error:
-                raise InputError(f"trainable.{name}: no regular expression ({error})") from error
+            require_pattern(f"trainable.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)

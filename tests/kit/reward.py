@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from rflow_jax.parallel.mesh import make_mesh
 from rflow_jax.training.config import LoopConfig
-from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rflow_jax.training.optimizers import OptimizerConfig
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.reward.config import PairDataConfig, RewardRunConfig
 from rflow_jax.training.reward.task import Reward
-from rflow_jax.training.update import init_state
+from tests.kit.task_run import TaskRun
 
 BASE = Path(__file__).parents[1] / "golden" / "qwen" / "base"
 
@@ -28,23 +24,8 @@ def reward_config(pairs: Path, *, batch: int = 8, train: dict[str, Any] | None =
     return RewardRunConfig(model=str(BASE), out="", **whole)
 
 
-class RewardRun:
-    """The task, its state, and steps of it."""
+class RewardRun(TaskRun):
+    """Also tells the right pairs."""
 
     def __init__(self, config: RewardRunConfig, devices: int = 1):
-        self.task = Reward(config, make_mesh(config.mesh, jax.devices()[:devices]))
-        optimizer = make_optimizer(config.optimizer)
-        self.state, shardings = init_state(self.task.trainable, optimizer, self.task._mesh)
-        self._step = self.task.make_step(optimizer, shardings)
-
-    def losses(self, steps: int = 2) -> np.ndarray:
-        """[steps, 3]: losses, norms of the gradients and right pairs."""
-        found = []
-        with self.task.open_loader(int(self.state.step), None) as loader, jax.default_matmul_precision("highest"):
-            batches = iter(loader)
-            for _ in range(steps):
-                inputs = self.task.put(next(batches))
-                with jax.transfer_guard("disallow"):
-                    self.state, report = self._step(self.state, inputs)
-                found.append(jax.device_get((report.loss, report.gradient_norm, report.metrics["accuracy"].total)))
-        return np.asarray(found)
+        super().__init__(Reward, config, devices, lambda report: (report.metrics["accuracy"].total,))

@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from rflow_jax.parallel.mesh import make_mesh
 from rflow_jax.training.config import LoopConfig
-from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rflow_jax.training.optimizers import OptimizerConfig
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.sft.config import ChatDataConfig, SftRunConfig
 from rflow_jax.training.sft.task import Sft
-from rflow_jax.training.update import init_state
+from tests.kit.task_run import TaskRun
 
 BASE = Path(__file__).parents[1] / "golden" / "qwen" / "base"
 
@@ -30,24 +26,8 @@ def sft_config(
     return SftRunConfig(model=str(base), out="", **whole)
 
 
-class SftRun:
-    """The task, its state, and steps of it."""
+class SftRun(TaskRun):
+    """Tells losses and norms of the gradients."""
 
     def __init__(self, config: SftRunConfig, devices: int = 1):
-        self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
-        self.task = Sft(config, self.mesh)
-        optimizer = make_optimizer(config.optimizer)
-        self.state, shardings = init_state(self.task.trainable, optimizer, self.mesh)
-        self._step = self.task.make_step(optimizer, shardings)
-
-    def losses(self, steps: int = 2) -> np.ndarray:
-        """[steps, 2]: losses and norms of the gradients."""
-        found = []
-        with self.task.open_loader(int(self.state.step), None) as loader, jax.default_matmul_precision("highest"):
-            batches = iter(loader)
-            for _ in range(steps):
-                inputs = self.task.put(next(batches))
-                with jax.transfer_guard("disallow"):
-                    self.state, report = self._step(self.state, inputs)
-                found.append(jax.device_get((report.loss, report.gradient_norm)))
-        return np.asarray(found)
+        super().__init__(Sft, config, devices, lambda report: ())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_pattern
 
 # The linears of the language model's blocks.
 LANGUAGE_LINEARS = r"language\.blocks\.\d+\.(attn\.(q|k|v|out)|ff\.(gate|up|down))"
@@ -35,10 +35,7 @@ class QwenTrainableConfig:
         if self.pattern is None and self.parameters is None:
             raise InputError("trainable.pattern and trainable.parameters are null: give one of them")
         for name in ("pattern", "parameters"):
-            try:
-                re.compile(getattr(self, name) or "")
-            except re.error as error:
-                raise InputError(f"trainable.{name}: no regular expression ({error})") from error
+            require_pattern(f"trainable.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
