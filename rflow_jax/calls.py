@@ -2,10 +2,12 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 OnResult = Callable[[Any, Any], None]
+PATIENCE = 60.0  # seconds in which a call under way ends, on a model that has been closed
 
 
 class Calls:
@@ -35,9 +37,12 @@ class Calls:
         self._lock = threading.Lock()
         self._asked = 0
         self._closed = False
-        for number in range(concurrency):
-            # Daemons: an interrupted process does not wait for answers.
-            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
+        # Daemons: a call that never returns keeps no process alive.
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True) for number in range(concurrency)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def asked(self) -> int:
@@ -70,6 +75,20 @@ class Calls:
         """Takes no more works up; what calls under way still answer is dropped, for they may have been given up."""
         self._closed = True
         self._works.put(None)
+
+    def join(self, patience: float = PATIENCE) -> None:
+        """Waits until the threads have ended; after ``close``, and after the model has been told to give up.
+
+        A thread that is still in native code when the interpreter ends takes the process down with it, be it only to
+        free the arrays of a model of which it holds the last reference.
+
+        Args:
+            patience: in seconds, for all threads together.
+        """
+        end = time.monotonic() + patience
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, end - time.monotonic()))
 
     def _serve(self) -> None:
         while (works := self._take()) is not None:

@@ -27,8 +27,8 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
     Images are read by a thread more than the verifier takes calls, so that it need not wait for the disk.
     """
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    turn = threading.Semaphore(verifier.concurrency)
-    call = partial(_call, verifier, turn)
+    turn, ended = threading.Semaphore(verifier.concurrency), threading.Event()
+    call = partial(_call, verifier, turn, ended)
     calls = Calls("score", call, verifier.concurrency + 1, 1, lambda _, found: heard.put(found), heard.put)
     works = list(targets.items())
     # Those in this process take several batches, to prepare the next while the device works; others just one.
@@ -44,15 +44,21 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
             yield from found
             left -= len(found)
     finally:
+        ended.set()
         calls.close()
         verifier.close()
+        calls.join()
 
 
-def _call(verifier: Verifier, turn: threading.Semaphore, chunks: Sequence[Chunk]) -> list[list[tuple[int, Found]]]:
-    return [_score(verifier, turn, chunk) for chunk in chunks]
+def _call(
+    verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunks: Sequence[Chunk]
+) -> list[list[tuple[int, Found]]]:
+    return [_score(verifier, turn, ended, chunk) for chunk in chunks]
 
 
-def _score(verifier: Verifier, turn: threading.Semaphore, chunk: Chunk) -> list[tuple[int, Found]]:
+def _score(
+    verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunk: Chunk
+) -> list[tuple[int, Found]]:
     found: dict[int, Found] = {}
     images: dict[int, PIL.Image.Image] = {}
     digests: dict[int, str] = {}
@@ -69,6 +75,8 @@ def _score(verifier: Verifier, turn: threading.Semaphore, chunk: Chunk) -> list[
     asked = {k: target for k, target in chunk if k in images}
     if asked:
         with turn:
+            if ended.is_set():  # nobody waits for these
+                return []
             verdicts = verifier.score(list(images.values()), [target.item for target in asked.values()])
         for (k, target), verdict in zip(asked.items(), verdicts, strict=True):
             found[k] = Found(target, digests[k], settled(verdict))

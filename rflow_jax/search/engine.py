@@ -98,6 +98,8 @@ class Engine:
                 calls.close()
             self._savers.shutdown(cancel_futures=True)  # waits for images that are half written
             self._models.close()
+            for calls in self._calls.values():
+                calls.join()
 
     def _open_calls(self) -> None:
         models = self._models

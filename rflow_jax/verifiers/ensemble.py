@@ -59,6 +59,8 @@ class EnsembleVerifier:
         """Gives up what is waiting with every member."""
         for member in self._members:
             member.close()
+        for member in self._members:
+            member.join()
 
     def _verdict(self, verdicts: Sequence[Verdict]) -> EnsembleVerdict:
         members = [
@@ -123,8 +125,14 @@ class _Member:
             with suppress(InvalidStateError):  # it has come meanwhile
                 answer.set_result(Verdict(None, error=CLOSED))
 
+    def join(self) -> None:
+        """Waits until its threads have ended, which may have waited for other members' turns."""
+        self._calls.join()
+
     def _score(self, works: Sequence[_Work]) -> list[Verdict]:
         with self._turn:
+            if self._closed:  # while it waited for its turn
+                return [Verdict(None, error=CLOSED)] * len(works)
             return self.verifier.score([work.image for work in works], [work.item for work in works])
 
     def _answer(self, work: _Work, verdict: Verdict) -> None:

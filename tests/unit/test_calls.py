@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -168,9 +169,8 @@ def test_all_threads_end_whatever_waits_and_however_much_each_takes(heard):
         calls.drop_waiting()
         if waiting:
             calls.submit("later")
-        for thread in [thread for thread in threading.enumerate() if thread.name.startswith("ending-")]:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+        calls.join()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ending-")]
     assert "later" not in dict(heard.results)
 
 
@@ -182,8 +182,39 @@ def test_after_close_nothing_is_taken_up_and_no_answer_counts(gate, heard):
     gate.wait_for(2)
     calls.close()
     gate.open.set()
-    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("closing-")]:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+    calls.join()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("closing-")]
     assert (heard.results, heard.errors) == ([], [])
     assert len(gate.batches) == 2
+
+
+def test_a_call_that_does_not_return_is_waited_for_so_long_and_no_longer(gate, heard):
+    calls = Calls("stuck", gate, 3, 1, heard.result, heard.error)
+    for work in range(3):
+        calls.submit(work)
+    gate.wait_for(3)
+    calls.close()
+    began = time.monotonic()
+    calls.join(patience=0.2)
+    assert 0.2 <= time.monotonic() - began < 0.5 * PATIENCE
+    assert len([thread for thread in threading.enumerate() if thread.name.startswith("stuck-")]) == 3
+    gate.open.set()
+    calls.join()
+
+
+def test_after_join_no_thread_holds_the_model(heard):
+    """The last reference to a model in this process must not be dropped by a thread that outlives the main one."""
+
+    class Model:
+        def __call__(self, works):
+            return works
+
+    for _ in range(20):
+        model = Model()
+        gone = weakref.ref(model)
+        calls = Calls("held", model, 4, 1, heard.result, heard.error)
+        calls.submit(1)
+        calls.close()
+        calls.join()
+        del calls, model
+        assert gone() is None

@@ -312,6 +312,18 @@ def test_as_many_calls_at_once_as_the_verifier_takes_and_no_more(folder):
     targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
     assert len(dict(judging.judge(verifier, targets))) == 6
     assert verifier.most_at_once == 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("score-")]
+
+
+def test_an_interrupted_judge_asks_no_more_and_leaves_no_thread(folder):
+    verifier = HashVerifier(concurrency=1, batch_size=1)
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    verifier.wait = lambda: time.sleep(0.2)
+    judged = judging.judge(verifier, targets)
+    next(judged)
+    judged.close()
+    assert verifier.seen.total() <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("score-")]
 
 
 def test_a_second_writer_is_refused_as_long_as_the_first_writes(tmp_path):

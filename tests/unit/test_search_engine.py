@@ -268,8 +268,7 @@ def test_what_a_model_gives_up_when_the_run_is_interrupted_is_not_recorded(tmp_p
     before.calls = 0
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path, with_batch(CONFIG, 1), asked=models_with(Verifier()), pipe=FakePipeline(before=before))
-    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("score-")]:
-        thread.join(PATIENCE)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("score-", "reflect-", "refine-"))]
     assert not any(b"the run is over" in content for content in files(tmp_path).values())
     search(tmp_path)
     assert files(tmp_path) == files(ran.out)

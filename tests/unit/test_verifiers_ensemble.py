@@ -124,10 +124,15 @@ def test_closing_gives_up_what_waits_in_any_thread():
     thread = threading.Thread(target=lambda: found.extend(verifier.score(pictures(4), items(4))))
     thread.start()
     wait_until(lambda: MADE["b"].seen.total() == 4 and MADE["a"].most_at_once == 1)
-    verifier.close()
+    closing = threading.Thread(target=verifier.close)
+    closing.start()
     thread.join(20)
     assert not thread.is_alive()
+    assert closing.is_alive()  # the call under way ends before anything of it is freed
     gate.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert MADE["a"].seen.total() == 1
     assert [verdict.error for verdict in found] == [f"a: {CLOSED}"] * 4
     assert all(verdict.members[1].verdict.scored for verdict in found)
     (after,) = verifier.score(pictures(1), items(1))
