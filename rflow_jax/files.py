@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -67,10 +68,18 @@ def remove_beginnings(folder: Path, name: str | None = None) -> None:
         left.unlink(missing_ok=True)
 
 
+def beginning_of(path: Path) -> Path:
+    """A name beside a file under which it can be written; :func:`remove_beginnings` finds it.
+
+    Not by the process's number, which one in another container, or on another machine, may have as well.
+    """
+    return path.with_name(f".{path.name}.{secrets.randbits(64)}.tmp")
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Writes a file that is there whole or not at all, also if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beginning_of(path)
     temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(temporary, path)
 

@@ -78,15 +78,7 @@ def image_in(content: bytes) -> Image.Image:
     Raises:
         InputError: they are none, or are cut off.
     """
-    try:
-        with Image.open(BytesIO(content)) as file:
-            return decoded(file)
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:  # says no more than where the bytes lie in memory
-        raise InputError("the file is no image that can be read") from error
-    except Exception as error:
-        raise InputError(f"the file is no image that can be read ({_reason(error)})") from error
+    return _read(BytesIO(content))
 
 
 def read_image(path: Path) -> Image.Image:
@@ -96,14 +88,21 @@ def read_image(path: Path) -> Image.Image:
         InputError: it cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            return decoded(file)
+        return _read(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: cannot read this image (not an image file)") from error
+
+
+def _read(source: Path | BytesIO) -> Image.Image:
+    try:
+        with Image.open(source) as file:
+            return decoded(file)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:  # of bytes it says no more than where they lie in memory
+        raise InputError("cannot read this image (not an image file)") from error
     except Exception as error:
-        raise InputError(f"{path}: cannot read this image ({_reason(error)})") from error
+        raise InputError(f"cannot read this image ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:

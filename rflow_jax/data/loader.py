@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -228,59 +227,6 @@ def digest_of(example: Example) -> bytes:
     texts = "\0".join([example.key, example.subset, example.prompt, example.t5_text])
     sums = (zlib.crc32(np.ascontiguousarray(pixels).data) for pixels in (example.good, example.bad))
     return hashlib.sha256(f"{texts}\0{list(sums)}".encode()).digest()
-
-
-def open_source(config: DataConfig) -> RecordSource:
-    """The records with random access.
-
-    Raises:
-        InputError: there are none, or the format has no random access.
-    """
-    if config.format == "tar":
-        from rflow_jax.data.tar_source import open_tars
-
-        cache = Path(config.cache) if config.cache else None
-        return open_tars(config.shards, cache=cache, patience=config.patience)
-    if config.format == "tfds":
-        from rflow_jax.data.tfds_source import open_tfds
-
-        return open_tfds(config.shards)
-    raise InputError(f"data.format is {config.format}: it has no random access; give tar or tfds")
-
-
-def open_loader(
-    config: DataConfig,
-    *,
-    seed: int,
-    batch_size: int,
-    slots: Sequence[int],
-    start: int = 0,
-    position: Mapping[str, Any] | None = None,
-) -> Loader:
-    """The batches from step ``start`` on.
-
-    Args:
-        batch_size: samples of a step, over all processes.
-        slots: which of them this process makes.
-        position: as :meth:`Loader.position` gave it, of a run that goes on.
-
-    Raises:
-        InputError: the records are not usable, or not those of the position.
-    """
-    how = {"seed": seed, "batch_size": batch_size, "slots": slots}
-    if config.format == "precomputed":
-        from rflow_jax.data.precomputed import open_latent_loader
-
-        return open_latent_loader(config, **how, start=start, position=position)
-    if config.format == "stream":
-        from rflow_jax.data.stream import open_stream
-
-        return open_stream(config, **how, start=start, position=position)
-    source = open_source(config)
-    require_same_records(position, source.fingerprint)
-    mixture = Mixture(source.counts, config.split_ratios, config.training_stages, seed, batch_size, position)
-    plan = MixturePlan(mixture, slots, source.fingerprint)
-    return Loader(plan, MakeFromSource(source, config, seed), config, start)
 
 
 def require_same_records(position: Mapping[str, Any] | None, fingerprint: str) -> None:

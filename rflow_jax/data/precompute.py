@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rflow_jax.data.encoders import Encoded, Encoders, encode, identity_of, load_encoders
-from rflow_jax.data.loader import open_source
+from rflow_jax.data.open import open_source
 from rflow_jax.data.precomputed import (
     COMPLETE,
     RECORDS_IN_FILE,

@@ -239,7 +239,7 @@ def open_stream(
     start: int = 0,
     position: Mapping[str, Any] | None = None,
 ) -> StreamLoader:
-    """The batches from step ``start`` on; see :func:`~rflow_jax.data.loader.open_loader`.
+    """The batches from step ``start`` on; see :func:`~rflow_jax.data.open.open_loader`.
 
     A run that goes on needs its position, and reads again the shards of which its buffers held records.
 

@@ -27,7 +27,7 @@ from PIL.Image import Image
 
 from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
-from rflow_jax.files import remove_beginnings, write_file
+from rflow_jax.files import beginning_of, remove_beginnings, write_file
 from rflow_jax.images import read_image
 from rflow_jax.search.chains import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
 from rflow_jax.search.journal import JOURNAL, Journal, json_line
@@ -158,8 +158,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 def link(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has no links; never half a file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # a killed process's: a copy into it would be written into what it links to
+    temporary = beginning_of(target)
     try:
         os.link(source, temporary)
     except OSError:

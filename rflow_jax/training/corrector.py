@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rflow_jax.data.loader import Loader, open_loader
+from rflow_jax.data.loader import Loader
+from rflow_jax.data.open import open_loader
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.training.config import RunConfig
 from rflow_jax.training.feed import put_pixels, slots_here

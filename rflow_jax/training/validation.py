@@ -17,7 +17,7 @@ from PIL import Image
 
 from rflow_jax.data.config import DataConfig, Format
 from rflow_jax.data.examples import Example, make_example
-from rflow_jax.data.loader import open_source
+from rflow_jax.data.open import open_source
 from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for

@@ -17,8 +17,9 @@ import pytest
 
 from rflow_jax.data import make_genref as maker
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.loader import HostBatch, open_loader
+from rflow_jax.data.loader import HostBatch
 from rflow_jax.data.make_genref import make_genref
+from rflow_jax.data.open import open_loader
 from rflow_jax.data.tar_source import open_tars
 from rflow_jax.errors import InputError, RunError
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
@@ -137,7 +138,7 @@ KILLED = """
 import multiprocessing
 import sys
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.loader import open_loader
+from rflow_jax.data.open import open_loader
 if __name__ == "__main__":
     config = DataConfig(sys.argv[1], target_size=16, condition_size=8, cache=sys.argv[2], workers=2)
     loader = open_loader(config, seed=0, batch_size=4, slots=range(4))

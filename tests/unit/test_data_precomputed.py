@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.loader import open_loader
 from rflow_jax.data.make_genref import make_genref
+from rflow_jax.data.open import open_loader
 from rflow_jax.data.precompute import precompute
 from rflow_jax.data.precomputed import COMPLETE, PrecomputeConfig, open_latents
 from rflow_jax.data.prepare import Job, ahead

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.loader import HostBatch, open_loader
+from rflow_jax.data.loader import HostBatch
+from rflow_jax.data.open import open_loader
 from rflow_jax.data.patience import Patience
 from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.shards import Shard, expand

@@ -14,7 +14,7 @@ import pytest
 
 from rflow_jax.data import convert
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.loader import open_loader
+from rflow_jax.data.open import open_loader
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.data.tar_source import TarSource, open_tars
 from rflow_jax.data.tfds_source import open_tfds

@@ -135,7 +135,7 @@ def test_what_cannot_be_scored_is_said_and_the_others_keep_their_scores(folder, 
     said = capsys.readouterr()
     found = {line.split("\t")[2]: line.split("\t") for line in said.out.splitlines()}
     assert "cannot be decoded" in found.pop(str(cut))[3]
-    assert found.pop(str(text))[3] == "the file is no image that can be read"
+    assert found.pop(str(text))[3] == "cannot read this image (not an image file)"
     for number in range(2):
         why = found.pop(str(folder / f"00002/samples/0000{number}.png"))[3]
         assert why == f"no prompt: {folder}/00002/metadata.jsonl: No such file or directory"
@@ -412,7 +412,7 @@ def test_what_pillow_raises_of_its_own_is_an_error_of_that_image(folder, asked, 
 
     monkeypatch.setattr(PIL.Image, "open", broken)
     assert call(folder, HASH) == 1
-    assert {line[3] for line in lines(capsys)} == {"the file is no image that can be read (bad header)"}
+    assert {line[3] for line in lines(capsys)} == {"cannot read this image (bad header)"}
     with pytest.raises(InputError, match=r"00000.png: cannot read this image \(bad header\)"):
         read_image(folder / "00000/samples/00000.png")
 
