@@ -10,6 +10,7 @@ from typing import Any
 
 from rflow_jax.errors import InputError
 from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
+from rflow_jax.language.config import WriterConfig
 from rflow_jax.local_models import claimed_devices
 from rflow_jax.search.accounts import Accounts
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
@@ -21,6 +22,7 @@ from rflow_jax.search.prompts import read_prompts, slice_prompts
 from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
 from rflow_jax.search.store import PromptFolder, check_entry, is_done
 from rflow_jax.verifiers import make_verifier
+from rflow_jax.verifiers.config import VerifierConfig
 
 Entries = Mapping[int, Mapping[str, Any]]
 
@@ -62,7 +64,7 @@ def _run(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
     given = given_images(Path(where.images), todo) if where.images else {}
     accounts = Accounts(out, place, MODELS, config.budget)
     models = _models(kind, config, accounts)
-    pipe = _load(config)
+    pipe = _load(kind, config)
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
     with claim(out, published, place):
         return _search(kind, config, out, pipe, models, accounts, todo, given)
@@ -115,24 +117,31 @@ def _search(
     return 1 if terms.verified and live.unscored and not live.scored else 0
 
 
+def _asked(kind: Kind, config: SearchConfig) -> dict[str, VerifierConfig | WriterConfig]:
+    """The roles that a search of this kind has."""
+    verifier: dict[str, VerifierConfig | WriterConfig] = {"verifier": config.verifier}
+    writers = {"reflector": config.reflector} if kind == "reflect" else {}
+    return verifier | writers | ({"refiner": config.refiner} if kind != "noise" else {})
+
+
 def _models(kind: Kind, config: SearchConfig, accounts: Accounts) -> Models:
-    meters = accounts.meters
+    meters, asked = accounts.meters, _asked(kind, config)
     return Models(
         make_verifier(config.verifier, meters["verifier"]),
-        make_writer(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if kind == "reflect" else None,
-        make_writer(config.refiner, REFINE_PROMPT, meters["refiner"]) if kind != "noise" else None,
+        make_writer(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if "reflector" in asked else None,
+        make_writer(config.refiner, REFINE_PROMPT, meters["refiner"]) if "refiner" in asked else None,
     )
 
 
-def _load(config: SearchConfig) -> Any:
+def _load(kind: Kind, config: SearchConfig) -> Any:
     import jax
 
     from rflow_jax.parallel.mesh import make_mesh
     from rflow_jax.parallel.placement import unclaimed
     from rflow_jax.pipeline import load_pipeline
 
-    roles = config.verifier, config.reflector, config.refiner
-    devices = unclaimed([claim for role in roles for claim in claimed_devices(role.options)])
+    claims = [claim for role in _asked(kind, config).values() for claim in claimed_devices(role.options)]
+    devices = unclaimed(claims)
     mesh = None if devices == jax.local_devices()[:1] else make_mesh(config.mesh, devices)
     return load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype, mesh=mesh)
 

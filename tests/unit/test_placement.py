@@ -14,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.language.config import WriterConfig
 from rflow_jax.local_models import claimed_devices
 from rflow_jax.models.lora import linears
 from rflow_jax.parallel.placement import on_devices, pick, unclaimed
@@ -169,3 +170,17 @@ def test_a_search_generates_on_the_devices_that_no_model_took(monkeypatch, devic
     command._load(SearchConfig(model="nowhere", verifier=verifier))
     found = None if seen.mesh is None else sorted(device.id for device in seen.mesh.devices.flat)
     assert found == left
+
+
+@pytest.mark.parametrize(("kind", "left"), [("noise", [0, 1, 3]), ("noise-prompt", [0, 1]), ("reflect", [0])])
+def test_the_generator_takes_the_devices_of_roles_that_a_search_does_not_have(kind, left, monkeypatch):
+    monkeypatch.setattr("rflow_jax.pipeline.load_pipeline", lambda model, **given: given["mesh"])
+    config = SearchConfig(
+        model="m",
+        verifier=VerifierConfig(name="nvila", model="v", options={"devices": [2, 4, 5, 6, 7]}),
+        reflector=WriterConfig(name="qwen", model="w", options={"devices": [1]}),
+        refiner=WriterConfig(name="qwen", model="w", options={"devices": [3]}),
+    )
+    mesh = command._load(kind, config)
+    used = jax.devices()[:1] if mesh is None else mesh.devices.flatten().tolist()
+    assert used == [jax.devices()[number] for number in left]
