@@ -46,7 +46,7 @@ from rflow_jax.vlm.qwen_inputs import Inputs, Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
-from rflow_jax.weights.reward import RewardCheckpoint
+from rflow_jax.weights.reward.checkpoint import RewardCheckpoint
 
 QUESTION = "Does the picture show what the prompt says? Name what is missing, what is too much and what is misplaced."
 REWARDS, TOKENS = "rewards/s", "tokens/s"

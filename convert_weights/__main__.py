@@ -71,7 +71,7 @@ def qwen(args: Namespace) -> int:
 
 def lora(args: Namespace) -> int:
     """A LoRA file of any common format -> ours."""
-    from rflow_jax.weights.lora_export import save_lora
+    from rflow_jax.weights.lora.export import save_lora
 
     adapters = _read_lora(args)
     file = save_lora(adapters, Path(args.dst))
@@ -82,7 +82,7 @@ def lora(args: Namespace) -> int:
 
 def export_lora(args: Namespace) -> int:
     """A LoRA of ours (or of any format) -> diffusers' ``pytorch_lora_weights.safetensors``."""
-    from rflow_jax.weights.lora_export import export_lora as export
+    from rflow_jax.weights.lora.export import export_lora as export
 
     adapters = _read_lora(args)
     file = export(adapters, Path(args.dst), fold_alpha=args.fold_alpha)
@@ -106,7 +106,7 @@ def _dtype(name: str | None):
 
 
 def _read_lora(args: Namespace):
-    from rflow_jax.weights.lora_files import read_lora
+    from rflow_jax.weights.lora.files import read_lora
 
     return read_lora(
         args.src,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.data.choice import Choice
-from rflow_jax.data.patience import Patience
+from rflow_jax.data.storage.patience import Patience
 from rflow_jax.errors import InputError
 
 Format = Literal["tar", "stream", "tfds", "precomputed"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rflow_jax import cli
-from rflow_jax.data.patience import Patience
-from rflow_jax.data.precomputed import PrecomputeConfig
+from rflow_jax.data.latents.source import PrecomputeConfig
+from rflow_jax.data.storage.patience import Patience
 from rflow_jax.errors import InputError
 
 
@@ -33,11 +33,11 @@ class TfdsConfig:
 
 def tfds(config: TfdsConfig) -> None:
     """Tar shards -> ArrayRecord."""
-    from rflow_jax.data.tar_source import open_tars
-    from rflow_jax.data.tfds_source import import_tfds
+    from rflow_jax.data.tar.source import open_tars
+    from rflow_jax.data.tfds.source import import_tfds
 
     import_tfds()  # said before shards are indexed, and not after
-    from rflow_jax.data.tfds_builder import write_tfds
+    from rflow_jax.data.tfds.builder import write_tfds
 
     source = open_tars(config.shards, cache=Path(config.cache) if config.cache else None, patience=config.patience)
     folder = write_tfds(source, Path(config.out))
@@ -47,7 +47,7 @@ def tfds(config: TfdsConfig) -> None:
 
 def precompute(config: PrecomputeConfig) -> None:
     """Tar shards or a data set of TFDS -> latents and embeddings."""
-    from rflow_jax.data.precompute import precompute as run
+    from rflow_jax.data.latents.precompute import precompute as run
     from rflow_jax.parallel.runtime import use_compilation_cache
 
     use_compilation_cache()

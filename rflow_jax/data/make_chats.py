@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax import cli
-from rflow_jax.data.chats import PICTURE
 from rflow_jax.data.config import DataConfig
+from rflow_jax.data.jsonl.chats import PICTURE
 from rflow_jax.data.open import open_source
 from rflow_jax.data.records import Record, RecordError
 from rflow_jax.errors import InputError

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax.data.config import DataConfig
+from rflow_jax.data.latents.source import open_latent_loader
 from rflow_jax.data.loader import Loader, MakeFromSource, MixturePlan, require_same_records
 from rflow_jax.data.mixture import Mixture
-from rflow_jax.data.precomputed import open_latent_loader
 from rflow_jax.data.records import RecordSource
-from rflow_jax.data.stream import open_stream
-from rflow_jax.data.tar_source import open_tars
+from rflow_jax.data.stream.loader import open_stream
+from rflow_jax.data.tar.source import open_tars
 from rflow_jax.errors import InputError
 
 
@@ -26,7 +26,7 @@ def open_source(config: DataConfig) -> RecordSource:
         cache = Path(config.cache) if config.cache else None
         return open_tars(config.shards, cache=cache, patience=config.patience)
     if config.format == "tfds":
-        from rflow_jax.data.tfds_source import open_tfds  # of an extra that need not be installed
+        from rflow_jax.data.tfds.source import open_tfds  # of an extra that need not be installed
 
         return open_tfds(config.shards)
     raise InputError(f"data.format is {config.format}: it has no random access; give tar or tfds")

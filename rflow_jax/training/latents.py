@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rflow_jax.data.encoders import identity_of
-from rflow_jax.data.precomputed import LatentBatch, Settings, open_latents, require_same
+from rflow_jax.data.latents.encoders import identity_of
+from rflow_jax.data.latents.source import LatentBatch, Settings, open_latents, require_same
 from rflow_jax.flow.latents import pack
 from rflow_jax.models.autoencoder import sample_posterior
 from rflow_jax.parallel.mesh import BATCH, put_batch

@@ -22,8 +22,8 @@ from rflow_jax.training.step import INIT
 from rflow_jax.weights.bundle import Bundle, load_bundle
 from rflow_jax.weights.hub import resolve_lora
 from rflow_jax.weights.load import ShardingFor
-from rflow_jax.weights.lora_export import export_lora
-from rflow_jax.weights.lora_files import read_lora
+from rflow_jax.weights.lora.export import export_lora
+from rflow_jax.weights.lora.files import read_lora
 
 
 @dataclass(frozen=True)

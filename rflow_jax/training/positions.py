@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from rflow_jax.data.stream import merge_positions
+from rflow_jax.data.stream.loader import merge_positions
 
 
 def gather_position(position: dict[str, Any]) -> dict[str, Any]:

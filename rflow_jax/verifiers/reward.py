@@ -29,8 +29,8 @@ from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
-from rflow_jax.weights.reward_config import PROMPT_FILE, RewardConfig
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.weights.reward.config import PROMPT_FILE, RewardConfig
 
 PROMPT = Path(__file__).parent / "prompts" / "reward.md"
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from rflow_jax.vlm.qwen_prepare import read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.components import read_json
 from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
 
 BASE, REWARD = "qwen/golden_base", "qwen/golden_reward"
 _REWARD = re.compile(r"reward_(?:single(?P<alone>\d+)_)?(?P<token>special|last|mean)(?P<how>_mrope|_nolora)?")

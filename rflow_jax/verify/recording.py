@@ -22,7 +22,7 @@ from rflow_jax.pipeline import Pipeline, load_pipeline
 from rflow_jax.weights.components import TRANSFORMER, read_json
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.load import load_into
-from rflow_jax.weights.lora_files import read_lora
+from rflow_jax.weights.lora.files import read_lora
 
 # Where arrays lie below the folder, and what is put before a file's name to tell them apart.
 PLACES = (("golden", ""), ("qwen", "qwen/"), ("nvila/golden", "nvila/"))

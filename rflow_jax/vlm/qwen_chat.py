@@ -27,7 +27,7 @@ from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.peft_adapters import attach_adapter, merged
+from rflow_jax.weights.lora.peft import attach_adapter, merged
 from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config
 
 

@@ -30,7 +30,7 @@ from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.folders import ModelPath, describe
 from rflow_jax.weights.hub import resolve, resolve_lora
 from rflow_jax.weights.load import ShardingFor, load_into
-from rflow_jax.weights.lora_files import read_lora
+from rflow_jax.weights.lora.files import read_lora
 from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
 
 DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell

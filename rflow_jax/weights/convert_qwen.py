@@ -16,7 +16,7 @@ from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.load import parameter_shapes
 from rflow_jax.weights.names.qwen2_5_vl import table_for
 from rflow_jax.weights.qwen import read_qwen_config
-from rflow_jax.weights.reward_config import CONFIG_FILE
+from rflow_jax.weights.reward.config import CONFIG_FILE
 from rflow_jax.weights.save import Storage, save, write_model_file
 from rflow_jax.weights.stored import is_stored
 from rflow_jax.weights.tables import plan

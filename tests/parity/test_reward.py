@@ -21,7 +21,7 @@ from rflow_jax.vlm.qwen import Scoring, rewards
 from rflow_jax.vlm.qwen_inputs import Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
 from tests.kit.compare import relative_error
 from tests.kit.pictures import picture
 from tests.kit.qwen import PAD, USUAL, make

@@ -20,7 +20,7 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.loader import HostBatch
 from rflow_jax.data.make_genref import make_genref
 from rflow_jax.data.open import open_loader
-from rflow_jax.data.tar_source import open_tars
+from rflow_jax.data.tar.source import open_tars
 from rflow_jax.errors import InputError, RunError
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from rflow_jax.data.config import DataConfig
+from rflow_jax.data.latents.precompute import precompute
+from rflow_jax.data.latents.prepare import Job, ahead
+from rflow_jax.data.latents.source import COMPLETE, PrecomputeConfig, open_latents
 from rflow_jax.data.make_genref import make_genref
 from rflow_jax.data.open import open_loader
-from rflow_jax.data.precompute import precompute
-from rflow_jax.data.precomputed import COMPLETE, PrecomputeConfig, open_latents
-from rflow_jax.data.prepare import Job, ahead
-from rflow_jax.data.tar_source import open_tars
+from rflow_jax.data.tar.source import open_tars
 from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
@@ -125,7 +125,7 @@ def test_a_run_goes_on_where_it_stood_and_two_processes_see_what_one_sees(made):
 
 
 def test_an_interrupted_command_goes_on(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("rflow_jax.data.precomputed.RECORDS_IN_FILE", 3)
+    monkeypatch.setattr("rflow_jax.data.latents.source.RECORDS_IN_FILE", 3)
     config = replace(made.config, out=str(tmp_path / "out"))
     precompute(config, show=False)
     out = Path(config.out)
@@ -192,7 +192,7 @@ def test_a_dead_worker_is_an_error():
 
 
 def test_workers_do_not_import_jax():
-    script = "import sys; import rflow_jax.data.prepare; assert 'jax' not in sys.modules"
+    script = "import sys; import rflow_jax.data.latents.prepare; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 

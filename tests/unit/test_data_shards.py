@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.data import http
-from rflow_jax.data.patience import Patience, Trouble, brisk, patiently, public
-from rflow_jax.data.ranges import RangeFile, read_range
-from rflow_jax.data.shards import Shard, expand
+from rflow_jax.data.storage import http
+from rflow_jax.data.storage.patience import Patience, Trouble, brisk, patiently, public
+from rflow_jax.data.storage.ranges import RangeFile, read_range
+from rflow_jax.data.storage.shards import Shard, expand
 from rflow_jax.errors import InputError
 from tests.kit.file_server import Faults, FileServer
 
@@ -326,8 +326,8 @@ def test_the_hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     code = """if True:
-        from rflow_jax.data.shards import expand
-        from rflow_jax.data.ranges import read_range
+        from rflow_jax.data.storage.shards import expand
+        from rflow_jax.data.storage.ranges import read_range
         shards = expand("hf://datasets/o/n/data/*.tar")
         named = expand("hf://datasets/o/n/data/{001..002}.tar")
         print([(s.url, s.size, s.version) for s in shards] , named == shards[1:], read_range(shards[1], 10, 10))
@@ -341,6 +341,6 @@ def test_the_hub():
 
 def test_importing_is_quick():
     heavy = ("httpx", "fsspec", "huggingface_hub", "jax", "tenacity")
-    code = f"import sys, rflow_jax.data.tar_source; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, rflow_jax.data.tar.source; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,12 +15,12 @@ import pytest
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.loader import HostBatch
 from rflow_jax.data.open import open_loader
-from rflow_jax.data.patience import Patience
 from rflow_jax.data.records import SUBSETS
-from rflow_jax.data.shards import Shard, expand
-from rflow_jax.data.stream import Buffers, merge_positions
-from rflow_jax.data.stream_route import Place, Route, Share, Stream
-from rflow_jax.data.stream_shards import read_shard
+from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.storage.shards import Shard, expand
+from rflow_jax.data.stream.loader import Buffers, merge_positions
+from rflow_jax.data.stream.route import Place, Route, Share, Stream
+from rflow_jax.data.stream.shards import read_shard
 from rflow_jax.errors import InputError
 from tests.kit.file_server import Faults, FileServer
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
@@ -193,7 +193,7 @@ def test_replacements_do_not_disturb_what_comes_later(damaged):
 
 @pytest.mark.parametrize("faults", [{"cut": 2}, {"status": 2}, {"dead": 2}, {"stall": 1, "seconds": 2.0}])
 def test_a_server_that_fails_is_asked_again(config, faults, monkeypatch):
-    monkeypatch.setattr("rflow_jax.data.patience.SLOWEST", 1 << 30)
+    monkeypatch.setattr("rflow_jax.data.storage.patience.SLOWEST", 1 << 30)
     with FileServer(Path(str(config.shards))) as server:
         (shard,) = expand(f"{server.url}/000.tar")
         server.faults = Faults(**faults)

@@ -20,8 +20,8 @@ from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.layers import ALL_ROWS, Linear
 from rflow_jax.models.lora import REFLECTION_FLOW, Adapter, attach, init_lora, linear_shapes, select
 from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.lora_export import export_lora, save_lora
-from rflow_jax.weights.lora_files import read_lora
+from rflow_jax.weights.lora.export import export_lora, save_lora
+from rflow_jax.weights.lora.files import read_lora
 from rflow_jax.weights.names.flux import BFL, DIFFUSERS
 from rflow_jax.weights.writing import save_tensors
 from tests.kit.lora import TINY, effect, keyed, module_shapes, random_lora

@@ -20,7 +20,7 @@ from rflow_jax.prompts import Tokenizers, t5_prompt
 from rflow_jax.sampling import Near, Program, draw_noise, noise_draws, sample_keys
 from rflow_jax.weights import bundle
 from rflow_jax.weights.components import TRANSFORMER
-from rflow_jax.weights.lora_export import save_lora
+from rflow_jax.weights.lora.export import save_lora
 
 SMALL = Settings(height=32, width=48, num_inference_steps=2, condition_size=32, batch_size=3, max_sequence_length=24)
 PROMPTS = ["a cat", "two dogs", "a red cup"]

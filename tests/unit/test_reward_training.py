@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from rflow_jax.data.preferences import INVALID, TIE, A, B, PairFile
+from rflow_jax.data.jsonl.preferences import INVALID, TIE, A, B, PairFile
 from rflow_jax.data.records import RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig
@@ -23,7 +23,7 @@ from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.reward.config import PairDataConfig, PairValidationConfig, RewardRunConfig, RewardTaskConfig
 from rflow_jax.training.reward.task import Reward, open_checked
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
-from rflow_jax.weights.reward import SPECIAL_TOKEN
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
 from tests.kit.preferences import make_pairs
 from tests.kit.reward import RewardRun, reward_config
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rflow_jax.data.chats import ChatFile
+from rflow_jax.data.jsonl.chats import ChatFile
 from rflow_jax.data.make_chats import ChatsConfig, make_chats
 from rflow_jax.data.make_genref import make_genref
 from rflow_jax.errors import InputError
@@ -16,7 +16,7 @@ from rflow_jax.parallel.mesh import MeshConfig
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.sft.config import ChatDataConfig, ChatValidationConfig
 from rflow_jax.vlm.qwen_text import QwenTokenizer
-from rflow_jax.weights.peft_adapters import attach_adapter
+from rflow_jax.weights.lora.peft import attach_adapter
 from rflow_jax.weights.qwen import load_qwen, published_table
 from tests.kit import chats as kit
 from tests.kit.sft import BASE, SftRun, sft_config

@@ -14,8 +14,8 @@ from PIL import Image
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig, read_template
-from rflow_jax.weights.reward import SPECIAL_TOKEN
-from rflow_jax.weights.reward_config import RewardConfig
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
+from rflow_jax.weights.reward.config import RewardConfig
 
 PROMPTS = ("a photo of a bench", "two red apples on a small table, left of a cup", "x", "three clocks")
 SIZES = ((170, 130), (90, 110), (64, 64), (200, 90))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rflow_jax.data.examples import decode
-from rflow_jax.data.preferences import INVALID, Pair
+from rflow_jax.data.jsonl.preferences import INVALID, Pair
 from rflow_jax.data.records import RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.training.qwen.rows import Rows, RowSizes, rows_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rflow_jax.data.patience import Patience
+from rflow_jax.data.storage.patience import Patience
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.reward import RewardToken
 from rflow_jax.training.config import CommonConfig

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rflow_jax.data.preferences import INVALID, TIE, A, B
+from rflow_jax.data.jsonl.preferences import INVALID, TIE, A, B
 from rflow_jax.typing import Array, Float, Int
 
 LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rflow_jax.chat.prompt_file import read_prompt
-from rflow_jax.data.preferences import PairSource, open_pairs
+from rflow_jax.data.jsonl.preferences import PairSource, open_pairs
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import init_kernel
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
@@ -39,9 +39,9 @@ from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.qwen import load_qwen
-from rflow_jax.weights.reward import SPECIAL_TOKEN
-from rflow_jax.weights.reward_config import RewardConfig
-from rflow_jax.weights.reward_export import RewardExport
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
+from rflow_jax.weights.reward.config import RewardConfig
+from rflow_jax.weights.reward.export import RewardExport
 
 HEAD = r"reward\.kernel|language\.embed\.special"
 _FROM_FILE = "file"  # what an export calls a wording of the run's own

@@ -12,7 +12,7 @@ from flax import nnx
 from rflow_jax.training.model import dotted
 from rflow_jax.training.qwen.trained import Parts
 from rflow_jax.vlm.qwen_text import QwenTokenizer
-from rflow_jax.weights.reward_export import RewardExport, export_reward
+from rflow_jax.weights.reward.export import RewardExport, export_reward
 
 
 @dataclass

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rflow_jax.data.preferences import PairSource
+from rflow_jax.data.jsonl.preferences import PairSource
 from rflow_jax.parallel.mesh import put_batch, replicated
 from rflow_jax.training.qwen.batches import first_usable
 from rflow_jax.training.reward.batches import PairInputs, PairMaker

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rflow_jax.data.chats import PICTURE, Chat
 from rflow_jax.data.examples import decode
+from rflow_jax.data.jsonl.chats import PICTURE, Chat
 from rflow_jax.data.records import RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.training.qwen.rows import Rows, RowSizes, rows_of

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rflow_jax.data.chats import ChatFile
+from rflow_jax.data.jsonl.chats import ChatFile
 from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.feed import slots_here

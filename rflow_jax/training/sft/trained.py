@@ -8,7 +8,7 @@ from typing import Any
 
 from rflow_jax.models.lora import adapters_of
 from rflow_jax.training.qwen.trained import Parts
-from rflow_jax.weights.peft_adapters import export_adapter, merged
+from rflow_jax.weights.lora.peft import export_adapter, merged
 from rflow_jax.weights.qwen import export_qwen, nested_table
 from rflow_jax.weights.writing import whole
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rflow_jax.data.chats import ChatFile
+from rflow_jax.data.jsonl.chats import ChatFile
 from rflow_jax.parallel.mesh import put_batch, replicated
 from rflow_jax.training.qwen.batches import first_usable
 from rflow_jax.training.sft.batches import ChatInputs, ChatMaker

@@ -12,12 +12,12 @@ from contextlib import ExitStack, closing
 from tarfile import TarError
 from typing import Any, NamedTuple
 
-from rflow_jax.data.http import http_get
-from rflow_jax.data.patience import Patience, Trouble, is_http, patiently
-from rflow_jax.data.ranges import RangeFile
 from rflow_jax.data.records import SUBSETS
-from rflow_jax.data.shards import PIPE, Shard
-from rflow_jax.data.tar_members import SUBSET, DamagedTar, Sample, headers, open_tar, samples, subset_of
+from rflow_jax.data.storage.http import http_get
+from rflow_jax.data.storage.patience import Patience, Trouble, is_http, patiently
+from rflow_jax.data.storage.ranges import RangeFile
+from rflow_jax.data.storage.shards import PIPE, Shard
+from rflow_jax.data.tar.members import SUBSET, DamagedTar, Sample, headers, open_tar, samples, subset_of
 from rflow_jax.errors import InputError
 
 _BLOCK = 1 << 20

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.lines import fingerprint_of, read_image, read_lines, text_of
+from rflow_jax.data.jsonl.lines import fingerprint_of, read_image, read_lines, text_of
 from rflow_jax.data.open import open_source
 from rflow_jax.data.records import RecordSource
 from rflow_jax.errors import InputError

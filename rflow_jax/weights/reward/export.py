@@ -1,4 +1,4 @@
-"""A trained reward model -> the original's checkpoint, as :mod:`rflow_jax.weights.reward` reads it."""
+"""A trained reward model -> the original's checkpoint, as :mod:`rflow_jax.weights.reward.checkpoint` reads it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rflow_jax.files import write_file
 from rflow_jax.models.lora import adapters_of
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, SpecialTokenEmbedding
 from rflow_jax.weights.load import parameter_shapes, parameter_values
+from rflow_jax.weights.lora.peft import PREFIX, export_adapter
 from rflow_jax.weights.names.qwen2_5_vl import reward_table
-from rflow_jax.weights.peft_adapters import PREFIX, export_adapter
-from rflow_jax.weights.reward_config import CONFIG_FILE, PROMPT_FILE, RewardConfig
+from rflow_jax.weights.reward.config import CONFIG_FILE, PROMPT_FILE, RewardConfig
 from rflow_jax.weights.tables import plan
 from rflow_jax.weights.writing import save_tensors, whole
 

@@ -15,8 +15,8 @@ from flax import nnx
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter, adapters_of
-from rflow_jax.weights.lora_alpha import METADATA_KEY
-from rflow_jax.weights.lora_files import LORA_FILE, OUR_FILE
+from rflow_jax.weights.lora.alpha import METADATA_KEY
+from rflow_jax.weights.lora.files import LORA_FILE, OUR_FILE
 from rflow_jax.weights.names.flux import DIFFUSERS
 from rflow_jax.weights.writing import save_tensors, whole
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rflow_jax.data.patience import Patience
-from rflow_jax.data.ranges import read_range
 from rflow_jax.data.records import SUBSETS, Record
-from rflow_jax.data.shards import Shard, expand
-from rflow_jax.data.tar_index import ShardIndex, default_cache, index_shards
-from rflow_jax.data.tar_members import MEMBERS, make_record
+from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.storage.ranges import read_range
+from rflow_jax.data.storage.shards import Shard, expand
+from rflow_jax.data.tar.index import ShardIndex, default_cache, index_shards
+from rflow_jax.data.tar.members import MEMBERS, make_record
 from rflow_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ def open_tars(
     """Looks up shards, indexes what is not in the cache, and gives access to their records.
 
     Args:
-        patterns: as in :func:`~rflow_jax.data.shards.expand`.
-        cache: folder of the indexes; None takes :func:`~rflow_jax.data.tar_index.default_cache`.
+        patterns: as in :func:`~rflow_jax.data.storage.shards.expand`.
+        cache: folder of the indexes; None takes :func:`~rflow_jax.data.tar.index.default_cache`.
         threads: shards indexed at once.
         show: draw a progress bar.
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import pictures
-from rflow_jax.data.precomputed import Entry
+from rflow_jax.data.latents.source import Entry
 from rflow_jax.data.records import Record, RecordError, RecordSource
 from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError

@@ -22,11 +22,11 @@ from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.layered import LayeredFiles
 from rflow_jax.weights.load import ShardingFor, load_into
+from rflow_jax.weights.lora.peft import ADAPTER_FILE, common_name, find_adapters, merged
 from rflow_jax.weights.names.qwen2_5_vl import reward_table
-from rflow_jax.weights.peft_adapters import ADAPTER_FILE, common_name, find_adapters, merged
 from rflow_jax.weights.pickles import open_pickle
 from rflow_jax.weights.qwen import read_qwen_config
-from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.reward.config import CONFIG_FILE, RewardConfig
 
 SPECIAL_TOKEN = "<|VQ_reward|>"
 _EMBEDDING = "model.embed_tokens.weight"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rflow_jax.data.lines import fingerprint_of, read_image, read_lines
+from rflow_jax.data.jsonl.lines import fingerprint_of, read_image, read_lines
 from rflow_jax.errors import InputError
 
 PICTURE = "<image>"  # stands for the next picture in a message

@@ -19,8 +19,8 @@ import numpy as np
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter
 from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.lora_alpha import Strength, strength_of
-from rflow_jax.weights.lora_names import Part, bare, is_text_encoder, parts_of
+from rflow_jax.weights.lora.alpha import Strength, strength_of
+from rflow_jax.weights.lora.names import Part, bare, is_text_encoder, parts_of
 from rflow_jax.weights.pickles import is_pickle, open_pickle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rflow_jax.data.choice import SHARD_ORDER, random_words
-from rflow_jax.data.patience import Patience
 from rflow_jax.data.records import SUBSETS
-from rflow_jax.data.shards import Shard
-from rflow_jax.data.stream_shards import Raw, read_shard
+from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.storage.shards import Shard
+from rflow_jax.data.stream.shards import Raw, read_shard
 from rflow_jax.errors import InputError
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 
-from rflow_jax.data.http import http_range
-from rflow_jax.data.patience import Patience, Trouble, is_http, patiently
-from rflow_jax.data.shards import Shard
-from rflow_jax.data.stores import store_range
+from rflow_jax.data.storage.http import http_range
+from rflow_jax.data.storage.patience import Patience, Trouble, is_http, patiently
+from rflow_jax.data.storage.shards import Shard
+from rflow_jax.data.storage.stores import store_range
 from rflow_jax.errors import InputError
 
 _SMALL_BLOCK, _LARGE_BLOCK = 1 << 14, 1 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rflow_jax.data.patience import SLOWEST, Patience, Trouble, patiently
+from rflow_jax.data.storage.patience import SLOWEST, Patience, Trouble, patiently
 from rflow_jax.errors import InputError
 
 _MAGIC = frozenset("*?[")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rflow_jax.data.http import probe_http
-from rflow_jax.data.patience import Patience, is_http, public
-from rflow_jax.data.stores import Store
+from rflow_jax.data.storage.http import probe_http
+from rflow_jax.data.storage.patience import Patience, is_http, public
+from rflow_jax.data.storage.stores import Store
 from rflow_jax.errors import InputError
 
 PIPE = "pipe:"

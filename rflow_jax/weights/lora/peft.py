@@ -20,7 +20,7 @@ from rflow_jax.weights.components import read_object
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.layered import LayeredFiles
 from rflow_jax.weights.load import ShardingFor
-from rflow_jax.weights.lora_export import peft_config
+from rflow_jax.weights.lora.export import peft_config
 from rflow_jax.weights.tables import Table
 from rflow_jax.weights.writing import save_tensors
 

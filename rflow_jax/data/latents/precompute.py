@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rflow_jax.data.encoders import Encoded, Encoders, encode, identity_of, load_encoders
-from rflow_jax.data.open import open_source
-from rflow_jax.data.precomputed import (
+from rflow_jax.data.latents.encoders import Encoded, Encoders, encode, identity_of, load_encoders
+from rflow_jax.data.latents.prepare import Job, Prepare, Prepared, ahead
+from rflow_jax.data.latents.source import (
     COMPLETE,
     RECORDS_IN_FILE,
     SETTINGS,
@@ -28,7 +28,7 @@ from rflow_jax.data.precomputed import (
     require_same,
     settings_text,
 )
-from rflow_jax.data.prepare import Job, Prepare, Prepared, ahead
+from rflow_jax.data.open import open_source
 from rflow_jax.data.records import SUBSETS, RecordSource
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError

@@ -21,10 +21,10 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import make_example
 from rflow_jax.data.loader import Loader, Made, digest_of, require_same_records
 from rflow_jax.data.records import SUBSETS, RecordError
-from rflow_jax.data.shards import Shard, expand
-from rflow_jax.data.stream_route import Item, Place, Route, Share, Stream
-from rflow_jax.data.stream_shards import Raw
-from rflow_jax.data.tar_members import make_record
+from rflow_jax.data.storage.shards import Shard, expand
+from rflow_jax.data.stream.route import Item, Place, Route, Share, Stream
+from rflow_jax.data.stream.shards import Raw
+from rflow_jax.data.tar.members import make_record
 from rflow_jax.errors import InputError
 
 log = logging.getLogger(__name__)

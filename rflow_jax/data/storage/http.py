@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from rflow_jax.data.patience import Patience, Trouble, brisk, patiently, public
+from rflow_jax.data.storage.patience import Patience, Trouble, brisk, patiently, public
 from rflow_jax.errors import InputError
 
 if TYPE_CHECKING:

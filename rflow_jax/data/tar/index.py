@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from rflow_jax.data.patience import Patience
-from rflow_jax.data.ranges import RangeFile
-from rflow_jax.data.shards import Shard
-from rflow_jax.data.tar_members import MEMBERS, SUBSET, DamagedTar, Sample, headers, open_tar, samples, subset_of
+from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.storage.ranges import RangeFile
+from rflow_jax.data.storage.shards import Shard
+from rflow_jax.data.tar.members import MEMBERS, SUBSET, DamagedTar, Sample, headers, open_tar, samples, subset_of
 from rflow_jax.errors import InputError
 from rflow_jax.progress import count_progress
 

@@ -1,0 +1,1 @@
+"""GenRef as the encoders see it."""

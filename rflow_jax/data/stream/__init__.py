@@ -1,0 +1,1 @@
+"""GenRef in shards that are read once, from beginning to end."""

@@ -1,0 +1,1 @@
+"""GenRef in tar shards with random access."""

@@ -1,0 +1,1 @@
+"""GenRef as a data set of TensorFlow Datasets."""

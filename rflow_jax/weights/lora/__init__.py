@@ -1,0 +1,1 @@
+"""LoRA files, read and written."""

@@ -1,0 +1,1 @@
+"""Checkpoints of the original's image verifier, read and written."""
