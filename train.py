@@ -14,7 +14,8 @@ import jax
 from rflow_jax import cli
 from rflow_jax.data.loader import Loader
 from rflow_jax.errors import RunError
-from rflow_jax.parallel.mesh import make_mesh, samples_along, start_processes
+from rflow_jax.parallel.mesh import make_mesh, samples_along
+from rflow_jax.parallel.processes import agreed, end, start_processes
 from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
 from rflow_jax.training.checkpoints import Checkpoints
 from rflow_jax.training.config import CommonConfig
@@ -22,6 +23,7 @@ from rflow_jax.training.feed import feed
 from rflow_jax.training.folder import open_folder, write_config
 from rflow_jax.training.model import count
 from rflow_jax.training.optimizers import make_optimizer
+from rflow_jax.training.positions import gather_position
 from rflow_jax.training.preemption import Preemption
 from rflow_jax.training.task import DEFAULT, TASKS, TakeStep, Task, Validation, config_of, load_task
 from rflow_jax.training.update import State, init_state
@@ -55,9 +57,10 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
     """Checks and loads everything, what is cheap to check first; what must be closed again goes onto the stack."""
     out, mesh = Path(config.out), make_mesh(config.mesh)
     config.train.check_batch(samples_along(mesh))
-    open_folder(out, config.resume)
-
-    task = load_task(config, mesh)
+    with agreed():
+        stack.enter_context(open_folder(out, config.resume))
+    with agreed():
+        task = load_task(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     state, shardings = init_state(task.trainable, optimizer, mesh)
 
@@ -66,7 +69,8 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
     state, position = restored or (state, None)
     start = int(state.step)
 
-    loader = stack.enter_context(task.open_loader(start, position))
+    with agreed():
+        loader = stack.enter_context(task.open_loader(start, position))
     validation = task.open_validation(out)
 
     write_config(out, asdict(config))
@@ -102,7 +106,8 @@ def loop(run: Run, preemption: Preemption) -> None:
             if stop or last or step % config.checkpoint.every == 0:
                 tell(run, untold)  # first, so that a step that went wrong is not saved
                 untold = None
-                run.checkpoints.save(state, run.loader.position(step), config.flat(), run.task.trained)
+                position = gather_position(run.loader.position(step))
+                run.checkpoints.save(state, position, config.flat(), run.task.trained)
             if run.validation and not stop and (last or step % run.validation.every == 0):
                 tell(run, untold)
                 untold = None
@@ -158,4 +163,4 @@ def main() -> int | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run(main))
+    end(cli.run(main))

@@ -61,3 +61,12 @@ class DistributedConfig:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("coordinator", "num_processes", "process_id") if getattr(self, name) is not None]
+        if given and not self.enabled:  # each process would be a run of its own, in the same folder
+            raise InputError(f"distributed.{given[0]} is given without distributed.enabled: set that to true")
+        if self.num_processes is not None and self.num_processes < 1:
+            raise InputError(f"distributed.num_processes is {self.num_processes}: give at least 1")
+        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or self.process_id + 1):
+            raise InputError(f"distributed.process_id is {self.process_id}: give 0 to num_processes - 1")

@@ -1,4 +1,4 @@
-"""The devices as a mesh of named axes, and the processes that drive them."""
+"""The devices as a mesh of named axes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rflow_jax.errors import InputError
-from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
+from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.parallel.sharding import DATA, FSDP
 
 BATCH = PartitionSpec((DATA, FSDP))  # samples lie along both: fsdp devices hold parts of parameters and own samples
@@ -48,20 +47,3 @@ def put_batch(mesh: Mesh, tree: Any, *, whole: bool = False) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def start_processes(config: DistributedConfig) -> None:
-    """Joins the other processes; before anything else asks JAX for its devices.
-
-    Raises:
-        InputError: they cannot be found.
-    """
-    if not config.enabled:
-        return
-    try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"distributed: cannot join the other processes ({error}); give distributed.coordinator, num_processes and "
-            "process_id"
-        ) from error

@@ -152,7 +152,7 @@ def _place(where: RunConfig) -> tuple[int, int]:
         return where.place()
     import jax
 
-    from rflow_jax.parallel.mesh import start_processes
+    from rflow_jax.parallel.processes import start_processes
 
     start_processes(where.distributed)
     return jax.process_index(), jax.process_count()

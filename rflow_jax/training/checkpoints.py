@@ -6,8 +6,7 @@ import errno
 import json
 import logging
 import shutil
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,9 +18,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.files import write_file
+from rflow_jax.parallel.processes import gather_texts
 from rflow_jax.training.exporter import Exporter
 from rflow_jax.training.folder import fresh
+from rflow_jax.training.seals import Seal, Seals
 from rflow_jax.training.update import State
 
 # Settings a resumed run must have as they were: else its numbers would mean something else, or its state would not fit.
@@ -38,12 +38,12 @@ MUST_STAY = (
     *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*", "data.max_*"),
     "reward.*",
 )
+NAMED = ("data.split_ratios.*",)  # dictionaries whose keys are the user's
 # Those whose change says nothing about the training; of all others (the learning rate, say) it is told.
 MAY_CHANGE = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
 
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 CHECKPOINTS, SEALS = "checkpoints", "checksums"
-_BLOCK = 1 << 24  # bytes
 # What a checkpoint takes on the disk while it is written: Orbax writes parts, and merges them; and some metadata.
 _COPIES, _OVERHEAD = 2, 1 << 21
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Checkpoints:
     def __init__(self, out: Path, config: CheckpointConfig):
         self.out, self.config = out, config
         self._opened: ocp.CheckpointManager | None = None
+        self._sealed = Seals(out / SEALS, out / CHECKPOINTS)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -96,7 +97,13 @@ class Checkpoints:
                 keep_period=self.config.keep_every,
                 enable_async_checkpointing=True,
             )
-            self._opened = ocp.CheckpointManager((self.out / CHECKPOINTS).absolute(), options=options)
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            }
+            folder = (self.out / CHECKPOINTS).absolute()
+            self._opened = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
         return self._opened
 
     @property
@@ -134,7 +141,7 @@ class Checkpoints:
         self._manager.wait_until_finished()  # the one before it takes room too
         self._require_space(state)
         self._manager.save(step, args=items)
-        self._seal(before=step)
+        self._sealed.begin([one for one in self.steps if one < step])
         if self.config.export and trained.exports:
             self._export(step, state, trained, trained.exports)
 
@@ -155,7 +162,8 @@ class Checkpoints:
     def restore(self, like: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
         """The newest state that can be read, with the data's position; None if there is no checkpoint.
 
-        A damaged checkpoint is set aside with a warning, and the one before it is taken.
+        Damaged checkpoints are set aside with a warning, and the one before them is taken. One that is whole and yet
+        cannot be read, for want of memory perhaps, ends the run instead, and nothing is moved.
 
         Args:
             like: a state with the shapes and places wanted.
@@ -164,25 +172,55 @@ class Checkpoints:
         Raises:
             InputError: the checkpoint is of another model or run, or none can be read.
         """
-        found = self.steps
-        for step in reversed(found):
+        damaged: dict[int, str] = {}
+        for step, seal in self._seals():
             try:
-                self._check_seal(step)
-                stored = self._read(step, config=ocp.args.JsonRestore())["config"]
-            except Exception as error:
-                self._set_aside(step, error)
+                if seal.broken:
+                    raise _Damaged(seal.broken)
+                found = self._restored(step, seal.whole, like, config)
+            except _Damaged as error:
+                damaged[step] = str(error)
                 continue
-            _compare(stored, config, self.out / CHECKPOINTS / str(step))
-            try:
-                items = {"state": ocp.args.StandardRestore(_abstract(like)), "position": ocp.args.JsonRestore()}
-                read = self._read(step, **items)
-            except Exception as error:
-                self._set_aside(step, error)
-                continue
-            return _state(like, read["state"]), read["position"]
-        if found:
-            raise InputError(f"{self.out / CHECKPOINTS}: no checkpoint can be read; start afresh with another out")
+            self._set_aside(damaged)
+            return found
+        if damaged:
+            raise InputError(
+                f"{self.out / CHECKPOINTS}: no checkpoint can be read (step {max(damaged)}: {damaged[max(damaged)]}); "
+                "start afresh with another out"
+            )
         return None
+
+    def _restored(self, step: int, whole: bool, like: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+        """Raises _Damaged for a checkpoint that is not known to be whole and cannot be read."""
+        with _damage(suspected=not whole):
+            stored = self._read(step, config=ocp.args.JsonRestore())["config"]
+        _compare(stored, config, self.out / CHECKPOINTS / str(step))
+        with _damage(suspected=not whole):
+            self._require_fit(step, like)
+            items = {"state": ocp.args.StandardRestore(_abstract(like)), "position": ocp.args.JsonRestore()}
+            read = self._read(step, **items)
+        return _state(like, read["state"]), read["position"]
+
+    def _require_fit(self, step: int, like: State) -> None:
+        """Raises InputError if a checkpoint holds other parameters than those trained now."""
+        stored = self._manager.item_metadata(step)["state"]
+        if stored is None:
+            return
+        shapes = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in _tree(like).items()}
+        for name in sorted(shapes.keys() | wanted):
+            if shapes.get(name) != wanted.get(name):
+                raise InputError(
+                    f"{self.out / CHECKPOINTS / str(step)}: is of another model ({name} has the shape "
+                    f"{shapes.get(name)}, and now it is {wanted.get(name)}); start afresh with another out"
+                )
+
+    def _seals(self) -> list[tuple[int, Seal]]:
+        """What the sums of all checkpoints' files say, the newest first; the same in every process."""
+        steps, told = self.steps, ""
+        if jax.process_index() == 0:  # one reads it all, and no process sees files that another moves
+            told = json.dumps([[step, *self._sealed.read(step)] for step in reversed(steps)])
+        return [(step, Seal(*seal)) for step, *seal in json.loads(gather_texts(told)[0])]
 
     def wait(self) -> None:
         """Returns when all is on disk.
@@ -193,7 +231,8 @@ class Checkpoints:
         if self._opened is not None:
             with self._disk_errors():
                 self._opened.wait_until_finished()
-                self._seal()
+                self._sealed.begin(self.steps)
+                self._sealed.wait()
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -213,44 +252,24 @@ class Checkpoints:
         if self._opened is not None:
             with self._disk_errors():  # it waits for what is being written
                 self._opened.close()
+        self._sealed.close()
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _seal(self, before: int | None = None) -> None:
-        """Notes the sums of a checkpoint's files, once it is whole: damage must not be read as numbers."""
-        if jax.process_index():
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        if not damaged:
             return
-        for step in self.steps:
-            file = self.out / SEALS / f"{step}.json"
-            if (before is None or step < before) and not file.exists():
-                write_file(file, json.dumps(_sums(self.out / CHECKPOINTS / str(step))))
-        kept = {str(step) for step in self.steps}
-        for file in (self.out / SEALS).glob("*.json"):
-            if file.stem not in kept:
-                file.unlink()
-
-    def _check_seal(self, step: int) -> None:
-        file = self.out / SEALS / f"{step}.json"
-        # The newest of a killed run may have none: then it is whole, but not yet summed.
-        if not file.exists():
-            return
-        noted, found = json.loads(file.read_text()), _sums(self.out / CHECKPOINTS / str(step))
-        wrong = sorted(name for name in noted if noted[name] != found.get(name))
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not as it was written")
-
-    def _set_aside(self, step: int, error: Exception) -> None:
-        folder = self.out / CHECKPOINTS / str(step)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        log.warning("%s: cannot be read (%s); going back to the checkpoint before it", folder, reason)
-        if jax.process_index() == 0:
-            aside = self.out / f"damaged_{step}"
-            (self.out / SEALS / f"{step}.json").unlink(missing_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+        for step, reason in damaged.items():
+            folder = self.out / CHECKPOINTS / str(step)
+            log.warning("%s: cannot be read (%s); going back to the checkpoint before it", folder, reason)
+            if jax.process_index() == 0:
+                aside = self.out / f"damaged_{step}"
+                self._sealed.remove(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"damaged {step}")
+            multihost_utils.sync_global_devices(f"damaged {sorted(damaged)}")
         self._manager.reload()
 
     def _export(self, step: int, state: State, trained: Exporter, place: str) -> None:
@@ -266,17 +285,27 @@ class Checkpoints:
                 shutil.rmtree(other)
 
 
-def _sums(folder: Path) -> dict[str, int]:
-    """File -> checksum."""
-    return {str(file.relative_to(folder)): _sum(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+class _Damaged(Exception):
+    """A checkpoint is not as it was written."""
 
 
-def _sum(file: Path) -> int:
-    total = 0
-    with file.open("rb") as content:
-        while block := content.read(_BLOCK):
-            total = zlib.crc32(block, total)
-    return total
+@contextmanager
+def _damage(suspected: bool) -> Iterator[None]:
+    """Takes what goes wrong while reading for damage, if that is suspected, unless the machine is to blame.
+
+    All processes read together, so that one's trouble is that of all.
+    """
+    found: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        of_machine = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if not suspected or of_machine or isinstance(error, InputError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        found = error
+    told = gather_texts("" if found is None else " ".join(str(found).split())[:200] or type(found).__name__)
+    if reason := next(filter(None, told), None):
+        raise _Damaged(reason) from found
 
 
 def _tree(state: State) -> dict[str, Any]:
@@ -298,10 +327,12 @@ def _state(like: State, read: dict[str, Any]) -> State:
 def _compare(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Refuses what must stay, and tells of other changes."""
     changed = {}
-    for name, value in wanted.items():
+    # A setting that one of them does not have came with another version, but for those that users name.
+    for name in [name for name in (stored | wanted) if name in stored.keys() & wanted or _is_one_of(name, NAMED)]:
         # By way of JSON, as it was stored: tuples are lists there.
-        if name in stored and stored[name] != json.loads(json.dumps(value)):
-            changed[name] = f"{name} {stored[name]!r}", f"{value!r}"
+        before, now = stored.get(name), json.loads(json.dumps(wanted.get(name)))
+        if before != now:
+            changed[name] = f"{name} {before!r}", f"{now!r}"
     for name, (before, now) in changed.items():
         if _is_one_of(name, MUST_STAY):
             raise InputError(

@@ -11,7 +11,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.remat import Remat
-from rflow_jax.parallel.mesh import DistributedConfig, MeshConfig
+from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.settings import require_dtype
 from rflow_jax.training.checkpoints import CheckpointConfig
 from rflow_jax.training.model import TrainableConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from rflow_jax.data.open import open_loader
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.training.config import RunConfig
 from rflow_jax.training.feed import put_pixels, slots_here
+from rflow_jax.training.latents import make_encode_latents, put_latents, require_latents_of
 from rflow_jax.training.model import Trained, load_trained
-from rflow_jax.training.step import Inputs, Recipe, Shape, make_encode, make_step
+from rflow_jax.training.objective import Examples
+from rflow_jax.training.step import Recipe, Shape, make_encode, make_step
 from rflow_jax.training.task import TakeStep
 from rflow_jax.training.update import Report, State
 from rflow_jax.training.validation import Validation
+
+ENCODERS = ("vae", "clip", "t5")
 
 
 class Corrector:
@@ -35,7 +39,7 @@ class Corrector:
         self.trainable = self.trained.trainable
         self.title = "a LoRA" if self.trained.is_lora else "parameters"
         self._recipe = make_recipe(config, self.trained)
-        self._put = put_pixels(self.trained.bundle, self._recipe.shape.text, mesh)
+        self._put, self._encode = self._open_encoders()
 
     @property
     def flops(self) -> float:
@@ -53,21 +57,31 @@ class Corrector:
         sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots}
         return open_loader(self._config.data, **sizes, start=start, position=position)
 
-    def put(self, batch: Any) -> Inputs:
-        """Pictures and tokens on the mesh."""
+    def put(self, batch: Any) -> Any:
+        """Pictures and tokens on the mesh, or latents."""
         return self._put(batch)
 
     def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
         """Encodes a batch, then moves the parameters."""
         trained, recipe, bundle = self.trained, self._recipe, self.trained.bundle
         step = make_step(trained.graph, bundle.flux_config, optimizer, recipe, self._mesh, shardings)
-        encode = make_encode(bundle, recipe, self._mesh)
-        encoders = {name: bundle.weights[name] for name in ("vae", "clip", "t5")}
+        encode, encoders = self._encode, {name: bundle.weights[name] for name in ENCODERS if name in bundle.weights}
 
-        def take(state: State, inputs: Inputs) -> tuple[State, Report]:
+        def take(state: State, inputs: Any) -> tuple[State, Report]:
             return step(state, trained.frozen, encode(encoders, inputs), inputs.numbers)
 
         return take
+
+    def _open_encoders(self) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Examples]]:
+        """How a batch is put onto the mesh, and how it is encoded there."""
+        config, bundle, recipe, mesh = self._config, self.trained.bundle, self._recipe, self._mesh
+        if config.data.format != "precomputed":
+            return put_pixels(bundle, recipe.shape.text, mesh), make_encode(bundle, recipe, mesh)
+        require_latents_of(config.data.shards, bundle, recipe)
+        if config.validation.shards is None:
+            for name in ENCODERS:  # nothing asks them any more
+                del bundle.weights[name]
+        return put_latents(mesh), make_encode_latents(bundle, recipe, mesh)
 
     def open_validation(self, out: Path) -> Validation | None:
         """Losses and pictures of held-out records."""

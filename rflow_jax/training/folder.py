@@ -2,6 +2,7 @@
 
 ::
 
+    .lock                           while a run is at work
     config.yaml                     the resolved configuration, as the newest start had it
     metrics.jsonl                   one line of numbers every so many steps
     tensorboard/                    the same for TensorBoard
@@ -15,7 +16,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +27,45 @@ import jax
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import use_folder, write_file
+from rflow_jax.files import hold, use_folder, write_file
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".lock"
+log = logging.getLogger(__name__)
 
 
-def open_folder(out: Path, resume: bool) -> None:
-    """Makes sure that this run may write here, before anything expensive begins.
+@contextmanager
+def open_folder(out: Path, resume: bool) -> Iterator[None]:
+    """Makes sure that this run may write here, before anything expensive begins; other runs are kept out meanwhile.
+
+    Of several processes the first looks after the folder.
 
     Raises:
-        InputError: another run's files are there and it is not to be resumed, or nothing can be written.
+        InputError: another run's files are there and it is not to be resumed, another run is at work, or nothing can be
+            written.
     """
     if jax.process_index():
+        yield
         return
-    taken = use_folder(out)
+    use_folder(out)
+    lock = out / LOCK
+    try:
+        held = hold(lock)
+    except InputError as error:
+        log.warning("%s; see to it that no other run writes there", error)
+        yield
+        return
+    if held is None:
+        raise InputError(f"{out}: another run is at work in this folder; wait for it, or give another out")
+    try:
+        _require_usable(out, resume)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: it must not be another's by then
+        held.close()
+
+
+def _require_usable(out: Path, resume: bool) -> None:
+    taken = any(path.name != LOCK for path in out.iterdir())
     if taken and not resume:
         raise InputError(f"{out}: holds files already; add --resume to go on with that run, or give an empty folder")
     if taken and not (out / CONFIG).exists():

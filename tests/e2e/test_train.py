@@ -188,20 +188,71 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(place, whole, small_disk):
     assert place.steps(str(out)) == whole
 
 
-def test_two_processes_give_the_losses_of_one(place, whole):
+def test_latents_made_before_give_the_losses_of_pictures(place):
+    latents = place.root / "latents"
+    sizes = ["--data.target_size", "64", "--data.condition_size", "32", "--data.crop", "center"]
+    command = [sys.executable, "-m", "rflow_jax.data.convert", "precompute", "--model", "tests/golden/pipeline"]
+    command += [
+        *sizes,
+        "--data.shards",
+        f"{place.shards}/{{000..001}}.tar",
+        "--dtype",
+        "float32",
+        "--data.workers",
+        "0",
+    ]
+    command += ["--max_sequence_length", "64", str(latents)]
+    subprocess.run(command, cwd=ROOT, env=place.environment(), check=True, capture_output=True)
+    how = ["--data.crop", "center", "--train.steps", "6", "--validation.shards", "null"]
+    status, text = place.run("of_pictures", *how)
+    assert status == 0, text
+    how += ["--data.format", "precomputed", "--data.shards", str(latents)]
+    status, text = place.run("of_latents", *how, "--train.steps", "4")
+    assert status == 0, text
+    status, text = place.run("of_latents", *how, "--resume", "true")
+    assert status == 0, text
+    found, want = place.steps("of_latents"), place.steps("of_pictures")
+    assert [line.pop("samples") for line in found.values()] != [line.pop("samples") for line in want.values()]
+    assert found == want
+    status, text = place.run("other_latents", *how, "--train.max_sequence_length", "32")
+    assert status == 2, text
+    assert "made with text_length 64, not 32" in text
+
+
+def two_processes(place: Place, out: str, *flags: str, devices: int = 1) -> list[tuple[int, str]]:
+    """(exit status, output) of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--mesh.fsdp", "2", "--distributed.enabled", "true", "--distributed.num_processes", "2"]
-    flags += ["--distributed.coordinator", f"localhost:{port}", "--train.steps", "10"]
-    both = [place.start("two", *flags, "--distributed.process_id", str(i), devices=2) for i in range(2)]
+    flags += ("--distributed.enabled", "true", "--distributed.num_processes", "2")
+    flags += ("--distributed.coordinator", f"localhost:{port}")
+    both = [place.start(out, *flags, "--distributed.process_id", str(i), devices=devices) for i in range(2)]
     texts = [process.communicate(timeout=LIMIT)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
+    return [(process.returncode, text) for process, text in zip(both, texts, strict=True)]
+
+
+def test_two_processes_give_the_losses_of_one(place, whole):
+    told = two_processes(place, "two", "--mesh.fsdp", "2", "--train.steps", "10", devices=2)
+    assert [status for status, _ in told] == [0, 0], told
     steps = place.steps("two")
     assert list(steps) == list(range(1, 11))
     for step, line in steps.items():
         assert line["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5)
         assert line["drawn"] == whole[step]["drawn"]
+    begun = time.monotonic()
+    told = two_processes(place, "two", "--mesh.fsdp", "2", devices=2)  # without --resume
+    assert [status for status, _ in told] == [2, 2], told
+    assert all("holds files already; add --resume" in text and "Traceback" not in text for _, text in told)
+    assert time.monotonic() - begun < 0.5 * LIMIT
+
+
+def test_a_stream_in_two_processes_goes_on_where_both_stood(place):
+    how = ["--data.format", "stream", "--data.buffer", "4", "--validation.shards", "null", "--checkpoint.every", "3"]
+    for out, *parts in (("streamed", "6"), ("streamed_in_parts", "3", "6")):
+        for steps in parts:
+            told = two_processes(place, out, *how, "--resume", "true", "--train.steps", steps)
+            assert [status for status, _ in told] == [0, 0], told
+    assert place.steps("streamed_in_parts") == place.steps("streamed")
 
 
 @pytest.mark.parametrize(

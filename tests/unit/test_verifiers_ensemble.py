@@ -90,7 +90,8 @@ def test_calls_at_once_share_a_members_batches():
         thread.join(20)
     verifier.close()
     assert sum(sizes) == 10
-    assert sizes[1:3] == [4, 4]
+    # The first is taken before the others ask; all but that and the last are full.
+    assert set(sizes[1:-1]) == {4}
 
 
 def test_a_member_that_failed_is_said_and_the_others_count():
