@@ -25,8 +25,8 @@ else:
 EXAMPLE = 5  # the stream of random bits, beside those of choice.py
 SHORTEST_REFLECTION = 5  # letters; the original takes less for none
 NEVER_BLACK = "editing"
-# Longer edge to shorter, at most: a picture is resized as a whole before it is cut. At a target of 1024 pixels this is 25 MB,
-# and a strip of 8 by 4000 would be 1.6 GB.
+# Longer edge to shorter, at most: a picture is resized as a whole before it is cut. At a target of 1024 pixels this is
+# 25 MB, and a strip of 8 by 4000 would be 1.6 GB.
 LONGEST_RATIO = 8.0
 BICUBIC = Image.Resampling.BICUBIC
 

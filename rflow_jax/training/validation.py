@@ -25,7 +25,7 @@ from rflow_jax.images import side_by_side
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.pipeline import Pipeline
-from rflow_jax.settings import Settings
+from rflow_jax.settings import Settings, require_least, require_seed
 from rflow_jax.training.folder import fresh
 from rflow_jax.training.model import Trained
 from rflow_jax.training.objective import Examples
@@ -62,9 +62,9 @@ class ValidationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"every": 1, "records": 1, "pictures": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"validation.{name} is {getattr(self, name)}: give at least {least}")
+        least = {"every": 1, "records": 1, "pictures": 0, "num_inference_steps": 1, "guidance_scale": 0}
+        require_least(self, "validation", **least)
+        require_seed("validation.seed", self.seed)
         if not self.times or not all(0 < t < 1 for t in self.times):
             raise InputError(f"validation.times is {list(self.times)}: give numbers between 0 and 1")
         if self.format in ("stream", "precomputed"):

@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least, require_positive
 
 METRICS = "metrics.jsonl"
 SKIPPED_SHOWN = 10  # records named one by one; all are counted
@@ -50,8 +51,8 @@ class WatchConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InputError(f"watch.every is {self.every}: give at least 1")
+        require_least(self, "watch", every=1)
+        require_positive(self, "watch", "peak_tflops")
 
 
 def peak_flops(config: WatchConfig) -> float | None:

@@ -194,5 +194,5 @@ def test_what_memory_does_not_hold_is_a_bad_record(monkeypatch):
         with pytest.raises(RecordError, match=r"good_image cannot be decoded \(not enough memory\)"):
             pictures(record(strip(8, 8), strip(8, 8)), CONFIG)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(RecordError, match="good_image cannot be decoded .*exceeds limit"):
+    with pytest.raises(RecordError, match=r"good_image cannot be decoded .*exceeds limit"):
         pictures(record(strip(8, 8), strip(8, 8)), CONFIG)

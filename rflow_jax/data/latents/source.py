@@ -26,6 +26,7 @@ from rflow_jax.data.loader import Loader, Made, MixturePlan, require_same_record
 from rflow_jax.data.mixture import Draw, Mixture
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least
 from rflow_jax.weights.files import TensorFiles
 
 SETTINGS, SHARED, COMPLETE = "settings.json", "shared.safetensors", "complete.json"
@@ -55,10 +56,7 @@ class PrecomputeConfig:
     max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}: give at least 1")
+        require_least(self, "", batch_size=1, max_sequence_length=1)
 
 
 @dataclass(frozen=True)
