@@ -34,7 +34,7 @@ class DataConfig:
         workers: processes that read and decode; null: one a core but one. 0 works in the run's own process. A stream
             is read by the run itself and decoded by them; ``precomputed`` needs none.
         prefetch: batches made in advance.
-        skip_limit: so many unusable records, all processes' own count, end the run.
+        skip_limit: more unusable records than this, of one process and since it was started, end the run.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         allow_shell: whether ``pipe:`` shards may run shell commands.
         buffer: records of each subset held in memory to be shuffled, in every process (``stream`` alone); of GenRef

@@ -24,7 +24,7 @@ class ChatDataConfig(QwenDataConfig):
         max_ratio: of the sides of a picture; pictures beyond it are not used.
         workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
         prefetch: batches made in advance.
-        skip_limit: so many unusable records, all processes' own count, end the run.
+        skip_limit: more unusable records than this, of one process and since it was started, end the run.
     """
 
     chats: str = ""
