@@ -18,7 +18,7 @@ from PIL import Image
 from rflow_jax.data.config import DataConfig, Format
 from rflow_jax.data.examples import Example, make_example
 from rflow_jax.data.open import open_source
-from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
+from rflow_jax.data.records import SUBSETS, Record, RecordSource, first_held_out
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.images import side_by_side
@@ -200,13 +200,9 @@ def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Reco
     return found
 
 
-def _first(source: RecordSource, subset: str, config: DataConfig, count: int) -> Iterator[tuple[Record, Example]]:
-    for index in range(source.counts.get(subset, 0)):
-        try:
-            record = source.read(subset, index)
-            yield record, make_example(record, config, seed=0, number=0)
-        except RecordError:
-            continue
-        count -= 1
-        if not count:
-            return
+def _first(source: RecordSource, subset: str, config: DataConfig, count: int) -> list[tuple[Record, Example]]:
+    def prepare(index: int) -> tuple[Record, Example]:
+        record = source.read(subset, index)
+        return record, make_example(record, config, seed=0, number=0)
+
+    return first_held_out(prepare, source.counts.get(subset, 0), count)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,11 +10,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from rflow_jax.data.loader import Loader, LoaderConfig, Made
-from rflow_jax.data.records import RecordError
+from rflow_jax.data.records import RecordError, first_held_out
 from rflow_jax.data.shuffle import Job, ShuffledPlan
 from rflow_jax.errors import InputError
-
-log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -111,16 +108,7 @@ def first_usable(source: Source, maker: Maker, count: int) -> list[Any]:
     Raises:
         InputError: there is none.
     """
-    found: list[Any] = []
-    trouble = ""
-    for index in range(len(source)):
-        if len(found) == count:
-            break
-        try:
-            found.append(maker.example(source.read(index)))
-        except RecordError as error:
-            trouble = str(error)
-            log.warning("validation: skipped %s", trouble)
+    found, trouble = first_held_out(lambda index: maker.example(source.read(index)), len(source), count)
     if not found:
         raise InputError(f"validation: no record is usable; the last: {trouble}")
     return found
