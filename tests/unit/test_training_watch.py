@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,10 @@ import pytest
 from jax.experimental import multihost_utils
 
 from rflow_jax import cli
+from rflow_jax.data import workers
 from rflow_jax.errors import InputError
 from rflow_jax.training.config import RunConfig
+from rflow_jax.training.feed import feed
 from rflow_jax.training.folder import CONFIG, write_config
 from rflow_jax.training.optimizers import OptimizerConfig, learning_rate
 from rflow_jax.training.qwen.config import QwenTrainableConfig
@@ -157,6 +161,21 @@ def test_wandb_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         watch(tmp_path, wandb="corrector")
+
+
+def test_an_interrupted_run_does_not_wait_for_a_server(monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.2)
+    answered = threading.Event()
+
+    def batches():
+        yield SimpleNamespace(_replace=lambda waited: waited)
+        answered.wait(600)
+
+    with closing(feed(batches(), lambda _: np.zeros(1))) as fed:
+        next(fed)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    answered.set()
 
 
 @pytest.mark.parametrize(
