@@ -22,7 +22,7 @@ import numpy as np
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import SHORTEST_REFLECTION, Drops, draw_drops, t5_text
-from rflow_jax.data.loader import Loader, Made, MixturePlan, require_same_records
+from rflow_jax.data.loader import Loader, Made, MixturePlan, require_same_records, texts_of
 from rflow_jax.data.mixture import Draw, Mixture
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.errors import InputError
@@ -231,8 +231,7 @@ class MakeFromLatents:
 class LatentLoader(Loader):
     """Batches of a plan; read by a thread, since there is nothing to decode."""
 
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        examples: list[Any] = [one.example for one in made]
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
         found: list[Latents] = [example.latents for example in examples]
         latents = Latents(
             _stack_pairs([one.good for one in found]),
@@ -240,17 +239,7 @@ class LatentLoader(Loader):
             np.stack([one.pooled for one in found]),
             np.stack([one.text for one in found]),
         )
-        return LatentBatch(
-            step,
-            numbers,
-            latents,
-            [example.prompt for example in examples],
-            [example.t5_text for example in examples],
-            [example.subset for example in examples],
-            skipped,
-            waited,
-            hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16],
-        )
+        return LatentBatch(numbers=numbers, latents=latents, **texts_of(examples), **told)
 
 
 def open_latents(folder: str | list[str]) -> LatentSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -82,10 +81,8 @@ class ArrayLoader(Loader):
         super().__init__(plan, MakeExample(source, maker), config, start)
         self._maker = maker
 
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        inputs = self._maker.inputs([one.example for one in made], len(made))
-        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
-        return ArrayBatch(step, inputs, skipped, waited, digest)
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
+        return ArrayBatch(inputs=self._maker.inputs(examples, len(examples)), **told)
 
 
 def open_array_loader(
