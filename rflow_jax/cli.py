@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -24,6 +24,7 @@ from rflow_jax.errors import InputError, RunError
 T = TypeVar("T")
 
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|option |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
+_NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config ('.*?'|".*?") - (.*)""")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
@@ -237,11 +238,14 @@ def _name_words(argv: Sequence[str], name: str, command: Command) -> list[str]:
     return [*argv[: place + 1], f"--{command.words}={value}", *rest]
 
 
-def _require_sections(namespace: Namespace, configs: Iterable[type]) -> None:
+def _require_sections(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
     for config in configs:
-        for f in fields(config):
-            if is_dataclass(f.default_factory) and not isinstance(namespace[f.name], Namespace):
-                raise InputError(f"{f.name}: expected keys with values, got {namespace[f.name]!r}")
+        for name, kind in get_type_hints(config).items():
+            if not is_dataclass(kind) or name not in namespace:
+                continue
+            if not isinstance(section := namespace[name], Namespace):
+                raise InputError(f"{prefix}{name}: expected keys with values, got {section!r}")
+            _require_sections(section, [kind], f"{prefix}{name}.")
 
 
 def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser | None) -> str:
@@ -262,6 +266,13 @@ def plain(error: ArgumentError) -> str:
     if required := re.fullmatch(r"the following arguments are required: (.*)", text):
         names = (name.rpartition(".")[2] for name in required[1].split(", "))
         return f"missing: {', '.join(names)}"
+    if section := _NO_SECTION.fullmatch(text):
+        key, value, reason = section.groups()
+        # A word may be the name of a YAML file with the section's keys, and then the reason is of its content.
+        if not reason.startswith("Parser key"):
+            return f"{key}: {reason}, got {value}"
+        if "Unable to load config" in reason:
+            return f"{key}: expected keys with values, got {value}"
     # Only for values that are plain: of a section or a list the message says where in it the mistake is.
     wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?: Given value type: .*)?(?:Given|Got) value: (.*)', text)
     kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", wrong[2])) if wrong else {}

@@ -1,11 +1,13 @@
 """Everything that shapes one image and is the same for all images of a call."""
 
+import math
 import re
 from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
 
 DTYPES = ("bfloat16", "float32")
+LARGEST_SEED = 2**32 - 1
 _GRID = (
     16  # FLUX's: the autoencoder shrinks by 8 and packing by 2; said before a model is loaded, which may ask for more
 )
@@ -98,6 +100,33 @@ def _require_grid(name: str, value: int) -> None:
 def _require_scale(name: str, value: float) -> None:
     if not 0 <= value < float("inf"):
         raise InputError(f"{name} is {value}: give a finite number that is not negative")
+
+
+def require_least(config: object, section: str, **least: int) -> None:
+    """Raises InputError unless these fields of ``section`` are null, or finite and at least so much."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not bound <= value < math.inf:
+            hint = f"at least {bound}" if value < bound else "a finite number"
+            raise InputError(f"{_dotted(section, name)} is {value}: give {hint}")
+
+
+def require_positive(config: object, section: str, *names: str) -> None:
+    """Raises InputError unless these fields of ``section`` are null, or finite and above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{_dotted(section, name)} is {value}: give a finite number above 0")
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raises InputError unless JAX takes this seed."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"{name} is {seed}: give a number from 0 to {LARGEST_SEED}")
+
+
+def _dotted(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
 
 
 def require_pattern(name: str, pattern: str | None) -> None:

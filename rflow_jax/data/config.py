@@ -8,6 +8,7 @@ from typing import Literal
 from rflow_jax.data.choice import Choice
 from rflow_jax.data.storage.patience import Patience
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least
 
 Format = Literal["tar", "stream", "tfds", "precomputed"]
 
@@ -33,7 +34,7 @@ class DataConfig:
         workers: processes that read and decode; null: one a core but one. 0 works in the run's own process. A stream
             is read by the run itself and decoded by them; ``precomputed`` needs none.
         prefetch: batches made in advance.
-        skip_limit: so many unusable records, all processes' own count, end the run.
+        skip_limit: more unusable records than this, of one process and since it was started, end the run.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         allow_shell: whether ``pipe:`` shards may run shell commands.
         buffer: records of each subset held in memory to be shuffled, in every process (``stream`` alone); of GenRef
@@ -68,14 +69,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         Choice(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # says what is wrong with them
-        for name, least in {"target_size": 1, "condition_size": 1, "prefetch": 1, "skip_limit": 0, "buffer": 1}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"data.{name} is {getattr(self, name)}: give at least {least}")
+        require_least(self, "data", target_size=1, condition_size=1, workers=0, prefetch=1, skip_limit=0, buffer=1)
         for name in ("drop_text_prob", "drop_image_prob", "drop_reflection_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name} is {getattr(self, name)}: give a number from 0 to 1")
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"data.workers is {self.workers}: give at least 0")
 
     def require_grid(self, token_pixels: int) -> None:
         """Raises InputError unless the sizes are whole numbers of the model's tokens."""

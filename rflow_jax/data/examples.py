@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ else:
 EXAMPLE = 5  # the stream of random bits, beside those of choice.py
 SHORTEST_REFLECTION = 5  # letters; the original takes less for none
 NEVER_BLACK = "editing"
+# Longer edge to shorter, at most: a picture is resized as a whole before it is cut. At a target of 1024 pixels this is
+# 25 MB, and a strip of 8 by 4000 would be 1.6 GB.
+LONGEST_RATIO = 8.0
 BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -82,7 +86,7 @@ def make_example(record: Record, config: DataConfig, seed: int, number: int) -> 
     """The example of a sample; all its randomness follows from the seed and the sample's number.
 
     Raises:
-        RecordError: a picture cannot be decoded.
+        RecordError: a picture cannot be decoded, or is too long a strip.
     """
     drops = draw_drops(config, seed, number, record.subset, record.reflection)
     down, right = uniforms(seed, number)[:2] if config.crop == "random" else (None, None)
@@ -102,10 +106,19 @@ def pictures(
         down, right: where the square lies in what there is room for, in [0, 1); None takes the middle.
 
     Raises:
-        RecordError: a picture cannot be decoded.
+        RecordError: a picture cannot be decoded, or is too long a strip.
     """
-    good = decode(record.good_image, f"{record.key}: good_image")
-    bad = decode(record.bad_image, f"{record.key}: bad_image")
+    good = decode(record.good_image, f"{record.key}: good_image", LONGEST_RATIO)
+    bad = decode(record.bad_image, f"{record.key}: bad_image", LONGEST_RATIO)
+    try:
+        return _cut(good, bad, config, down, right)
+    except MemoryError as error:
+        raise RecordError(f"{record.key}: not enough memory to resize its pictures") from error
+
+
+def _cut(
+    good: Image.Image, bad: Image.Image, config: DataConfig, down: float | None, right: float | None
+) -> tuple[np.ndarray, np.ndarray]:
     bad = _resize(bad, good.size)
     size = _shorter_edge(good.size, config.target_size)
     box = _square(size, config.target_size, down, right)
@@ -113,20 +126,30 @@ def pictures(
     return np.asarray(_crop(_resize(good, size), box)), np.asarray(bad)
 
 
-def decode(content: bytes, name: str) -> Image.Image:
+def decode(content: bytes, name: str, longest_ratio: float = math.inf) -> Image.Image:
     """A picture in RGB.
 
+    Args:
+        longest_ratio: of its edges, longer to shorter; beyond it the picture is not decoded.
+
     Raises:
-        RecordError: it is none, or is cut.
+        RecordError: it is none, is cut, too large or too long a strip.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if max(image.size) > longest_ratio * min(image.size):
+                width, height = image.size
+                raise RecordError(f"{name} is {width}x{height}: an edge is over {longest_ratio:g} times the other")
             if image.mode == "RGB":
                 image.load()
                 return image
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise RecordError(f"{name} cannot be decoded (no image of a known format)") from error
+    except RecordError:
+        raise
+    except MemoryError as error:
+        raise RecordError(f"{name} cannot be decoded (not enough memory)") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds, struct.error among them
         raise RecordError(f"{name} cannot be decoded ({' '.join(str(error).split())[:100]})") from error
 

@@ -139,22 +139,15 @@ class Loader:
         skipped: list[str] = []
         made = [self._result(job, future, skipped) for job, future in jobs]
         numbers = np.asarray([job.number for job, _ in jobs], np.uint32)
-        return self._batch(step, numbers, made, skipped, time.perf_counter() - begin)
+        waited = time.perf_counter() - begin
+        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
+        told = {"step": step, "skipped": skipped, "waited": waited, "digest": digest}
+        return self._batch(numbers, [one.example for one in made], told)
 
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        examples = [one.example for one in made]
-        return HostBatch(
-            step,
-            numbers,
-            np.stack([example.good for example in examples]),
-            np.stack([example.bad for example in examples]),
-            [example.prompt for example in examples],
-            [example.t5_text for example in examples],
-            [example.subset for example in examples],
-            skipped,
-            waited,
-            hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16],
-        )
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
+        """Examples as a batch; ``told`` are the attributes that batches of every kind have."""
+        good, bad = (np.stack([getattr(example, name) for example in examples]) for name in ("good", "bad"))
+        return HostBatch(numbers=numbers, good=good, bad=bad, **texts_of(examples), **told)
 
     def _result(self, job: Any, future: Future[Made], skipped: list[str]) -> Made:
         for attempt in range(self._config.skip_limit + 2):
@@ -220,6 +213,12 @@ class MixturePlan:
 
     def position(self, step: int) -> dict[str, Any]:
         return self._mixture.position(step) | {"fingerprint": self._fingerprint}
+
+
+def texts_of(examples: Sequence[Any]) -> dict[str, list[str]]:
+    """The attributes of a batch that hold its examples' texts."""
+    names = {"prompts": "prompt", "t5_texts": "t5_text", "subsets": "subset"}
+    return {several: [getattr(example, one) for example in examples] for several, one in names.items()}
 
 
 def digest_of(example: Example) -> bytes:

@@ -15,6 +15,7 @@ from rflow_jax.data.open import open_source
 from rflow_jax.data.records import Record, RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.files import write_file
+from rflow_jax.settings import require_least
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class ChatsConfig:
         out: folder of ``chats.jsonl``, ``held_out.jsonl`` and the pictures.
         question: the user's message; ``$prompt`` is the record's, and <image> the bad picture.
         held_out: so many of the records go into ``held_out.jsonl``, spread evenly over all.
-        limit: the first so many records; null: all.
+        limit: the first so many records, at least 1; null: all.
     """
 
     shards: str | list[str]
@@ -38,8 +39,7 @@ class ChatsConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.held_out < 0:
-            raise InputError(f"held_out is {self.held_out}: give at least 0")
+        require_least(self, "", held_out=0, limit=1)
         if self.question.count(PICTURE) != 1:
             raise InputError(f"question: must hold {PICTURE} once")
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 
 from rflow_jax import cli
 from rflow_jax.data.records import SUBSETS, Record
-from rflow_jax.errors import InputError
 from rflow_jax.files import write_file
+from rflow_jax.settings import require_least
 
 FREQUENCIES = {"natural": (0.14, 0.09, 0.18, 0.59), "equal": (0.25,) * 4}  # GenRef's own, in the order of SUBSETS
 COLORS = {"red": "#d33030", "green": "#2f9e44", "blue": "#3050d0", "yellow": "#f0c020", "purple": "#8038b0"}
@@ -43,9 +43,7 @@ class GenRefConfig:
     frequencies: Literal["natural", "equal"] = "equal"
 
     def __post_init__(self) -> None:
-        for name, least in {"shards": 1, "samples": 1, "size": 8, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}: give at least {least}")
+        require_least(self, "", shards=1, samples=1, size=8, seed=0)
 
 
 def make_genref(out: Path, **how: object) -> list[Path]:

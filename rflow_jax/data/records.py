@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 SUBSETS = ("general", "length", "rule", "editing")
 
@@ -52,3 +56,21 @@ class RecordSource(Protocol):
             RecordError: it cannot be used.
         """
         ...
+
+
+def first_held_out(prepare: Callable[[int], T], records: int, count: int) -> tuple[list[T], str]:
+    """What ``prepare`` makes of the first ``count`` usable records, and why the last unusable one is none.
+
+    Unusable ones are told.
+    """
+    found: list[T] = []
+    trouble = ""
+    for index in range(records):
+        if len(found) == count:
+            break
+        try:
+            found.append(prepare(index))
+        except RecordError as error:
+            trouble = str(error)
+            log.warning("validation: skipped %s", trouble)
+    return found, trouble

@@ -6,11 +6,12 @@ import ctypes
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType, TracebackType
@@ -25,6 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_MAPPED = 32 << 20  # bytes; glibc refuses a larger threshold
 _LARGEST_KEPT = 1 << 30
 _PILLOW_BLOCKS = 16  # of 16 MiB
+GRACE = 3.0  # seconds in which what is under way ends, unless it waits for a server: that may take minutes
 
 _make: Callable[[Any], Any] | None = None
 
@@ -32,6 +34,41 @@ _make: Callable[[Any], Any] | None = None
 def worker_count(asked: int | None) -> int:
     """Processes to start: one a core but one, unless a number is asked for."""
     return max(1, len(os.sched_getaffinity(0)) - 1) if asked is None else asked
+
+
+class Background:
+    """A thread that makes one call after the other, and that no process waits for at its end."""
+
+    def __init__(self, name: str):
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+        self._calls = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        """What the call will return."""
+        future: Future[Any] = Future()
+        self._calls.put((future, call, args))
+        return future
+
+    def close(self) -> None:
+        """Cancels what has not begun; what is under way gets a little time, and is abandoned then."""
+        while not self._calls.empty():
+            if waiting := self._calls.get():
+                waiting[0].cancel()
+        self._calls.put(None)
+        self._thread.join(GRACE)
+
+    def _serve(self) -> None:
+        while asked := self._calls.get():
+            future, call, args = asked
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            del asked, future, call, args  # nothing of it is kept until the next one comes
 
 
 class Workers:
@@ -48,10 +85,11 @@ class Workers:
     def __init__(self, make: Callable[[Any], Any], count: int):
         self._in_thread = None if count else make
         self._slabs = Slabs() if count and hasattr(os, "memfd_create") else None
-        self._pool: Executor = (
-            ProcessPoolExecutor(count, mp_context=_Context(), initializer=_begin, initargs=(make,))
+        self._context = _Context()
+        self._pool = (
+            ProcessPoolExecutor(count, mp_context=self._context, initializer=_begin, initargs=(make,))
             if count
-            else ThreadPoolExecutor(1, "data")
+            else Background("data")
         )
 
     def submit(self, job: Any) -> Future[Any]:
@@ -69,8 +107,16 @@ class Workers:
         return made
 
     def close(self) -> None:
-        """Ends the workers; what they are at is thrown away."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ends the workers; what they are at is thrown away, and a process that does not end by itself is killed."""
+        if isinstance(self._pool, Background):
+            self._pool.close()
+            return
+        ended = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        ended.start()
+        ended.join(GRACE)
+        if ended.is_alive():
+            self._context.kill()
+            ended.join()
 
     def __enter__(self) -> Workers:
         return self
@@ -127,7 +173,21 @@ class _Process(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    Process = _Process
+    """Remembers its processes, to end those that hang."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[_Process] = []
+
+    def Process(self, *args: Any, **more: Any) -> _Process:  # pyright: ignore[reportIncompatibleVariableOverride]
+        process = _Process(*args, **more)
+        self._started.append(process)
+        return process
+
+    def kill(self) -> None:
+        """Ends them, whatever they are at."""
+        for process in self._started:
+            process.kill()
 
 
 def _begin(make: Callable[[Any], Any]) -> None:

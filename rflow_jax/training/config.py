@@ -12,14 +12,12 @@ from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.remat import Remat
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
-from rflow_jax.settings import require_dtype
+from rflow_jax.settings import require_dtype, require_least, require_seed
 from rflow_jax.training.checkpoints import CheckpointConfig
 from rflow_jax.training.model import TrainableConfig
 from rflow_jax.training.optimizers import OptimizerConfig
 from rflow_jax.training.validation import ValidationConfig
 from rflow_jax.training.watch import WatchConfig
-
-LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,8 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
-        for name in ("steps", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name} is {getattr(self, name)}: give at least 1")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"train.seed is {self.seed}: give a number from 0 to {LARGEST_SEED}")
+        require_least(self, "train", steps=1, batch_size=1, accumulation=1)
+        require_seed("train.seed", self.seed)
 
     def check_batch(self, devices: int) -> None:
         """Raises InputError unless every device gets as many samples, in every part of the batch."""
@@ -82,6 +77,10 @@ class StepConfig(LoopConfig):
     latent_lora: bool = False
     max_sequence_length: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_least(self, "train", max_sequence_length=1)
+
     @property
     def flags(self) -> ConditionFlags:
         return ConditionFlags(self.union_cond_attn, self.add_cond_attn, self.latent_lora)
@@ -101,6 +100,10 @@ class CommonConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise InputError("out is empty: name the folder of the run")
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from rflow_jax.data.loader import HostBatch
+from rflow_jax.data.workers import Background
 from rflow_jax.parallel.mesh import BATCH, put_batch
 from rflow_jax.training.step import Inputs
 from rflow_jax.weights.bundle import Bundle
@@ -40,22 +41,19 @@ def put_pixels(bundle: Bundle, text_length: int, mesh: Mesh) -> Callable[[HostBa
 def feed(batches: Iterator[Any], put: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
     """(batch, its arrays on the devices); two are made in advance, in a thread.
 
-    ``waited`` of a batch becomes the seconds for which the consumer waited.
+    ``waited`` of a batch becomes the seconds for which the consumer waited. A batch that is not made soon after the end
+    is not waited for: it may be a server's that does not answer.
     """
 
     def make() -> tuple[Any, Any]:
         batch = next(batches)
         return batch, jax.block_until_ready(put(batch))
 
-    with ThreadPoolExecutor(1, "feed") as thread:
+    with closing(Background("feed")) as thread:
         pending = deque(thread.submit(make) for _ in range(AHEAD))
-        try:
-            while True:
-                begin = time.perf_counter()
-                batch, arrays = pending.popleft().result()
-                waited = time.perf_counter() - begin
-                pending.append(thread.submit(make))
-                yield batch._replace(waited=waited), arrays
-        finally:
-            for future in pending:
-                future.cancel()
+        while True:
+            begin = time.perf_counter()
+            batch, arrays = pending.popleft().result()
+            waited = time.perf_counter() - begin
+            pending.append(thread.submit(make))
+            yield batch._replace(waited=waited), arrays

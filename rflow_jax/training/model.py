@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import REFLECTION_FLOW, attach, init_lora
 from rflow_jax.parallel.sharding import sharding_for
-from rflow_jax.settings import require_pattern
+from rflow_jax.settings import require_least, require_pattern, require_positive
 from rflow_jax.training.step import INIT
 from rflow_jax.weights.bundle import Bundle, load_bundle
 from rflow_jax.weights.hub import resolve_lora
@@ -45,8 +45,8 @@ class TrainableConfig:
     parameters: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"trainable.rank is {self.rank}: give at least 1")
+        require_least(self, "trainable", rank=1)
+        require_positive(self, "trainable", "alpha")
         if self.parameters is not None and self.lora is not None:
             raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora has no place")
         for name in ("pattern", "parameters"):

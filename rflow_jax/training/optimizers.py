@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least, require_positive
 from rflow_jax.typing import Array, Float
 
 
@@ -46,11 +47,15 @@ class OptimizerConfig:
     safeguard_warmup: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip", "eps", "d0", "d_coef"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"optimizer.{name} is {getattr(self, name)}: give a positive number")
-        if self.warmup_steps < 0:
-            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}: give at least 0")
+        require_positive(self, "optimizer", "lr", "clip", "eps", "d0", "d_coef")
+        require_least(self, "optimizer", warmup_steps=0, decay_steps=1, weight_decay=0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas is {list(self.betas)}: give numbers of at least 0 and below 1")
+        if self.schedule == "constant" and self.decay_steps is not None:
+            raise InputError(
+                "optimizer.decay_steps has no effect on optimizer.schedule constant: leave it out, or give linear or "
+                "cosine"
+            )
         if self.schedule != "constant" and (self.decay_steps or 0) <= self.warmup_steps:
             raise InputError(
                 f"optimizer.schedule {self.schedule} ends at decay_steps: give optimizer.decay_steps a number above "

@@ -18,14 +18,14 @@ from PIL import Image
 from rflow_jax.data.config import DataConfig, Format
 from rflow_jax.data.examples import Example, make_example
 from rflow_jax.data.open import open_source
-from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
+from rflow_jax.data.records import SUBSETS, Record, RecordSource, first_held_out
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.images import side_by_side
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.pipeline import Pipeline
-from rflow_jax.settings import Settings
+from rflow_jax.settings import Settings, require_least, require_seed
 from rflow_jax.training.folder import fresh
 from rflow_jax.training.model import Trained
 from rflow_jax.training.objective import Examples
@@ -62,9 +62,9 @@ class ValidationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"every": 1, "records": 1, "pictures": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"validation.{name} is {getattr(self, name)}: give at least {least}")
+        least = {"every": 1, "records": 1, "pictures": 0, "num_inference_steps": 1, "guidance_scale": 0}
+        require_least(self, "validation", **least)
+        require_seed("validation.seed", self.seed)
         if not self.times or not all(0 < t < 1 for t in self.times):
             raise InputError(f"validation.times is {list(self.times)}: give numbers between 0 and 1")
         if self.format in ("stream", "precomputed"):
@@ -200,13 +200,9 @@ def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Reco
     return found
 
 
-def _first(source: RecordSource, subset: str, config: DataConfig, count: int) -> Iterator[tuple[Record, Example]]:
-    for index in range(source.counts.get(subset, 0)):
-        try:
-            record = source.read(subset, index)
-            yield record, make_example(record, config, seed=0, number=0)
-        except RecordError:
-            continue
-        count -= 1
-        if not count:
-            return
+def _first(source: RecordSource, subset: str, config: DataConfig, count: int) -> list[tuple[Record, Example]]:
+    def prepare(index: int) -> tuple[Record, Example]:
+        record = source.read(subset, index)
+        return record, make_example(record, config, seed=0, number=0)
+
+    return first_held_out(prepare, source.counts.get(subset, 0), count)[0]

@@ -6,24 +6,33 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rflow_jax.errors import InputError
+from rflow_jax.files import write_file
+from rflow_jax.settings import require_least, require_positive
 
-METRICS = "metrics.jsonl"
+METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 SKIPPED_SHOWN = 10  # records named one by one; all are counted
 
-# Dense bfloat16 TFLOP/s a chip, by what JAX calls the device: vendors' data sheets.
+# Dense bfloat16 TFLOP/s a chip, by how the name begins that JAX has for it: vendors' data sheets. The longest counts.
 PEAK_TFLOPS = {
     "NVIDIA A100": 312,
     "NVIDIA H100": 989,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100 PCIe": 756,
     "NVIDIA H200": 989,
+    "NVIDIA H200 NVL": 835,
     "NVIDIA B200": 2250,
     "TPU v4": 275,
     "TPU v5 lite": 197,
@@ -41,7 +50,7 @@ class WatchConfig:
         every: steps between two lines.
         tensorboard: write TensorBoard's files into ``tensorboard``.
         wandb: name of a Weights & Biases project to report to as well.
-        peak_tflops: of one device, for the FLOP utilisation; null: known by the device's name.
+        peak_tflops: of one device, for the FLOP utilisation (MFU); null: known by the device's name, for bfloat16.
     """
 
     every: int = 10
@@ -50,16 +59,22 @@ class WatchConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InputError(f"watch.every is {self.every}: give at least 1")
+        require_least(self, "watch", every=1)
+        require_positive(self, "watch", "peak_tflops")
 
 
-def peak_flops(config: WatchConfig) -> float | None:
-    """FLOP/s that all devices together could do; None if that is not known."""
-    name = jax.devices()[0].device_kind
-    known = next((value for prefix, value in PEAK_TFLOPS.items() if name.startswith(prefix)), None)
-    tflops = config.peak_tflops or known
+def peak_flops(config: WatchConfig, dtype: str) -> float | None:
+    """FLOP/s that all devices together could do; None if that is not known, as for float32."""
+    tflops = config.peak_tflops
+    if tflops is None and dtype == "bfloat16":
+        tflops = known_tflops(jax.devices()[0].device_kind)
     return tflops * 1e12 * jax.device_count() if tflops else None
+
+
+def known_tflops(device_kind: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a device by its name; None for an unknown one."""
+    prefix = max(filter(device_kind.startswith, PEAK_TFLOPS), key=len, default=None)
+    return None if prefix is None else float(PEAK_TFLOPS[prefix])
 
 
 class Watch:
@@ -67,14 +82,26 @@ class Watch:
 
     Args:
         batch_size: samples of a step, of all processes.
-        flops: of one sample, forward and backward, without what is computed again.
+        flops: of one sample in the network that is trained, forward and backward, without what is computed again; the
+            encoders of the corrector (VAE, T5, CLIP) are not in it.
         resumed: the step that the run goes on from: later lines of an earlier try are dropped.
+        dtype: of the activations; only bfloat16's peak is known by the device's name.
     """
 
-    def __init__(self, out: Path, config: WatchConfig, *, steps: int, batch_size: int, flops: float, resumed: int):
+    def __init__(
+        self,
+        out: Path,
+        config: WatchConfig,
+        *,
+        steps: int,
+        batch_size: int,
+        flops: float,
+        resumed: int,
+        dtype: str = "bfloat16",
+    ):
         self.config, self.steps, self.flops, self.batch_size = config, steps, flops, batch_size
         self.writes = jax.process_index() == 0
-        self._peak = peak_flops(config)
+        self._peak = peak_flops(config, dtype)
         self._console = Console(stderr=True, soft_wrap=True)
         self._file = out / METRICS
         self._skipped = 0
@@ -84,12 +111,12 @@ class Watch:
         self._board = self._wandb = None
         if self.writes:
             _keep_until(self._file, resumed)
-            self._open_boards(out)
+            self._open_boards(out, resumed)
 
     def step(
         self, step: int, report: Any, batch: Any, drawn: Mapping[str, int], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Takes in one step, after it is done.
+        """Takes in one step, after it is done; where there are several processes all must call it, in the same order.
 
         Args:
             report: the step's numbers, on the host.
@@ -124,11 +151,13 @@ class Watch:
         pace = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
         if self._peak:
             pace["mfu"] = self.flops * self._samples / seconds / self._peak
-        return pace | {"skipped": self._skipped}
+        return pace | {"skipped": _over_processes(self._skipped)}
 
     def _tell_skipped(self, skipped: Sequence[str]) -> None:
+        # Every process reads records of its own, so each names them on its standard error.
+        where = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
         for reason in skipped[: max(0, SKIPPED_SHOWN - self._skipped)]:
-            self.say(f"skipped {reason}")
+            self._print(f"{where}skipped {reason}")
         self._skipped += len(skipped)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -149,10 +178,22 @@ class Watch:
         """Time until now (compiling, validation) does not count as training."""
         self._samples, self._waited, self._since = 0, 0.0, time.perf_counter()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in here (saving) takes time that does not count as training."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin
+
     def say(self, text: str) -> None:
-        """One line on standard error."""
+        """One line on the first process's standard error."""
         if self.writes:
-            self._console.print(text, markup=False, highlight=False)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         if self._board:
@@ -171,9 +212,11 @@ class Watch:
         parts += [f"{line['skipped']} skipped"] if line["skipped"] else []
         self.say(", ".join(parts))
 
-    def _open_boards(self, out: Path) -> None:
+    def _open_boards(self, out: Path, resumed: int) -> None:
         if self.config.tensorboard:
-            self._board = importlib.import_module("tensorboardX").SummaryWriter(str(out / "tensorboard"))
+            # TensorBoard leaves out what an earlier try wrote from that step on.
+            writer = importlib.import_module("tensorboardX").SummaryWriter
+            self._board = writer(str(out / "tensorboard"), purge_step=resumed + 1)
         if self.config.wandb:
             try:
                 wandb = importlib.import_module("wandb")
@@ -184,7 +227,18 @@ class Watch:
 
 
 def _run_id(out: Path) -> str:
-    return out.absolute().name.replace("/", "-")
+    """What wandb knows the run by: kept in its folder, so that it goes on there when it is resumed."""
+    file = out / WANDB_ID
+    if not file.exists():
+        write_file(file, uuid.uuid4().hex)
+    return file.read_text().strip()
+
+
+def _over_processes(count: int) -> int:
+    """The sum over all processes, each of which must call this."""
+    if jax.process_count() == 1:
+        return count
+    return int(np.sum(multihost_utils.process_allgather(np.asarray(count, np.int32))))
 
 
 def _keep_until(file: Path, step: int) -> None:

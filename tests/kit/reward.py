@@ -21,7 +21,7 @@ def reward_config(pairs: Path, *, batch: int = 8, train: dict[str, Any] | None =
     data = PairDataConfig(pairs=str(pairs), max_tokens=64, max_pixels=60 * 60, workers=0)
     whole = {"data": data, "train": loop, "trainable": QwenTrainableConfig(rank=4, alpha=8.0)}
     whole |= {"optimizer": OptimizerConfig("adamw", lr=1e-2)} | how
-    return RewardRunConfig(model=str(BASE), out="", **whole)
+    return RewardRunConfig(model=str(BASE), out="unused", **whole)
 
 
 class RewardRun(TaskRun):

@@ -23,7 +23,7 @@ def sft_config(
     data = ChatDataConfig(chats=str(chats), max_tokens=270, max_pixels=100 * 100, max_images=2, workers=0)
     whole = {"data": data, "train": loop, "trainable": QwenTrainableConfig(rank=4, alpha=8.0)}
     whole |= {"optimizer": OptimizerConfig("adamw", lr=1e-2)} | how
-    return SftRunConfig(model=str(base), out="", **whole)
+    return SftRunConfig(model=str(base), out="unused", **whole)
 
 
 class SftRun(TaskRun):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.examples import draw_drops, make_example, pictures
+from rflow_jax.data.examples import LONGEST_RATIO, draw_drops, make_example, pictures
 from rflow_jax.data.records import SUBSETS, Record, RecordError
 from rflow_jax.errors import InputError
 
@@ -162,3 +162,37 @@ def test_only_editing_keeps_its_condition_always():
     for subset in SUBSETS:
         images = [draw_drops(CONFIG, 0, number, subset, "long enough").image for number in range(300)]
         assert any(images) == (subset != "editing")
+
+
+def strip(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(8, 4000), (4000, 8), (4, 33)])
+def test_a_strip_is_told_by_its_header_alone(size, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(RecordError, match=f"k: good_image is {size[0]}x{size[1]}: an edge is over {LONGEST_RATIO:g}"):
+        pictures(record(strip(*size), strip(8, 8)), CONFIG)
+
+
+def test_the_longest_strip_is_cut_as_any_other():
+    assert pictures(record(strip(4, 4 * int(LONGEST_RATIO)), strip(8, 8)), CONFIG)[0].shape == (32, 32, 3)
+
+
+def test_what_memory_does_not_hold_is_a_bad_record(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "resize", fail)
+        with pytest.raises(RecordError, match="k: not enough memory"):
+            pictures(record(strip(50, 40), strip(50, 40)), CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", fail)
+        with pytest.raises(RecordError, match=r"good_image cannot be decoded \(not enough memory\)"):
+            pictures(record(strip(8, 8), strip(8, 8)), CONFIG)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(RecordError, match=r"good_image cannot be decoded .*exceeds limit"):
+        pictures(record(strip(8, 8), strip(8, 8)), CONFIG)

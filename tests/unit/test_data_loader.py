@@ -22,6 +22,7 @@ from rflow_jax.data.make_genref import make_genref
 from rflow_jax.data.open import open_loader
 from rflow_jax.data.tar.source import open_tars
 from rflow_jax.errors import InputError, RunError
+from rflow_jax.training.validation import ValidationConfig, read_held_out
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
 
 BATCH = 8
@@ -105,6 +106,14 @@ def test_a_corrupt_record_is_replaced_and_counted(damaged, workers):
     # The same ones again, in parts as well.
     parts = [batches(damaged, 4, slots) for slots in (range(4), range(4, 8))]
     assert skipped == [r for step in range(4) for part in parts for r in part[step].skipped]
+
+
+def test_held_out_records_that_cannot_be_used_are_told(damaged, caplog):
+    found = read_held_out(ValidationConfig(damaged.shards, records=3), damaged)
+    assert [record.subset for record, _ in found].count("rule") == 3
+    told = [line for line in caplog.messages if line.startswith("validation: skipped ")]
+    assert told
+    assert all("good_image cannot be decoded" in line for line in told)
 
 
 def test_too_many_corrupt_records_end_the_run(damaged):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -277,9 +278,13 @@ def test_what_is_sent_to_workers_is_small_and_plain():
     assert pickle.loads(pickle.dumps((shard, QUICK))) == (shard, QUICK)
 
 
-def test_bad_patience():
-    with pytest.raises(InputError, match="timeout must be positive"):
-        Patience(timeout=0.0)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("timeout", 0.0), ("timeout", math.nan), ("max_retries", -1), ("longest_pause", math.nan)],
+)
+def test_bad_patience(name, value):
+    with pytest.raises(InputError, match=f"^patience.{name} is {value}: give "):
+        Patience(**{name: value})
 
 
 def test_addresses_of_the_hub(monkeypatch):

@@ -175,7 +175,7 @@ def test_damage_is_skipped_named_and_counted(damaged, caplog):
     for words in ("003_0002 has no prompt.txt", "002.tar: not a tar", "8 samples before it", "cannot be decoded"):
         assert any(words in reason for reason in skipped), words
     assert sum("has no prompt.txt" in reason for reason in skipped) == 1
-    assert "002.tar" in caplog.text
+    assert not caplog.messages  # who takes the batches tells them, once
     assert all(len(batch.prompts) == BATCH for batch in found)
     with pytest.raises(InputError, match=r"more than data.skip_limit \(1\)"):
         batches(replace(damaged, skip_limit=1), 30)
@@ -202,7 +202,7 @@ def test_a_server_that_fails_is_asked_again(config, faults, monkeypatch):
     assert not any(raw.trouble for raw in found)
 
 
-def test_a_dead_address_is_skipped_and_told(config, tmp_path, caplog):
+def test_a_dead_address_is_skipped_and_told(config, tmp_path):
     write_shards(tmp_path, shards=3, count=8)
     with FileServer(tmp_path) as server:
         shards = replace(config, shards=f"{server.url}/{{000..002}}.tar")

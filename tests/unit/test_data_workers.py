@@ -1,11 +1,16 @@
 """What worker processes make, and the memory it comes back through."""
 
 import gc
+import multiprocessing
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
 
+from rflow_jax.data import workers as workers_module
 from rflow_jax.data.slabs import Slabs, fill
 from rflow_jax.data.workers import Workers
 from tests.kit.made import die, fail, make_arrays
@@ -51,6 +56,34 @@ def test_a_dead_process_is_an_error_now_and_later():
         for _ in range(2):
             with pytest.raises(BrokenProcessPool):
                 workers.submit("x").result(timeout=60)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_hangs_is_not_waited_for(count, monkeypatch):
+    monkeypatch.setattr(workers_module, "GRACE", 0.2)
+    workers = Workers(time.sleep, count)
+    workers.submit(0.0).result(timeout=60)
+    before = set(multiprocessing.active_children())
+    hanging, waiting = workers.submit(600.0), workers.submit(0.0)
+    time.sleep(0.5)  # until it is under way
+    begin = time.monotonic()
+    workers.close()
+    assert time.monotonic() - begin < 5
+    assert waiting.cancelled() or waiting.exception(timeout=5)
+    assert not before & set(multiprocessing.active_children())
+    assert count == 0 or hanging.exception(timeout=5)
+
+
+def test_a_process_ends_though_its_thread_hangs():
+    script = """
+import time
+from rflow_jax.data import workers
+workers.GRACE = 0.2
+with workers.Workers(time.sleep, 0) as some:
+    some.submit(600.0)
+    time.sleep(0.2)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_memory_is_used_again_once_nothing_lies_in_it():

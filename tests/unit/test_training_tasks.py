@@ -45,6 +45,39 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
     assert f"--config configs/{recipe.name}" in recipe.read_text()
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--optimizer=adamw", "optimizer: expected keys with values, got 'adamw'"),
+        ("--mesh=4", "mesh: expected keys with values, got '4'"),
+        ("--data.patience=5", "data.patience: expected keys with values, got '5'"),
+        ("--data.patience=[1]", "data.patience: expected keys with values, got '[1]'"),
+        ("--watch={every: x}", "watch is x: give a whole number"),
+        ("--optimizer=null", "optimizer: expected keys with values, got 'null'"),
+    ],
+)
+def test_a_word_where_a_section_belongs(argv, message):
+    with pytest.raises(InputError) as caught:
+        cli.run_command(cli.Command("", (RunConfig,), print), ["--model=m", "--data.shards=s", "--out=o", argv])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: null", "train: expected keys with values, got None"),
+        ("optimizer: adamw", "optimizer: expected keys with values, got 'adamw'"),
+        ("data: {shards: s, patience: 5}", "data.patience: expected keys with values, got 5"),
+    ],
+)
+def test_a_value_where_a_file_should_hold_a_section(tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    argv = ["--data.shards=s", "--config", str(tmp_path / "wrong.yaml"), "--model=m", "--out=o"]
+    with pytest.raises(InputError) as caught:
+        cli.run_command(cli.Command("", (RunConfig,), print), argv)
+    assert str(caught.value) == message
+
+
 def test_the_task_of_a_command_line(tmp_path):
     for number, content in enumerate(("task: sft", "model: m", "- a list", ": no {yaml", "task: reward")):
         (tmp_path / f"{number}.yaml").write_text(content)

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
+import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from rflow_jax import cli
+from rflow_jax.data import workers
 from rflow_jax.errors import InputError
 from rflow_jax.training.config import RunConfig
+from rflow_jax.training.feed import feed
 from rflow_jax.training.folder import CONFIG, write_config
 from rflow_jax.training.optimizers import OptimizerConfig, learning_rate
-from rflow_jax.training.watch import METRICS, SKIPPED_SHOWN, Watch, WatchConfig
+from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.watch import METRICS, SKIPPED_SHOWN, Watch, WatchConfig, known_tflops, peak_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +74,58 @@ def test_skipped_records_are_named_up_to_a_number_and_all_counted(tmp_path, caps
     assert lines(tmp_path)[-1]["skipped"] == 35
 
 
-def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
+def test_every_process_names_what_it_skipped_and_the_line_has_the_sum(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine + 10, mine * 0]))
+    tell(watch(tmp_path, tensorboard=False), range(1, 3), skipped=["a: no picture"])
+    assert lines(tmp_path)[-1]["skipped"] == 2 + 12
+    assert "14 skipped" in capsys.readouterr().err
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    tell(watch(tmp_path / "none", tensorboard=False), range(1, 3), skipped=["b: no picture"])
+    assert capsys.readouterr().err.splitlines() == ["process 1: skipped b: no picture"] * 2
+
+
+def test_what_is_done_aside_is_no_training_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    one = watch(tmp_path, tensorboard=False)
+    for step in (1, 2):
+        now[0] += 2
+        with one.aside():
+            now[0] += 50
+        tell(one, range(step, step + 1))
+    assert lines(tmp_path)[-1]["samples_per_s"] == pytest.approx(2 * 4 / 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_those_of_the_card(kind, tflops, monkeypatch):
+    assert known_tflops(kind) == tflops
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    assert peak_flops(WatchConfig(), "float32") is None
+    assert peak_flops(WatchConfig(peak_tflops=2.0), "float32") == 2e12 * jax.device_count()
+
+
+def test_tensorboard_leaves_out_what_came_after_the_checkpoint(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=lambda *a, **k: opened.append(k)))
+    watch(tmp_path, resumed=7)
+    assert opened == [{"purge_step": 8}]
+
+
+def fake_wandb(monkeypatch) -> tuple[list, dict]:
+    """What is logged, and with what the run is started."""
     logged, started = [], {}
     fake = SimpleNamespace(
         init=lambda **how: started.update(how),
@@ -74,6 +133,21 @@ def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
         finish=lambda: started.update(finished=True),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return logged, started
+
+
+def test_wandb_knows_a_run_by_its_folder_and_not_by_the_folders_name(tmp_path, monkeypatch):
+    _, started = fake_wandb(monkeypatch)
+    ids = []
+    for name in ("a", "b", "a"):
+        (tmp_path / name / "corrector").mkdir(parents=True, exist_ok=True)
+        watch(tmp_path / name / "corrector", wandb="corrector", tensorboard=False)
+        ids.append(started["id"])
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
+    logged, started = fake_wandb(monkeypatch)
     one = watch(tmp_path, wandb="corrector", tensorboard=False)
     tell(one, range(1, 3))
     one.close()
@@ -87,6 +161,21 @@ def test_wandb_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         watch(tmp_path, wandb="corrector")
+
+
+def test_an_interrupted_run_does_not_wait_for_a_server(monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.2)
+    answered = threading.Event()
+
+    def batches():
+        yield SimpleNamespace(_replace=lambda waited: waited)
+        answered.wait(600)
+
+    with closing(feed(batches(), lambda _: np.zeros(1))) as fed:
+        next(fed)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    answered.set()
 
 
 @pytest.mark.parametrize(
@@ -107,6 +196,41 @@ def test_schedules(how, want):
 def test_a_schedule_needs_its_end():
     with pytest.raises(InputError, match="decay_steps"):
         OptimizerConfig("adamw", schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train.max_sequence_length", "0"),
+        ("train.max_sequence_length", "-3"),
+        ("train.seed", str(2**32)),
+        ("trainable.alpha", "0"),
+        ("trainable.alpha", "-1.5"),
+        ("trainable.alpha", ".nan"),
+        ("trainable.alpha", ".inf"),
+        ("trainable.rank", "0"),
+        ("validation.num_inference_steps", "0"),
+        ("validation.guidance_scale", ".nan"),
+        ("validation.guidance_scale", "-1"),
+        ("validation.seed", str(10**23)),
+        ("validation.every", "0"),
+        ("watch.peak_tflops", "-1"),
+        ("watch.peak_tflops", ".nan"),
+        ("watch.every", "0"),
+        ("data.workers", "-1"),
+        ("out", ""),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setting, value):
+    argv = ["--model=m", "--data.shards=s", "--out=o", f"--{setting}={value}"]
+    with pytest.raises(InputError, match=rf"^{setting} is (-?[\d.]+|nan|inf|empty): "):
+        cli.run_command(cli.Command("", (RunConfig,), lambda _: None), argv)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
+def test_the_strength_of_a_lora_on_a_language_model(alpha):
+    with pytest.raises(InputError, match=f"^trainable.alpha is {alpha}: give a finite number above 0"):
+        QwenTrainableConfig(alpha=alpha)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("corrector_*.yaml")), ids=lambda path: path.stem)

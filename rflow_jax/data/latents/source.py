@@ -22,10 +22,11 @@ import numpy as np
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import SHORTEST_REFLECTION, Drops, draw_drops, t5_text
-from rflow_jax.data.loader import Loader, Made, MixturePlan, require_same_records
+from rflow_jax.data.loader import Loader, Made, MixturePlan, require_same_records, texts_of
 from rflow_jax.data.mixture import Draw, Mixture
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least
 from rflow_jax.weights.files import TensorFiles
 
 SETTINGS, SHARED, COMPLETE = "settings.json", "shared.safetensors", "complete.json"
@@ -55,10 +56,7 @@ class PrecomputeConfig:
     max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}: give at least 1")
+        require_least(self, "", batch_size=1, max_sequence_length=1)
 
 
 @dataclass(frozen=True)
@@ -233,8 +231,7 @@ class MakeFromLatents:
 class LatentLoader(Loader):
     """Batches of a plan; read by a thread, since there is nothing to decode."""
 
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        examples: list[Any] = [one.example for one in made]
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
         found: list[Latents] = [example.latents for example in examples]
         latents = Latents(
             _stack_pairs([one.good for one in found]),
@@ -242,17 +239,7 @@ class LatentLoader(Loader):
             np.stack([one.pooled for one in found]),
             np.stack([one.text for one in found]),
         )
-        return LatentBatch(
-            step,
-            numbers,
-            latents,
-            [example.prompt for example in examples],
-            [example.t5_text for example in examples],
-            [example.subset for example in examples],
-            skipped,
-            waited,
-            hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16],
-        )
+        return LatentBatch(numbers=numbers, latents=latents, **texts_of(examples), **told)
 
 
 def open_latents(folder: str | list[str]) -> LatentSource:

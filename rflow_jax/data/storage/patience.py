@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least, require_positive
 
 if TYPE_CHECKING:
     import tenacity
@@ -34,8 +35,8 @@ class Patience:
     longest_pause: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0 or self.max_retries < 0 or self.longest_pause < 0:
-            raise InputError("timeout must be positive, max_retries and longest_pause not negative")
+        require_positive(self, "patience", "timeout")
+        require_least(self, "patience", max_retries=0, longest_pause=0)
 
 
 class Trouble(Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,6 @@ from rflow_jax.data.stream.route import Item, Place, Route, Share, Stream
 from rflow_jax.data.stream.shards import Raw
 from rflow_jax.data.tar.members import make_record
 from rflow_jax.errors import InputError
-
-log = logging.getLogger(__name__)
 
 _FIRST_FILL = 16  # records of a subset that are there before its first sample is drawn; later more are
 
@@ -130,7 +127,7 @@ class Buffers:
             self._end_shard(subset)
         elif found[1].trouble:
             if found[0].epoch == 0 or not found[1].key:  # a bad sample is told once, a bad shard in each epoch
-                self._tell(found[1])
+                self.troubles.append(f"{found[1].key} {found[1].trouble}".strip())
         elif found[1].subset in self._items:
             self._add(Item(*found))
 
@@ -154,11 +151,6 @@ class Buffers:
         if not self._items[subset] and self._without[subset] >= self._route.patience:
             last = f" ({self.troubles[-1]})" if self.troubles else ""
             raise InputError(f"split_ratios.{subset}: positive, but there are no records of it{last}; set it to 0")
-
-    def _tell(self, raw: Raw) -> None:
-        trouble = f"{raw.key} {raw.trouble}".strip()
-        log.warning("%s", trouble)
-        self.troubles.append(trouble)
 
 
 class StreamPlan:
@@ -215,11 +207,11 @@ class StreamPlan:
 class StreamLoader(Loader):
     """Batches of a stream; what is damaged in it counts as skipped."""
 
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
         assert isinstance(self._plan, StreamPlan)
-        troubles = self._plan.troubles(step)
+        troubles = self._plan.troubles(told["step"])
         self._skip(troubles)
-        return super()._batch(step, numbers, made, troubles + skipped, waited)
+        return super()._batch(numbers, examples, told | {"skipped": troubles + told["skipped"]})
 
 
 def merge_positions(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

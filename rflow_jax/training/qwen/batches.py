@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,11 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from rflow_jax.data.loader import Loader, LoaderConfig, Made
-from rflow_jax.data.records import RecordError
+from rflow_jax.data.records import RecordError, first_held_out
 from rflow_jax.data.shuffle import Job, ShuffledPlan
 from rflow_jax.errors import InputError
-
-log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -85,10 +81,8 @@ class ArrayLoader(Loader):
         super().__init__(plan, MakeExample(source, maker), config, start)
         self._maker = maker
 
-    def _batch(self, step: int, numbers: np.ndarray, made: Sequence[Made], skipped: list[str], waited: float) -> Any:
-        inputs = self._maker.inputs([one.example for one in made], len(made))
-        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
-        return ArrayBatch(step, inputs, skipped, waited, digest)
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
+        return ArrayBatch(inputs=self._maker.inputs(examples, len(examples)), **told)
 
 
 def open_array_loader(
@@ -111,16 +105,7 @@ def first_usable(source: Source, maker: Maker, count: int) -> list[Any]:
     Raises:
         InputError: there is none.
     """
-    found: list[Any] = []
-    trouble = ""
-    for index in range(len(source)):
-        if len(found) == count:
-            break
-        try:
-            found.append(maker.example(source.read(index)))
-        except RecordError as error:
-            trouble = str(error)
-            log.warning("validation: skipped %s", trouble)
+    found, trouble = first_held_out(lambda index: maker.example(source.read(index)), len(source), count)
     if not found:
         raise InputError(f"validation: no record is usable; the last: {trouble}")
     return found

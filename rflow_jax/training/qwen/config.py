@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rflow_jax.errors import InputError
-from rflow_jax.settings import require_pattern
+from rflow_jax.settings import require_least, require_pattern, require_positive
 
 # The linears of the language model's blocks.
 LANGUAGE_LINEARS = r"language\.blocks\.\d+\.(attn\.(q|k|v|out)|ff\.(gate|up|down))"
@@ -30,8 +30,8 @@ class QwenTrainableConfig:
     parameters: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"trainable.rank is {self.rank}: give at least 1")
+        require_least(self, "trainable", rank=1)
+        require_positive(self, "trainable", "alpha")
         if self.pattern is None and self.parameters is None:
             raise InputError("trainable.pattern and trainable.parameters are null: give one of them")
         for name in ("pattern", "parameters"):
@@ -48,7 +48,7 @@ class QwenDataConfig:
         max_ratio: of the sides of a picture; pictures beyond it are not used.
         workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
         prefetch: batches made in advance.
-        skip_limit: so many unusable records, all processes' own count, end the run.
+        skip_limit: more unusable records than this, of one process and since it was started, end the run.
     """
 
     max_tokens: int = 512
@@ -59,8 +59,4 @@ class QwenDataConfig:
     skip_limit: int = 1000
 
     def __post_init__(self) -> None:
-        for name, least in {"max_tokens": 8, "max_pixels": 1, "max_ratio": 1, "prefetch": 1, "skip_limit": 0}.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"data.{name} is {getattr(self, name)}: give at least {least}")
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"data.workers is {self.workers}: give at least 0")
+        require_least(self, "data", max_tokens=8, max_pixels=1, max_ratio=1, workers=0, prefetch=1, skip_limit=0)

@@ -8,6 +8,7 @@ from typing import Literal
 from rflow_jax.data.storage.patience import Patience
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.reward import RewardToken
+from rflow_jax.settings import require_least
 from rflow_jax.training.config import CommonConfig
 from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
 from rflow_jax.training.reward.losses import LossName
@@ -51,7 +52,7 @@ class PairDataConfig(QwenDataConfig):
         max_ratio: of the sides of a picture; pictures beyond it are not used.
         workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
         prefetch: batches made in advance.
-        skip_limit: so many unusable records, all processes' own count, end the run.
+        skip_limit: more unusable records than this, of one process and since it was started, end the run.
     """
 
     pairs: str | None = None
@@ -85,9 +86,7 @@ class PairValidationConfig:
     def __post_init__(self) -> None:
         if self.pairs is not None and self.shards is not None:
             raise InputError("validation: give pairs or shards, one of the two")
-        for name in ("every", "records"):
-            if getattr(self, name) < 1:
-                raise InputError(f"validation.{name} is {getattr(self, name)}: give at least 1")
+        require_least(self, "validation", every=1, records=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +117,7 @@ class RewardRunConfig(CommonConfig):
     validation: PairValidationConfig = field(default_factory=PairValidationConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         held_out = self.validation.pairs is not None or self.validation.shards is not None
         if self.reward.normalise and not held_out:
             raise InputError("reward.normalise: takes the held-out pairs' rewards; give validation.pairs or shards")

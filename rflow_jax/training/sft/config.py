@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.errors import InputError
+from rflow_jax.settings import require_least
 from rflow_jax.training.config import CommonConfig
 from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
 
@@ -23,7 +24,7 @@ class ChatDataConfig(QwenDataConfig):
         max_ratio: of the sides of a picture; pictures beyond it are not used.
         workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
         prefetch: batches made in advance.
-        skip_limit: so many unusable records, all processes' own count, end the run.
+        skip_limit: more unusable records than this, of one process and since it was started, end the run.
     """
 
     chats: str = ""
@@ -34,8 +35,7 @@ class ChatDataConfig(QwenDataConfig):
         super().__post_init__()
         if not self.chats:
             raise InputError("data.chats: name a file of JSON lines")
-        if self.max_images < 0:
-            raise InputError(f"data.max_images is {self.max_images}: give at least 0")
+        require_least(self, "data", max_images=0)
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class ChatValidationConfig:
     records: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("every", "records"):
-            if getattr(self, name) < 1:
-                raise InputError(f"validation.{name} is {getattr(self, name)}: give at least 1")
+        require_least(self, "validation", every=1, records=1)
 
 
 @dataclass(frozen=True)
