@@ -151,5 +151,29 @@ def test_what_is_no_checkpoint(tmp_path, folder):
         verifier(tmp_path)
     with pytest.raises(InputError, match="batch_size is 0"):
         RewardVerifierConfig("model", batch_size=0)
+    for pixels in (0, -5):
+        with pytest.raises(InputError, match=f"max_pixels is {pixels}; expected at least 1"):
+            RewardVerifierConfig("model", max_pixels=pixels)
     with pytest.raises(InputError, match="dtype"):
         verifier(folder, dtype="x")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("data_config", "max_frame_pixels", 0, "max_frame_pixels is 0; expected a whole number above 0"),
+        ("data_config", "max_frame_pixels", -1, "max_frame_pixels is -1"),
+        ("model_config", "output_dim", 0, "output_dim is 0"),
+        ("peft_lora_config", "lora_r", 0, "lora_r is 0"),
+        ("inference_config", "VQ_std", 0, "VQ_std is 0.0; expected a number above 0"),
+        ("inference_config", "VQ_mean", float("nan"), "VQ_mean is nan; expected a number"),
+    ],
+)
+def test_configurations_that_are_none(golden, tmp_path, part, key, value, message):
+    content = json.loads((golden / "qwen" / "reward" / "model_config.json").read_text())
+    content.setdefault(part, {})[key] = value
+    path = tmp_path / "model_config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        RewardConfig.read(tmp_path)
+    assert str(error.value).startswith(f"{path}: {message}")
