@@ -19,7 +19,7 @@ from rflow_jax.weights.components import check_types, naming, read_object
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.load import ShardingFor, load_into, parameter_shapes, parameter_values
 from rflow_jax.weights.names import qwen2_5_vl as names
-from rflow_jax.weights.stored import is_stored, load_stored
+from rflow_jax.weights.stored import StoredAsTheirs, is_stored, load_stored
 from rflow_jax.weights.tables import Table, plan
 from rflow_jax.weights.writing import write_safetensors
 
@@ -117,6 +117,18 @@ def load_qwen(
     files = TensorFiles.open(folder)
     table = names.table_for(files, head=model.language.head is not None)
     return load_into(model, table, files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
+
+
+def open_qwen(folder: Path) -> TensorFiles:
+    """The tensors of a model folder as they are published, also where ``convert_weights qwen`` wrote it.
+
+    Raises:
+        InputError: not a Qwen2.5-VL, or one that was stored by Orbax.
+    """
+    if not is_stored(folder):
+        return TensorFiles.open(folder)
+    model = abstract_qwen2_5_vl(read_qwen_config(folder))
+    return StoredAsTheirs(folder, plan(published_table(model), parameter_shapes(model)))
 
 
 def published_table(model: Qwen25VL) -> Table:

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig, read_template
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
+from rflow_jax.weights.convert_qwen import convert_qwen
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
 from rflow_jax.weights.reward.config import RewardConfig
+from rflow_jax.weights.save import ORBAX_FOLDER
 
 PROMPTS = ("a photo of a bench", "two red apples on a small table, left of a cup", "x", "three clocks")
 SIZES = ((170, 130), (90, 110), (64, 64), (200, 90))
@@ -156,6 +159,42 @@ def test_what_is_no_checkpoint(tmp_path, folder):
             RewardVerifierConfig("model", max_pixels=pixels)
     with pytest.raises(InputError, match="dtype"):
         verifier(folder, dtype="x")
+
+
+def test_a_base_that_was_converted(folder, golden, tmp_path):
+    """The same tensors, under the same names."""
+    convert_qwen(golden / "qwen" / "base", tmp_path / "base")
+    files = RewardCheckpoint.open(folder, base=str(tmp_path / "base"))._files()
+    want = RewardCheckpoint.open(folder)._files()
+    assert files.shapes == want.shapes
+    for key in want:
+        np.testing.assert_array_equal(files.read(key), want.read(key))
+    (tmp_path / "base" / ORBAX_FOLDER).mkdir()
+    with pytest.raises(InputError, match="stored by Orbax"):
+        RewardCheckpoint.open(folder, base=str(tmp_path / "base"))._files()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.0.mlp.up_proj.weight": None}, "up_proj.weight missing"),
+        ({"model.layers.0.foo.weight": np.zeros(3, np.float32)}, "foo.weight not known"),
+        ({"model.layers.0.mlp.up_proj.weight": np.zeros((3, 64), np.float32)}, "up_proj.weight has shape"),
+        ({"model.layers.0.mlp.up_proj.weight": np.zeros((96, 64), np.int32)}, "up_proj.weight is stored as int32"),
+    ],
+)
+def test_errors_name_the_file_that_holds_the_tensor(folder, golden, tmp_path, change, message):
+    base, source = tmp_path / "base", golden / "qwen" / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors") | change
+    save_file({key: value for key, value in tensors.items() if value is not None}, base / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        RewardCheckpoint.open(folder, base=str(base)).load(dtype=np.float32)
+    file, step = base / "model.safetensors", folder / "checkpoint-10"
+    everywhere = f"{file} and {step}/non_lora_state_dict.safetensors and {step}/adapter_model.safetensors: "
+    assert str(error.value).startswith(everywhere if "missing" in message else f"{file}: ")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
