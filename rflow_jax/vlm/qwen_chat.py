@@ -83,9 +83,9 @@ class QwenChatConfig:
         Raises:
             InputError: a setting that nothing can be chosen by.
         """
-        own = {} if self.repetition_penalty is None else {"repetition_penalty": self.repetition_penalty}
-        how = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        return Decoding(**model | how | own)
+        if self.repetition_penalty is not None:
+            model["repetition_penalty"] = self.repetition_penalty
+        return Decoding(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, **model)
 
 
 @dataclass(frozen=True)
