@@ -67,7 +67,8 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
     scale = content.get("rescale_factor", 1 / 255)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise InputError(f"{where}: rescale_factor is {scale!r}; expected a number above 0")
-    return pixel_levels(*(np.broadcast_to(numbers, _CHANNELS).tolist() for numbers in (mean, std)), scale)
+    mean, std = (np.broadcast_to(numbers, _CHANNELS).tolist() for numbers in (mean, std))
+    return pixel_levels(mean, std, scale)
 
 
 def decoded(image: Image.Image) -> Image.Image:
