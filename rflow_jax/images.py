@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rflow_jax.errors import InputError
+
+_CHANNELS = 3
 
 
 def fit_to_grid(image: Image.Image, grid: int) -> Image.Image:
@@ -52,12 +55,20 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
     if not (content.get("do_rescale", True) and content.get("do_normalize", True)):
         raise InputError(f"{where}: do_rescale and do_normalize must be true")
     try:
-        mean, std = (np.broadcast_to(np.asarray(content[key], np.float32), 3) for key in ("image_mean", "image_std"))
-        if not (np.isfinite(mean).all() and (std > 0).all()):
+        mean, std = (np.asarray(content[key], np.float32) for key in ("image_mean", "image_std"))
+        if not {mean.shape, std.shape} <= {(), (_CHANNELS,)}:
+            raise ValueError("not a number, nor one for each channel")
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise ValueError("not numbers to divide by")
-        return pixel_levels(mean.tolist(), std.tolist(), float(content.get("rescale_factor", 1 / 255)))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: image_mean and image_std must be there, three numbers each") from error
+        raise InputError(
+            f"{where}: image_mean and image_std must be there, three numbers each, those of image_std above 0"
+        ) from error
+    scale = content.get("rescale_factor", 1 / 255)
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise InputError(f"{where}: rescale_factor is {scale!r}; expected a number above 0")
+    mean, std = (np.broadcast_to(numbers, _CHANNELS).tolist() for numbers in (mean, std))
+    return pixel_levels(mean, std, scale)
 
 
 def decoded(image: Image.Image) -> Image.Image:

@@ -70,8 +70,18 @@ class ClipConfig:
 
 
 def part_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The sizes of one part; early files have them twice, and the second time is what counts."""
-    return {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
+    """The sizes of one part; early files have them twice, and the second time is what counts.
+
+    Raises:
+        InputError: they are no object.
+    """
+    whole: dict[str, Any] = {}
+    for name in (f"{part}_config", f"{part}_config_dict"):
+        own = config.get(name) or {}
+        if not isinstance(own, Mapping):
+            raise InputError(f"config: {name} is {own!r}; expected an object with keys")
+        whole |= own
+    return whole
 
 
 class ClipVisionEncoder(nnx.Module):

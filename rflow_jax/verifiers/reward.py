@@ -71,6 +71,8 @@ class RewardVerifierConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"verifier: batch_size is {self.batch_size}; expected at least 1")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise InputError(f"verifier: max_pixels is {self.max_pixels}; expected at least 1, or null")
 
 
 class RewardVerifier:
@@ -107,7 +109,7 @@ class RewardVerifier:
             read_rules(checkpoint.base, sizes),
             sizes,
             sizes.language.max_position_embeddings,
-            config.max_pixels or checkpoint.config.max_pixels,
+            checkpoint.config.max_pixels if config.max_pixels is None else config.max_pixels,
         )
         self._graph, self._state = nnx.split(model)
 

@@ -112,5 +112,6 @@ def texts(
         jnp.asarray(inputs.next_position),
         jnp.asarray(inputs.live),
         keys,
+        jnp.asarray(inputs.ids),
     )
     return generate(model.language, prompts, decoding, lora=ALL_ROWS, attention=attention)

@@ -18,6 +18,7 @@ from rflow_jax.each import do_each
 from rflow_jax.errors import InputError
 from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.parallel.placement import on_devices
 from rflow_jax.settings import require_dtype
@@ -28,7 +29,7 @@ from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.lora.peft import attach_adapter, merged
-from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config
+from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config, repetition_penalty
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class QwenChatConfig:
         max_new_tokens: of an answer.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         top_p: drawn from the likeliest tokens that together have this probability.
+        repetition_penalty: tokens of the question or of the answer so far are made less likely by it; 1 is off. None:
+            what the model's ``generation_config.json`` says.
         seed: of the drawing; an answer also depends on its question, and on nothing else.
         max_pixels: of a picture; None: the model's own limit.
         devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
@@ -55,6 +58,7 @@ class QwenChatConfig:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    repetition_penalty: float | None = None
     seed: int = 0
     max_pixels: int | None = None
     devices: tuple[int, ...] | None = None
@@ -66,6 +70,22 @@ class QwenChatConfig:
             raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; expected a whole number from 0")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
+        self.decoding(eos=(), pad=0)
+
+    def decoding(self, **model: Any) -> Decoding:
+        """How tokens are chosen.
+
+        Args:
+            model: what the model says besides.
+
+        Raises:
+            InputError: a setting that nothing can be chosen by.
+        """
+        if self.repetition_penalty is not None:
+            model["repetition_penalty"] = self.repetition_penalty
+        return Decoding(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, **model)
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,9 @@ class QwenChat:
     def __init__(self, config: QwenChatConfig):
         self.config = config
         folder = resolve_vlm(config.model)
-        read_qwen_config(folder)  # another network is said first
+        sizes = read_qwen_config(folder)  # another network is said first
+        context = _context(sizes, config)
+        ends, penalty = end_tokens(folder, sizes), repetition_penalty(folder)
         tokenizer = QwenTokenizer(folder)
         place = on_devices(config.devices)
         model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=place)
@@ -94,17 +116,12 @@ class QwenChat:
             adapter = Path(config.adapter).expanduser()
             model = merged(attach_adapter(model, adapter, published_table(model), sharding_for=place))
         quantize(model, config.quantization, LANGUAGE_LINEARS)
-        sizes = model.config
-        ends = set(end_tokens(folder, sizes)) | ({tokenizer.eos} - {None})
-        self._decoding = Decoding(
-            config.max_new_tokens,
-            tuple(sorted(int(end) for end in ends if end is not None)),
-            tokenizer.pad,
-            temperature=config.temperature,
-            top_p=config.top_p,
+        self._decoding = config.decoding(
+            eos=tuple(sorted({*ends, tokenizer.eos} - {None})),
+            pad=tokenizer.pad,
+            repetition_penalty=penalty,
             vocabulary=min(len(tokenizer), sizes.language.vocab_size),
         )
-        context = sizes.language.max_position_embeddings - config.max_new_tokens
         self.prepare = Preparation(tokenizer, read_rules(folder, sizes), sizes, context, config.max_pixels)
         self._graph, self._state = nnx.split(model)
 
@@ -135,6 +152,17 @@ class QwenChat:
             k: self.prepare.tokenizer.decode(row[:length])
             for k, row, length in zip(batch, tokens, lengths, strict=False)
         }
+
+
+def _context(sizes: Qwen25VLConfig, config: QwenChatConfig) -> int:
+    """Tokens that a question may have; its answer follows within the same context."""
+    whole = sizes.language.max_position_embeddings
+    if config.max_new_tokens >= whole:
+        raise InputError(
+            f"max_new_tokens is {config.max_new_tokens}; {config.model} reads {whole} tokens, question and answer "
+            "together: give fewer"
+        )
+    return whole - config.max_new_tokens
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[dict[int, Sample]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.images import levels_in
 from rflow_jax.models.qwen2_5_vl.layout import Grid
 from rflow_jax.typing import Array, Float, UInt8
 
+_FILE = "preprocessor config"
 MAX_RATIO = 200  # of the sides of a picture
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,6 +32,7 @@ class ImageRules:
 
     Attributes:
         min_pixels, max_pixels: pixels of the picture that is cut into patches.
+        image_mean, image_std: of each channel, or one number for all.
         temporal_patch_size: frames of a patch; a picture is as many times the same.
     """
 
@@ -38,32 +41,55 @@ class ImageRules:
     temporal_patch_size: int = 2
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    image_std: tuple[float, ...] = CLIP_STD
+    image_mean: float | tuple[float, ...] = CLIP_MEAN
+    image_std: float | tuple[float, ...] = CLIP_STD
     rescale_factor: float = 1 / 255
     resample: int = Image.Resampling.BICUBIC
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> ImageRules:
-        """From the content of ``preprocessor_config.json``; raises InputError where a step is switched off."""
+        """From the content of ``preprocessor_config.json``.
+
+        Raises:
+            InputError: a step is switched off, or a number cannot be used.
+        """
         off = [
             step for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb") if not config.get(step, True)
         ]
         if off:
-            raise InputError(f"preprocessor config: {', '.join(off)} is false, which is not supported")
+            raise InputError(f"{_FILE}: {', '.join(off)} is false, which is not supported")
         size = config.get("size") or {}
+        if not isinstance(size, Mapping):
+            raise InputError(f"{_FILE}: size is {size!r}; expected shortest_edge and longest_edge, in pixels of area")
         limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
         known = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
         known = {key: value for key, value in limits.items() if value is not None} | known
         for key in ("image_mean", "image_std"):
-            if key in known:
+            if isinstance(known.get(key), list):
                 known[key] = tuple(known[key])
+        _require_usable({field.name: field.default for field in fields(cls)} | known)
         return cls(**known)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """float32 [256, 3]: what the network sees of each level of each channel."""
+        return levels_in(vars(self), _FILE)
 
     @property
     def factor(self) -> int:
         """Pixels a side of a unit: what becomes one token."""
         return self.patch_size * self.merge_size
+
+
+def _require_usable(rules: Mapping[str, Any]) -> None:
+    for name in ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels"):
+        if type(value := rules[name]) is not int or value < 1:
+            raise InputError(f"{_FILE}: {name} is {value!r}; expected a whole number above 0")
+    if rules["min_pixels"] > rules["max_pixels"]:
+        raise InputError(f"{_FILE}: min_pixels is {rules['min_pixels']}, more than max_pixels, {rules['max_pixels']}")
+    if type(rules["resample"]) is bool or rules["resample"] not in [known.value for known in Image.Resampling]:
+        raise InputError(f"{_FILE}: resample is {rules['resample']!r}; expected the number of a filter of Pillow")
+    levels_in(rules, _FILE)
 
 
 def fit_size(
@@ -119,8 +145,9 @@ def patches_of(pixels: UInt8[np.ndarray, "y x 3"], rules: ImageRules) -> tuple[U
 
 def normalised(patches: UInt8[Array, "b p f"], rules: ImageRules) -> Float[Array, "b p g"]:
     """Patches of all frames as the network takes them, float32; on the device."""
-    channels = len(rules.image_mean)
-    x = patches.reshape(*patches.shape[:2], channels, 1, -1).astype(jnp.float32) * np.float32(rules.rescale_factor)
-    mean, std = (np.asarray(x, np.float32)[:, None, None] for x in (rules.image_mean, rules.image_std))
-    frames = jnp.broadcast_to((x - mean) / std, (*x.shape[:3], rules.temporal_patch_size, x.shape[-1]))
+    levels = jnp.asarray(rules.levels)
+    channels = levels.shape[1]
+    pixels = patches.reshape(*patches.shape[:2], channels, 1, -1)
+    x = levels[pixels, jnp.arange(channels)[:, None, None]]
+    frames = jnp.broadcast_to(x, (*x.shape[:3], rules.temporal_patch_size, x.shape[-1]))
     return frames.reshape(*patches.shape[:2], -1)

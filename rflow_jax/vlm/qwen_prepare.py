@@ -17,7 +17,7 @@ from rflow_jax.models.qwen2_5_vl.layout import Grid
 from rflow_jax.vlm.qwen_images import ImageRules, fitted, limited, patches_of
 from rflow_jax.vlm.qwen_inputs import Sample
 from rflow_jax.vlm.qwen_text import QwenTokenizer, expand_images, question
-from rflow_jax.weights.components import read_object
+from rflow_jax.weights.components import naming, read_object
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,18 @@ def read_rules(folder: Path, config: Qwen25VLConfig) -> ImageRules:
     """The rules of a model folder's ``preprocessor_config.json``, or, as Transformers 5 writes it, of its processor's.
 
     Raises:
-        InputError: there is none, or its patches are not those of the vision tower.
+        InputError: there is none, it cannot be used, or its patches are not those of the vision tower.
     """
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file() or not whole.is_file():
-        rules = ImageRules.from_json(read_object(path))
+        content = read_object(path)
     else:
         path = whole
-        rules = ImageRules.from_json(read_object(whole).get("image_processor") or {})
+        content = read_object(whole).get("image_processor") or {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: image_processor is {content!r}; expected an object with keys")
+    with naming(path):
+        rules = ImageRules.from_json(content)
     for name, want in (
         ("patch_size", config.vision.patch_size),
         ("merge_size", config.vision.spatial_merge_size),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class QwenTokenizer:
 
         self.folder = folder
         config = read_object(folder / _CONFIG)
-        special = {name: _text(config[name]) for name in _SPECIAL if config.get(name)}
+        special = {name: _text(name, config[name], folder / _CONFIG) for name in _SPECIAL if config.get(name)}
         try:
             self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
         except Exception as error:  # the tokenizers library raises bare exceptions
@@ -50,7 +49,8 @@ class QwenTokenizer:
         settled(self._tokenizer)
         if self._tokenizer.pad_token_id is None:
             raise InputError(f"{folder / _CONFIG}: no pad_token; a batch cannot be padded without one")
-        self._places = [folder, *([template_from] if template_from else [])]
+        self._template, self._said_by = _template([folder, *([template_from] if template_from else [])])
+        self.chat(question("", None))  # a template that does not work is said before weights are read
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -80,22 +80,18 @@ class QwenTokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def chat(self, messages: Sequence[dict[str, Any]], *, answer: bool = True) -> str:
-        """A conversation in the model's own form, up to where its answer begins; without ``answer``, up to its end."""
-        return self._tokenizer.apply_chat_template(
-            list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=answer
-        )
+        """A conversation in the model's own form, up to where its answer begins; without ``answer``, up to its end.
 
-    @cached_property
-    def _template(self) -> str:
-        for folder in self._places:
-            jinja, as_json = (folder / name for name in _TEMPLATES)
-            if jinja.is_file():
-                return jinja.read_text(encoding="utf-8")
-            if as_json.is_file():
-                return str(read_object(as_json).get("chat_template", ""))
-            if (folder / _CONFIG).is_file() and (template := read_object(folder / _CONFIG).get("chat_template")):
-                return str(template)
-        raise InputError(f"{self.folder}: no chat template, neither in {_CONFIG} nor in {' or '.join(_TEMPLATES)}")
+        Raises:
+            InputError: the template refuses it.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=answer
+            )
+        except Exception as error:  # Jinja raises errors of its own, and those of the template's expressions
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{self._said_by}: the chat template does not work ({reason})") from error
 
 
 def question(*parts: str | None, system: str | None = None) -> list[dict[str, Any]]:
@@ -117,6 +113,26 @@ def expand_images(text: str, tokens: Sequence[int]) -> str:
     return head + "".join(IMAGE * count + tail for count, tail in zip(tokens, tails, strict=True))
 
 
-def _text(entry: str | dict[str, Any]) -> str:
+def _text(name: str, entry: Any, path: Path) -> str:
     """A special token's text; some versions of Transformers write its properties along."""
-    return entry if isinstance(entry, str) else entry["content"]
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise InputError(f"{path}: {name} is {entry!r}; expected a text, or an object with content")
+    return text
+
+
+def _template(places: Sequence[Path]) -> tuple[str, Path]:
+    """The chat template of the first folder that has one, and the file that holds it."""
+    for folder in places:
+        jinja, as_json = (folder / name for name in _TEMPLATES)
+        if jinja.is_file():
+            try:
+                return jinja.read_text(encoding="utf-8"), jinja
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{jinja}: cannot be read ({error})") from error
+        for path in (as_json, folder / _CONFIG):
+            if path.is_file() and (template := read_object(path).get("chat_template")):
+                if not isinstance(template, str):
+                    raise InputError(f"{path}: chat_template is a {type(template).__name__}; expected a text")
+                return template, path
+    raise InputError(f"{places[0]}: no chat template, neither in {_CONFIG} nor in {' or '.join(_TEMPLATES)}")

@@ -11,7 +11,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.clip_vision import Clip, ClipConfig, ClipVisionConfig, part_of
 from rflow_jax.models.layers import abstract
-from rflow_jax.weights.components import check_types, read_object
+from rflow_jax.weights.components import check_types, naming, read_object
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.load import load_into, parameter_shapes
 from rflow_jax.weights.names.clip import LOGIT_SCALE, WHOLE
@@ -22,12 +22,11 @@ def read_clip_config(folder: Path) -> ClipConfig:
     """The sizes in a folder's ``config.json``; raises InputError where it is missing or not CLIP's."""
     path = folder / "config.json"
     content = read_object(path)
-    try:
+    with naming(path):
         check_types(ClipTextConfig, part_of(content, "text"), path)
         check_types(ClipVisionConfig, part_of(content, "vision"), path)
+        check_types(ClipConfig, content, path)
         return ClipConfig.from_json(content)
-    except InputError as error:
-        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
 
 
 def check_clip_model(folder: Path) -> None:
@@ -54,7 +53,7 @@ def _checked(folder: Path, dtype: Any) -> tuple[Clip, TensorFiles]:
     """The network without numbers, and the files that fit it."""
     config, files = read_clip_config(folder), TensorFiles.open(folder)
     network = abstract(lambda rngs: Clip(config, rngs=rngs, dtype=dtype))
-    plan(WHOLE, parameter_shapes(network)).check(files.shapes, files.where)
+    plan(WHOLE, parameter_shapes(network)).check_files(files)
     if LOGIT_SCALE not in files:
         raise InputError(f"{files.where}: {LOGIT_SCALE} missing; is it a CLIP checkpoint of this size?")
     return network, files

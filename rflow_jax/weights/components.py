@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -97,19 +98,31 @@ def read_json(path: Path) -> Any:
 
 
 def check_types(config: type, content: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError for a key of ``content`` that a field of the dataclass ``config`` cannot be made of."""
+    """Raises InputError for a key of ``content`` that a field of the dataclass ``config`` cannot be made of.
+
+    Fields that are configurations themselves are not looked at: they have files, or parts of a file, of their own.
+    """
     for key, kind in get_type_hints(config).items():
-        if key not in content or (content[key] is None and key in _MAY_BE_NULL):
+        if kind not in _IS or key not in content or (content[key] is None and key in _MAY_BE_NULL):
             continue
         value = content[key]
         if key == "sample_size" and isinstance(value, list):
             kind = tuple[int, ...]  # height and width
         if not _IS[kind](key, value):
-            raise InputError(f"{path}: {key} is {value!r}; expected {_EXPECTED[kind]}")
+            raise InputError(f"{path}: {key} is {value!r}; expected {_expected(key, kind)}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An InputError that is raised within names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
 
 
 _MAY_BE_NULL = ("shift_factor",)
-_MAY_BE_ZERO = ("num_layers", "num_single_layers", "eos_token_id")
+_MAY_BE_ZERO = ("num_layers", "num_single_layers", "eos_token_id", "fullatt_block_indexes")
 _EXPECTED = {
     bool: "true or false",
     str: "a text",
@@ -117,6 +130,10 @@ _EXPECTED = {
     float: "a number",
     tuple[int, ...]: "a list of whole numbers above 0",
 }
+
+
+def _expected(key: str, kind: Any) -> str:
+    return _EXPECTED[kind].replace("above 0", "from 0") if key in _MAY_BE_ZERO else _EXPECTED[kind]
 
 
 def _is_count(key: str, value: Any) -> bool:

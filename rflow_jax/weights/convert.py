@@ -101,7 +101,7 @@ def _planned(source: Source, options: Options) -> Conversion:
     """Checks a checkpoint against its network, before anything is written."""
     config = source.component.config.from_json(source.config)
     the_plan = plan(source.table, parameter_shapes(source.component.abstract(config)))
-    the_plan.check(source.files.shapes, str(source.files.files[0].parent))
+    the_plan.check_files(source.files)
     return Conversion(the_plan, source.files, options.dtype)
 
 

@@ -46,13 +46,13 @@ def convert_qwen(
         InputError: no such model, a tensor missing, unknown or of a wrong shape, ``dst`` exists, a full disk.
     """
     if (src / CONFIG_FILE).is_file():
-        raise InputError(f"{src}: a reward model, which is read as it is; convert its base model if at all")
+        raise InputError(f"{src}: a reward model, which is read as it is; only its base model can be converted")
     if is_stored(src):
         raise InputError(f"{src}: is a converted model already")
     model = abstract_qwen2_5_vl(read_qwen_config(src))
     files = TensorFiles.open(src)
     the_plan = plan(table_for(files, head=model.language.head is not None), parameter_shapes(model))
-    the_plan.check(files.shapes, files.where)
+    the_plan.check_files(files)
     conversion = Conversion(the_plan, files, dtype)
     need_space(dst, sum(leaf.nbytes for leaf in conversion.leaves()))
     done = 0

@@ -102,6 +102,10 @@ class TensorFiles(Mapping[str, TensorInfo]):
         first = self.files[0]
         return str(first if len(self.files) == 1 else first.parent)
 
+    def home_of(self, key: str) -> str:
+        """The file that holds a tensor, for a message."""
+        return str(self._infos[key].file)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: info.shape for key, info in self._infos.items()}

@@ -23,6 +23,7 @@ class LayeredFiles(TensorFiles):
     """
 
     def __init__(self, layers: Sequence[TensorFiles], rename: Callable[[str], str | None]):
+        self._layers = tuple(layers)
         self.files = tuple(file for layer in layers for file in layer.files)
         self.metadata = {}
         self._infos = {}
@@ -40,8 +41,8 @@ class LayeredFiles(TensorFiles):
 
     @property
     def where(self) -> str:
-        """What to call these tensors in a message: the file that has the last word."""
-        return str(self.files[-1])
+        """What to call these tensors in a message: every checkpoint, the last word last."""
+        return " and ".join(layer.where for layer in self._layers)
 
     def read(self, key: str) -> np.ndarray:
         files, name = self._homes[key]

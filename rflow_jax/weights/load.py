@@ -59,7 +59,7 @@ def load_into(
         InputError: keys or shapes that are not exactly the network's.
     """
     the_plan = plan(table, parameter_shapes(model))
-    the_plan.check(files.shapes, files.where)
+    the_plan.check_files(files)
     variables = parameter_variables(model)
     arriving = Arriving()
     for target, rows in stream_targets(the_plan, files):

@@ -21,7 +21,7 @@ from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.progress import byte_progress
-from rflow_jax.weights.components import check_types, read_object
+from rflow_jax.weights.components import check_types, naming, read_object
 from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.convert import OnProgress, Options, open_folder
 from rflow_jax.weights.files import TensorFiles
@@ -111,7 +111,8 @@ def read_nvila_config(root: Path) -> NvilaConfig:
     _read(root / PROJECTOR / "config.json", require_projector)
     vision = _sizes(SiglipVisionConfig, root / TOWER / "config.json")
     language = _sizes(Qwen2Config, root / LANGUAGE / "config.json")
-    return _named(root / "config.json", lambda: NvilaConfig.from_json(content, vision, language))
+    with naming(root / "config.json"):
+        return NvilaConfig.from_json(content, vision, language)
 
 
 def convert_nvila(src: Path, dst: Path, options: Options = Options(), on_progress: OnProgress | None = None) -> None:
@@ -129,7 +130,7 @@ def convert_nvila(src: Path, dst: Path, options: Options = Options(), on_progres
     for part in PARTS:
         files = open_folder(src / part, options.allow_pickle)
         the_plan = plan(_table(part, files, config), parameter_shapes(_part(network, part)))
-        the_plan.check(files.shapes, files.where)
+        the_plan.check_files(files)
         conversions[part] = Conversion(the_plan, files, options.dtype)
     need_space(dst, sum(leaf.nbytes for conversion in conversions.values() for leaf in conversion.leaves()))
     total, done = sum(conversion.files.nbytes for conversion in conversions.values()), 0
@@ -171,21 +172,15 @@ def _levels(root: Path, config: NvilaConfig) -> np.ndarray:
 def _sizes(config: Any, path: Path) -> Any:
     content = read_object(path)
     check_types(config, content, path)
-    return _named(path, lambda: config.from_json(content))
+    with naming(path):
+        return config.from_json(content)
 
 
 def _read(path: Path, require: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     content = read_object(path)
-    _named(path, lambda: require(content))
+    with naming(path):
+        require(content)
     return content
-
-
-def _named(path: Path, make: Callable[[], Any]) -> Any:
-    """What ``make`` makes; an InputError of it names the file."""
-    try:
-        return make()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _copy_rest(src: Path, dst: Path) -> None:

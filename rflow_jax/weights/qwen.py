@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from rflow_jax.models.qwen2.config import Qwen2Config
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig, end_tokens_in, parts_of
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
-from rflow_jax.weights.components import read_object
+from rflow_jax.weights.components import check_types, naming, read_object
 from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.load import ShardingFor, load_into, parameter_shapes, parameter_values
 from rflow_jax.weights.names import qwen2_5_vl as names
-from rflow_jax.weights.stored import is_stored, load_stored
+from rflow_jax.weights.stored import StoredAsTheirs, is_stored, load_stored
 from rflow_jax.weights.tables import Table, plan
 from rflow_jax.weights.writing import write_safetensors
 
 _TEXTS = (".json", ".jinja")
+_GENERATION = "generation_config.json"
+# Rules by which Transformers chooses other tokens than the likeliest, and the values that switch them off.
+_NOT_FOLLOWED = (
+    "num_beams",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "min_length",
+    "min_new_tokens",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "penalty_alpha",
+    "stop_strings",
+)
+_NO_RULE = (None, 0, 1, [], {})
+log = logging.getLogger(__name__)
 
 
 def read_qwen_config(folder: Path) -> Qwen25VLConfig:
@@ -30,19 +55,44 @@ def read_qwen_config(folder: Path) -> Qwen25VLConfig:
         InputError: no ``config.json``, or one of another network.
     """
     path = folder / "config.json"
-    try:
-        return Qwen25VLConfig.from_json(read_object(path))
-    except InputError as error:
-        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+    content = read_object(path)
+    with naming(path):
+        text, vision = parts_of(content)
+        check_types(Qwen2Config, text, path)
+        check_types(VisionConfig, vision, path)
+        check_types(Qwen25VLConfig, {key: value for key, value in content.items() if value is not None}, path)
+        return Qwen25VLConfig.from_json(content)
 
 
 def end_tokens(folder: Path, config: Qwen25VLConfig) -> tuple[int, ...]:
-    """The tokens that end a text, as ``generation_config.json`` says, or else ``config.json``; empty: neither does."""
-    path = folder / "generation_config.json"
-    ends = read_object(path).get("eos_token_id") if path.is_file() else None
-    if ends is None:
-        return config.eos_token_ids
-    return tuple(ends) if isinstance(ends, list) else (int(ends),)
+    """The tokens that end a text, as ``generation_config.json`` says, or else ``config.json``; empty: neither does.
+
+    Raises:
+        InputError: they are no tokens.
+    """
+    with naming(folder / _GENERATION):
+        return end_tokens_in(_generation(folder)) or config.eos_token_ids
+
+
+def repetition_penalty(folder: Path) -> float:
+    """What ``generation_config.json`` says; 1, which is none, where it does not. Warns of rules not followed here.
+
+    Raises:
+        InputError: it is no penalty.
+    """
+    path, content = folder / _GENERATION, _generation(folder)
+    if rules := [f"{name} {content[name]!r}" for name in _NOT_FOLLOWED if content.get(name) not in _NO_RULE]:
+        log.warning("%s: %s is not followed here; answers may differ from Transformers'", path, ", ".join(rules))
+    penalty = content.get("repetition_penalty")
+    penalty = 1.0 if penalty is None else penalty
+    if type(penalty) not in (int, float) or not 0 < penalty < inf:
+        raise InputError(f"{path}: repetition_penalty is {penalty!r}; expected a number above 0")
+    return float(penalty)
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / _GENERATION
+    return read_object(path) if path.is_file() else {}
 
 
 def load_qwen(
@@ -67,6 +117,18 @@ def load_qwen(
     files = TensorFiles.open(folder)
     table = names.table_for(files, head=model.language.head is not None)
     return load_into(model, table, files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
+
+
+def open_qwen(folder: Path) -> TensorFiles:
+    """The tensors of a model folder as they are published, also where ``convert_weights qwen`` wrote it.
+
+    Raises:
+        InputError: not a Qwen2.5-VL, or one that was stored by Orbax.
+    """
+    if not is_stored(folder):
+        return TensorFiles.open(folder)
+    model = abstract_qwen2_5_vl(read_qwen_config(folder))
+    return StoredAsTheirs(folder, plan(published_table(model), parameter_shapes(model)))
 
 
 def published_table(model: Qwen25VL) -> Table:

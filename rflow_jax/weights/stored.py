@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.files import TensorFiles, TensorInfo
 from rflow_jax.weights.load import Arriving, ShardingFor, parameter_variables
 from rflow_jax.weights.orbax_files import orbax_leaves, read_orbax
 from rflow_jax.weights.save import INDEX_FILE, ORBAX_FOLDER
+from rflow_jax.weights.tables import Plan
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -22,6 +24,35 @@ Model = TypeVar("Model", bound=nnx.Module)
 def is_stored(folder: Path) -> bool:
     """Whether a network's subfolder holds parameters in our own layout."""
     return (folder / INDEX_FILE).is_file() or (folder / ORBAX_FOLDER).is_dir()
+
+
+class StoredAsTheirs(TensorFiles):
+    """A network's parameters in our own layout, seen as the tensors of the checkpoint that they came from.
+
+    Args:
+        folder: the network's subfolder.
+        the_plan: of that checkpoint's tensors.
+
+    Raises:
+        InputError: not stored as safetensors, incomplete, or of other sizes than the configuration says.
+    """
+
+    def __init__(self, folder: Path, the_plan: Plan):
+        if (folder / ORBAX_FOLDER).is_dir():
+            raise InputError(f"{folder}: stored by Orbax; convert again with --format safetensors")
+        self._own, self._plan = TensorFiles.open(folder), the_plan
+        targets = [target for own in the_plan.entries.values() for target in own]
+        _check({target.path: target for target in targets}, self._own.shapes, str(folder))
+        self.files, self.metadata = self._own.files, {}
+        self._infos = {key: self._info(key) for key in the_plan.entries}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._plan.join(key, {target.path: self._own.read(target.path) for target in self._plan.entries[key]})
+
+    def _info(self, key: str) -> TensorInfo:
+        infos = [self._own[target.path] for target in self._plan.entries[key]]
+        nbytes = sum(info.nbytes for info in infos)
+        return replace(infos[0], shape=self._plan.their_shape(key), nbytes=nbytes)
 
 
 def stored_bytes(folder: Path) -> int:

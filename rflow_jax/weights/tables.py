@@ -11,14 +11,16 @@ One plan made from a table reads and writes: sizes come from our parameters, nev
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.weights.files import TensorFiles
 
+_INTEGERS = "iub"  # NumPy's kinds, booleans among them
 # Our leaf -> the checkpoint's leaf.
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -127,18 +129,34 @@ class Plan:
         first, *rest = (t.their_shape for t in self.entries[key])
         return (first[0] + sum(shape[0] for shape in rest), *first[1:])
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Raises :class:`InputError` unless ``shapes`` holds exactly the plan's tensors, each in its shape."""
+    def check_files(self, files: TensorFiles) -> None:
+        """Raises :class:`InputError` unless these are exactly the plan's tensors, none of integers; names the file."""
+        self.check(files.shapes, files.where, files.home_of)
+        for key in self.entries:
+            if (dtype := files[key].dtype).kind in _INTEGERS:
+                raise InputError(f"{files.home_of(key)}: {key} is stored as {dtype}; expected floating-point numbers")
+
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], where: str, home_of: Callable[[str], str] | None = None
+    ) -> None:
+        """Raises :class:`InputError` unless ``shapes`` holds exactly the plan's tensors, each in its shape.
+
+        Args:
+            where: what an error begins with.
+            home_of: what the error of a tensor begins with instead, by its key.
+        """
+        home_of = home_of or (lambda key: where)
         found = {key for key in shapes if not self.table.ignores(key)}
         missing, unknown = self.entries.keys() - found, found - self.entries.keys()
         if missing:
             raise InputError(f"{where}: {_some(missing)} missing; is it a {self.table.name} checkpoint of this size?")
         if unknown:
-            raise InputError(f"{where}: {_some(unknown)} not known to a {self.table.name} checkpoint of this size")
+            home = home_of(min(unknown))
+            raise InputError(f"{home}: {_some(unknown)} not known to a {self.table.name} checkpoint of this size")
         for key in self.entries:
             if tuple(shapes[key]) != self.their_shape(key):
                 want, got = list(self.their_shape(key)), list(shapes[key])
-                raise InputError(f"{where}: {key} has shape {got}, the configuration asks for {want}")
+                raise InputError(f"{home_of(key)}: {key} has shape {got}, the configuration asks for {want}")
 
     def split(self, key: str, tensor: Any) -> Iterator[tuple[Target, Any]]:
         """The parameters of one tensor, as row blocks still in the checkpoint's layout."""

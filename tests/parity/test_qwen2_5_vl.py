@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -192,6 +193,23 @@ def test_generation(pair, samples):
         tokens = want.sequences[0, len(sample.ids) :].numpy()
         np.testing.assert_array_equal(made.tokens[k, : len(tokens)], tokens)
         assert relative_error(made.logits[k, : len(tokens)], torch.stack(want.logits, 1)[0]) < TOLERANCE
+
+
+def test_generation_with_a_repetition_penalty(pair, samples):
+    """As Transformers with each sample alone: its padding and its neighbours are no repetition."""
+    how = Decoding(7, (END,), PAD, repetition_penalty=1.3)
+    graph, state = nnx.split(pair.ours)
+    inputs = batch(pair, samples, rows=4)
+    with jax.default_matmul_precision("highest"):
+        made = texts(graph, pair.prepare.rules, how, state, inputs)
+        free = texts(graph, pair.prepare.rules, replace(how, repetition_penalty=1.0), state, inputs)
+    assert np.any(np.asarray(made.tokens) != np.asarray(free.tokens))
+    for k, sample in enumerate(samples):
+        rules = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": END, "pad_token_id": PAD}
+        with torch.no_grad():
+            want = pair.theirs.generate(**packed(pair.prepare, [sample]), **rules, repetition_penalty=1.3)
+        tokens = want[0, len(sample.ids) :].numpy()
+        np.testing.assert_array_equal(made.tokens[k, : len(tokens)], tokens)
 
 
 def test_newer_names_of_keys(pair, tmp_path):

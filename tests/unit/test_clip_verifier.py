@@ -134,6 +134,8 @@ def test_without_flax_in_transformers(folder, monkeypatch, verdicts):
         ("config.json", {"model_type": "siglip"}, "model_type 'siglip'"),
         ("config.json", {"vision_config": VISION | {"hidden_act": "relu"}}, "hidden_act 'relu'"),
         ("config.json", {"vision_config": VISION | {"hidden_size": "wide"}}, "hidden_size is 'wide'"),
+        ("config.json", {"vision_config": [1]}, r"vision_config is \[1\]; expected an object"),
+        ("config.json", {"projection_dim": None}, "projection_dim is None; expected a whole number above 0"),
         ("preprocessor_config.json", {"crop_size": 224}, "crop_size is 224"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 8}}, "does not give images of 20"),
         ("preprocessor_config.json", {"size": {"longest_edge": 20}}, "longest_edge"),

@@ -48,7 +48,8 @@ def test_what_is_refused(base, golden, tmp_path):
     for change, message in (
         ({"visual.blocks.0.attn.qkv.bias": None}, r"visual\.blocks\.0\.attn\.qkv\.bias missing"),
         ({"model.layers.0.extra.weight": np.zeros(3, np.float32)}, r"model\.layers\.0\.extra\.weight not known"),
-        ({"lm_head.weight": np.zeros((3, 64), np.float32)}, r"lm_head\.weight has shape"),
+        ({"lm_head.weight": np.zeros((3, 64), np.float32)}, r"model\.safetensors: lm_head\.weight has shape"),
+        ({"lm_head.weight": np.zeros((513, 64), np.int32)}, r"model\.safetensors: lm_head\.weight is stored as int32"),
     ):
         changed = {key: value for key, value in (tensors | change).items() if value is not None}
         save_file(changed, tmp_path / "src" / "model.safetensors")

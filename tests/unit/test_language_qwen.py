@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +16,9 @@ import rflow_jax.language
 from rflow_jax.errors import InputError
 from rflow_jax.language.base import Case, Past, Writer
 from rflow_jax.language.qwen import QwenWriter, _written
+from rflow_jax.models.qwen2.generate import Prompts, _tokens_of, penalised
 from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig, question_key
+from rflow_jax.weights.qwen import repetition_penalty
 
 PROMPTS = Path(rflow_jax.language.__file__).parent / "prompts"
 REFLECTION, REFINE = PROMPTS / "reflection.md", PROMPTS / "refine.md"
@@ -152,13 +156,79 @@ def test_what_is_not_usable(tmp_path, greedy, config):
         QwenWriter(greedy, REFLECTION, tmp_path / "prompt.md")
     with pytest.raises(InputError, match="cannot read this prompt file"):
         QwenWriter(greedy, REFLECTION, tmp_path / "none.md")
-    for change, message in (
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        QwenChat(replace(config, model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0"),
-        ({"model": str(tmp_path)}, r"config\.json: no such file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            QwenChat(replace(config, **change))
-    with pytest.raises(InputError, match="batch_size is 0"):
-        replace(config, batch_size=0)
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_pixels": 0}, "max_pixels is 0"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_looked_for(config, change, message):
+    with pytest.raises(InputError, match=message):
+        replace(config, model="/nowhere", **change)
+
+
+def folder_saying(golden, folder, generation):
+    """A copy of the model's folder without its weights, with another ``generation_config.json``."""
+    for file in (golden / "qwen" / "base").iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("generation", "change", "message"),
+    [
+        ({}, {"max_new_tokens": 5000}, "max_new_tokens is 5000; .* reads 4096 tokens"),
+        ({"eos_token_id": "a"}, {}, r"generation_config\.json: eos_token_id is 'a'"),
+        ({"eos_token_id": ["a"]}, {}, r"generation_config\.json: eos_token_id is \['a'\]"),
+        ({"repetition_penalty": "x"}, {}, r"generation_config\.json: repetition_penalty is 'x'"),
+    ],
+)
+def test_what_cannot_be_is_said_before_weights_are_read(golden, tmp_path, config, generation, change, message):
+    folder = folder_saying(golden, tmp_path, generation)  # which has no weights
+    with pytest.raises(InputError, match=message):
+        QwenChat(replace(config, model=str(folder), **change))
+
+
+def test_a_repetition_penalty_is_the_files_or_the_options(golden, tmp_path, config, caplog):
+    folder = folder_saying(golden, tmp_path, {"repetition_penalty": 1.05, "do_sample": True, "num_beams": 1})
+    assert repetition_penalty(folder) == 1.05
+    assert not caplog.records
+    assert config.decoding(eos=(), pad=0, repetition_penalty=1.05).repetition_penalty == 1.05
+    own = replace(config, repetition_penalty=1.0)
+    assert own.decoding(eos=(), pad=0, repetition_penalty=1.05).repetition_penalty == 1
+    folder_saying(golden, tmp_path, {"no_repeat_ngram_size": 3, "num_beams": 4})
+    assert repetition_penalty(folder) == 1
+    assert "num_beams 4, no_repeat_ngram_size 3 is not followed here" in caplog.text
+
+
+def test_penalised_texts_depend_on_their_case_alone(greedy, config):
+    """Padding and neighbours do not count as repeated; the question and the answer do."""
+    penalised = QwenChat(replace(config, repetition_penalty=1.6))
+    writer = QwenWriter(penalised, REFLECTION)
+    want = [written.text for written in writer.write(CASES)]
+    assert want != [written.text for written in QwenWriter(greedy, REFLECTION).write(CASES)]
+    assert [writer.write([case])[0].text for case in CASES] == want
+
+
+def test_only_tokens_before_the_padding_are_penalised():
+    ids, lengths = jnp.asarray([[1, 3, 4], [2, 2, 2]]), jnp.asarray([2, 3])
+    prompts = Prompts(jnp.zeros((2, 3, 1)), lengths, lengths, lengths, lengths > 0, ids=ids)
+    seen = _tokens_of(prompts, 5)
+    np.testing.assert_array_equal(seen, [[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
+    logits = jnp.asarray([[1.0, 2.0, -1.0, -2.0, 4.0], [0.0, 1.0, 0.0, 1.0, 1.0]])
+    want = [[1.0, 1.0, -1.0, -4.0, 4.0], [0.0, 1.0, 0.0, 1.0, 1.0]]
+    np.testing.assert_array_equal(penalised(logits, seen, 2.0), want)

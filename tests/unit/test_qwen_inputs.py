@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.images import levels_in
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig
 from rflow_jax.models.qwen2_5_vl.layout import layout_of, patch_positions, window_count
 from rflow_jax.models.qwen2_5_vl.positions import rope_positions
 from rflow_jax.vlm.buckets import bucket
-from rflow_jax.vlm.qwen_images import ImageRules, fit_size, fitted, limited, patches_of
+from rflow_jax.vlm.qwen_images import ImageRules, fit_size, fitted, limited, normalised, patches_of
 from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import IMAGE, QwenTokenizer, expand_images, question
@@ -142,13 +144,121 @@ def test_a_folder_that_is_not_whole(golden, tmp_path):
         QwenTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").symlink_to(base / "tokenizer.json")
     with pytest.raises(InputError, match="no chat template"):
-        QwenTokenizer(tmp_path).chat(question("hello"))
+        QwenTokenizer(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
     with pytest.raises(InputError, match="patch_size is 16, the vision tower has 14"):
         read_rules(tmp_path, read_qwen_config(base))
     (tmp_path / "preprocessor_config.json").write_text('{"do_resize": false}')
     with pytest.raises(InputError, match="do_resize is false"):
         read_rules(tmp_path, read_qwen_config(base))
+
+
+def changed(source, path, keys, value):
+    """A copy of a JSON file in which one entry is another."""
+    content = part = json.loads(source.read_text())
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", "64", "hidden_size is '64'; expected a whole number above 0"),
+        ("num_hidden_layers", 3.0, "num_hidden_layers is 3.0"),
+        ("num_attention_heads", True, "num_attention_heads is True"),
+        ("intermediate_size", 0, "intermediate_size is 0"),
+        ("rms_norm_eps", "x", "rms_norm_eps is 'x'; expected a number"),
+        ("rope_theta", "big", "rope_theta is 'big'; expected a number"),
+        ("max_position_embeddings", "4096", "max_position_embeddings is '4096'"),
+        ("text_config", [1], "text_config is [1]; expected an object"),
+        ("rope_scaling", "default", "rope_scaling is 'default'; expected an object"),
+        ("rope_scaling.mrope_section", "abc", "mrope_section is 'abc'; expected a list"),
+        ("rope_scaling.mrope_section", 8, "mrope_section is 8; expected a list"),
+        ("rope_scaling.rope_theta", "big", "rope_theta is 'big'; expected a number above 0"),
+        ("image_token_id", "a", "image_token_id is 'a'; expected a whole number"),
+        ("eos_token_id", "a", "eos_token_id is 'a'; expected a whole number from 0"),
+        ("vision_config.depth", "3", "depth is '3'"),
+        ("vision_config.fullatt_block_indexes", 1, "fullatt_block_indexes is 1; expected a list of whole numbers from"),
+        ("vision_config.patch_size", 0, "patch_size is 0"),
+        ("vision_config.num_heads", 0, "num_heads is 0"),
+        ("vision_config.spatial_merge_size", 0, "spatial_merge_size is 0"),
+    ],
+)
+def test_sizes_that_are_none(golden, tmp_path, key, value, message):
+    path = tmp_path / "config.json"
+    changed(golden / "qwen" / "base" / "config.json", path, key.split("."), value)
+    with pytest.raises(InputError) as error:
+        read_qwen_config(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_sizes_that_a_file_leaves_open(golden, tmp_path):
+    changed(golden / "qwen" / "base" / "config.json", tmp_path / "config.json", ["max_position_embeddings"], None)
+    assert read_qwen_config(tmp_path).language.max_position_embeddings == 128_000
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("min_pixels", "a", "min_pixels is 'a'; expected a whole number above 0"),
+        ("max_pixels", 0, "max_pixels is 0"),
+        ("max_pixels", -5, "max_pixels is -5"),
+        ("min_pixels", 10**7, "min_pixels is 10000000, more than max_pixels, 1003520"),
+        ("size", 224, "size is 224; expected shortest_edge"),
+        ("image_mean", [0.5], "three numbers each"),
+        ("image_mean", "abc", "three numbers each"),
+        ("image_std", [0, 0, 0], "those of image_std above 0"),
+        ("rescale_factor", "x", "rescale_factor is 'x'; expected a number above 0"),
+        ("resample", 99, "resample is 99; expected the number of a filter"),
+    ],
+)
+def test_rules_that_are_none(golden, tmp_path, key, value, message):
+    base, path = golden / "qwen" / "base", tmp_path / "preprocessor_config.json"
+    changed(base / path.name, path, [key], value)
+    with pytest.raises(InputError) as error:
+        read_rules(tmp_path, read_qwen_config(base))
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_one_mean_for_all_channels():
+    one, three = (ImageRules.from_json({"image_mean": mean}) for mean in (0.5, [0.5] * 3))
+    np.testing.assert_array_equal(one.levels, three.levels)
+    assert hash(one) != hash(three)
+
+
+def test_pixels_are_normalised_as_other_verifiers_do(golden):
+    """Level by level, to the last bit."""
+    base = golden / "qwen" / "base"
+    rules, patches = read_rules(base, read_qwen_config(base)), np.arange(588, dtype=np.int64).reshape(1, 1, 588) % 256
+    want = levels_in(json.loads((base / "preprocessor_config.json").read_text()), "here")
+    frames = np.asarray(normalised(jnp.asarray(patches, jnp.uint8), rules)).reshape(3, 2, 196)
+    for channel, pixels in enumerate(patches.reshape(3, 196)):
+        np.testing.assert_array_equal(frames[channel], [want[pixels, channel]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("tokenizer_config.json", "pad_token", 5, "pad_token is 5; expected a text"),
+        ("tokenizer_config.json", "eos_token", {"x": 1}, "eos_token is {'x': 1}; expected a text"),
+        ("chat_template.json", "chat_template", "{% for", "the chat template does not work (unexpected 'end"),
+        ("chat_template.json", "chat_template", "{{ raise_exception('no') }}", "the chat template does not work (no)"),
+        ("chat_template.json", "chat_template", [1], "chat_template is a list; expected a text"),
+    ],
+)
+def test_tokens_and_templates_that_are_none(golden, tmp_path, file, key, value, message):
+    base = golden / "qwen" / "base"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    changed(base / file, tmp_path / file, [key], value)
+    with pytest.raises(InputError) as error:
+        QwenTokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / file}: ")
+    assert message in str(error.value)
 
 
 def test_rules_of_newer_folders(golden, tmp_path):

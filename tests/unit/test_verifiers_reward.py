@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig, read_template
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
+from rflow_jax.weights.convert_qwen import convert_qwen
+from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
 from rflow_jax.weights.reward.config import RewardConfig
+from rflow_jax.weights.save import ORBAX_FOLDER
 
 PROMPTS = ("a photo of a bench", "two red apples on a small table, left of a cup", "x", "three clocks")
 SIZES = ((170, 130), (90, 110), (64, 64), (200, 90))
@@ -151,5 +154,65 @@ def test_what_is_no_checkpoint(tmp_path, folder):
         verifier(tmp_path)
     with pytest.raises(InputError, match="batch_size is 0"):
         RewardVerifierConfig("model", batch_size=0)
+    for pixels in (0, -5):
+        with pytest.raises(InputError, match=f"max_pixels is {pixels}; expected at least 1"):
+            RewardVerifierConfig("model", max_pixels=pixels)
     with pytest.raises(InputError, match="dtype"):
         verifier(folder, dtype="x")
+
+
+def test_a_base_that_was_converted(folder, golden, tmp_path):
+    """The same tensors, under the same names."""
+    convert_qwen(golden / "qwen" / "base", tmp_path / "base")
+    files = RewardCheckpoint.open(folder, base=str(tmp_path / "base"))._files()
+    want = RewardCheckpoint.open(folder)._files()
+    assert files.shapes == want.shapes
+    for key in want:
+        np.testing.assert_array_equal(files.read(key), want.read(key))
+    (tmp_path / "base" / ORBAX_FOLDER).mkdir()
+    with pytest.raises(InputError, match="stored by Orbax"):
+        RewardCheckpoint.open(folder, base=str(tmp_path / "base"))._files()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.0.mlp.up_proj.weight": None}, "up_proj.weight missing"),
+        ({"model.layers.0.foo.weight": np.zeros(3, np.float32)}, "foo.weight not known"),
+        ({"model.layers.0.mlp.up_proj.weight": np.zeros((3, 64), np.float32)}, "up_proj.weight has shape"),
+        ({"model.layers.0.mlp.up_proj.weight": np.zeros((96, 64), np.int32)}, "up_proj.weight is stored as int32"),
+    ],
+)
+def test_errors_name_the_file_that_holds_the_tensor(folder, golden, tmp_path, change, message):
+    base, source = tmp_path / "base", golden / "qwen" / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors") | change
+    save_file({key: value for key, value in tensors.items() if value is not None}, base / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        RewardCheckpoint.open(folder, base=str(base)).load(dtype=np.float32)
+    file, step = base / "model.safetensors", folder / "checkpoint-10"
+    everywhere = f"{file} and {step}/non_lora_state_dict.safetensors and {step}/adapter_model.safetensors: "
+    assert str(error.value).startswith(everywhere if "missing" in message else f"{file}: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("data_config", "max_frame_pixels", 0, "max_frame_pixels is 0; expected a whole number above 0"),
+        ("data_config", "max_frame_pixels", -1, "max_frame_pixels is -1"),
+        ("model_config", "output_dim", 0, "output_dim is 0"),
+        ("peft_lora_config", "lora_r", 0, "lora_r is 0"),
+        ("inference_config", "VQ_std", 0, "VQ_std is 0.0; expected a number above 0"),
+        ("inference_config", "VQ_mean", float("nan"), "VQ_mean is nan; expected a number"),
+    ],
+)
+def test_configurations_that_are_none(golden, tmp_path, part, key, value, message):
+    content = json.loads((golden / "qwen" / "reward" / "model_config.json").read_text())
+    content.setdefault(part, {})[key] = value
+    path = tmp_path / "model_config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        RewardConfig.read(tmp_path)
+    assert str(error.value).startswith(f"{path}: {message}")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from rflow_jax.errors import InputError
 
 _KINDS = ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text")
 _PLAIN_ROPE = (None, "default", "mrope")
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Qwen2Config:
     mrope_section: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"language model config: {name} is {getattr(self, name)}; expected a number above 0")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -69,21 +79,35 @@ class Qwen2Config:
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"language model config: hidden_act {config['hidden_act']!r}; Qwen2 has 'silu'")
         _refuse_sliding(config)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if (scaling := rope.get("rope_type", rope.get("type"))) not in _PLAIN_ROPE:
-            raise InputError(f"language model config: rotary angles of type {scaling!r} are not supported")
         known: dict[str, Any] = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
-        known["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta)
-        known["mrope_section"] = tuple(rope.get("mrope_section") or ())
+        known |= _rope_in(config)
         known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
         return cls(**known)
 
 
+def _rope_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of rotary angles, wherever a version of Transformers writes it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"language model config: rope_scaling is {rope!r}; expected an object with keys")
+    if (scaling := rope.get("rope_type", rope.get("type"))) not in _PLAIN_ROPE:
+        raise InputError(f"language model config: rotary angles of type {scaling!r} are not supported")
+    theta = rope.get("rope_theta") or config.get("rope_theta") or Qwen2Config.rope_theta
+    if type(theta) not in (int, float) or not 0 < theta < inf:
+        raise InputError(f"language model config: rope_theta is {theta!r}; expected a number above 0")
+    section = rope.get("mrope_section") or []
+    if not isinstance(section, list) or not all(type(pairs) is int and pairs > 0 for pairs in section):
+        raise InputError(
+            f"language model config: mrope_section is {section!r}; expected a list of whole numbers above 0"
+        )
+    return {"rope_theta": float(theta), "mrope_section": tuple(section)}
+
+
 def _refuse_sliding(config: Mapping[str, Any]) -> None:
-    layers = config.get("layer_types") or ()
-    sliding = "sliding_attention" in layers
+    layers = config.get("layer_types")
+    sliding = isinstance(layers, list) and "sliding_attention" in layers
     if not layers and config.get("use_sliding_window"):
-        first = config.get("max_window_layers")
-        sliding = first is None or first < config.get("num_hidden_layers", Qwen2Config.num_hidden_layers)
+        first, count = config.get("max_window_layers"), config.get("num_hidden_layers")
+        sliding = type(first) is not int or first < (count or Qwen2Config.num_hidden_layers)
     if sliding:
         raise InputError("language model config: layers with a sliding window are not supported")

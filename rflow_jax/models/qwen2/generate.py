@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ class Decoding:
         min_new_tokens: no end before so many.
         temperature: 0 takes the likeliest token; above, a token is drawn by the sample's key.
         top_p: drawn from the likeliest tokens that together have this probability.
+        repetition_penalty: positive logits of tokens that the prompt or the text so far holds are divided by it,
+            negative ones multiplied; 1 is off.
         eos: tokens that end a text.
         pad: what follows the end.
         vocabulary: tokens from this one on are never chosen (embeddings may have rows that no token owns); None: all.
@@ -40,16 +43,19 @@ class Decoding:
     min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
     vocabulary: int | None = None
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; expected 0 or more")
+        if not 0 <= self.temperature < inf:
+            raise InputError(f"temperature is {self.temperature}; expected a finite number from 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected a number above 0 and up to 1")
+        if not 0 < self.repetition_penalty < inf:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}; expected a finite number above 0")
 
 
 class Prompts(NamedTuple):
@@ -62,6 +68,7 @@ class Prompts(NamedTuple):
         next_position: rotary position (on all axes) of the first made token.
         live: rows that are no filling; the others make nothing.
         keys: random keys, one a row; None where nothing is drawn.
+        ids: the prompts' tokens, pictures' among them; None where repetition is not penalised.
     """
 
     x: Float[Array, "b t d"]
@@ -70,6 +77,7 @@ class Prompts(NamedTuple):
     next_position: Int[Array, " b"]
     live: Bool[Array, " b"]
     keys: Array | None = None
+    ids: Int[Array, "b t"] | None = None
 
 
 class Made(NamedTuple):
@@ -86,6 +94,7 @@ class _State(NamedTuple):
     done: Bool[Array, " b"]
     made: Made
     cache: Cache
+    seen: Bool[Array, "b v"] | None  # tokens of the prompt and of the text so far; None: nothing asks for them
 
 
 def generate(
@@ -118,7 +127,8 @@ def generate(
     logits = jnp.zeros((b, m, decoder.config.vocab_size), jnp.float32) if decoding.keep_logits else None
     zero = jnp.zeros((b,), jnp.int32)
     nothing = Made(jnp.full((b, m), decoding.pad, jnp.int32), zero, logits)
-    start = _State(jnp.zeros((), jnp.int32), zero, ~prompts.live, nothing, cache)
+    seen = None if decoding.repetition_penalty == 1 else _tokens_of(prompts, decoder.config.vocab_size)
+    start = _State(jnp.zeros((), jnp.int32), zero, ~prompts.live, nothing, cache, seen)
     first = _take(start, decoder.logits(last[:, 0]), choose, decoding)
     return jax.lax.while_loop(lambda state: (state.step < m) & ~jnp.all(state.done), advance, first).made
 
@@ -126,16 +136,35 @@ def generate(
 _Choose = Callable[[Array, Array], Array]
 
 
+def _tokens_of(prompts: Prompts, vocabulary: int) -> Bool[Array, "b v"]:
+    """Whether each prompt holds each token, its padding not counted."""
+    if prompts.ids is None:
+        raise InputError("a repetition_penalty needs the tokens of the prompts")
+    b, t = prompts.ids.shape
+    own = jnp.where(jnp.arange(t) < prompts.lengths[:, None], prompts.ids, vocabulary)  # beyond the last is dropped
+    return jnp.zeros((b, vocabulary), bool).at[jnp.arange(b)[:, None], own].set(True, mode="drop")
+
+
+def penalised(logits: Float[Array, "b v"], seen: Bool[Array, "b v"], penalty: float) -> Float[Array, "b v"]:
+    """Logits with those of seen tokens made less likely.
+
+    Source: ``RepetitionPenaltyLogitsProcessor`` of Transformers.
+    """
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 def _take(state: _State, logits: Float[Array, "b v"], choose: _Choose, decoding: Decoding) -> _State:
     """Chooses a token from the logits and writes it down."""
-    token = jnp.where(state.done, decoding.pad, choose(logits, state.step))
+    fair = logits if state.seen is None else penalised(logits, state.seen, decoding.repetition_penalty)
+    token = jnp.where(state.done, decoding.pad, choose(fair, state.step))
     made = Made(
         state.made.tokens.at[:, state.step].set(token),
         state.made.lengths + ~state.done,
         None if state.made.logits is None else state.made.logits.at[:, state.step].set(logits),
     )
     ends = jnp.isin(token, jnp.asarray(decoding.eos, jnp.int32))
-    return _State(state.step + 1, token, state.done | ends, made, state.cache)
+    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    return _State(state.step + 1, token, state.done | ends, made, state.cache, seen)
 
 
 def _chooser(decoding: Decoding, keys: Array | None) -> _Choose:

@@ -13,6 +13,19 @@ MODEL_TYPE = "qwen2_5_vl"
 MROPE_SECTION = (16, 24, 24)  # of the published sizes
 # What Transformers assumes where the config.json is silent, if not the values of the published sizes.
 _SILENT: dict[str, Any] = {"hidden_size": 3584}
+_COUNTS = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "window_size",
+    "out_hidden_size",
+)
+_TOKENS = ("image_token_id", "vision_start_token_id", "video_token_id")
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,9 @@ class VisionConfig:
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise InputError(f"vision config: {name} is {getattr(self, name)}; expected a number above 0")
         if self.hidden_size % (4 * self.num_heads):
             raise InputError(
                 f"vision config: hidden_size {self.hidden_size} does not give {self.num_heads} heads of a width that "
@@ -70,7 +86,6 @@ class VisionConfig:
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"vision config: hidden_act {config['hidden_act']!r}; Qwen2.5-VL has 'silu'")
         known = _SILENT | {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
-        known["in_channels"] = config.get("in_channels") or config.get("in_chans") or cls.in_channels
         if "fullatt_block_indexes" in known:
             known["fullatt_block_indexes"] = tuple(known["fullatt_block_indexes"])
         return cls(**known)
@@ -106,17 +121,45 @@ class Qwen25VLConfig:
         Raises:
             InputError: another network.
         """
-        if (kind := config.get("model_type")) != MODEL_TYPE:
-            raise InputError(f"config: model_type {kind!r} is not supported, only {MODEL_TYPE!r}")
-        vision, text = config.get("vision_config"), config.get("text_config")
-        if not isinstance(vision, Mapping):
-            raise InputError("config: no vision_config; is it the config.json of a Qwen2.5-VL?")
-        # Whether the embeddings are tied is a matter of the whole model to some versions.
-        text = (
-            config if text is None else {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | dict(text)
-        )
-        tokens = ("image_token_id", "vision_start_token_id", "video_token_id")
-        known = {key: config[key] for key in tokens if config.get(key) is not None}
-        ends = text.get("eos_token_id")
-        known["eos_token_ids"] = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        text, vision = parts_of(config)
+        known = {key: config[key] for key in _TOKENS if config.get(key) is not None}
+        known["eos_token_ids"] = end_tokens_in(text)
         return cls(Qwen2Config.from_json(text), VisionConfig.from_json(vision), **known)
+
+
+def parts_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a ``config.json`` says of the language model and of the vision tower, without what it leaves open.
+
+    Raises:
+        InputError: another network.
+    """
+    if (kind := config.get("model_type")) != MODEL_TYPE:
+        raise InputError(f"config: model_type {kind!r} is not supported, only {MODEL_TYPE!r}")
+    vision, text = config.get("vision_config"), config.get("text_config")
+    if not isinstance(vision, Mapping):
+        raise InputError("config: no vision_config; is it the config.json of a Qwen2.5-VL?")
+    if text is None:
+        text = config
+    elif not isinstance(text, Mapping):
+        raise InputError(f"config: text_config is {text!r}; expected an object with keys")
+    else:  # Whether the embeddings are tied is a matter of the whole model to some versions.
+        text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | dict(text)
+    vision = {"in_channels": vision.get("in_chans")} | dict(vision)  # the original's name
+    return _said(text), _said(vision)
+
+
+def _said(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def end_tokens_in(content: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text, as a file of Transformers says; empty: it does not.
+
+    Raises:
+        InputError: they are no tokens.
+    """
+    ends = content.get("eos_token_id")
+    tokens = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int and token >= 0 for token in tokens):
+        raise InputError(f"eos_token_id is {ends!r}; expected a whole number from 0, or a list of such")
+    return tuple(tokens)

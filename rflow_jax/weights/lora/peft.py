@@ -68,13 +68,14 @@ def find_adapters(
     ours = _modules(model, table)
     adapters: dict[str, Adapter] = {}
     for module, keys in halves.items():
+        home = files.home_of(next(iter(keys.values())))
         if module not in ours or keys.keys() != {"A", "B"}:
-            raise InputError(f"{files.where}: {next(iter(keys.values()))} is no adapter of a linear of this network")
+            raise InputError(f"{home}: {next(iter(keys.values()))} is no adapter of a linear of this network")
         a, b = (files.read(keys[half]) for half in "AB")
         if a.shape[0] != rank:
-            raise InputError(f"{files.where}: {module} has rank {a.shape[0]}, {said_by} {rank}")
+            raise InputError(f"{home}: {module} has rank {a.shape[0]}, {said_by} {rank}")
         if b.shape[0] != sum(ours[module].values()):
-            raise InputError(f"{files.where}: {keys['B']} has {b.shape[0]} rows, not those of this network")
+            raise InputError(f"{home}: {keys['B']} has {b.shape[0]} rows, not those of this network")
         rows = np.split(b, np.cumsum(list(ours[module].values()))[:-1])
         adapters |= {
             path: Adapter(a, np.ascontiguousarray(part), alpha, rslora)

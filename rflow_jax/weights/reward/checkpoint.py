@@ -2,7 +2,7 @@
 
 A folder with ``model_config.json`` and ``checkpoint-N/``, which holds either ``adapter_model.safetensors`` and
 ``non_lora_state_dict`` (``.pth``, or the same tensors as ``.safetensors``), or everything in ``model.pth``. The base
-model is a folder of Transformers that the configuration names.
+model is a folder that the configuration names, of Transformers or of ``convert_weights qwen``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rflow_jax.weights.load import ShardingFor, load_into
 from rflow_jax.weights.lora.peft import ADAPTER_FILE, common_name, find_adapters, merged
 from rflow_jax.weights.names.qwen2_5_vl import reward_table
 from rflow_jax.weights.pickles import open_pickle
-from rflow_jax.weights.qwen import read_qwen_config
+from rflow_jax.weights.qwen import open_qwen, read_qwen_config
 from rflow_jax.weights.reward.config import CONFIG_FILE, RewardConfig
 
 SPECIAL_TOKEN = "<|VQ_reward|>"
@@ -89,7 +89,7 @@ class RewardCheckpoint:
         files = self._files()
         config = read_qwen_config(self.base)
         if _EMBEDDING not in files:
-            raise InputError(f"{files.where}: {_EMBEDDING} is missing, here and in {self.base}")
+            raise InputError(f"{files.where}: {_EMBEDDING} is missing")
         config = _with_vocabulary(config, files[_EMBEDDING].shape[0])
         model = abstract_reward_model(config, self.config.outputs, dtype)
         own = self.config
@@ -105,7 +105,7 @@ class RewardCheckpoint:
         if whole.is_file():
             return LayeredFiles([open_pickle(whole, allow=True)], common_name)
         adapter = self.step / ADAPTER_FILE
-        layers = [TensorFiles.open(self.base), self._rest()]
+        layers = [open_qwen(self.base), self._rest()]
         if adapter.is_file():
             layers.append(TensorFiles.open(adapter))
         return LayeredFiles(layers, common_name)
