@@ -20,6 +20,7 @@ from rflow_jax.files import write_file
 from rflow_jax.images import read_image, side_by_side
 from rflow_jax.progress import count_progress
 from rflow_jax.settings import Settings, require_dtype, require_lora_effect
+from rflow_jax.text import require_text
 
 # What to change, by the names that data sets give it; the first that is there counts.
 REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_list")
@@ -157,6 +158,7 @@ def _pair(entry: Any, number: int, path: Path) -> Pair:
     for key, value in {**texts, "reflection": reflection}.items():
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{where}: {key} must be a text that is not empty")
+        require_text(value, f"{where}: {key}")
     bad, good = (path.parent / entry[key] for key in ("bad_image", "good_image"))
     for file in (bad, good):
         if not file.is_file():

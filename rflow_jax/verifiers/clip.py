@@ -21,7 +21,7 @@ from PIL.Image import Image
 from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
 from rflow_jax.images import levels_in
-from rflow_jax.prompts import load_tokenizer
+from rflow_jax.prompts import load_tokenizer, require_plain, special_tokens
 from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.verifiers.base import Verdict
@@ -87,12 +87,13 @@ class CLIPVerifier:
         content = read_object(path)
         self._images = ClipImages.from_json(content, self._sizes.vision.image_size, str(path))
         self._tokenizer = load_tokenizer(folder)
+        self._marks = special_tokens(self._tokenizer)
         self._scores = _scores(folder, config, levels_in(content, str(path)))
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens and a score that is no number are errors of
+        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens or with special ones, and a score that is no number are errors of
         that image alone.
         """
         return score_each(images, items, self._pair, self._verdicts, batch_size=self.batch_size)
@@ -102,7 +103,7 @@ class CLIPVerifier:
 
     def _pair(self, image: Image, prompt: str) -> Pair:
         length = self._sizes.text.max_position_embeddings
-        ids = self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        ids = self._tokenizer(require_plain(prompt, self._marks), truncation=False, verbose=False)["input_ids"]
         require_fitting(len(ids), length)
         # Attention is causal, and the end token's vector is taken: what follows it is never seen.
         padding = [ids[-1]] * (length - len(ids))

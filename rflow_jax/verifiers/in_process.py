@@ -11,6 +11,7 @@ from PIL.Image import Image
 from rflow_jax.each import BATCHES_AT_ONCE, do_each
 from rflow_jax.errors import InputError
 from rflow_jax.images import decoded
+from rflow_jax.text import require_text
 from rflow_jax.verifiers.base import Verdict
 
 Prepared = TypeVar("Prepared")
@@ -46,11 +47,11 @@ def score_each(
 
 
 def prompt_of(item: Mapping[str, Any]) -> str:
-    """The prompt in an image's metadata; raises InputError where there is none."""
+    """The prompt in an image's metadata; raises InputError where there is none, or no text."""
     prompt = item.get("prompt")
     if not isinstance(prompt, str):
         raise InputError("the metadata has no prompt")
-    return prompt
+    return require_text(prompt, "the prompt")
 
 
 def unscored_number(what: str) -> Verdict:

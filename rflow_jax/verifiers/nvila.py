@@ -80,7 +80,7 @@ class NvilaVerifier:
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt that is too long and a logit that is no number are errors of that
+        An image that cannot be decoded, a prompt that is too long or names special tokens, and a logit that is no number are errors of that
         image alone.
         """
         return score_each(images, items, self._question, self._verdicts, batch_size=self.batch_size)
@@ -90,6 +90,7 @@ class NvilaVerifier:
 
     def _question(self, image: Image, prompt: str) -> Question:
         config, tokenizer = self.model.config, self.model.tokenizer
+        tokenizer.require_plain(prompt)
         columns, rows = config.tiling.grid(*image.size)
         pictures = columns * rows + (columns * rows > 1)
         text = chat(message([pictures, ask(prompt, self.config.template)]))

@@ -123,10 +123,8 @@ class RewardVerifier:
         """Nothing waits."""
 
     def _sample(self, image: Image, prompt: str) -> Sample:
-        sample = self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
-        if self._special is not None and (found := int(np.sum(sample.ids == self._special))) != 1:
-            raise InputError(f"the prompt holds the special token {SPECIAL_TOKEN} {found - 1} times")
-        return sample
+        self.prepare.tokenizer.require_plain(prompt)  # the wording around it may hold the token that is scored
+        return self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
 
     def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
@@ -152,7 +150,7 @@ def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
     """The text around ``$prompt``, which ends in the special token where the model has one.
 
     Raises:
-        InputError: the file cannot be read, or does not hold ``$prompt``.
+        InputError: the file cannot be read, does not hold ``$prompt``, or holds the special token twice.
     """
     text = "$prompt"
     if prompt_file or config.template != "none":
@@ -166,6 +164,8 @@ def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
                 "prompt_file",
                 config.template,
             )
+    if config.special_tokens and text.count(SPECIAL_TOKEN) > 1:
+        raise InputError(f"{prompt_file}: holds {SPECIAL_TOKEN} more than once; one is scored")
     missing = config.special_tokens and SPECIAL_TOKEN not in text
     return Template(f"{text} {SPECIAL_TOKEN}" if missing else text)
 

@@ -90,6 +90,10 @@ def test_text_with_separators_is_one_line(folder):
             "pair 0: reflection must be a text",
         ),
         (
+            r'[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": "\ud800", "reflection": "y"}]',
+            "pair 0: prompt: holds half a surrogate pair",
+        ),
+        (
             '[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": " ", "reflection": "y"}]',
             "pair 0: prompt must be a text",
         ),

@@ -441,7 +441,7 @@ def test_what_no_file_can_hold_is_said_with_its_line(folder, tmp_path, asked, ca
 
 def test_a_prompt_that_is_no_text(folder, asked, capsys):
     assert call(folder / "00000/samples", "--prompt=\udcff", HASH) == 2
-    assert "prompt is not UTF-8 text" in capsys.readouterr().err
+    assert "prompt: holds half a surrogate pair" in capsys.readouterr().err
 
 
 def test_a_path_that_the_terminal_cannot_show_is_no_crash(folder, asked, monkeypatch):
