@@ -79,5 +79,5 @@ def _score(
                 return []
             verdicts = verifier.score(list(images.values()), [target.item for target in asked.values()])
         for (k, target), verdict in zip(asked.items(), verdicts, strict=True):
-            found[k] = Found(target, digests[k], settled(verdict))
+            found[k] = Found(target, digests[k], settled(verdict), verifier.name)
     return list(found.items())

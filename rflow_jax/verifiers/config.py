@@ -10,18 +10,18 @@ from rflow_jax.errors import InputError
 from rflow_jax.options import read_options
 from rflow_jax.registry import check_name
 
+REWARD, ENSEMBLE, NONE = "reward", "ensemble", "none"
 VERIFIERS = {
     "openai": "rflow_jax.verifiers.openai:OpenAIVerifier",
     "yesno": "rflow_jax.verifiers.yesno:YesNoVerifier",
     "nvila": "rflow_jax.local_models:nvila",
-    "reward": "rflow_jax.local_models:reward",
+    REWARD: "rflow_jax.local_models:reward",
     "clip": "rflow_jax.local_models:clip",
-    "ensemble": "rflow_jax.verifiers.ensemble:EnsembleVerifier",
+    ENSEMBLE: "rflow_jax.verifiers.ensemble:EnsembleVerifier",
 }
 """Names and their classes, which are made as ``Class(config, meter)`` and follow ``Verifier``."""
 
 OVER_HTTP = ("openai", "yesno")
-ENSEMBLE, NONE = "ensemble", "none"
 
 
 @dataclass(frozen=True)

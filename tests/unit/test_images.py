@@ -42,7 +42,9 @@ def test_a_condition_may_have_sixteen_bits():
     assert (pixels == 90).all()
 
 
-@pytest.mark.parametrize(("kind", "form"), [(np.uint8, "PNG"), (np.uint8, "JPEG"), (np.uint8, "TIFF"), (np.uint16, "PNG")])
+@pytest.mark.parametrize(
+    ("kind", "form"), [(np.uint8, "PNG"), (np.uint8, "JPEG"), (np.uint8, "TIFF"), (np.uint16, "PNG")]
+)
 def test_a_picture_is_turned_as_its_exif_data_say(kind, form):
     turned = Image.Exif()
     turned[0x112] = 6

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -20,8 +21,10 @@ from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
 from rflow_jax.images import read_image
 from rflow_jax.score import judging
+from rflow_jax.score.key import scores_follow_from
 from rflow_jax.score.results import Found, Results
 from rflow_jax.score.targets import Target
+from rflow_jax.verifiers import VerifierConfig
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.asking import pictures
 from tests.kit.openai_server import OpenAIServer, score_of
@@ -335,7 +338,7 @@ def test_a_second_writer_is_refused_as_long_as_the_first_writes(tmp_path):
                 Results(out, {})
         first.add(found)
     with Results(out, {}) as second:
-        assert second.known(found.target, "0") == Verdict(1.0)
+        assert second.known(found.target, "0") == found
 
 
 @pytest.mark.parametrize(
@@ -465,3 +468,49 @@ def test_a_verifier_in_this_process_gets_several_batches_a_call(folder):
     targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
     assert len(dict(judging.judge(Local(concurrency=1, batch_size=1), targets))) == 6
     assert sorted(sizes) == [2, 4]
+
+
+def test_scores_follow_from_the_checkpoint_that_is_the_latest(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    latest = VerifierConfig(name="reward", model=str(tmp_path))
+    members = [{"name": "reward", "model": str(tmp_path)}, {"name": "clip", "options": {}}]
+    ensemble = VerifierConfig(name="ensemble", options={"members": members})
+    before = [scores_follow_from(one) for one in (latest, ensemble)]
+    assert before[0] == scores_follow_from(replace(latest, options={"step": 10}))
+    (tmp_path / "checkpoint-20").mkdir()
+    now = [scores_follow_from(one) for one in (latest, ensemble)]
+    assert before[0] == scores_follow_from(replace(latest, options={"step": 10}))
+    assert now[0]["options"] == {"step": 20}
+    assert [member.get("options") for member in now[1]["options"]["members"]] == [{"step": 20}, {}]
+    assert before[1]["options"]["members"][0]["options"] == {"step": 10}
+
+
+def test_a_line_names_its_verifier_and_older_ones_are_read(folder, asked, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    assert call(folder, HASH, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert {line["verifier"] for line in stored(out)} == {"hash"}
+    older = [{key: value for key, value in line.items() if key != "verifier"} for line in stored(out)]
+    out.write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert call(folder, HASH, "--out", out) == 0
+    assert capsys.readouterr().out == said
+    assert len(asked) == 1
+
+
+def test_a_failed_start_leaves_no_file(folder, tmp_path, capsys):
+    out = tmp_path / "new/o.jsonl"
+    assert call(folder, "--verifier.name=tests.kit.searching:no_such", "--out", out) == 2
+    assert not out.parent.exists()
+    assert call(folder, HASH, "--out", folder / "00000/metadata.jsonl/o.jsonl") == 2
+    assert "is no folder that can be written to" in capsys.readouterr().err
+
+
+def test_the_share_of_yes_is_among_those_that_say_yes_or_no(folder, asked, monkeypatch, capsys):
+    labels = iter(["good", "yes", "no", "good", "yes", "yes"])
+    verdicts = [Verdict(1.0, label) for label in labels]
+    monkeypatch.setattr(HashVerifier, "score", lambda self, images, items: [verdicts.pop() for _ in images])
+    assert call(folder, HASH) == 0
+    assert ", 75% yes" in capsys.readouterr().err
+    verdicts = [Verdict(1.0, "good")] * 6
+    assert call(folder, HASH) == 0
+    assert "yes" not in capsys.readouterr().err
