@@ -19,7 +19,7 @@ def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Co
         where: what an error begins with.
 
     Raises:
-        InputError: a key that is no field (the nearest is named), a value of another type, or a field that is missing.
+        InputError: a key that is no field (one like it is named, else all), a value of another type, or a field that is missing.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -28,8 +28,9 @@ def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Co
     values = dict(given)
     for key, value in given.items():
         if key not in known:
-            near = get_close_matches(str(key), known, 1, 0.0)[0]
-            raise InputError(f"{where}: unknown key {key}: did you mean {near}?")
+            near = get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key}: {hint}")
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:

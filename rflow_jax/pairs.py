@@ -173,7 +173,7 @@ def _readable(chunk: list[Pair], config: PairsConfig, settings: Settings) -> Ite
     for pair in chunk:
         place = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
         try:
-            # Read as images that users give, upright and in 8 bits; what is trained on is read as the original reads it.
+            # Upright and in 8 bits, as other images of users; what is trained on is read as the original reads it.
             files = [png_bytes(read_image(path)) for path in (pair.good_image, pair.bad_image)]
             record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *files)
             good, bad = pictures(record, sizes, *place)

@@ -7,6 +7,7 @@ numbers are the same.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class CLIPVerifier:
     def __init__(self, config: ClipVerifierConfig = ClipVerifierConfig()) -> None:
         self.config = config
         self.batch_size = config.batch_size
+        self._closed = threading.Event()
         folder = resolve(config.model, WANTED)
         self._sizes = read_clip_config(folder)
         path = folder / "preprocessor_config.json"
@@ -93,13 +95,15 @@ class CLIPVerifier:
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens or with special ones, and a score that is no number are errors of
-        that image alone.
+        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens or with special ones, and a score that is no
+        number are errors of that image alone.
         """
-        return score_each(images, items, self._pair, self._verdicts, batch_size=self.batch_size)
+        how = {"batch_size": self.batch_size, "closed": self._closed}
+        return score_each(images, items, self._pair, self._verdicts, **how)
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        self._closed.set()
 
     def _pair(self, image: Image, prompt: str) -> Pair:
         length = self._sizes.text.max_position_embeddings

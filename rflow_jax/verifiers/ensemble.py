@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.calls import Calls
+from rflow_jax.calls import Calls, wait_for
 from rflow_jax.chat import CLOSED
 from rflow_jax.usage import Meter
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, settled
+from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, judgements, settled
 from rflow_jax.verifiers.config import VerifierConfig
 
 
@@ -59,8 +59,7 @@ class EnsembleVerifier:
         """Gives up what is waiting with every member."""
         for member in self._members:
             member.close()
-        for member in self._members:
-            member.join()
+        wait_for(*(member.calls for member in self._members))  # they may have waited for other members' turns
 
     def _verdict(self, verdicts: Sequence[Verdict]) -> EnsembleVerdict:
         members = [
@@ -100,7 +99,7 @@ class _Member:
         self._waiting: set[Future[Verdict]] = set()
         self._closed = False
         limits = verifier.concurrency, verifier.batch_size
-        self._calls = Calls(verifier.name, self._score, *limits, self._answer, self._fail)
+        self.calls = Calls(verifier.name, self._score, *limits, self._answer, self._fail)
 
     def ask(self, image: Image, item: Mapping[str, Any]) -> Future[Verdict]:
         """The verdict to come; after ``close``, and for what waits at that moment, the reason is ``CLOSED``."""
@@ -111,7 +110,7 @@ class _Member:
                 return work.answer
             self._waiting.add(work.answer)
         work.answer.add_done_callback(self._forget)
-        self._calls.submit(work)
+        self.calls.submit(work)
         return work.answer
 
     def close(self) -> None:
@@ -119,21 +118,17 @@ class _Member:
         with self._lock:
             self._closed = True
             waiting = list(self._waiting)
-        self._calls.close()
+        self.calls.close()
         self.verifier.close()
         for answer in waiting:
             with suppress(InvalidStateError):  # it has come meanwhile
                 answer.set_result(Verdict(None, error=CLOSED))
 
-    def join(self) -> None:
-        """Waits until its threads have ended, which may have waited for other members' turns."""
-        self._calls.join()
-
     def _score(self, works: Sequence[_Work]) -> list[Verdict]:
         with self._turn:
             if self._closed:  # while it waited for its turn
                 return [Verdict(None, error=CLOSED)] * len(works)
-            return self.verifier.score([work.image for work in works], [work.item for work in works])
+            return judgements(self.verifier, [work.image for work in works], [work.item for work in works])
 
     def _answer(self, work: _Work, verdict: Verdict) -> None:
         with suppress(InvalidStateError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ class RewardVerifier:
         checkpoint = RewardCheckpoint.open(resolve_vlm(config.model, reward=True), step=config.step, base=config.base)
         self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
         self.batch_size = config.batch_size
+        self._closed = threading.Event()
         self._norm = checkpoint.config
         beside = checkpoint.folder / PROMPT_FILE
         own = str(beside) if beside.is_file() else None
@@ -117,10 +119,12 @@ class RewardVerifier:
         An image that cannot be decoded, a prompt that is too long or names special tokens, and a reward that is no
         number are errors of that image alone.
         """
-        return score_each(images, items, self._sample, self._verdicts, batch_size=self.batch_size)
+        how = {"batch_size": self.batch_size, "closed": self._closed}
+        return score_each(images, items, self._sample, self._verdicts, **how)
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        self._closed.set()
 
     def _sample(self, image: Image, prompt: str) -> Sample:
         self.prepare.tokenizer.require_plain(prompt)  # the wording around it may hold the token that is scored

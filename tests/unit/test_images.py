@@ -43,7 +43,7 @@ def test_a_condition_may_have_sixteen_bits():
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [(np.uint8, "PNG"), (np.uint8, "JPEG"), (np.uint8, "TIFF"), (np.uint16, "PNG")]
+    ("kind", "form"), [*((np.uint8, form) for form in ("PNG", "JPEG", "TIFF")), (np.uint16, "PNG")]
 )
 def test_a_picture_is_turned_as_its_exif_data_say(kind, form):
     turned = Image.Exif()

@@ -55,6 +55,26 @@ def test_a_class_of_ones_own_gets_the_config_and_the_meter():
 
 
 @pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ({"concurrency": 0}, "its concurrency is 0: give a whole number from 1"),
+        ({"batch_size": 0.5}, "its batch_size is 0.5"),
+        ({"concurrency": None}, "its concurrency is None"),
+        ({"name": None}, "give it a name"),
+        ({"close": None}, "it has no method close"),
+        ({"score": None, "write": None}, "it has no method (score|write)"),
+    ],
+)
+def test_a_class_of_ones_own_that_lacks_something_is_named(monkeypatch, lacks, said):
+    for name, value in lacks.items():
+        monkeypatch.setattr(Mine, name, value)
+    with pytest.raises(InputError, match=f"verifier {OWN}: {said}"):
+        make_verifier(VerifierConfig(name=OWN))
+    with pytest.raises(InputError, match=f"writer {OWN}: {said}"):
+        make_writer(WriterConfig(name=OWN), REFINE_PROMPT)
+
+
+@pytest.mark.parametrize(
     ("wrong", "near"), [("opanai", "openai"), ("YesNo", "yesno"), ("nono", "none"), ("", "openai")]
 )
 def test_an_unknown_name_is_bad_input_and_the_nearest_is_named(wrong, near):

@@ -514,3 +514,56 @@ def test_the_share_of_yes_is_among_those_that_say_yes_or_no(folder, asked, monke
     verdicts = [Verdict(1.0, "good")] * 6
     assert call(folder, HASH) == 0
     assert "yes" not in capsys.readouterr().err
+
+
+def test_no_more_large_images_are_held_than_fill_a_batch(folder, monkeypatch):
+    verifier, sizes = HashVerifier(concurrency=1, batch_size=2), []
+    verifier.batches_a_call = 3
+    verifier.score = lambda images, items: sizes.append(len(images)) or list(
+        map(verifier._verdict, map(png_bytes, images), items)
+    )
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    small = dict(judging.judge(verifier, targets))
+    monkeypatch.setattr(judging, "PIXELS_AT_ONCE", 1)
+    large = dict(judging.judge(verifier, targets))
+    assert sizes == [6, 2, 2, 2]
+    assert large == small
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda images: None, "verifier hash: score returned NoneType; expected a list of Verdict, one for each of 1"),
+        (lambda images: [], "verifier hash: score returned 0 results"),
+        (lambda images: [0.5], "verifier hash: score returned a list with float"),
+    ],
+)
+def test_what_is_no_verdict_is_said_with_the_verifier_that_gave_it(folder, asked, monkeypatch, capsys, gives, said):
+    monkeypatch.setattr(HashVerifier, "score", lambda self, images, items: gives(images))
+    assert call(folder, HASH) == 1
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_a_verifier_that_changes_what_it_is_given_changes_no_record(folder, asked, tmp_path, monkeypatch):
+    right = HashVerifier.score
+    monkeypatch.setattr(
+        HashVerifier,
+        "score",
+        lambda self, images, items: [items[0].pop("tag"), right(self, images, items)][1],
+    )
+    assert call(folder, HASH, "--out", tmp_path / "o.jsonl") == 0
+    assert {line["item"]["tag"] for line in stored(tmp_path / "o.jsonl")} == {"colors"}
+
+
+def test_an_input_error_of_one_image_leaves_the_others_their_scores(folder, asked, monkeypatch, capsys):
+    right = HashVerifier.score
+
+    def refuses(self, images, items):
+        if any(item["prompt"] == "prompt 1" for item in items):
+            raise InputError("not this one")
+        return right(self, images, items)
+
+    monkeypatch.setattr(kit, "config_verifier", lambda config, meter: HashVerifier(concurrency=1, batch_size=4))
+    monkeypatch.setattr(HashVerifier, "score", refuses)
+    assert call(folder, HASH) == 1
+    assert [line[3:] for line in lines(capsys)] == [[], [], ["not this one"], ["not this one"], [], []]

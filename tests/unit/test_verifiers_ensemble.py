@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rflow_jax.chat import CLOSED, png_bytes
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.usage import Meter
@@ -145,7 +145,7 @@ def test_a_bug_in_a_member_is_no_verdict():
     with pytest.raises(ZeroDivisionError):
         verifier.score(pictures(3), items(3))
     MADE["b"].score = lambda images, items: []
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(RunError, match=r"verifier b: score returned 0 results; expected a list of Verdict"):
         verifier.score(pictures(3), items(3))
     verifier.close()
 
