@@ -13,10 +13,11 @@ from PIL.Image import Image
 
 from rflow_jax.calls import Calls, wait_for
 from rflow_jax.chat import CLOSED
+from rflow_jax.errors import InputError
 from rflow_jax.usage import Meter
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, judgements, settled
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 
 
 class EnsembleVerifier:
@@ -33,16 +34,16 @@ class EnsembleVerifier:
         device = threading.Lock()
         self._members: list[_Member] = []
         try:
-            for member, weight in zip(config.members, config.weights, strict=True):
-                verifier = make_verifier(member, meter)
-                assert verifier is not None
+            for place, (member, weight) in enumerate(zip(config.members, config.weights, strict=True)):
+                verifier = _made(member, meter, place)
                 turn = nullcontext() if member.asks_endpoint or verifier.concurrency > 1 else device
                 self._members.append(_Member(verifier, weight, turn))
         except BaseException:
             self.close()
             raise
         verifiers = [member.verifier for member in self._members]
-        self.name = f"ensemble of {', '.join(verifier.name for verifier in verifiers)}"
+        self._names = _told_apart([verifier.name for verifier in verifiers])
+        self.name = f"ensemble of {', '.join(self._names)}"
         self.batch_size = max(verifier.batch_size for verifier in verifiers)
         # Enough for the member that takes most images at once.
         most = max(verifier.concurrency * verifier.batch_size for verifier in verifiers)
@@ -63,8 +64,8 @@ class EnsembleVerifier:
 
     def _verdict(self, verdicts: Sequence[Verdict]) -> EnsembleVerdict:
         members = [
-            MemberVerdict(member.verifier.name, member.weight, settled(verdict))
-            for member, verdict in zip(self._members, verdicts, strict=True)
+            MemberVerdict(name, member.weight, settled(verdict))
+            for name, member, verdict in zip(self._names, self._members, verdicts, strict=True)
         ]
         scored = [member for member in members if member.verdict.scored]
         failed = [member for member in members if not member.verdict.scored]
@@ -74,6 +75,20 @@ class EnsembleVerifier:
             error="; ".join(f"{member.name}: {member.verdict.error}" for member in failed) or None,
             members=tuple(members),
         )
+
+
+def _made(member: VerifierConfig, meter: Meter | None, place: int) -> Verifier:
+    try:
+        verifier = make_verifier(member, meter)
+    except InputError as error:
+        raise InputError(f"{ENSEMBLE}.options.members[{place}]: {error}") from error
+    assert verifier is not None
+    return verifier
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names; those that are alike are numbered."""
+    return [f"{name} {names[: k + 1].count(name)}" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class RewardVerifierConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise InputError(f"verifier: batch_size is {self.batch_size}; expected at least 1")
+            raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
 
 
 class RewardVerifier:

@@ -519,8 +519,8 @@ def test_the_share_of_yes_is_among_those_that_say_yes_or_no(folder, asked, monke
 def test_no_more_large_images_are_held_than_fill_a_batch(folder, monkeypatch):
     verifier, sizes = HashVerifier(concurrency=1, batch_size=2), []
     verifier.batches_a_call = 3
-    verifier.score = lambda images, items: sizes.append(len(images)) or list(
-        map(verifier._verdict, map(png_bytes, images), items)
+    verifier.score = lambda images, items: (
+        sizes.append(len(images)) or list(map(verifier._verdict, map(png_bytes, images), items))
     )
     targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
     small = dict(judging.judge(verifier, targets))

@@ -221,3 +221,13 @@ def test_members_over_http_are_asked_at_the_same_time(monkeypatch):
         assert (word.label, word.score) == (decision_of(png)[0], pytest.approx(decision_of(png)[1]))
         assert not failed.scored
         assert verdict.error.startswith("openai bad: ")
+
+
+def test_a_members_mistake_is_told_with_its_place_and_members_of_one_name_by_their_numbers():
+    with pytest.raises(InputError, match=r"ensemble\.options\.members\[1\]: verifier\.options: unknown key bach"):
+        make_verifier(config(own("a"), {"name": "nvila", "options": {"bach": 1}}))
+    verifier = EnsembleVerifier(config(own("a", fails="0123456789"), own("b"), own("a")))
+    (verdict,) = verifier.score(pictures(1), items(1))
+    verifier.close()
+    assert verifier.name == "ensemble of a 1, b, a 2"
+    assert verdict.error == "a 1: gone"
