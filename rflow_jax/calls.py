@@ -1,12 +1,17 @@
 """Calls of verifiers and language models, beside the generator: a pool of threads for each of them."""
 
+import atexit
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+INTERRUPTED = 130  # the exit status
 OnResult = Callable[[Any, Any], None]
+AT_ONCE = 0.5  # seconds in which threads without a call end
 PATIENCE = 60.0  # seconds in which a call under way ends, on a model that has been closed
 
 
@@ -76,19 +81,17 @@ class Calls:
         self._closed = True
         self._works.put(None)
 
-    def join(self, patience: float = PATIENCE) -> None:
-        """Waits until the threads have ended; after ``close``, and after the model has been told to give up.
+    def join(self, patience: float = PATIENCE) -> bool:
+        """Whether the threads have ended, in so many seconds; after ``close``, and after the model was told to give up.
 
         A thread that is still in native code when the interpreter ends takes the process down with it, be it only to
         free the arrays of a model of which it holds the last reference.
-
-        Args:
-            patience: in seconds, for all threads together.
         """
         end = time.monotonic() + patience
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads if thread is not threading.current_thread())
 
     def _serve(self) -> None:
         while (works := self._take()) is not None:
@@ -115,3 +118,17 @@ class Calls:
             self._works.put(None)  # for the next thread
             return None
         return works
+
+
+def wait_for(*all_calls: Calls) -> None:
+    """Joins them; says so where it takes a while, and an interrupt then ends the process without further waiting."""
+    try:
+        if all(calls.join(AT_ONCE) for calls in all_calls):
+            return
+        print("finishing the batch under way; Ctrl-C again to stop now", file=sys.stderr, flush=True)
+        for calls in all_calls:
+            calls.join()
+    except KeyboardInterrupt:
+        # As the last step of a regular exit, and instead of what would take the process down (see Calls.join).
+        atexit.register(os._exit, INTERRUPTED)
+        raise

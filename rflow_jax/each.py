@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from rflow_jax.chat import CLOSED
 from rflow_jax.errors import InputError
 
 Item = TypeVar("Item")
@@ -22,6 +24,7 @@ def do_each(
     work: Callable[[Sequence[Prepared]], Iterable[Result]],
     *,
     batch_size: int,
+    closed: threading.Event | None = None,
 ) -> list[Result | InputError]:
     """One result an item, in order; for an item that cannot be prepared the reason.
 
@@ -31,6 +34,7 @@ def do_each(
         prepare: what the work is given; may raise InputError.
         work: one result for each that could be prepared, in order; not called without any.
         batch_size: of the work; so many more than that are prepared at once, however many items there are.
+        closed: once it is set nothing more is begun; the reason of the rest is ``CLOSED``.
     """
     step = BATCHES_AT_ONCE * batch_size
     results: list[Result | InputError] = []
@@ -42,6 +46,8 @@ def do_each(
         following = begin(0)
         for start in range(step, len(items) + step, step):
             ready, failed = _settled(following)
+            if closed is not None and closed.is_set():
+                return results + [InputError(CLOSED)] * (len(items) - len(results))
             following = begin(start)
             results += _together(ready, failed, work)
     return results

@@ -17,6 +17,7 @@ from rflow_jax.files import use_folder, write_file
 from rflow_jax.images import read_image
 from rflow_jax.progress import count_progress
 from rflow_jax.settings import Settings, require_dtype, require_lora_effect
+from rflow_jax.text import require_text
 
 Seed = int | tuple[int, ...]
 
@@ -57,6 +58,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InputError("prompt is empty")
+        for name in ("prompt", "reflection", "refined_prompt"):
+            require_text(getattr(self, name), name)
         if self.num_images < 1:
             raise InputError(f"num_images is {self.num_images}: give at least 1")
         require_dtype(self.dtype)

@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rflow_jax.errors import InputError
 
 _CHANNELS = 3
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of up to 16 bits, as Pillow opens it
+_DEEPEST, _TO_8_BITS = 65535, 257  # 65535 / 257 is 255
 
 
 def fit_to_grid(image: Image.Image, grid: int) -> Image.Image:
     """RGB, with both sides cut down to multiples of ``grid`` pixels by resizing (Lanczos), as diffusers does."""
     width, height = (max(grid, side - side % grid) for side in image.size)
-    image = image.convert("RGB")
+    image = decoded(image)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def condition_pixels(image: Image.Image, size: int) -> np.ndarray:
     """The condition as the network gets it: uint8 [size, size, 3], resized bicubically."""
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(decoded(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
@@ -72,19 +74,33 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
 
 
 def decoded(image: Image.Image) -> Image.Image:
-    """An image in RGB, decoded to its last pixel.
+    """An image in RGB, decoded to its last pixel; 16 bits a channel are scaled to 8.
 
     Raises:
-        InputError: it cannot be.
+        InputError: it cannot be, or its levels have no known range.
     """
     try:
+        if image.mode in _DEEP:
+            return _scaled(image)
+        if image.mode == "F":
+            raise ValueError("floating-point levels; save it with 8 or 16 bits")
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and errors of its own
         raise InputError(f"the image cannot be decoded ({_reason(error)})") from error
 
 
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey levels from 0 to 65535 as RGB, where Pillow's own conversion would cut all from 255 on."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > _DEEPEST:
+        raise ValueError(f"levels from {levels.min()} to {levels.max()}; save it with 8 or 16 bits")
+    grey = Image.fromarray(((levels + _TO_8_BITS // 2) // _TO_8_BITS).astype(np.uint8))
+    grey.info = dict(image.info)
+    return grey.convert("RGB")
+
+
 def image_in(content: bytes) -> Image.Image:
-    """An image in RGB, from the bytes of its file.
+    """An image in RGB, from the bytes of its file, turned as its EXIF data say.
 
     Raises:
         InputError: they are none, or are cut off.
@@ -93,7 +109,7 @@ def image_in(content: bytes) -> Image.Image:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image in RGB.
+    """An image in RGB, turned as its EXIF data say.
 
     Raises:
         InputError: it cannot be read.
@@ -107,13 +123,20 @@ def read_image(path: Path) -> Image.Image:
 def _read(source: Path | BytesIO) -> Image.Image:
     try:
         with Image.open(source) as file:
-            return decoded(file)
+            return _upright(decoded(file))
     except InputError:
         raise
     except UnidentifiedImageError as error:  # of bytes it says no more than where they lie in memory
         raise InputError("cannot read this image (not an image file)") from error
     except Exception as error:
         raise InputError(f"cannot read this image ({_reason(error)})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what stands there is no EXIF: the picture itself is whole
+        return image
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,8 @@ def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Co
         where: what an error begins with.
 
     Raises:
-        InputError: a key that is no field (the nearest is named), a value of another type, or a field that is missing.
+        InputError: a key that is no field (one like it is named, else all), a value of another type, a field that is
+            missing, or what the dataclass itself refuses.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -28,8 +29,9 @@ def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Co
     values = dict(given)
     for key, value in given.items():
         if key not in known:
-            near = get_close_matches(str(key), known, 1, 0.0)[0]
-            raise InputError(f"{where}: unknown key {key}: did you mean {near}?")
+            near = get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key}: {hint}")
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
@@ -40,5 +42,20 @@ def read_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Co
             raise InputError(f"{where}: {place}{given_as}: {first['msg']}") from error
     try:
         return kind(**values)
-    except TypeError as error:
+    except (InputError, TypeError) as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def refuse_set(config: Any, instead: Mapping[str, str]) -> None:
+    """Refuses settings that a model without an endpoint would silently ignore.
+
+    Args:
+        config: the section of a model, with its ``name``.
+        instead: fields that must be at their defaults, and what to do otherwise.
+
+    Raises:
+        InputError: one of them is set; says what to do.
+    """
+    for field in fields(config):
+        if field.name in instead and getattr(config, field.name) != field.default:
+            raise InputError(f"{field.name}: {config.name} asks no endpoint and ignores it: {instead[field.name]}")

@@ -17,9 +17,10 @@ from rflow_jax.data.examples import pictures, uniforms
 from rflow_jax.data.records import Record, RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.files import write_file
-from rflow_jax.images import side_by_side
+from rflow_jax.images import read_image, side_by_side
 from rflow_jax.progress import count_progress
 from rflow_jax.settings import Settings, require_dtype, require_lora_effect
+from rflow_jax.text import require_text
 
 # What to change, by the names that data sets give it; the first that is there counts.
 REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_list")
@@ -157,6 +158,7 @@ def _pair(entry: Any, number: int, path: Path) -> Pair:
     for key, value in {**texts, "reflection": reflection}.items():
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{where}: {key} must be a text that is not empty")
+        require_text(value, f"{where}: {key}")
     bad, good = (path.parent / entry[key] for key in ("bad_image", "good_image"))
     for file in (bad, good):
         if not file.is_file():
@@ -169,18 +171,16 @@ def _readable(chunk: list[Pair], config: PairsConfig, settings: Settings) -> Ite
     """(pair, bad picture as the condition, good picture) of those that can be read; the others are told."""
     sizes = DataConfig("", target_size=settings.height, condition_size=settings.condition_size, crop=config.crop)
     for pair in chunk:
-        record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *_bytes(pair))
         place = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
         try:
+            # Upright and in 8 bits, as other images of users; what is trained on is read as the original reads it.
+            files = [png_bytes(read_image(path)) for path in (pair.good_image, pair.bad_image)]
+            record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *files)
             good, bad = pictures(record, sizes, *place)
-        except RecordError as error:
-            print(f"left out: {error}", file=sys.stderr)
+        except (InputError, RecordError) as error:
+            print(f"left out: pair {pair.number}: {error}", file=sys.stderr)
             continue
         yield pair, fromarray(bad), fromarray(good)
-
-
-def _bytes(pair: Pair) -> tuple[bytes, bytes]:
-    return pair.good_image.read_bytes(), pair.bad_image.read_bytes()
 
 
 def _record(config: PairsConfig, pair: Pair, settings: dict[str, Any]) -> dict[str, Any]:

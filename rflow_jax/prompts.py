@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ def settled(tokenizer: Any) -> Any:
     """
     tokenizer("", truncation=False, verbose=False)
     return tokenizer
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The marks, such as ``<|im_end|>``, that a tokenizer reads as tokens of their own wherever a text holds them."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def require_plain(text: str, marks: Iterable[str]) -> str:
+    """What a user says; raises InputError if it holds one of these marks, which would end or begin a message."""
+    if found := [mark for mark in marks if mark in text]:
+        raise InputError(f"the prompt holds the special token {found[0]}: leave it out")
+    return text
 
 
 def _token(entry: str | dict[str, Any]) -> str:

@@ -27,6 +27,26 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     )
 
 
+def require_limits(kind: str, name: str, made: Any, method: str) -> None:
+    """Checks what a class of a user's own is asked for before it is asked about anything.
+
+    Args:
+        method: what does its work.
+
+    Raises:
+        InputError: it lacks a method, its name, or how much it takes at once.
+    """
+    if not isinstance(getattr(made, "name", None), str):
+        raise InputError(f"{kind} {name}: give it a name, a text that stands in the records")
+    for limit in ("concurrency", "batch_size"):
+        value = getattr(made, limit, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{kind} {name}: its {limit} is {value!r}: give a whole number from 1")
+    for needed in (method, "close"):
+        if not callable(getattr(made, needed, None)):
+            raise InputError(f"{kind} {name}: it has no method {needed}")
+
+
 def find(kind: str, name: str, table: Mapping[str, str]) -> Any:
     """The class behind a name; its module is imported only now.
 

@@ -69,7 +69,7 @@ class Settings:
 def require_dtype(name: str) -> str:
     """The name of a number type for weights and activations; raises InputError for one that cannot serve."""
     if name == "float16":
-        raise InputError("dtype is float16: T5-XXL and FLUX go beyond its largest number, 65504; take bfloat16")
+        raise InputError("dtype is float16: activations go beyond its largest number, 65504; take bfloat16")
     if name not in DTYPES:
         raise InputError(f"dtype is {name!r}: give {' or '.join(DTYPES)}")
     return name

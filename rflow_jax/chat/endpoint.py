@@ -13,6 +13,10 @@ NO_KEY = "none"  # what is sent to a server that wants no key; the client librar
 STRUCTURED = ("auto", "json_schema", "json_object", "text")
 
 
+OF_ANSWERS = ("temperature", "max_tokens", "structured")
+"""Fields that what a model answers follows from; the others say where, when and for how much it is asked."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where a model is asked, and how patiently.

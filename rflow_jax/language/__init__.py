@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rflow_jax.language.base import Writer
 from rflow_jax.language.config import WRITERS, WriterConfig
-from rflow_jax.registry import find
+from rflow_jax.registry import find, require_limits
 from rflow_jax.usage import Meter
 
 _PROMPTS = Path(__file__).parent / "prompts"
@@ -21,6 +21,8 @@ def make_writer(config: WriterConfig, default_prompt: Path, meter: Meter | None 
         meter: counts what is used.
 
     Raises:
-        InputError: the name is unknown, or what the writer needs is missing.
+        InputError: the name is unknown, or what the writer needs is missing, or it is no ``Writer``.
     """
-    return find("writer", config.name, WRITERS)(config, default_prompt, meter)
+    writer = find("writer", config.name, WRITERS)(config, default_prompt, meter)
+    require_limits("writer", config.name, writer, "write")
+    return writer

@@ -13,9 +13,9 @@ from pathlib import Path
 from rflow_jax.progress import count_progress
 from rflow_jax.score.config import ScoreConfig
 from rflow_jax.score.judging import judge
+from rflow_jax.score.key import scores_follow_from
 from rflow_jax.score.results import Found, Results, shown
 from rflow_jax.score.targets import Target, find_targets
-from rflow_jax.search.run_folder import decisive, public_section
 from rflow_jax.usage import Meter, Usage
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
@@ -35,9 +35,8 @@ def score(config: ScoreConfig) -> int:
     """
     began = time.monotonic()
     targets = find_targets(config)
-    with Results(
-        None if config.out is None else Path(config.out), decisive(public_section(config.verifier))
-    ) as results:
+    out = None if config.out is None else Path(config.out)
+    with Results(out, {} if out is None else scores_follow_from(config.verifier)) as results:
         meter = Meter()
         found = _rated(_scored(config, targets, results, meter))
         results.finish(found)
@@ -57,7 +56,7 @@ def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, me
     with count_progress(show=at_end or not sys.stdout.isatty()) as progress:
         task = progress.add_task("score", total=len(targets), completed=len(found))
         lines.print(found)
-        for k, one in _judged(config, todo, meter):
+        for k, one in _judged(config, todo, results, meter):
             results.add(one)
             found[k] = one
             progress.advance(task)
@@ -65,9 +64,12 @@ def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, me
     return [found[k] for k in range(len(targets))]
 
 
-def _judged(config: ScoreConfig, todo: Mapping[int, Target], meter: Meter) -> Iterator[tuple[int, Found]]:
+def _judged(
+    config: ScoreConfig, todo: Mapping[int, Target], results: Results, meter: Meter
+) -> Iterator[tuple[int, Found]]:
     rest = {k: target for k, target in todo.items() if target.error is None}
     verifier = make_verifier(config.verifier, meter) if rest else None
+    results.begin()  # only now: a verifier that cannot be made leaves no file
     for k in todo.keys() - rest.keys():
         yield k, Found(todo[k], None, Verdict(None, error=todo[k].error))
     if verifier is not None:
@@ -80,8 +82,8 @@ def _known(targets: Sequence[Target], results: Results) -> Iterator[tuple[int, F
             sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
         except (OSError, ValueError):
             continue  # said when it is its turn
-        if (verdict := results.known(target, sha256)) is not None:
-            yield k, Found(target, sha256, verdict)
+        if (found := results.known(target, sha256)) is not None:
+            yield k, found
 
 
 def _rated(found: Sequence[Found]) -> list[Found]:
@@ -121,7 +123,7 @@ def _summary(found: Sequence[Found], unscored: int, usage: Usage, seconds: float
     counts = [f"{len(scored)} of {len(found)} images scored"]
     if scored:
         counts.append(f"mean {sum(verdict.score or 0.0 for verdict in scored) / len(scored):.4g}")
-    if labels := [verdict.label for verdict in scored if verdict.label]:
+    if labels := [verdict.label for verdict in scored if verdict.label in ("yes", "no")]:
         counts.append(f"{labels.count('yes') / len(labels):.0%} yes")
     if partly := sum(verdict.error is not None for verdict in scored):
         counts.append(f"{partly} not by all members")

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from rflow_jax.errors import InputError
+from rflow_jax.text import require_text
 from rflow_jax.verifiers.config import NONE, VerifierConfig
 
 
@@ -38,10 +39,7 @@ class ScoreConfig:
             raise InputError("prompts names images and their prompts: leave out the other images and prompt")
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("prompt is empty")
-        try:
-            (self.prompt or "").encode()
-        except UnicodeEncodeError as error:
-            raise InputError("prompt is not UTF-8 text") from error
+        require_text(self.prompt or "", "prompt")
         if self.prompts is not None and self.out and os.path.realpath(self.out) == os.path.realpath(self.prompts):
             raise InputError("out is the list of prompts: give another file")
         if self.verifier.name == NONE:

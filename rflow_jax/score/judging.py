@@ -7,18 +7,19 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 
-from rflow_jax.calls import Calls
+from rflow_jax.calls import Calls, wait_for
 from rflow_jax.errors import InputError
 from rflow_jax.images import image_in
 from rflow_jax.score.results import Found
 from rflow_jax.score.targets import Target
-from rflow_jax.verifiers.base import Verdict, Verifier, settled
+from rflow_jax.verifiers.base import Verdict, Verifier, judgements, settled
 
 Chunk = list[tuple[int, Target]]
+PIXELS_AT_ONCE = 2**27  # of the images that a thread holds, beyond a batch: 400 MB in RGB
 
 
 def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[int, Found]]:
@@ -47,7 +48,7 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
         ended.set()
         calls.close()
         verifier.close()
-        calls.join()
+        wait_for(calls)
 
 
 def _call(
@@ -60,24 +61,49 @@ def _score(
     verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunk: Chunk
 ) -> list[tuple[int, Found]]:
     found: dict[int, Found] = {}
-    images: dict[int, PIL.Image.Image] = {}
-    digests: dict[int, str] = {}
-    for k, target in chunk:
-        try:
-            content = target.path.read_bytes()
-            digests[k] = hashlib.sha256(content).hexdigest()
-            images[k] = image_in(content)
-        except InputError as error:
-            found[k] = Found(target, digests[k], Verdict(None, error=str(error)))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            found[k] = Found(target, None, Verdict(None, error=f"cannot read the file ({reason})"))
-    asked = {k: target for k, target in chunk if k in images}
-    if asked:
+    for part in _parts(chunk, verifier.batch_size):
+        images = {k: one.image for k, one in part.items() if isinstance(one.image, PIL.Image.Image)}
         with turn:
             if ended.is_set():  # nobody waits for these
                 return []
-            verdicts = verifier.score(list(images.values()), [target.item for target in asked.values()])
-        for (k, target), verdict in zip(asked.items(), verdicts, strict=True):
-            found[k] = Found(target, digests[k], settled(verdict))
+            items = [part[k].target.item for k in images]
+            verdicts = judgements(verifier, list(images.values()), items) if images else []
+        judged = dict(zip(images, map(settled, verdicts), strict=True))
+        for k, (target, sha256, reason) in part.items():
+            found[k] = Found(target, sha256, judged.get(k) or Verdict(None, error=str(reason)), verifier.name)
     return list(found.items())
+
+
+class _Read(NamedTuple):
+    """An image that was read, or why it could not be."""
+
+    target: Target
+    sha256: str | None
+    image: PIL.Image.Image | str
+
+
+def _parts(chunk: Chunk, batch_size: int) -> Iterator[dict[int, _Read]]:
+    """A chunk bit by bit: full batches, and no more of them than there is room for."""
+    part: dict[int, _Read] = {}
+    count = pixels = 0
+    for k, target in chunk:
+        part[k] = read = _read(target)
+        if isinstance(read.image, PIL.Image.Image):
+            count, pixels = count + 1, pixels + read.image.width * read.image.height
+            if pixels >= PIXELS_AT_ONCE and count % batch_size == 0:
+                yield part
+                part, count, pixels = {}, 0, 0
+    if part:
+        yield part
+
+
+def _read(target: Target) -> _Read:
+    digest = None
+    try:
+        content = target.path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        return _Read(target, digest, image_in(content))
+    except InputError as error:
+        return _Read(target, digest, str(error))
+    except (OSError, ValueError) as error:
+        return _Read(target, None, f"cannot read the file ({getattr(error, 'strerror', None) or error})")

@@ -29,15 +29,19 @@ class Found:
 
     Attributes:
         sha256: of the file's bytes; None if it could not be read.
+        verifier: the name of who judged; None where nobody did, or an older file does not say.
     """
 
     target: Target
     sha256: str | None
     verdict: Verdict
+    verifier: str | None = None
 
 
 class Results:
     """The file, and what stands in it; a context manager that keeps other processes out meanwhile.
+
+    A file that is not there yet is made by :meth:`begin`.
 
     Args:
         path: of the file; None keeps nothing.
@@ -51,16 +55,14 @@ class Results:
         self._path = path
         self._settings = hashlib.sha256(json.dumps(verifier, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self._lines: dict[str, dict[str, Any]] = {}
-        self._scored: dict[str, Verdict] = {}
+        self._scored: dict[str, tuple[Verdict, str | None]] = {}
+        self._held: IO[bytes] | None = None
         if path is not None:
             self._path = path = Path(os.path.realpath(path))  # a link stays one when the file is replaced
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._held = _claimed(path)
-            try:
-                self._read(path)
-            except BaseException:
-                self._held.close()
-                raise
+            if path.exists():
+                self.begin()
+            else:
+                _require_place(path)
 
     def __enter__(self) -> Results:
         return self
@@ -68,24 +70,43 @@ class Results:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._path is not None:
+        if self._held is not None:
             self._held.close()
+
+    def begin(self) -> None:
+        """Makes the file if it is not there yet, and keeps other processes out from now on.
+
+        Raises:
+            InputError: as the class.
+        """
+        if self._path is None or self._held is not None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._held = _claimed(self._path)
+        try:
+            self._read(self._path)
+        except BaseException:
+            self._held.close()
+            raise
 
     def __bool__(self) -> bool:
         """Whether any score is known."""
         return bool(self._scored)
 
-    def known(self, target: Target, sha256: str) -> Verdict | None:
-        """The verdict of this verifier on these bytes and this prompt, if it is a score."""
-        return self._scored.get(_key(sha256, self._settings, target.item))
+    def known(self, target: Target, sha256: str) -> Found | None:
+        """What this verifier found about these bytes and this prompt, if it is a score."""
+        kept = self._scored.get(_key(sha256, self._settings, target.item))
+        return kept and Found(target, sha256, *kept)
 
     def add(self, found: Found) -> None:
         """Writes a verdict down, whole or not at all."""
+        self.begin()
         if self._path is not None:
             append_line(self._path, json_line(self._line(found)))
 
     def finish(self, all_found: Iterable[Found]) -> None:
         """Brings the file into order: what else it held, then one line for each of these images."""
+        self.begin()
         if self._path is None:
             return
         for found in all_found:
@@ -99,6 +120,7 @@ class Results:
         return {
             "image": shown(found.target.path),
             "item": dict(found.target.item),
+            "verifier": found.verifier,
             "settings": self._settings,
             "sha256": found.sha256,
             "verdict": asdict(found.verdict),
@@ -124,7 +146,7 @@ class Results:
             raise InputError(f"{where}: no line of infer.py score; give another file as --out") from error
         self._lines[place] = line
         if verdict.scored:
-            self._scored[key] = verdict
+            self._scored[key] = verdict, line.get("verifier")
 
 
 def shown(path: Path) -> str:
@@ -162,6 +184,13 @@ def _begins(torn: bytes) -> bool:
     match = _BEGINNING.fullmatch(torn)
     rest = match and (match["rest"] or b"")
     return rest is not None and (rest.startswith(_REST) or _REST.startswith(rest))
+
+
+def _require_place(path: Path) -> None:
+    """Said before anything expensive begins, though the file is made after it."""
+    there = next(parent for parent in path.parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {there} is no folder that can be written to; give another file as --out")
 
 
 def _claimed(path: Path) -> IO[bytes]:

@@ -13,8 +13,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.score.config import ScoreConfig
 from rflow_jax.search.given import image_files
 from rflow_jax.search.store import METADATA
-
-NO_TEXT = "holds half a surrogate pair, which is no text"
+from rflow_jax.text import require_text
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,20 @@ def _under(path: Path, config: ScoreConfig) -> Iterator[Target]:
 def _metadata(path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The entry of a prompt's folder, and why it cannot be used."""
     try:
-        item = _parsed(path.read_text(encoding="utf-8"))
+        item = _parsed(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         return {}, f"no prompt: {path}: {error.strerror}"
-    except UnicodeEncodeError:
-        return {}, f"no prompt: {path}: {NO_TEXT}"
+    except InputError as error:
+        return {}, f"no prompt: {error}"
     except (ValueError, RecursionError):
         return {}, f"no prompt: {path} is not JSON"
     return _checked(item, str(path))
 
 
-def _parsed(text: str) -> Any:
-    """What JSON says; raises UnicodeEncodeError where UTF-8 cannot hold it."""
+def _parsed(text: str, where: str) -> Any:
+    """What JSON says; raises InputError where UTF-8 cannot hold it."""
     found = json.loads(text)
-    json.dumps(found, ensure_ascii=False).encode()
+    require_text(json.dumps(found, ensure_ascii=False), where)
     return found
 
 
@@ -111,9 +110,9 @@ def _listed(path: Path) -> Iterator[Target]:
     for number, line in entries:
         where = f"{path}:{number}"
         try:
-            entry = _parsed(line)
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: {NO_TEXT}") from error
+            entry = _parsed(line, where)
+        except InputError:
+            raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: no JSON object ({getattr(error, 'msg', error)})") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):

@@ -18,13 +18,13 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.calls import Calls
+from rflow_jax.calls import Calls, wait_for
 from rflow_jax.language.base import Writer, Written
 from rflow_jax.pipeline import Pending
 from rflow_jax.search.live import BusyClock, Live
 from rflow_jax.search.prompt_run import PromptRun, Step, Work
 from rflow_jax.settings import Settings
-from rflow_jax.verifiers.base import Verdict, Verifier
+from rflow_jax.verifiers.base import Verdict, Verifier, judgements
 
 SAVERS = 2  # threads that read, encode and write images
 PATIENCE = 0.5  # seconds between looks at what no thread announces
@@ -98,8 +98,7 @@ class Engine:
                 calls.close()
             self._savers.shutdown(cancel_futures=True)  # waits for images that are half written
             self._models.close()
-            for calls in self._calls.values():
-                calls.join()
+            wait_for(*self._calls.values())
 
     def _open_calls(self) -> None:
         models = self._models
@@ -246,7 +245,7 @@ class Engine:
 
 def _score(verifier: Verifier, works: Sequence[Work]) -> list[Verdict]:
     images = [work.run.folder.read_image(work.run.place(work)) for work in works]
-    return verifier.score(images, [work.run.folder.entry for work in works])
+    return judgements(verifier, images, [work.run.folder.entry for work in works])
 
 
 def _write(writer: Writer, works: Sequence[Work]) -> list[Written]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax.errors import InputError
+from rflow_jax.text import require_text
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -47,6 +48,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not a JSON object ({error.msg}, column {error.colno})") from error
     if not isinstance(entry, dict):
         raise InputError(f'{where}: expected an object such as {{"prompt": "...", "tag": "counting"}}')
+    require_text(json.dumps(entry, ensure_ascii=False), where)
     prompt = entry.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where}: 'prompt' must be a text that is not empty")

@@ -1,11 +1,16 @@
 """What a verifier is: it looks at images and says how well each shows its prompt."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
+
+from rflow_jax.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,29 @@ def settled(verdict: Verdict) -> Verdict:
     return replace(verdict, score=None, raw=None, error=verdict.error or f"the score is {verdict.score}")
 
 
+def judgements(verifier: Verifier, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """One verdict an image, in order: the one place where verifiers are asked, and what they answer is checked.
+
+    Raises:
+        RunError: the verifier answered with something else.
+    """
+    try:
+        found = verifier.score(list(images), [deepcopy(dict(item)) for item in items])  # it may change its own
+    except InputError as error:
+        if len(images) == 1:
+            return [Verdict(None, error=str(error))]
+        pairs = zip(images, items, strict=True)
+        return [verdict for image, item in pairs for verdict in judgements(verifier, [image], [item])]
+    expected = f"expected a list of Verdict, one for each of {len(images)} images"
+    if not isinstance(found, (list, tuple)):
+        raise RunError(f"verifier {verifier.name}: score returned {type(found).__name__}; {expected}")
+    if len(found) != len(images):
+        raise RunError(f"verifier {verifier.name}: score returned {len(found)} results; {expected}")
+    if wrong := [type(one).__name__ for one in found if not isinstance(one, Verdict)]:
+        raise RunError(f"verifier {verifier.name}: score returned a list with {wrong[0]}; {expected}")
+    return list(found)
+
+
 def read_verdict(stored: Mapping[str, Any]) -> Verdict:
     """A verdict that was stored as ``dataclasses.asdict`` makes it; raises KeyError or TypeError where it is none."""
     if "members" not in stored:
@@ -114,7 +142,11 @@ class Verifier(Protocol):
     """Images that a call takes at once (1 over HTTP)."""
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict an image, in the order of the images; never raises for a single image."""
+        """One verdict an image, in the order of the images; an image that cannot be scored has one with an error.
+
+        After an ``InputError`` (:func:`judgements`) each image of the call is asked about alone, and those that raise
+        it again are unscored with its reason. Any other exception ends the run.
+        """
         ...
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ numbers are the same.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL.Image import Image
 from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
 from rflow_jax.images import levels_in
-from rflow_jax.prompts import load_tokenizer
+from rflow_jax.prompts import load_tokenizer, require_plain, special_tokens
 from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.verifiers.base import Verdict
@@ -81,28 +82,32 @@ class CLIPVerifier:
     def __init__(self, config: ClipVerifierConfig = ClipVerifierConfig()) -> None:
         self.config = config
         self.batch_size = config.batch_size
+        self._closed = threading.Event()
         folder = resolve(config.model, WANTED)
         self._sizes = read_clip_config(folder)
         path = folder / "preprocessor_config.json"
         content = read_object(path)
         self._images = ClipImages.from_json(content, self._sizes.vision.image_size, str(path))
         self._tokenizer = load_tokenizer(folder)
+        self._marks = special_tokens(self._tokenizer)
         self._scores = _scores(folder, config, levels_in(content, str(path)))
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens and a score that is no number are errors of
-        that image alone.
+        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens or with special ones, and a score that is no
+        number are errors of that image alone.
         """
-        return score_each(images, items, self._pair, self._verdicts, batch_size=self.batch_size)
+        how = {"batch_size": self.batch_size, "closed": self._closed}
+        return score_each(images, items, self._pair, self._verdicts, **how)
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        self._closed.set()
 
     def _pair(self, image: Image, prompt: str) -> Pair:
         length = self._sizes.text.max_position_embeddings
-        ids = self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        ids = self._tokenizer(require_plain(prompt, self._marks), truncation=False, verbose=False)["input_ids"]
         require_fitting(len(ids), length)
         # Attention is causal, and the end token's vector is taken: what follows it is never seen.
         padding = [ids[-1]] * (length - len(ids))

@@ -6,22 +6,29 @@ from functools import cached_property
 from typing import Any
 
 from rflow_jax.chat import Endpoint
+from rflow_jax.chat.endpoint import OF_ANSWERS
 from rflow_jax.errors import InputError
-from rflow_jax.options import read_options
+from rflow_jax.options import read_options, refuse_set
 from rflow_jax.registry import check_name
 
+REWARD, ENSEMBLE, NONE = "reward", "ensemble", "none"
 VERIFIERS = {
     "openai": "rflow_jax.verifiers.openai:OpenAIVerifier",
     "yesno": "rflow_jax.verifiers.yesno:YesNoVerifier",
     "nvila": "rflow_jax.local_models:nvila",
-    "reward": "rflow_jax.local_models:reward",
+    REWARD: "rflow_jax.local_models:reward",
     "clip": "rflow_jax.local_models:clip",
-    "ensemble": "rflow_jax.verifiers.ensemble:EnsembleVerifier",
+    ENSEMBLE: "rflow_jax.verifiers.ensemble:EnsembleVerifier",
 }
 """Names and their classes, which are made as ``Class(config, meter)`` and follow ``Verifier``."""
 
 OVER_HTTP = ("openai", "yesno")
-ENSEMBLE, NONE = "ensemble", "none"
+OF_HTTP = (*OF_ANSWERS, "prompts", "template")
+INSTEAD = {
+    "nvila": {"template": "give options.template, raw or question"},
+    REWARD: {"template": "give options.prompt_file", "prompts": "give options.prompt_file"},
+}
+"""What a verifier in this process takes in place of a setting of those over HTTP."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ class VerifierConfig(Endpoint):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name("verifier", self.name, (*VERIFIERS, NONE))
+        if self.name in VERIFIERS and not self.asks_endpoint:
+            other = "give it to the members" if self.name == ENSEMBLE else "leave it out"
+            refuse_set(self, dict.fromkeys(OF_HTTP, other) | INSTEAD.get(self.name, {}))
         if self.name == ENSEMBLE:
             self._check_ensemble()
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.calls import Calls
+from rflow_jax.calls import Calls, wait_for
 from rflow_jax.chat import CLOSED
+from rflow_jax.errors import InputError
 from rflow_jax.usage import Meter
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, settled
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, judgements, settled
+from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 
 
 class EnsembleVerifier:
@@ -33,16 +34,16 @@ class EnsembleVerifier:
         device = threading.Lock()
         self._members: list[_Member] = []
         try:
-            for member, weight in zip(config.members, config.weights, strict=True):
-                verifier = make_verifier(member, meter)
-                assert verifier is not None
+            for place, (member, weight) in enumerate(zip(config.members, config.weights, strict=True)):
+                verifier = _made(member, meter, place)
                 turn = nullcontext() if member.asks_endpoint or verifier.concurrency > 1 else device
                 self._members.append(_Member(verifier, weight, turn))
         except BaseException:
             self.close()
             raise
         verifiers = [member.verifier for member in self._members]
-        self.name = f"ensemble of {', '.join(verifier.name for verifier in verifiers)}"
+        self._names = _told_apart([verifier.name for verifier in verifiers])
+        self.name = f"ensemble of {', '.join(self._names)}"
         self.batch_size = max(verifier.batch_size for verifier in verifiers)
         # Enough for the member that takes most images at once.
         most = max(verifier.concurrency * verifier.batch_size for verifier in verifiers)
@@ -59,13 +60,12 @@ class EnsembleVerifier:
         """Gives up what is waiting with every member."""
         for member in self._members:
             member.close()
-        for member in self._members:
-            member.join()
+        wait_for(*(member.calls for member in self._members))  # they may have waited for other members' turns
 
     def _verdict(self, verdicts: Sequence[Verdict]) -> EnsembleVerdict:
         members = [
-            MemberVerdict(member.verifier.name, member.weight, settled(verdict))
-            for member, verdict in zip(self._members, verdicts, strict=True)
+            MemberVerdict(name, member.weight, settled(verdict))
+            for name, member, verdict in zip(self._names, self._members, verdicts, strict=True)
         ]
         scored = [member for member in members if member.verdict.scored]
         failed = [member for member in members if not member.verdict.scored]
@@ -75,6 +75,20 @@ class EnsembleVerifier:
             error="; ".join(f"{member.name}: {member.verdict.error}" for member in failed) or None,
             members=tuple(members),
         )
+
+
+def _made(member: VerifierConfig, meter: Meter | None, place: int) -> Verifier:
+    try:
+        verifier = make_verifier(member, meter)
+    except InputError as error:
+        raise InputError(f"{ENSEMBLE}.options.members[{place}]: {error}") from error
+    assert verifier is not None
+    return verifier
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names; those that are alike are numbered."""
+    return [f"{name} {names[: k + 1].count(name)}" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +114,7 @@ class _Member:
         self._waiting: set[Future[Verdict]] = set()
         self._closed = False
         limits = verifier.concurrency, verifier.batch_size
-        self._calls = Calls(verifier.name, self._score, *limits, self._answer, self._fail)
+        self.calls = Calls(verifier.name, self._score, *limits, self._answer, self._fail)
 
     def ask(self, image: Image, item: Mapping[str, Any]) -> Future[Verdict]:
         """The verdict to come; after ``close``, and for what waits at that moment, the reason is ``CLOSED``."""
@@ -111,7 +125,7 @@ class _Member:
                 return work.answer
             self._waiting.add(work.answer)
         work.answer.add_done_callback(self._forget)
-        self._calls.submit(work)
+        self.calls.submit(work)
         return work.answer
 
     def close(self) -> None:
@@ -119,21 +133,17 @@ class _Member:
         with self._lock:
             self._closed = True
             waiting = list(self._waiting)
-        self._calls.close()
+        self.calls.close()
         self.verifier.close()
         for answer in waiting:
             with suppress(InvalidStateError):  # it has come meanwhile
                 answer.set_result(Verdict(None, error=CLOSED))
 
-    def join(self) -> None:
-        """Waits until its threads have ended, which may have waited for other members' turns."""
-        self._calls.join()
-
     def _score(self, works: Sequence[_Work]) -> list[Verdict]:
         with self._turn:
             if self._closed:  # while it waited for its turn
                 return [Verdict(None, error=CLOSED)] * len(works)
-            return self.verifier.score([work.image for work in works], [work.item for work in works])
+            return judgements(self.verifier, [work.image for work in works], [work.item for work in works])
 
     def _answer(self, work: _Work, verdict: Verdict) -> None:
         with suppress(InvalidStateError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from PIL.Image import Image
 from rflow_jax.each import BATCHES_AT_ONCE, do_each
 from rflow_jax.errors import InputError
 from rflow_jax.images import decoded
+from rflow_jax.text import require_text
 from rflow_jax.verifiers.base import Verdict
 
 Prepared = TypeVar("Prepared")
@@ -25,6 +27,7 @@ def score_each(
     score: Callable[[Sequence[Prepared]], Iterable[Verdict]],
     *,
     batch_size: int,
+    closed: threading.Event,
 ) -> list[Verdict]:
     """One verdict an image, in order; an image that cannot be prepared is unscored with the reason.
 
@@ -32,13 +35,14 @@ def score_each(
         prepare: (image in RGB, prompt) -> what the model is given; may raise InputError.
         score: one verdict for each that could be prepared, in order.
         batch_size: of the model; bounds how many are prepared at once.
+        closed: once it is set, what is not begun is unscored, with ``CLOSED`` as the reason.
     """
 
     def prepared(pair: tuple[Image, Mapping[str, Any]]) -> Prepared:
         image, item = pair
         return prepare(decoded(image), prompt_of(item))
 
-    found = do_each(list(zip(images, items, strict=True)), prepared, score, batch_size=batch_size)
+    found = do_each(list(zip(images, items, strict=True)), prepared, score, batch_size=batch_size, closed=closed)
     return [
         _unscored(verdict, item) if isinstance(verdict, InputError) else verdict
         for verdict, item in zip(found, items, strict=True)
@@ -46,11 +50,11 @@ def score_each(
 
 
 def prompt_of(item: Mapping[str, Any]) -> str:
-    """The prompt in an image's metadata; raises InputError where there is none."""
+    """The prompt in an image's metadata; raises InputError where there is none, or no text."""
     prompt = item.get("prompt")
     if not isinstance(prompt, str):
         raise InputError("the metadata has no prompt")
-    return prompt
+    return require_text(prompt, "the prompt")
 
 
 def unscored_number(what: str) -> Verdict:

@@ -6,6 +6,7 @@ often minus infinity for one of the two.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,6 +74,7 @@ class NvilaVerifier:
     def __init__(self, config: NvilaVerifierConfig = NvilaVerifierConfig(), model: NvilaModel | None = None) -> None:
         self.config = config
         self.batch_size = config.batch_size
+        self._closed = threading.Event()
         how = {"sharding_for": on_devices(config.devices), "quantization": config.quantization}
         self.model = model or load_nvila(config.model, dtype=getattr(jnp, config.dtype), **how)
         self._programs = NvilaPrograms(self.model, config.batch_size)
@@ -80,16 +82,19 @@ class NvilaVerifier:
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt that is too long and a logit that is no number are errors of that
-        image alone.
+        An image that cannot be decoded, a prompt that is too long or names special tokens, and a logit that is no
+        number are errors of that image alone.
         """
-        return score_each(images, items, self._question, self._verdicts, batch_size=self.batch_size)
+        how = {"batch_size": self.batch_size, "closed": self._closed}
+        return score_each(images, items, self._question, self._verdicts, **how)
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        self._closed.set()
 
     def _question(self, image: Image, prompt: str) -> Question:
         config, tokenizer = self.model.config, self.model.tokenizer
+        tokenizer.require_plain(prompt)
         columns, rows = config.tiling.grid(*image.size)
         pictures = columns * rows + (columns * rows > 1)
         text = chat(message([pictures, ask(prompt, self.config.template)]))

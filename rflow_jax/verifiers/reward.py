@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,9 @@ class RewardVerifierConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise InputError(f"verifier: batch_size is {self.batch_size}; expected at least 1")
+            raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
         if self.max_pixels is not None and self.max_pixels < 1:
-            raise InputError(f"verifier: max_pixels is {self.max_pixels}; expected at least 1, or null")
+            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
 
 
 class RewardVerifier:
@@ -89,6 +90,7 @@ class RewardVerifier:
         checkpoint = RewardCheckpoint.open(resolve_vlm(config.model, reward=True), step=config.step, base=config.base)
         self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
         self.batch_size = config.batch_size
+        self._closed = threading.Event()
         self._norm = checkpoint.config
         beside = checkpoint.folder / PROMPT_FILE
         own = str(beside) if beside.is_file() else None
@@ -119,16 +121,16 @@ class RewardVerifier:
         An image that cannot be decoded, a prompt that is too long or names special tokens, and a reward that is no
         number are errors of that image alone.
         """
-        return score_each(images, items, self._sample, self._verdicts, batch_size=self.batch_size)
+        how = {"batch_size": self.batch_size, "closed": self._closed}
+        return score_each(images, items, self._sample, self._verdicts, **how)
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        self._closed.set()
 
     def _sample(self, image: Image, prompt: str) -> Sample:
-        sample = self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
-        if self._special is not None and (found := int(np.sum(sample.ids == self._special))) != 1:
-            raise InputError(f"the prompt holds the special token {SPECIAL_TOKEN} {found - 1} times")
-        return sample
+        self.prepare.tokenizer.require_plain(prompt)  # the wording around it may hold the token that is scored
+        return self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
 
     def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
@@ -154,7 +156,7 @@ def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
     """The text around ``$prompt``, which ends in the special token where the model has one.
 
     Raises:
-        InputError: the file cannot be read, or does not hold ``$prompt``.
+        InputError: the file cannot be read, does not hold ``$prompt``, or holds the special token twice.
     """
     text = "$prompt"
     if prompt_file or config.template != "none":
@@ -168,6 +170,8 @@ def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
                 "prompt_file",
                 config.template,
             )
+    if config.special_tokens and text.count(SPECIAL_TOKEN) > 1:
+        raise InputError(f"{prompt_file}: holds {SPECIAL_TOKEN} more than once; one is scored")
     missing = config.special_tokens and SPECIAL_TOKEN not in text
     return Template(f"{text} {SPECIAL_TOKEN}" if missing else text)
 

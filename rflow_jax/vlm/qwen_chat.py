@@ -130,6 +130,9 @@ class QwenChat:
         return do_each(questions, self._prepared, self._answers, batch_size=self.config.batch_size)
 
     def _prepared(self, question: Question) -> tuple[Sample, np.ndarray]:
+        for text in (question.instructions, *question.parts):
+            if isinstance(text, str):
+                self.prepare.tokenizer.require_plain(text)
         sample = self.prepare.sample(question.parts, question.instructions)
         return sample, question_key(question, self.config.seed)
 

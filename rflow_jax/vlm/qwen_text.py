@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from rflow_jax.errors import InputError
-from rflow_jax.prompts import settled
+from rflow_jax.prompts import require_plain, settled, special_tokens
+from rflow_jax.text import require_text
 from rflow_jax.typing import Int
 from rflow_jax.weights.components import read_object
 
@@ -49,6 +50,7 @@ class QwenTokenizer:
         settled(self._tokenizer)
         if self._tokenizer.pad_token_id is None:
             raise InputError(f"{folder / _CONFIG}: no pad_token; a batch cannot be padded without one")
+        self._marks = special_tokens(self._tokenizer)
         self._template, self._said_by = _template([folder, *([template_from] if template_from else [])])
         self.chat(question("", None))  # a template that does not work is said before weights are read
 
@@ -71,8 +73,13 @@ class QwenTokenizer:
         """Writes the tokenizer with the tokens that were added, as Transformers reads it."""
         self._tokenizer.save_pretrained(folder)
 
+    def require_plain(self, text: str) -> str:
+        """What a user says; raises InputError if it holds marks of the chat, which :meth:`encode` takes as such."""
+        return require_plain(text, self._marks)
+
     def encode(self, text: str) -> np.ndarray:
-        """[t] int32, nothing added and nothing cut."""
+        """[t] int32, nothing added and nothing cut; raises InputError for what is no text."""
+        require_text(text, "the text")
         return np.asarray(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def decode(self, ids: Int[np.ndarray, " t"]) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.nvila.message import IMAGE, NEWLINE, Layout, Marks, lay_out
+from rflow_jax.models.nvila.message import IMAGE, NEWLINE, Layout, Marks, lay_out, without_marks
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.prompts import load_tokenizer
+from rflow_jax.prompts import load_tokenizer, require_plain, special_tokens
 from rflow_jax.weights.components import read_object
 
 LONGEST = 2**31  # Transformers writes an astronomical number where there is no limit
@@ -32,6 +32,7 @@ class NvilaTokenizer:
     def __init__(self, folder: Path, language: Qwen2Config):
         self._tokenizer: Any = load_tokenizer(folder)
         self._folder = folder
+        self._marks = special_tokens(self._tokenizer)
         self.size = len(self._tokenizer)
         self.end, self.pad = (self._special(name) for name in ("eos_token_id", "pad_token_id"))
         newline = tuple(self.ids(NEWLINE))
@@ -46,6 +47,10 @@ class NvilaTokenizer:
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, marks such as ``<|im_end|>`` in it included."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def require_plain(self, text: str) -> None:
+        """Raises InputError if what a user says holds marks other than a picture's, which a message loses anyway."""
+        require_plain(without_marks(text), self._marks)
 
     def word(self, token: int) -> str:
         """The text of one token."""

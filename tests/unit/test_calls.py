@@ -1,12 +1,15 @@
 """Pools of threads that ask a model."""
 
+import atexit
+import os
 import threading
 import time
 import weakref
 
 import pytest
 
-from rflow_jax.calls import Calls
+import rflow_jax.calls
+from rflow_jax.calls import Calls, wait_for
 
 PATIENCE = 20.0
 
@@ -218,3 +221,31 @@ def test_after_join_no_thread_holds_the_model(heard):
         calls.join()
         del calls, model
         assert gone() is None
+
+
+def test_what_takes_a_while_is_said_and_a_second_interrupt_waits_no_longer(heard, monkeypatch, capsys):
+    gate, at_exit = Gate(), []
+    calls = Calls("test", gate, 1, 1, heard.result, heard.error)
+    calls.close()
+    wait_for(calls)  # without a call under way there is nothing to say
+    assert capsys.readouterr().err == ""
+    calls = Calls("test", gate, 1, 1, heard.result, heard.error)
+    calls.submit(1)
+    gate.wait_for(1)
+    calls.close()
+    monkeypatch.setattr(rflow_jax.calls, "AT_ONCE", 0.01)
+    monkeypatch.setattr(atexit, "register", lambda *what: at_exit.append(what))
+    right = calls.join
+
+    def interrupted(patience=None):
+        if patience is None:
+            raise KeyboardInterrupt
+        return right(patience)
+
+    monkeypatch.setattr(calls, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wait_for(calls)
+    assert capsys.readouterr().err == "finishing the batch under way; Ctrl-C again to stop now\n"
+    assert at_exit == [(os._exit, 130)]
+    gate.open.set()
+    assert right()

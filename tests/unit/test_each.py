@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rflow_jax.chat import CLOSED
 from rflow_jax.each import BATCHES_AT_ONCE, do_each
 from rflow_jax.errors import InputError
 from rflow_jax.vlm.qwen_text import QwenTokenizer
@@ -37,6 +38,18 @@ def test_one_result_an_item_in_order_and_reasons_for_the_others(items, batch_siz
         10 * item if item >= 0 else f"{item} is negative" for item in items
     ]
     assert seen == [item for item in items if item >= 0]
+
+
+def test_once_closed_nothing_more_is_begun():
+    closed = threading.Event()
+
+    def work(ready):
+        closed.set()
+        return ready
+
+    found = do_each(range(20), lambda item: item, work, batch_size=2, closed=closed)
+    assert found[: 2 * BATCHES_AT_ONCE] == list(range(2 * BATCHES_AT_ONCE))
+    assert [str(one) for one in found[2 * BATCHES_AT_ONCE :]] == [CLOSED] * (20 - 2 * BATCHES_AT_ONCE)
 
 
 def test_items_are_prepared_while_the_ones_before_are_worked_on():

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert_weights.__main__ import main
+from rflow_jax.chat import CLOSED
 from rflow_jax.each import BATCHES_AT_ONCE
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
@@ -60,10 +61,12 @@ def recorded(golden):
     return image, {"prompt": meta["cases"]["imgA_p1_chat"]["prompt"]}, scores
 
 
-def test_protocol(verifier):
+def test_protocol(verifier, model):
     assert isinstance(verifier, Verifier)
     assert (verifier.name, verifier.concurrency, verifier.batch_size) == ("nvila", 1, 2)
-    verifier.close()
+    closed = NvilaVerifier(NvilaVerifierConfig(batch_size=2), model)
+    closed.close()
+    assert {verdict.error for verdict in closed.score(IMAGES, ITEMS)} == {CLOSED}
 
 
 def test_word_and_margin_of_both_templates(model, recorded):

@@ -100,6 +100,16 @@ def test_a_bad_item_changes_no_other(made, kind):
         assert value == (wanted if isinstance(wanted, str) else pytest.approx(wanted, rel=1e-5, abs=1e-5))
 
 
+@pytest.mark.parametrize("kind", [*VERIFIERS, "qwen"])
+def test_a_prompt_is_text_and_ends_no_message(made, kind):
+    image, item = good()[0]
+    mark = "<|endoftext|>"
+    found = results(made(kind), [(image, {"prompt": text}) for text in (item["prompt"], "\ud800", f"a cat {mark} yes")])
+    assert found[0][1] is None
+    assert "holds half a surrogate pair" in found[1][1]
+    assert f"holds the special token {mark}" in found[2][1]
+
+
 @pytest.mark.parametrize("kind", VERIFIERS)
 def test_a_score_that_is_no_number_changes_no_other(made, kind, monkeypatch):
     verifier = made(kind)

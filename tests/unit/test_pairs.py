@@ -90,6 +90,10 @@ def test_text_with_separators_is_one_line(folder):
             "pair 0: reflection must be a text",
         ),
         (
+            r'[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": "\ud800", "reflection": "y"}]',
+            "pair 0: prompt: holds half a surrogate pair",
+        ),
+        (
             '[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": " ", "reflection": "y"}]',
             "pair 0: prompt must be a text",
         ),
@@ -195,3 +199,16 @@ def test_settings_that_do_not_fit_are_said(folder):
         pairs(config(folder), Settings(height=32, width=32, union_cond_attn=False))
     with pytest.raises(InputError, match="seed is -1"):
         config(folder, seed=-1)
+
+
+def test_pictures_are_turned_as_their_exif_data_say(pipe, folder):
+    turned = PIL.Image.Exif()
+    turned[0x112] = 6
+    for name in ("bad0", "good0"):
+        with PIL.Image.open(folder / f"in/{name}.png") as image:
+            image.load()
+            PIL.Image.fromarray(np.rot90(np.asarray(image), -1)).save(folder / f"in/{name[:-1]}1.png")
+            image.save(folder / f"in/{name}.png", exif=turned)
+    assert pairs(config(folder, [entry(0), entry(1)]), SETTINGS) == 0
+    first, second = (request.condition.tobytes() for request in pipe.requests)
+    assert first == second

@@ -12,6 +12,7 @@ from rflow_jax.language.base import Written
 from rflow_jax.language.config import WRITERS
 from rflow_jax.options import read_options
 from rflow_jax.registry import find
+from rflow_jax.search.run_folder import public_section
 from rflow_jax.usage import Meter
 from rflow_jax.verifiers import VERIFIERS, VerifierConfig, make_verifier
 from rflow_jax.verifiers.base import Verdict
@@ -52,6 +53,26 @@ def test_a_class_of_ones_own_gets_the_config_and_the_meter():
     assert make_verifier(config, meter).given == (config, meter)
     config = WriterConfig(name=OWN)
     assert make_writer(config, REFINE_PROMPT, meter).given == (config, REFINE_PROMPT, meter)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ({"concurrency": 0}, "its concurrency is 0: give a whole number from 1"),
+        ({"batch_size": 0.5}, "its batch_size is 0.5"),
+        ({"concurrency": None}, "its concurrency is None"),
+        ({"name": None}, "give it a name"),
+        ({"close": None}, "it has no method close"),
+        ({"score": None, "write": None}, "it has no method (score|write)"),
+    ],
+)
+def test_a_class_of_ones_own_that_lacks_something_is_named(monkeypatch, lacks, said):
+    for name, value in lacks.items():
+        monkeypatch.setattr(Mine, name, value)
+    with pytest.raises(InputError, match=f"verifier {OWN}: {said}"):
+        make_verifier(VerifierConfig(name=OWN))
+    with pytest.raises(InputError, match=f"writer {OWN}: {said}"):
+        make_writer(WriterConfig(name=OWN), REFINE_PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +118,41 @@ def test_an_error_in_options_repeats_no_text_that_may_be_secret():
             read_options(EnsembleOptions, given, "x")
         assert str(caught.value).startswith(words)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "said"),
+    [
+        (VerifierConfig, {"name": "nvila", "template": "raw"}, "template: nvila .*: give options.template"),
+        (VerifierConfig, {"name": "reward", "prompts": "mine"}, "prompts: reward .*: give options.prompt_file"),
+        (VerifierConfig, {"name": "clip", "temperature": 0.0}, "temperature: clip asks no endpoint .*: leave it out"),
+        (WriterConfig, {"name": "qwen", "temperature": 0.9}, "temperature: qwen .*: give options.temperature"),
+        (WriterConfig, {"name": "qwen", "max_tokens": 7}, "max_tokens: qwen .*: give options.max_new_tokens"),
+        (
+            VerifierConfig,
+            {"name": "ensemble", "options": {"members": [{"name": "clip", "template": "raw"}]}},
+            r"ensemble\.options\.members\[0\]: template: clip",
+        ),
+    ],
+)
+def test_settings_that_a_model_in_this_process_would_ignore_are_refused(kind, section, said):
+    with pytest.raises(InputError, match=said):
+        kind(**section)
+
+
+def test_sections_that_a_run_has_published_are_read_again():
+    ensemble = {"members": [{"name": "clip"}, {"name": "nvila", "options": {"template": "raw"}}]}
+    for config in (
+        VerifierConfig(name="reward", model="m", timeout=20.0, max_retries=3),
+        VerifierConfig(name="ensemble", options=ensemble),
+        VerifierConfig(name=OWN, temperature=0.5, template="mine"),
+        WriterConfig(name="qwen", model="m", concurrency=2),
+    ):
+        assert type(config)(**public_section(config)) == config
+
+
+def test_only_a_key_that_is_near_is_suggested():
+    with pytest.raises(InputError, match="unknown key weight: did you mean weights"):
+        read_options(EnsembleOptions, {"weight": []}, "x")
+    with pytest.raises(InputError, match="unknown key devices: known are members, weights"):
+        read_options(EnsembleOptions, {"devices": [0]}, "x")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -20,8 +21,10 @@ from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
 from rflow_jax.images import read_image
 from rflow_jax.score import judging
+from rflow_jax.score.key import scores_follow_from
 from rflow_jax.score.results import Found, Results
 from rflow_jax.score.targets import Target
+from rflow_jax.verifiers import VerifierConfig
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.asking import pictures
 from tests.kit.openai_server import OpenAIServer, score_of
@@ -335,7 +338,7 @@ def test_a_second_writer_is_refused_as_long_as_the_first_writes(tmp_path):
                 Results(out, {})
         first.add(found)
     with Results(out, {}) as second:
-        assert second.known(found.target, "0") == Verdict(1.0)
+        assert second.known(found.target, "0") == found
 
 
 @pytest.mark.parametrize(
@@ -441,7 +444,7 @@ def test_what_no_file_can_hold_is_said_with_its_line(folder, tmp_path, asked, ca
 
 def test_a_prompt_that_is_no_text(folder, asked, capsys):
     assert call(folder / "00000/samples", "--prompt=\udcff", HASH) == 2
-    assert "prompt is not UTF-8 text" in capsys.readouterr().err
+    assert "prompt: holds half a surrogate pair" in capsys.readouterr().err
 
 
 def test_a_path_that_the_terminal_cannot_show_is_no_crash(folder, asked, monkeypatch):
@@ -465,3 +468,102 @@ def test_a_verifier_in_this_process_gets_several_batches_a_call(folder):
     targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
     assert len(dict(judging.judge(Local(concurrency=1, batch_size=1), targets))) == 6
     assert sorted(sizes) == [2, 4]
+
+
+def test_scores_follow_from_the_checkpoint_that_is_the_latest(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    latest = VerifierConfig(name="reward", model=str(tmp_path))
+    members = [{"name": "reward", "model": str(tmp_path)}, {"name": "clip", "options": {}}]
+    ensemble = VerifierConfig(name="ensemble", options={"members": members})
+    before = [scores_follow_from(one) for one in (latest, ensemble)]
+    assert before[0] == scores_follow_from(replace(latest, options={"step": 10}))
+    (tmp_path / "checkpoint-20").mkdir()
+    now = [scores_follow_from(one) for one in (latest, ensemble)]
+    assert before[0] == scores_follow_from(replace(latest, options={"step": 10}))
+    assert now[0]["options"] == {"step": 20}
+    assert [member.get("options") for member in now[1]["options"]["members"]] == [{"step": 20}, {}]
+    assert before[1]["options"]["members"][0]["options"] == {"step": 10}
+
+
+def test_a_line_names_its_verifier_and_older_ones_are_read(folder, asked, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    assert call(folder, HASH, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert {line["verifier"] for line in stored(out)} == {"hash"}
+    older = [{key: value for key, value in line.items() if key != "verifier"} for line in stored(out)]
+    out.write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert call(folder, HASH, "--out", out) == 0
+    assert capsys.readouterr().out == said
+    assert len(asked) == 1
+
+
+def test_a_failed_start_leaves_no_file(folder, tmp_path, capsys):
+    out = tmp_path / "new/o.jsonl"
+    assert call(folder, "--verifier.name=tests.kit.searching:no_such", "--out", out) == 2
+    assert not out.parent.exists()
+    assert call(folder, HASH, "--out", folder / "00000/metadata.jsonl/o.jsonl") == 2
+    assert "is no folder that can be written to" in capsys.readouterr().err
+
+
+def test_the_share_of_yes_is_among_those_that_say_yes_or_no(folder, asked, monkeypatch, capsys):
+    labels = iter(["good", "yes", "no", "good", "yes", "yes"])
+    verdicts = [Verdict(1.0, label) for label in labels]
+    monkeypatch.setattr(HashVerifier, "score", lambda self, images, items: [verdicts.pop() for _ in images])
+    assert call(folder, HASH) == 0
+    assert ", 75% yes" in capsys.readouterr().err
+    verdicts = [Verdict(1.0, "good")] * 6
+    assert call(folder, HASH) == 0
+    assert "yes" not in capsys.readouterr().err
+
+
+def test_no_more_large_images_are_held_than_fill_a_batch(folder, monkeypatch):
+    verifier, sizes = HashVerifier(concurrency=1, batch_size=2), []
+    verifier.batches_a_call = 3
+    verifier.score = lambda images, items: (
+        sizes.append(len(images)) or list(map(verifier._verdict, map(png_bytes, images), items))
+    )
+    targets = {k: Target(file, {"prompt": "x"}) for k, file in enumerate(sorted(folder.glob("*/samples/*")))}
+    small = dict(judging.judge(verifier, targets))
+    monkeypatch.setattr(judging, "PIXELS_AT_ONCE", 1)
+    large = dict(judging.judge(verifier, targets))
+    assert sizes == [6, 2, 2, 2]
+    assert large == small
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda images: None, "verifier hash: score returned NoneType; expected a list of Verdict, one for each of 1"),
+        (lambda images: [], "verifier hash: score returned 0 results"),
+        (lambda images: [0.5], "verifier hash: score returned a list with float"),
+    ],
+)
+def test_what_is_no_verdict_is_said_with_the_verifier_that_gave_it(folder, asked, monkeypatch, capsys, gives, said):
+    monkeypatch.setattr(HashVerifier, "score", lambda self, images, items: gives(images))
+    assert call(folder, HASH) == 1
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_a_verifier_that_changes_what_it_is_given_changes_no_record(folder, asked, tmp_path, monkeypatch):
+    right = HashVerifier.score
+    monkeypatch.setattr(
+        HashVerifier,
+        "score",
+        lambda self, images, items: [items[0].pop("tag"), right(self, images, items)][1],
+    )
+    assert call(folder, HASH, "--out", tmp_path / "o.jsonl") == 0
+    assert {line["item"]["tag"] for line in stored(tmp_path / "o.jsonl")} == {"colors"}
+
+
+def test_an_input_error_of_one_image_leaves_the_others_their_scores(folder, asked, monkeypatch, capsys):
+    right = HashVerifier.score
+
+    def refuses(self, images, items):
+        if any(item["prompt"] == "prompt 1" for item in items):
+            raise InputError("not this one")
+        return right(self, images, items)
+
+    monkeypatch.setattr(kit, "config_verifier", lambda config, meter: HashVerifier(concurrency=1, batch_size=4))
+    monkeypatch.setattr(HashVerifier, "score", refuses)
+    assert call(folder, HASH) == 1
+    assert [line[3:] for line in lines(capsys)] == [[], [], ["not this one"], ["not this one"], [], []]

@@ -11,6 +11,7 @@ from rflow_jax.search.prompts import read_prompts, slice_prompts
     [
         ('{"prompt": "a"', ":3: not a JSON object"),
         ('["a"]', ":3: expected an object"),
+        (r'{"prompt": "\ud800"}', ":3: holds half a surrogate pair"),
         ('{"tag": "counting"}', ":3: 'prompt' must be"),
         ('{"prompt": "  "}', ":3: 'prompt' must be"),
         ('{"prompt": "a", "tag": 3}', ":3: 'tag' must be"),

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rflow_jax.chat import CLOSED, png_bytes
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.usage import Meter
@@ -146,7 +146,7 @@ def test_a_bug_in_a_member_is_no_verdict():
     with pytest.raises(ZeroDivisionError):
         verifier.score(pictures(3), items(3))
     MADE["b"].score = lambda images, items: []
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(RunError, match=r"verifier b: score returned 0 results; expected a list of Verdict"):
         verifier.score(pictures(3), items(3))
     verifier.close()
 
@@ -222,3 +222,13 @@ def test_members_over_http_are_asked_at_the_same_time(monkeypatch):
         assert (word.label, word.score) == (decision_of(png)[0], pytest.approx(decision_of(png)[1]))
         assert not failed.scored
         assert verdict.error.startswith("openai bad: ")
+
+
+def test_a_members_mistake_is_told_with_its_place_and_members_of_one_name_by_their_numbers():
+    with pytest.raises(InputError, match=r"ensemble\.options\.members\[1\]: verifier\.options: unknown key bach"):
+        make_verifier(config(own("a"), {"name": "nvila", "options": {"bach": 1}}))
+    verifier = EnsembleVerifier(config(own("a", fails="0123456789"), own("b"), own("a")))
+    (verdict,) = verifier.score(pictures(1), items(1))
+    verifier.close()
+    assert verifier.name == "ensemble of a 1, b, a 2"
+    assert verdict.error == "a 1: gone"

@@ -142,6 +142,9 @@ def test_wordings(tmp_path, caplog):
     (tmp_path / "own.txt").write_text(f"Rate $prompt: {SPECIAL_TOKEN}")
     own = read_template(RewardConfig("base", special_tokens=True), str(tmp_path / "own.txt"))
     assert own.substitute(prompt="it") == f"Rate it: {SPECIAL_TOKEN}"
+    (tmp_path / "own.txt").write_text(f"{SPECIAL_TOKEN} Rate $prompt: {SPECIAL_TOKEN}")
+    with pytest.raises(InputError, match="more than once"):
+        read_template(RewardConfig("base", special_tokens=True), str(tmp_path / "own.txt"))
     (tmp_path / "own.txt").write_text("Rate it")
     with pytest.raises(InputError, match=r"does not hold \$prompt"):
         read_template(RewardConfig("base"), str(tmp_path / "own.txt"))

@@ -41,7 +41,7 @@ def message(parts: Sequence[str | int]) -> str:
     pieces = []
     for part in parts:
         if isinstance(part, str):
-            pieces.append(_without_marks(part))
+            pieces.append(without_marks(part))
         else:
             pieces.append((IMAGE + NEWLINE) * part if alone else IMAGE * part)
     return "".join(pieces).strip()
@@ -52,7 +52,8 @@ def chat(text: str) -> str:
     return _CHAT.replace("{message}", text)
 
 
-def _without_marks(text: str) -> str:
+def without_marks(text: str) -> str:
+    """The text without the marks of pictures and videos."""
     for mark in (IMAGE, VIDEO):
         if mark in text:
             text = text.replace(mark, "").strip()

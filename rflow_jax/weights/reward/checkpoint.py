@@ -7,7 +7,6 @@ model is a folder that the configuration names, of Transformers or of ``convert_
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from rflow_jax.weights.names.qwen2_5_vl import reward_table
 from rflow_jax.weights.pickles import open_pickle
 from rflow_jax.weights.qwen import open_qwen, read_qwen_config
 from rflow_jax.weights.reward.config import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.reward.steps import find_step
 
 SPECIAL_TOKEN = "<|VQ_reward|>"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -61,7 +61,7 @@ class RewardCheckpoint:
         beside = folder / config.base
         root = resolve_vlm(base) if base else beside if beside.is_dir() else resolve_vlm(config.base)
         read_qwen_config(root)  # another network is said before anything is read of it
-        return cls(folder, _step(folder, step), root, config)
+        return cls(folder, find_step(folder, step)[1], root, config)
 
     @property
     def tokenizer(self) -> Path:
@@ -116,17 +116,6 @@ class RewardCheckpoint:
             if (file := self.step / name).is_file():
                 return TensorFiles.open(file) if file.suffix == ".safetensors" else open_pickle(file, allow=True)
         raise InputError(f"{self.step}: no model.pth and no non_lora_state_dict.pth (or .safetensors); no reward model")
-
-
-def _step(folder: Path, step: int | None) -> Path:
-    found = {
-        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    if not found:
-        raise InputError(f"{folder}: no folder checkpoint-N; is it the folder of a reward model?")
-    if step is not None and step not in found:
-        raise InputError(f"{folder}: no checkpoint-{step}, only {', '.join(map(str, sorted(found)))}")
-    return found[max(found) if step is None else step]
 
 
 def _with_vocabulary(config: Qwen25VLConfig, rows: int) -> Qwen25VLConfig:
