@@ -74,8 +74,8 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
     validation = task.open_validation(out)
 
     write_config(out, asdict(config))
-    numbers = {"steps": config.train.steps, "batch_size": config.train.batch_size}
-    watch = stack.enter_context(closing(Watch(out, config.watch, **numbers, flops=task.flops, resumed=start)))
+    numbers = {"steps": config.train.steps, "batch_size": config.train.batch_size, "flops": task.flops}
+    watch = stack.enter_context(closing(Watch(out, config.watch, **numbers, resumed=start, dtype=config.train.dtype)))
     watch.say(headline(config, mesh, task, start))
     return Run(config, task, state, task.make_step(optimizer, shardings), checkpoints, loader, validation, watch)
 
@@ -84,10 +84,11 @@ def loop(run: Run, preemption: Preemption) -> None:
     """The steps. What a step tells is read while the next one is computed."""
     config, state = run.config, run.first
     first = step = int(state.step)
-    if step == 0:
-        validate(run, state, step)
-    else:
+    if step:
         run.checkpoints.export_missing(state, run.task.trained)
+    due = run.validation and (step % run.validation.every == 0 or step == config.train.steps)
+    if due and not run.watch.tried(step):
+        validate(run, state, step)  # before the first step, or where the run before was ended too early for it
     with closing(feed(iter(run.loader), run.task.put)) as batches:
         untold: tuple[int, Any, Any] | None = None
         stop = False
@@ -107,7 +108,8 @@ def loop(run: Run, preemption: Preemption) -> None:
                 tell(run, untold)  # first, so that a step that went wrong is not saved
                 untold = None
                 position = gather_position(run.loader.position(step))
-                run.checkpoints.save(state, position, config.flat(), run.task.trained)
+                with run.watch.aside():
+                    run.checkpoints.save(state, position, config.flat(), run.task.trained)
             if run.validation and not stop and (last or step % run.validation.every == 0):
                 tell(run, untold)
                 untold = None

@@ -6,6 +6,7 @@
     config.yaml                     the resolved configuration, as the newest start had it
     metrics.jsonl                   one line of numbers every so many steps
     tensorboard/                    the same for TensorBoard
+    wandb_id                        what wandb knows the run by
     checkpoints/{step}/             to resume from
     checksums/{step}.json           of that checkpoint's files
     lora/{step}/                    pytorch_lora_weights.safetensors, for diffusers, ComfyUI and infer.py (corrector)

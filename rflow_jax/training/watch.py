@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from rflow_jax.errors import InputError
 from rflow_jax.files import write_file
+from rflow_jax.parallel.processes import gather_texts
 from rflow_jax.settings import require_least, require_positive
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
@@ -109,8 +109,9 @@ class Watch:
         self._names: list[str] = []
         self.restart_clock()
         self._board = self._wandb = None
+        self._tried: set[int] = set()
         if self.writes:
-            _keep_until(self._file, resumed)
+            self._tried = _keep_until(self._file, resumed)
             self._open_boards(out, resumed)
 
     def step(
@@ -145,6 +146,10 @@ class Watch:
         numbers = ", ".join(f"{name.rpartition('/')[2]} {loss:.4f}" for name, loss in losses.items())
         self.say(f"step {step}/{self.steps}, validation: {numbers}")
         self.restart_clock()
+
+    def tried(self, step: int) -> bool:
+        """Whether an earlier start has validated this step's parameters; all processes must ask, and hear the same."""
+        return gather_texts("yes" if step in self._tried else "no")[0] == "yes"
 
     def _pace(self) -> dict[str, Any]:
         seconds = max(time.perf_counter() - self._since, 1e-9)
@@ -241,11 +246,11 @@ def _over_processes(count: int) -> int:
     return int(np.sum(multihost_utils.process_allgather(np.asarray(count, np.int32))))
 
 
-def _keep_until(file: Path, step: int) -> None:
-    """Drops lines past ``step``, and one that a kill cut short."""
+def _keep_until(file: Path, step: int) -> set[int]:
+    """Drops lines past ``step``, and one that a kill cut short; returns the steps that were validated."""
     if not file.exists():
-        return
-    kept = []
+        return set()
+    kept, tried = [], set()
     for text in file.read_text().splitlines():
         try:
             line = json.loads(text)
@@ -253,6 +258,6 @@ def _keep_until(file: Path, step: int) -> None:
             continue
         if line.get("step", 0) <= step:
             kept.append(text + "\n")
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, file)
+            tried |= set() if "loss" in line else {line.get("step", 0)}
+    write_file(file, "".join(kept))
+    return tried

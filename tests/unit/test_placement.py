@@ -167,7 +167,7 @@ def test_a_search_generates_on_the_devices_that_no_model_took(monkeypatch, devic
     seen = SimpleNamespace(mesh=None)
     monkeypatch.setattr("rflow_jax.pipeline.load_pipeline", lambda *_, mesh, **__: setattr(seen, "mesh", mesh))
     verifier = VerifierConfig(name="nvila", options={"devices": devices})
-    command._load(SearchConfig(model="nowhere", verifier=verifier))
+    command._load("noise", SearchConfig(model="nowhere", verifier=verifier))
     found = None if seen.mesh is None else sorted(device.id for device in seen.mesh.devices.flat)
     assert found == left
 

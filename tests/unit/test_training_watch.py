@@ -68,6 +68,15 @@ def test_a_resumed_run_drops_the_lines_past_its_step_and_one_that_was_cut(tmp_pa
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_validation_that_an_earlier_start_made_is_known(tmp_path):
+    first = watch(tmp_path, tensorboard=False)
+    for step in (0, 2, 4):
+        tell(first, range(step - 1, step + 1) if step else range(0))
+        first.validated(step, {"validation/all": 1.0})
+    assert [step for step in range(6) if watch(tmp_path, resumed=3, tensorboard=False).tried(step)] == [0, 2]
+    assert not watch(tmp_path, resumed=1, tensorboard=False).tried(2)
+
+
 def test_skipped_records_are_named_up_to_a_number_and_all_counted(tmp_path, capsys):
     tell(watch(tmp_path, tensorboard=False), range(1, 6), skipped=["a: no picture"] * 7)
     assert capsys.readouterr().err.count("skipped a: no picture") == SKIPPED_SHOWN
