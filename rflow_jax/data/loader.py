@@ -195,11 +195,41 @@ class MakeFromSource:
         return Made(example, digest_of(example))
 
 
-class MixturePlan:
-    """Draws of a mixture over records with random access."""
+@runtime_checkable
+class Counted(Protocol):
+    """Records with random access, whatever they are."""
 
-    def __init__(self, mixture: Mixture, slots: Sequence[int], fingerprint: str):
-        self._mixture, self._slots, self._fingerprint = mixture, list(slots), fingerprint
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class MixturePlan:
+    """Draws of a mixture over records with random access.
+
+    Args:
+        batch_size, slots, position: as for :func:`~rflow_jax.data.open.open_loader`.
+
+    Raises:
+        InputError: the records are not those of the position, or a subset that is drawn has none.
+    """
+
+    def __init__(
+        self,
+        records: Counted,
+        config: DataConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        slots: Sequence[int],
+        position: Mapping[str, Any] | None,
+    ):
+        require_same_records(position, records.fingerprint)
+        ratios, stages = config.split_ratios, config.training_stages
+        self._mixture = Mixture(records.counts, ratios, stages, seed, batch_size, position)
+        self._slots, self._fingerprint = list(slots), records.fingerprint
 
     def jobs(self, step: int) -> list[Draw]:
         draws = self._mixture.draws(step)

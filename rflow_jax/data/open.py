@@ -8,8 +8,7 @@ from typing import Any
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.latents.source import open_latent_loader
-from rflow_jax.data.loader import Loader, MakeFromSource, MixturePlan, require_same_records
-from rflow_jax.data.mixture import Mixture
+from rflow_jax.data.loader import Loader, MakeFromSource, MixturePlan
 from rflow_jax.data.records import RecordSource
 from rflow_jax.data.stream.loader import open_stream
 from rflow_jax.data.tar.source import open_tars
@@ -51,13 +50,10 @@ def open_loader(
     Raises:
         InputError: the records are not usable, or not those of the position.
     """
-    how = {"seed": seed, "batch_size": batch_size, "slots": slots}
+    how = {"seed": seed, "batch_size": batch_size, "slots": slots, "position": position}
     if config.format == "precomputed":
-        return open_latent_loader(config, **how, start=start, position=position)
+        return open_latent_loader(config, **how, start=start)
     if config.format == "stream":
-        return open_stream(config, **how, start=start, position=position)
+        return open_stream(config, **how, start=start)
     source = open_source(config)
-    require_same_records(position, source.fingerprint)
-    mixture = Mixture(source.counts, config.split_ratios, config.training_stages, seed, batch_size, position)
-    plan = MixturePlan(mixture, slots, source.fingerprint)
-    return Loader(plan, MakeFromSource(source, config, seed), config, start)
+    return Loader(MixturePlan(source, config, **how), MakeFromSource(source, config, seed), config, start)

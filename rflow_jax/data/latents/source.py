@@ -22,8 +22,8 @@ import numpy as np
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.examples import SHORTEST_REFLECTION, Drops, draw_drops, t5_text
-from rflow_jax.data.loader import Loader, Made, MixturePlan, require_same_records, texts_of
-from rflow_jax.data.mixture import Draw, Mixture
+from rflow_jax.data.loader import Loader, Made, MixturePlan, texts_of
+from rflow_jax.data.mixture import Draw
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.errors import InputError
 from rflow_jax.settings import require_least
@@ -272,9 +272,7 @@ def open_latent_loader(
     require_same(
         source.folder, kept, {name: getattr(config, name) for name in ("target_size", "condition_size", "crop")}
     )
-    require_same_records(position, source.fingerprint)
-    mixture = Mixture(source.counts, config.split_ratios, config.training_stages, seed, batch_size, position)
-    plan = MixturePlan(mixture, slots, source.fingerprint)
+    plan = MixturePlan(source, config, seed=seed, batch_size=batch_size, slots=slots, position=position)
     return LatentLoader(plan, MakeFromLatents(source, config, seed), replace(config, workers=0), start)
 
 
