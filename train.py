@@ -86,8 +86,7 @@ def loop(run: Run, preemption: Preemption) -> None:
     first = step = int(state.step)
     if step:
         run.checkpoints.export_missing(state, run.task.trained)
-    due = run.validation and (step % run.validation.every == 0 or step == config.train.steps)
-    if due and not run.watch.tried(step):
+    if validation_is_due(run, step) and not run.watch.tried(step):
         validate(run, state, step)  # before the first step, or where the run before was ended too early for it
     with closing(feed(iter(run.loader), run.task.put)) as batches:
         untold: tuple[int, Any, Any] | None = None
@@ -110,7 +109,7 @@ def loop(run: Run, preemption: Preemption) -> None:
                 position = gather_position(run.loader.position(step))
                 with run.watch.aside():
                     run.checkpoints.save(state, position, config.flat(), run.task.trained)
-            if run.validation and not stop and (last or step % run.validation.every == 0):
+            if validation_is_due(run, step) and not stop:
                 tell(run, untold)
                 untold = None
                 validate(run, state, step)
@@ -138,6 +137,11 @@ def tell(run: Run, untold: tuple[int, Any, Any] | None) -> None:
         )
     metrics = {name: float(one.total / one.of) for name, one in report.metrics.items() if one.of}
     run.watch.step(step, report, batch, run.loader.drawn(step), metrics)
+
+
+def validation_is_due(run: Run, step: int) -> bool:
+    """Whether the parameters of this step are to be tried: now and then, and at the end."""
+    return run.validation is not None and (step % run.validation.every == 0 or step == run.config.train.steps)
 
 
 def validate(run: Run, state: State, step: int) -> None:

@@ -88,10 +88,10 @@ class Calls:
         free the arrays of a model of which it holds the last reference.
         """
         end = time.monotonic() + patience
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads if thread is not threading.current_thread())
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in others)
 
     def _serve(self) -> None:
         while (works := self._take()) is not None:

@@ -119,9 +119,12 @@ def _search(
 
 def _asked(kind: Kind, config: SearchConfig) -> dict[str, VerifierConfig | WriterConfig]:
     """The roles that a search of this kind has."""
-    verifier: dict[str, VerifierConfig | WriterConfig] = {"verifier": config.verifier}
-    writers = {"reflector": config.reflector} if kind == "reflect" else {}
-    return verifier | writers | ({"refiner": config.refiner} if kind != "noise" else {})
+    asked: dict[str, VerifierConfig | WriterConfig] = {"verifier": config.verifier}
+    if kind == "reflect":
+        asked["reflector"] = config.reflector
+    if kind != "noise":
+        asked["refiner"] = config.refiner
+    return asked
 
 
 def _models(kind: Kind, config: SearchConfig, accounts: Accounts) -> Models:

@@ -8,10 +8,9 @@ from rflow_jax.language.config import WriterConfig
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
-from rflow_jax.settings import Settings, require_dtype
+from rflow_jax.settings import Settings, require_dtype, require_seed
 from rflow_jax.verifiers.config import ENSEMBLE, NONE, VerifierConfig
 
-LARGEST_SEED = 2**32 - 1
 Kind = Literal["noise", "noise-prompt", "reflect"]
 
 
@@ -103,8 +102,7 @@ class SearchConfig:
     refiner: WriterConfig = field(default_factory=WriterConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"seed is {self.seed}: give a number from 0 to {LARGEST_SEED}")
+        require_seed("seed", self.seed)
         if self.prompts_in_flight < 1:
             raise InputError("prompts_in_flight must be at least 1")
         if self.max_images is not None and self.max_images < 1:

@@ -17,12 +17,10 @@ from rflow_jax.training.feed import put_pixels, slots_here
 from rflow_jax.training.latents import make_encode_latents, put_latents, require_latents_of
 from rflow_jax.training.model import Trained, load_trained
 from rflow_jax.training.objective import Examples
-from rflow_jax.training.step import Recipe, Shape, make_encode, make_step
+from rflow_jax.training.step import ENCODERS, Recipe, Shape, make_encode, make_step
 from rflow_jax.training.task import TakeStep
 from rflow_jax.training.update import Report, State
 from rflow_jax.training.validation import Validation
-
-ENCODERS = ("vae", "clip", "t5")
 
 
 class Corrector:

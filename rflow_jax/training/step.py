@@ -27,6 +27,7 @@ from rflow_jax.typing import Array, Float, Int, UInt8, UInt32
 # What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
 TIME, NOISE, GOOD, BAD = range(4)
 INIT = 2**32 - 1  # no sample has this number
+ENCODERS = ("vae", "clip", "t5")  # whose weights what make_encode gives is called with
 
 
 class Inputs(NamedTuple):

@@ -29,7 +29,7 @@ from rflow_jax.settings import Settings, require_least, require_seed
 from rflow_jax.training.folder import fresh
 from rflow_jax.training.model import Trained
 from rflow_jax.training.objective import Examples
-from rflow_jax.training.step import Inputs, Recipe, batch_losses, make_encode, sample_keys
+from rflow_jax.training.step import ENCODERS, Inputs, Recipe, batch_losses, make_encode, sample_keys
 from rflow_jax.typing import Array
 
 FOLDER = "validation"
@@ -116,7 +116,7 @@ class Validation:
     def _encode(self) -> Iterator[tuple[int, Examples, Array]]:
         bundle, size = self.trained.bundle, samples_along(self.mesh)
         encode = make_encode(bundle, self._recipe, self.mesh)
-        encoders = {name: bundle.weights[name] for name in ("vae", "clip", "t5")}
+        encoders = {name: bundle.weights[name] for name in ENCODERS}
         for first in range(0, len(self.held_out), size):
             numbers = np.minimum(np.arange(first, first + size), len(self.held_out) - 1).astype(np.uint32)
             chosen = [self.held_out[number][1] for number in numbers]

@@ -11,7 +11,7 @@ import numpy as np
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.training.model import TrainableConfig, load_trained
 from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rflow_jax.training.step import Inputs, Recipe, Shape, make_encode, make_step
+from rflow_jax.training.step import ENCODERS, Inputs, Recipe, Shape, make_encode, make_step
 from rflow_jax.training.update import init_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -48,7 +48,7 @@ class TrainingRun:
     def losses(self, steps: range = range(STEPS)) -> np.ndarray:
         """[steps, 2]: losses and norms of the gradients."""
         weights, found = self.trained.bundle.weights, []
-        encoders = {name: weights[name] for name in ("vae", "clip", "t5")}
+        encoders = {name: weights[name] for name in ENCODERS}
         for step in steps:
             inputs = put_batch(self.mesh, batch(step))
             examples = self._encode(encoders, inputs)
