@@ -20,6 +20,7 @@ from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.lora import without_condition_effect
+from rflow_jax.parallel.mesh import traced_on
 from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
 from rflow_jax.parallel.sharding import DATA
 from rflow_jax.prompts import t5_prompt
@@ -109,17 +110,16 @@ class Pipeline:
         """The function, run by every device of the axis ``data`` on its own rows of ``batched`` arguments."""
         function = partial(function, self.bundle.graphs, self.bundle.dtype)
         if self.replicas == 1:
-            return function
-        assert self.mesh is not None
+            return traced_on(self.mesh, function)
         mesh, rows, whole = self.mesh, PartitionSpec(DATA), PartitionSpec()
 
         def spread(program: Program, weights: Any, *rest: Any) -> Any:
             specs = (whole, *[rows] * batched, *[whole] * (len(rest) - batched))
             local = partial(function, program)
-            how = {"mesh": mesh, "in_specs": specs, "out_specs": rows, "axis_names": {DATA}, "check_vma": False}
+            how = {"in_specs": specs, "out_specs": rows, "axis_names": {DATA}, "check_vma": False}
             return jax.shard_map(local, **how)(weights, *rest)
 
-        return spread
+        return traced_on(mesh, spread)
 
     @property
     def replicas(self) -> int:
@@ -301,6 +301,7 @@ def load_pipeline(
     dtype: str = "bfloat16",
     attention: AttentionImpl = "auto",
     mesh: jax.sharding.Mesh | None = None,
+    scan_blocks: bool | None = None,
     progress: bool = True,
 ) -> Pipeline:
     """Loads a model, and a LoRA onto its transformer.
@@ -311,15 +312,17 @@ def load_pipeline(
         lora_alpha: the LoRA's alpha where its file does not say it; the rank if None.
         dtype: of weights and activations: ``bfloat16`` or ``float32``.
         attention: see :func:`rflow_jax.models.attention.attend`.
-        mesh: devices to spread the weights (axes ``fsdp``, ``tensor``) and the images (``data``) over; None: all on
-            the first device.
+        mesh: devices to spread the weights (axes ``fsdp``, ``tensor``), the images (``data``) and the tokens of one
+            image (``sequence``) over; None: all on the first device.
+        scan_blocks: stack the transformer's blocks, which compiles in a fraction of the time; None: on TPU.
         progress: show a bar while the weights are read.
 
     Raises:
         InputError: nothing there, not a model, a truncated file, a LoRA for another network.
     """
     use_compilation_cache()
-    bundle = load_bundle(model, lora=lora, lora_alpha=lora_alpha, dtype=dtype, mesh=mesh, progress=progress)
+    how = {"dtype": dtype, "mesh": mesh, "scan_blocks": scan_blocks, "progress": progress}
+    bundle = load_bundle(model, lora=lora, lora_alpha=lora_alpha, **how)
     return Pipeline(bundle, attention=attention, mesh=mesh)
 
 

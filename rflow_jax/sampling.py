@@ -216,7 +216,7 @@ def sample(
     graphs: Any, dtype: Any, program: Program, weights: Any, noise: Array, given: Given, scales: Scales
 ) -> tuple[Float[Array, "b i f"], UInt8[Array, "b y x 3"]]:
     """Integrates the flow and decodes: (packed latents, pixels)."""
-    transformer = nnx.merge(graphs.transformer, *weights["transformer"])
+    transformer = graphs.transformer.merge(*weights["transformer"])
     rope = rope_for(transformer.config, given.text.shape[1], program.image_grid, program.condition_grid)
     x, _ = euler(velocity_of(transformer, dtype, program, given, scales, rope), noise, scales.sigmas)
     vae = nnx.merge(graphs.vae, weights["vae"])
@@ -262,13 +262,18 @@ def velocity_of(
 def _modulations_of_steps(
     transformer: FluxTransformer, times: Array, guidance: Array | float, pooled: Array, dtype: Any, ctx: Context
 ) -> Modulations:
-    """The modulations of every step: leaves [steps, b, k, o]."""
+    """The modulations of every step: leaves [steps, b, k, o], those of stacked blocks [steps, l, b, k, o]."""
     steps, b = times.shape[0], pooled.shape[0]
     guidances = jnp.full(steps * b, guidance, jnp.float32) if transformer.config.guidance_embeds else None
     flat = transformer.modulations(
         jnp.repeat(times, b), guidances, jnp.tile(pooled, (steps, 1)), CONDITION_TIME, dtype, ctx
     )
-    return jax.tree.map(lambda vectors: vectors.reshape(steps, b, *vectors.shape[1:]), flat)
+
+    def by_step(vectors: Array) -> Array:
+        *blocks, _, k, o = vectors.shape
+        return jnp.moveaxis(vectors.reshape(*blocks, steps, b, k, o), len(blocks), 0)
+
+    return jax.tree.map(by_step, flat)
 
 
 def to_network_range(pixels: UInt8[Array, "*b 3"]) -> Float[Array, "*b 3"]:

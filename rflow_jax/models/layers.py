@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from rflow_jax.models.partitioning import SEQUENCE, constrain, has_axis
 from rflow_jax.typing import Array, Float
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -74,9 +75,11 @@ class Linear(nnx.Module):
         if lora is None or self.lora_a is None:
             return y
         start = lora.start or 0
-        delta = self._low_rank(x[..., start:, :])
         if start == 0:
-            return y + delta
+            return y + self._low_rank(x)
+        if has_axis(SEQUENCE):  # the rows lie on few of the devices that have parts of the sequence: all take part
+            return y + jnp.where(jnp.arange(x.shape[-2])[:, None] >= start, self._low_rank(x), 0)
+        delta = self._low_rank(x[..., start:, :])
         # Updated in place: only the rows that change are read and written again.
         return jax.lax.dynamic_update_slice_in_dim(y, y[..., start:, :] + delta, start, axis=-2)
 
@@ -84,10 +87,12 @@ class Linear(nnx.Module):
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_scale is not None
-        low = jnp.dot(x, self.lora_a[...].astype(x.dtype))
+        # Whole where they are used: a compiler would rather move activations to the parts of a small matrix.
+        a, b = (constrain(matrix[...].astype(x.dtype)) for matrix in (self.lora_a, self.lora_b))
+        low = jnp.dot(x, a)
         # The scale stays float32: alpha / rank need not be a number of bfloat16.
         scaled = (low * self.lora_scale[...]).astype(x.dtype)
-        return jnp.dot(scaled, self.lora_b[...].astype(x.dtype))
+        return jnp.dot(scaled, b)
 
 
 class LayerNorm(nnx.Module):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import Sharding
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import Linear, LoRAScale
@@ -118,7 +120,7 @@ def attach(
         a, b = (np.ascontiguousarray(m.T if dtype is None else m.T.astype(dtype)) for m in (adapter.a, adapter.b))
         scale = np.asarray(adapter.scale, np.float32)
         values = {"lora_a": a, "lora_b": b, "lora_scale": scale}
-        _set(modules[path], {name: place(f"{path}.{name}", value) for name, value in values.items()})
+        set_adapter(modules[path], {name: place(f"{path}.{name}", value) for name, value in values.items()})
     return model
 
 
@@ -127,7 +129,7 @@ def attach_shapes(model: Model, ranks: Mapping[str, int], *, dtype: Dtype = jnp.
     modules, shapes = linears(model), linear_shapes(model)
     for path, rank in ranks.items():
         d_in, d_out = shapes[path] if path in modules else _no_linear(path)
-        _set(
+        set_adapter(
             modules[path],
             {
                 "lora_a": jax.ShapeDtypeStruct((d_in, rank), dtype),
@@ -146,6 +148,7 @@ def init_lora(
     pattern: str = REFLECTION_FLOW,
     rngs: nnx.Rngs,
     dtype: Dtype = jnp.float32,
+    sharding_for: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Model:
     """Attaches fresh adapters to every linear whose path ``pattern`` matches as a whole; returns the model.
 
@@ -153,6 +156,8 @@ def init_lora(
 
     Args:
         alpha: strength; None stands for the rank (scale 1).
+        sharding_for: (dotted path, shape) -> where an array lies, which is made there part by part; None: the default
+            device.
 
     Raises:
         InputError: a pattern that matches no linear.
@@ -162,10 +167,26 @@ def init_lora(
     shapes = linear_shapes(model)
     for path, linear in chosen.items():
         d_in, d_out = shapes[path]
-        a = jax.random.normal(rngs.params(), (d_in, rank), dtype) / rank
-        b = jnp.zeros((rank, d_out), dtype)
-        _set(linear, {"lora_a": a, "lora_b": b, "lora_scale": jnp.asarray(scale, jnp.float32)})
+
+        def place(name: str, shape: tuple[int, ...], path: str = path) -> Any:
+            return None if sharding_for is None else sharding_for(f"{path}.{name}", shape)
+
+        a, b = ("lora_a", (d_in, rank)), ("lora_b", (rank, d_out))
+        values = {
+            "lora_a": _first_a(place(*a))(rngs.params(), a[1], dtype),
+            "lora_b": jnp.zeros(b[1], dtype, device=place(*b)),
+            "lora_scale": jnp.full((), scale, jnp.float32, device=place("lora_scale", ())),
+        }
+        set_adapter(linear, values)
     return model
+
+
+@cache
+def _first_a(sharding: Sharding | None) -> Callable[[jax.Array, tuple[int, ...], Any], jax.Array]:
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) / shape[1]
+
+    return jax.jit(draw, static_argnums=(1, 2), out_shardings=sharding)
 
 
 def select(modules: Mapping[str, Any], pattern: str) -> dict[str, Any]:
@@ -199,20 +220,26 @@ def detach(model: Model) -> Model:
 
 def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     """The adapters of a concrete model, in the layout of files."""
-    return dict(_attached(model))
+    return adapters_in(nnx.state(model))
 
 
-def _attached(model: nnx.Module) -> Iterator[tuple[str, Adapter]]:
-    for path, linear in linears(model).items():
-        if linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
-            continue
-        a, b = (np.ascontiguousarray(np.asarray(m[...]).T) for m in (linear.lora_a, linear.lora_b))
-        # The shortest decimal that names the float32 scale: alpha 1 at rank 3 comes back as 1.
-        alpha = float(str(np.float32(np.asarray(linear.lora_scale[...]) * np.float32(a.shape[0]))))
-        yield path, Adapter(a, b, alpha)
+def adapters_in(*states: nnx.State) -> dict[str, Adapter]:
+    """The adapters in concrete parameters by block, in the layout of files."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path, variable in (item for state in states for item in nnx.to_flat_state(state)):
+        if isinstance(variable, (nnx.LoRAParam, LoRAScale)):
+            found.setdefault(".".join(map(str, path[:-1])), {})[str(path[-1])] = np.asarray(variable.get_value())
+    return {path: _adapter(**found[path]) for path in sorted(found)}
 
 
-def _set(linear: Any, values: Mapping[str, Any]) -> None:
+def _adapter(lora_a: np.ndarray, lora_b: np.ndarray, lora_scale: np.ndarray) -> Adapter:
+    a, b = (np.ascontiguousarray(matrix.T) for matrix in (lora_a, lora_b))
+    # The shortest decimal that names the float32 scale: alpha 1 at rank 3 comes back as 1.
+    return Adapter(a, b, float(str(np.float32(lora_scale * np.float32(a.shape[0])))))
+
+
+def set_adapter(linear: Any, values: Mapping[str, Any]) -> None:
+    """Gives a linear ``lora_a``, ``lora_b`` and ``lora_scale``, arrays or their shapes."""
     linear.lora_a = nnx.data(nnx.LoRAParam(values["lora_a"]))
     linear.lora_b = nnx.data(nnx.LoRAParam(values["lora_b"]))
     linear.lora_scale = nnx.data(LoRAScale(values["lora_scale"]))

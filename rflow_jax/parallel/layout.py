@@ -1,12 +1,12 @@
 """How devices and processes are to be laid out; needs no JAX, so that a command line's --help need not wait for it."""
 
+import math
 from dataclasses import asdict, dataclass
-
-import numpy as np
 
 from rflow_jax.errors import InputError
 
 REST = -1
+AXES = ("data", "fsdp", "sequence", "tensor")  # of the mesh, in order: those that talk most lie closest together
 
 
 @dataclass(frozen=True)
@@ -17,33 +17,49 @@ class MeshConfig:
         data: copies of the parameters, each with samples of its own.
         fsdp: parameters are cut in so many parts and gathered where they are used; samples are spread too.
         tensor: heads and the wide part of the feed-forward layers are cut in so many parts.
+        sequence: tokens of one sample are cut in so many parts: sampling of one image over several devices.
+        num_slices: TPU slices joined by the data-centre network, which lie along ``data``; where it is 1, they are
+            counted.
     """
 
     data: int = REST
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
+    num_slices: int = 1
 
     def __post_init__(self) -> None:
-        sizes = asdict(self)
+        sizes = self._asked()
         for axis, size in sizes.items():
             if size < 1 and size != REST:
                 raise InputError(f"mesh.{axis} is {size}: give a number of devices, or -1 for the rest")
         if list(sizes.values()).count(REST) > 1:
             raise InputError("mesh: only one axis can take the rest (-1)")
+        if self.num_slices < 1:
+            raise InputError(f"mesh.num_slices is {self.num_slices}: give the number of TPU slices, at least 1")
 
     def shape(self, devices: int) -> dict[str, int]:
-        """Axis -> size for so many devices.
+        """Axis -> size for so many devices, in the mesh's order.
 
         Raises:
             InputError: they cannot be divided so.
         """
-        sizes = asdict(self)
-        fixed = int(np.prod([size for size in sizes.values() if size != REST]))
+        sizes = self._asked()
+        fixed = math.prod(size for size in sizes.values() if size != REST)
         filled = {axis: devices // fixed if size == REST else size for axis, size in sizes.items()}
-        if int(np.prod(list(filled.values()))) != devices:
+        if math.prod(filled.values()) != devices:
             asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise InputError(f"mesh: {asked} does not divide {devices} device{'s' if devices > 1 else ''}")
+        if filled["data"] % self.num_slices:
+            raise InputError(
+                f"mesh.data is {filled['data']}, no multiple of the {self.num_slices} slices: every slice holds whole "
+                "copies of the parameters, so give mesh.data a multiple and the other axes less"
+            )
         return filled
+
+    def _asked(self) -> dict[str, int]:
+        asked = asdict(self)
+        return {axis: asked[axis] for axis in AXES}
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rflow_jax.errors import InputError
+from rflow_jax.models.partitioning import DATA, FSDP
 from rflow_jax.parallel.layout import MeshConfig
-from rflow_jax.parallel.sharding import DATA, FSDP
 
 BATCH = PartitionSpec((DATA, FSDP))  # samples lie along both: fsdp devices hold parts of parameters and own samples
+# What mesh_utils raises where devices do not form the box that it wants, or axes do not fit into it.
+_NO_FIT = (AssertionError, NotImplementedError, ValueError)
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh over all devices of all processes."""
-    devices = jax.devices() if devices is None else devices
-    shape = config.shape(len(devices))
-    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices)
-    return Mesh(grid, tuple(shape))
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices of all processes, neighbours in it close to each other in the network.
+
+    Several TPU slices lie along ``data``, so that only the sum of gradients passes between them.
+
+    Raises:
+        InputError: the axes do not divide the devices, or the devices are not of so many slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    slices = _count_slices(config, devices)
+    shape = replace(config, num_slices=slices).shape(len(devices))
+    return Mesh(_grid(tuple(shape.values()), slices, devices), tuple(shape))
+
+
+def traced_on(mesh: Mesh | None, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The function with this mesh as the ambient one, which a model reads while it is traced; see
+    :mod:`rflow_jax.models.partitioning`.
+
+    Args:
+        mesh: None: the function itself.
+    """
+    if mesh is None:
+        return function
+
+    @wraps(function)
+    def traced(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def samples_along(mesh: Mesh) -> int:
@@ -47,3 +81,50 @@ def put_batch(mesh: Mesh, tree: Any, *, whole: bool = False) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def _count_slices(config: MeshConfig, devices: Sequence[Any]) -> int:
+    """How many slices lie along ``data``: what is asked for, or what there is."""
+    found = len({_slice_of(device) for device in devices})
+    if config.num_slices == found:
+        return found
+    if config.num_slices > 1:
+        raise InputError(
+            f"mesh.num_slices is {config.num_slices}, but the devices are of {found} slice{'s' if found > 1 else ''}: "
+            f"give {found}, or leave it out"
+        )
+    if devices[0].platform != "tpu":  # JAX counts every machine with GPUs as a slice, and NCCL joins them all
+        return 1
+    log.info("mesh: the devices are of %d TPU slices, which lie along axis %s", found, DATA)
+    return found
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _grid(shape: tuple[int, ...], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the mesh's shape.
+
+    An axis that is whole axes of the physical network has their full bandwidth; else one of those is split.
+    """
+    for split in (False, True):
+        try:
+            return _arranged(shape, slices, devices, split)
+        except _NO_FIT:
+            continue
+    sizes = " x ".join(map(str, shape))
+    log.warning("mesh: %s does not map onto the network of the devices: they are taken in their order", sizes)
+    grid = np.empty(len(devices), object)
+    grid[:] = sorted(devices, key=_slice_of)
+    return grid.reshape(shape)
+
+
+def _arranged(shape: tuple[int, ...], slices: int, devices: Sequence[Any], split: bool) -> np.ndarray:
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+    data, *rest = shape
+    between = (slices, *[1] * len(rest))
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *rest), between, devices, allow_split_physical_axes=split
+    )

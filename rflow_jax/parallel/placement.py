@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from rflow_jax.errors import InputError
-from rflow_jax.parallel.sharding import TENSOR, sharding_for
+from rflow_jax.models.partitioning import TENSOR
+from rflow_jax.parallel.sharding import sharding_for
 
 
 def on_devices(numbers: Sequence[int] | None) -> Callable[[str, tuple[int, ...]], Sharding] | None:

@@ -1,37 +1,60 @@
 """Which device holds what: rules over parameter paths, outside the models.
 
-Meshes have named axes out of ``data`` (samples), ``fsdp`` (parameters, gathered where they are used) and ``tensor``
-(heads and the width of the feed-forward part). A rule gives a parameter's axes their mesh axes; the first rule that
-matches counts.
+Parameters are cut over the mesh axes ``fsdp`` (gathered where they are used) and ``tensor`` (heads and the width of the
+feed-forward part). The first rule whose pattern matches a path counts, and of its specs the first that cuts the
+parameter on this mesh. A spec speaks of the *last* dimensions: the parameters of stacked blocks have their layers in
+front, which are never cut, and the kernels of patches the pixels of a patch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-Rules = Sequence[tuple[str, PartitionSpec]]
+from rflow_jax.models.partitioning import DATA as DATA
+from rflow_jax.models.partitioning import FSDP, TENSOR, Axes, dividing
+
+Rules = Sequence[tuple[str, tuple[PartitionSpec, ...]]]
 log = logging.getLogger(__name__)
 
-# FLUX, text encoders and language models by the same names. Into heads or the wide part: columns over ``tensor``; back:
-# rows.
+_BOTH = (FSDP, TENSOR)
+# Linears out of the heads or the wide part, cut by rows over ``tensor``; all others are cut by columns.
+_BY_ROWS = r"(.*\.)?(out|down)"
+_LORA_A = (PartitionSpec(_BOTH, None), PartitionSpec(None, _BOTH))
+_LORA_B = (PartitionSpec(None, _BOTH), PartitionSpec(_BOTH, None))
+# FLUX, text encoders, vision towers and language models by the same names. A LoRA lies as the kernel beside it. What
+# follows the first spec is for meshes of one axis and for sizes that it does not divide: the other axis, then the other
+# dimension.
 RULES: Rules = (
-    (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", PartitionSpec()),  # the autoencoder: small, whole everywhere
-    (r".*\.(q|k|v|up|gate|mlp|mod|head)\.kernel", PartitionSpec(FSDP, TENSOR)),
-    (r".*\.(out|down)\.kernel", PartitionSpec(TENSOR, FSDP)),
-    (r".*\.kernel", PartitionSpec(FSDP)),
-    (r".*\.lora_a", PartitionSpec(FSDP)),
-    (r".*\.lora_b", PartitionSpec(None, FSDP)),
-    (r".*\.?embedding", PartitionSpec(None, FSDP)),
-    (r".*", PartitionSpec()),
+    # The autoencoder: small, whole everywhere.
+    (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", (PartitionSpec(),)),
+    (rf"{_BY_ROWS}\.kernel", (PartitionSpec(TENSOR, FSDP), PartitionSpec(None, _BOTH))),
+    (rf"{_BY_ROWS}\.lora_a", (PartitionSpec(TENSOR, None), *_LORA_A)),
+    (rf"{_BY_ROWS}\.lora_b", (PartitionSpec(None, FSDP), *_LORA_B)),
+    (r"(.*\.)?(patches|patch_in)\.kernel", (PartitionSpec(_BOTH),)),
+    (r"(.*\.)?kernel", (PartitionSpec(FSDP, TENSOR), PartitionSpec(_BOTH, None))),
+    (r"(.*\.)?lora_a", (PartitionSpec(FSDP, None), *_LORA_A)),
+    (r"(.*\.)?lora_b", (PartitionSpec(None, TENSOR), *_LORA_B)),
+    (r".*embedding", (PartitionSpec(None, _BOTH),)),
+    (r".*", (PartitionSpec(),)),
 )
+
+
+class Whole(NamedTuple):
+    """A parameter of which every device holds all."""
+
+    path: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 def sharding_for(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -41,9 +64,11 @@ def sharding_for(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, 
     each parameter, since it costs memory.
     """
 
+    @cache
     def choose(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, path))
-        return NamedSharding(mesh, fit(spec, path, shape, mesh))
+        specs = next(specs for pattern, specs in rules if re.fullmatch(pattern, path))
+        cutting = (spec for spec in specs if any(_fitted(spec, shape, mesh)))
+        return NamedSharding(mesh, fit(next(cutting, specs[0]), path, shape, mesh))
 
     return choose
 
@@ -59,15 +84,43 @@ def put_by(choose: Callable[[str, tuple[int, ...]], Sharding | None]) -> Callabl
     return put
 
 
+def whole_parameters(
+    choose: Callable[[str, tuple[int, ...]], Sharding], shapes: Mapping[str, tuple[int, ...]], dtype: Any = jnp.bfloat16
+) -> list[Whole]:
+    """What stays whole on every device, largest first: the memory that more devices do not save.
+
+    Args:
+        choose: as :func:`sharding_for` makes it.
+        shapes: dotted path of each parameter -> its shape.
+        dtype: of the parameters.
+    """
+    size = jnp.dtype(dtype).itemsize
+    whole = (
+        Whole(path, shape, size * math.prod(shape))
+        for path, shape in shapes.items()
+        if choose(path, shape).is_fully_replicated
+    )
+    return sorted(whole, key=lambda parameter: (-parameter.nbytes, parameter.path))
+
+
 def fit(spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The part of a rule that this mesh and this shape can follow."""
-    kept: list[str | None] = []
-    for size, axis in zip(shape, (*spec, *[None] * len(shape)), strict=False):
-        if axis is None or axis not in mesh.shape or mesh.shape[axis] == 1:
-            kept.append(None)
-        elif size % mesh.shape[axis]:
-            log.warning("%s %s: axis %s of %d devices does not divide %d", path, shape, axis, mesh.shape[axis], size)
-            kept.append(None)
-        else:
-            kept.append(axis)
-    return PartitionSpec(*kept)
+    """The part of a rule's spec that this mesh and this shape can follow; logs what it cannot."""
+    kept = _fitted(spec, shape, mesh)
+    for size, wanted, axes in zip(shape, _aligned(spec, shape), kept, strict=True):
+        for axis in wanted:
+            if axis not in (axes or ()) and mesh.shape.get(axis, 1) > 1:
+                count = mesh.shape[axis]
+                log.warning("%s %s: axis %s of %d devices does not divide %d", path, shape, axis, count, size)
+    return PartitionSpec(*(axes[0] if axes and len(axes) == 1 else axes for axes in kept))
+
+
+def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> list[Axes | None]:
+    """For each dimension those of the spec's axes that together divide it; None: whole."""
+    sizes = dict(mesh.shape)
+    return [dividing(axes, size, sizes) for size, axes in zip(shape, _aligned(spec, shape), strict=True)]
+
+
+def _aligned(spec: PartitionSpec, shape: tuple[int, ...]) -> list[Axes]:
+    """The axes that a spec names for each dimension, its last entry for the last one."""
+    named = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
+    return [*[()] * (len(shape) - len(named)), *named][max(0, len(named) - len(shape)) :]

@@ -70,12 +70,15 @@ class StepConfig(LoopConfig):
         attention: see rflow_jax/models/attention.py.
         union_cond_attn, add_cond_attn, latent_lora: how the condition takes part, as in ``infer.py``.
         max_sequence_length: T5 tokens; null takes the model's own.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the time;
+            null: on TPU.
     """
 
     union_cond_attn: bool = True
     add_cond_attn: bool = False
     latent_lora: bool = False
     max_sequence_length: int | None = None
+    scan_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

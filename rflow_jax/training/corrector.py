@@ -33,7 +33,13 @@ class Corrector:
     def __init__(self, config: RunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         how = config.train
-        self.trained = load_trained(config.model, config.trainable, seed=how.seed, dtype=how.dtype, mesh=mesh)
+        self.trained = load_trained(
+            *(config.model, config.trainable),
+            seed=how.seed,
+            dtype=how.dtype,
+            mesh=mesh,
+            scan_blocks=how.scan_blocks,
+        )
         self.trainable = self.trained.trainable
         self.title = "a LoRA" if self.trained.is_lora else "parameters"
         self._recipe = make_recipe(config, self.trained)
@@ -62,7 +68,7 @@ class Corrector:
     def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
         """Encodes a batch, then moves the parameters."""
         trained, recipe, bundle = self.trained, self._recipe, self.trained.bundle
-        step = make_step(trained.graph, bundle.flux_config, optimizer, recipe, self._mesh, shardings)
+        step = make_step(trained.graph, optimizer, recipe, self._mesh, shardings)
         encode, encoders = self._encode, {name: bundle.weights[name] for name in ENCODERS if name in bundle.weights}
 
         def take(state: State, inputs: Any) -> tuple[State, Report]:

@@ -15,11 +15,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.lora import REFLECTION_FLOW, attach, init_lora
-from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.models.flux.graph import FluxGraph
+from rflow_jax.models.flux.transformer import FluxTransformer
+from rflow_jax.models.layers import LoRAScale
+from rflow_jax.models.lora import REFLECTION_FLOW, adapters_in, attach, init_lora
+from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.settings import require_least, require_pattern, require_positive
 from rflow_jax.training.step import INIT
-from rflow_jax.weights.bundle import Bundle, load_bundle
+from rflow_jax.weights.bundle import Bundle, load_bundle, scans_blocks
 from rflow_jax.weights.hub import resolve_lora
 from rflow_jax.weights.load import ShardingFor
 from rflow_jax.weights.lora.export import export_lora
@@ -58,18 +61,23 @@ class Trained:
     """A model in two parts.
 
     Attributes:
-        bundle: everything that stays as it is; its transformer's weights are ``frozen``.
+        bundle: everything that stays as it is, without the transformer's weights.
         graph: of the transformer, to be merged with both parts.
-        trainable: the parameters that move, float32.
-        frozen: the others, in the bundle's number type.
-        is_lora: whether what moves is a LoRA.
+        trainable: the parameters that move, by block, float32.
+        frozen: the others, in the bundle's number type and as the graph has them.
+        scales: of the LoRA, by block; empty where none is trained.
     """
 
     bundle: Bundle
-    graph: Any
+    graph: FluxGraph
     trainable: Any
     frozen: Any
-    is_lora: bool
+    scales: nnx.State
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether what moves is a LoRA."""
+        return bool(jax.tree.leaves(self.scales))
 
     @property
     def exports(self) -> str | None:
@@ -79,7 +87,7 @@ class Trained:
         """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``infer.py``."""
         trainable = on_host(trainable)
         if folder is not None:
-            export_lora(nnx.merge(self.graph, trainable, self.frozen), folder)
+            export_lora(adapters_in(trainable, self.scales), folder)
 
     def bundle_with(self, trainable: Any) -> Bundle:
         """The bundle to generate with, the moving parameters as given."""
@@ -92,26 +100,44 @@ class Trained:
         )
 
 
-def load_trained(model: str, config: TrainableConfig, *, seed: int, dtype: str, mesh: Mesh) -> Trained:
+def load_trained(
+    model: str, config: TrainableConfig, *, seed: int, dtype: str, mesh: Mesh, scan_blocks: bool | None = False
+) -> Trained:
     """Loads a model onto the mesh and takes apart what moves and what stays.
+
+    Args:
+        scan_blocks: see :func:`rflow_jax.pipeline.load_pipeline`.
 
     Raises:
         InputError: the model, the LoRA or a pattern is not usable.
     """
     bundle = load_bundle(model, lora=None, lora_alpha=None, dtype=dtype, mesh=mesh)
-    transformer = nnx.merge(bundle.graphs.transformer, *bundle.weights["transformer"])
+    transformer = bundle.graphs.transformer.merge(*bundle.weights.pop("transformer"))
     if config.parameters is None:
-        _attach(transformer, config, seed)
-        graph, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
-    else:
-        chosen = re.compile(config.parameters)
-        graph, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
-        if not jax.tree.leaves(trainable):
-            raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {model}")
-        # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
-        trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    put = sharding_for(mesh)
-    return Trained(bundle, graph, on_mesh(trainable, put), on_mesh(frozen, put), config.parameters is None)
+        _attach(transformer, config, seed, sharding_for(mesh))
+    return take_apart(bundle, transformer, config, scan_blocks=scans_blocks(scan_blocks, mesh))
+
+
+def take_apart(
+    bundle: Bundle, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool
+) -> Trained:
+    """What moves of a transformer, and what stays, which is stacked if blocks are to be scanned.
+
+    Raises:
+        InputError: a pattern matches no parameter.
+    """
+    graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
+    if config.parameters is None:
+        _, trainable, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
+        kept = jax.tree.map(np.asarray, scales)
+        return Trained(bundle, graph, trainable, graph.stack_loaded(nnx.merge_state(base, scales)), kept)
+    chosen = re.compile(config.parameters)
+    _, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
+    if not jax.tree.leaves(trainable):
+        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {bundle.name}")
+    # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    return Trained(bundle, graph, trainable, graph.stack_loaded(frozen), nnx.State({}))
 
 
 def on_host(tree: Any) -> Any:
@@ -130,13 +156,14 @@ def count(state: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def _attach(transformer: Any, config: TrainableConfig, seed: int) -> None:
+def _attach(transformer: FluxTransformer, config: TrainableConfig, seed: int, choose: ShardingFor) -> None:
     if config.lora is not None:
         read = read_lora(resolve_lora(config.lora), alpha=config.alpha)
-        attach(transformer, read.adapters, dtype=jnp.float32, where=read.where)
+        attach(transformer, read.adapters, dtype=jnp.float32, put=put_by(choose), where=read.where)
         return
     rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
-    init_lora(transformer, config.rank, alpha=config.alpha, pattern=config.pattern, rngs=rngs)
+    how = {"alpha": config.alpha, "pattern": config.pattern, "sharding_for": choose}
+    init_lora(transformer, config.rank, rngs=rngs, **how)
 
 
 def on_mesh(state: Any, put: ShardingFor) -> Any:

@@ -17,8 +17,9 @@ from rflow_jax.flow.latents import rope_for
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
+from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.remat import Remat
-from rflow_jax.parallel.mesh import BATCH
+from rflow_jax.parallel.mesh import BATCH, traced_on
 from rflow_jax.sampling import encode_condition
 from rflow_jax.training.objective import Examples, flow_matching_losses
 from rflow_jax.training.update import Metrics, Report, State, compile_step, make_update
@@ -90,6 +91,7 @@ def make_encode(bundle: Any, recipe: Recipe, mesh: Mesh) -> Callable[[Any, Input
         return encode(good, keys, GOOD).astype(jnp.float32), encode(bad, keys, BAD)
 
     @jax.jit
+    @partial(traced_on, mesh)
     def encode(weights: Any, inputs: Inputs) -> Examples:
         keys = sample_keys(recipe.seed, inputs.numbers)
         x_0, condition = tokens(weights["vae"], (inputs.good, inputs.bad), keys)
@@ -118,20 +120,20 @@ def batch_losses(
 
 
 def make_step(
-    graph: Any, config: Any, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh, shardings: Any
+    graph: FluxGraph, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh, shardings: Any
 ) -> Any:
     """A jitted function of (state, frozen parameters, examples, numbers of the samples); the state is donated.
 
     Args:
-        graph, config: of the transformer.
+        graph: of the transformer.
         shardings: of the state.
     """
-    rope = rope_for(config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
+    rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
 
     def objective(trainable: Any, frozen: Any, batch: tuple[Examples, Array]) -> tuple[Array, Metrics]:
         examples, numbers = batch
         keys = sample_keys(recipe.seed, numbers)
-        return jnp.mean(batch_losses(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys)), {}
+        return jnp.mean(batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys)), {}
 
     update = make_update(objective, optimizer, accumulation=recipe.accumulation, mesh=mesh)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rflow_jax.parallel.mesh import BATCH, replicated
+from rflow_jax.parallel.mesh import BATCH, replicated, traced_on
 from rflow_jax.typing import Array, Float, Int
 
 
@@ -94,7 +94,7 @@ def make_update(
 
 def compile_step(step: Callable[..., tuple[State, Report]], shardings: Any, mesh: Mesh) -> Any:
     """The jitted step; its first argument, the state, is donated and comes back where ``shardings`` says."""
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jax.jit(traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:

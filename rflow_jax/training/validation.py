@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -22,7 +21,7 @@ from rflow_jax.data.records import SUBSETS, Record, RecordSource, first_held_out
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.images import side_by_side
-from rflow_jax.parallel.mesh import put_batch, replicated, samples_along
+from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced_on
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.pipeline import Pipeline
 from rflow_jax.settings import Settings, require_least, require_seed
@@ -133,13 +132,14 @@ class Validation:
                 yield first, encode(encoders, inputs), inputs.numbers
 
     def _compile_losses(self) -> Any:
-        config, recipe, graph = self.trained.bundle.flux_config, self._recipe, self.trained.graph
-        rope = rope_for(config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
+        recipe, graph = self._recipe, self.trained.graph
+        rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
 
         @partial(jax.jit, out_shardings=replicated(self.mesh))
+        @partial(traced_on, self.mesh)
         def losses(trainable: Any, frozen: Any, examples: Examples, numbers: Array, t: Array) -> Array:
             keys = sample_keys(recipe.seed, numbers)
-            return batch_losses(nnx.merge(graph, trainable, frozen), recipe, rope, examples, keys, t)
+            return batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys, t)
 
         return losses
 

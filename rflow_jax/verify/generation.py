@@ -117,7 +117,7 @@ def _sample(
 ) -> Array:
     """The pipeline's sampling, with a black condition for each step: the latents after every step."""
     bundle = pipeline.bundle
-    transformer = nnx.merge(bundle.graphs.transformer, *weights["transformer"])
+    transformer = bundle.graphs.transformer.merge(*weights["transformer"])
 
     def velocity(x: Array, t: Array, step: Array) -> Array:
         black = None if black_steps is None else black_steps[step]

@@ -17,6 +17,7 @@ from rflow_jax.flow.schedule import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig
+from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach, check_fit, linear_shapes
@@ -40,7 +41,7 @@ STEPS, T5_LENGTH = 30, 512  # FLUX.1-dev, as the corrector was trained and evalu
 class Graphs(NamedTuple):
     """The networks without their weights."""
 
-    transformer: Any
+    transformer: FluxGraph
     vae: Any
     clip: Any
     t5: Any
@@ -94,7 +95,8 @@ class Bundle:
 
     def without_lora(self) -> Bundle:
         """The same model without its adapters; shares the weights."""
-        graph, _ = nnx.split(abstract_flux(self.flux_config, self.dtype))
+        scan_blocks = self.graphs.transformer.scan_blocks
+        graph = FluxGraph.of(abstract_flux(self.flux_config, self.dtype), scan_blocks=scan_blocks)
         weights = self.weights | {"transformer": (self.weights["transformer"][0], nnx.State({}))}
         return dataclasses.replace(
             self, graphs=self.graphs._replace(transformer=graph), weights=weights, has_lora=False
@@ -108,6 +110,7 @@ def load_bundle(
     lora_alpha: float | None,
     dtype: str,
     mesh: jax.sharding.Mesh | None = None,
+    scan_blocks: bool | None = False,
     progress: bool = True,
 ) -> Bundle:
     """Reads a model folder; see :func:`rflow_jax.pipeline.load_pipeline` for the arguments and errors."""
@@ -128,13 +131,19 @@ def load_bundle(
     if adapters is not None:
         put = None if choose is None else put_by(choose)
         attach(transformer, adapters.adapters, dtype=kind, put=put, where=adapters.where)
-    flux_graph, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
+    graph = FluxGraph.of(transformer, scan_blocks=scans_blocks(scan_blocks, mesh))
+    _, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
     parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}
     (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = parts.values()
     return Bundle(
         name=model,
-        graphs=Graphs(flux_graph, vae_graph, clip_graph, t5_graph),
-        weights={"transformer": (base, nnx.merge_state(matrices, scales)), "vae": vae, "clip": clip, "t5": t5},
+        graphs=Graphs(graph, vae_graph, clip_graph, t5_graph),
+        weights={
+            "transformer": (graph.stack_loaded(base), nnx.merge_state(matrices, scales)),
+            "vae": vae,
+            "clip": clip,
+            "t5": t5,
+        },
         tokenizers=tokenizers.result(),
         schedule=schedule,
         flux_config=configs[components.TRANSFORMER.folder],
@@ -143,6 +152,13 @@ def load_bundle(
         dtype=kind,
         has_lora=lora is not None,
     )
+
+
+def scans_blocks(wanted: bool | None, mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether blocks are stacked: as wanted; None: on TPU, where a network written out compiles too long."""
+    if wanted is not None:
+        return wanted
+    return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "tpu"
 
 
 def _places(model: str, found: ModelPath) -> dict[str, Path]:

@@ -35,6 +35,9 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 HEADER_LIMIT = 100 * 2**20  # the format's own limit
+WINDOW = 2**28  # bytes of tensors on the host at once; a tensor that is larger is alone
+_PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
+_PIECES = 4  # threads of one such tensor
 
 
 @dataclass(frozen=True)
@@ -119,33 +122,53 @@ class TensorFiles(Mapping[str, TensorInfo]):
         info = self._infos[key]
         buffer = np.empty(info.nbytes, np.uint8)
         view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
+
+        def fill(start: int) -> None:
+            self._fill(key, file.fileno(), view[start : start + _PIECE], info.offset + start)
+
         with open(info.file, "rb", buffering=0) as file:
-            done = 0
-            while done < info.nbytes:
-                got = os.preadv(file.fileno(), [view[done:]], info.offset + done)
-                if got <= 0:
-                    raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
-                done += got
+            if info.nbytes <= _PIECE:
+                fill(0)
+            else:
+                with ThreadPoolExecutor(_PIECES, thread_name_prefix="weights") as pool:
+                    list(pool.map(fill, range(0, info.nbytes, _PIECE)))
         return buffer.view(info.dtype).reshape(info.shape)
 
     def stream(
-        self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = 2**30
+        self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = WINDOW
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, tensor) in the order asked for, read ahead by ``threads`` up to ``ahead`` bytes."""
-        waiting: deque[tuple[str, int, Future[np.ndarray]]] = deque()
+        """(key, tensor) in the order asked for, read ahead by ``threads``.
+
+        Args:
+            ahead: bytes of tensors held here at once, the one that the caller has taken among them if it lets go of it
+                before it asks for the next. A tensor that is larger is alone.
+        """
+        waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
         in_flight = 0
         with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
             for key in self._infos if keys is None else keys:
                 size = self._infos[key].nbytes
                 while waiting and in_flight + size > ahead:
-                    done, done_size, future = waiting.popleft()
-                    yield done, future.result()
-                    in_flight -= done_size
-                waiting.append((key, size, pool.submit(self.read, key)))
+                    taken = self._infos[waiting[0][0]].nbytes
+                    yield _result(*waiting.popleft())
+                    in_flight -= taken
+                waiting.append((key, pool.submit(self.read, key)))
                 in_flight += size
             while waiting:
-                done, _, future = waiting.popleft()
-                yield done, future.result()
+                yield _result(*waiting.popleft())
+
+    def _fill(self, key: str, file: int, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            got = os.preadv(file, [view[done:]], offset + done)
+            if got <= 0:
+                raise InputError(f"{self._infos[key].file}: ended while {key} was read; copy the file again")
+            done += got
+
+
+def _result(key: str, future: Future[np.ndarray]) -> tuple[str, np.ndarray]:
+    """What was read; in a function of its own, for a name in a generator would hold the tensor beyond its turn."""
+    return key, future.result()
 
 
 def _shards_of(index: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rflow_jax.weights.files import TensorFiles
+from rflow_jax.weights.files import WINDOW, TensorFiles
 from rflow_jax.weights.tables import Plan, Table, Target, plan
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -44,16 +44,19 @@ def load_into(
     dtype: Any = None,
     sharding_for: ShardingFor | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    window: int = WINDOW,
 ) -> Model:
     """Reads a checkpoint into ``model`` (abstract, from ``nnx.eval_shape``) and returns it.
 
-    Every tensor goes from the file to its devices and is transposed there; the host holds a bounded window of
-    tensors and never the checkpoint.
+    Every tensor goes from the file to its devices, and each of those gets its own slice. Beside the shards of its own
+    devices a host holds two windows: of tensors read ahead and of tensors on their way, each of ``window`` bytes, or of
+    one tensor where that is larger. It never holds the checkpoint.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
         sharding_for: where each parameter lives; None puts all on the default device.
         on_bytes: told of the bytes of each tensor when it is placed.
+        window: bytes.
 
     Raises:
         InputError: keys or shapes that are not exactly the network's.
@@ -61,13 +64,15 @@ def load_into(
     the_plan = plan(table, parameter_shapes(model))
     the_plan.check_files(files)
     variables = parameter_variables(model)
-    arriving = Arriving()
-    for target, rows in stream_targets(the_plan, files):
+    arriving = Arriving(window)
+    for target, rows in stream_targets(the_plan, files, window):
+        arriving.make_room(rows.nbytes)
         value = place(target, rows, dtype, sharding_for(target.path, target.shape) if sharding_for else None)
         variables[target.path].set_value(value)
         arriving.add(value)
         if on_bytes:
             on_bytes(rows.nbytes)
+        del rows  # else it would outlive its place in the window
     return model
 
 
@@ -78,23 +83,27 @@ class Arriving:
     take them would pile up in host memory.
     """
 
-    def __init__(self, limit: int = 2**30):
+    def __init__(self, limit: int = WINDOW):
         self._limit, self._bytes = limit, 0
         self._arrays: deque[jax.Array] = deque()
 
-    def add(self, array: jax.Array) -> None:
-        """Counts one more; waits while there are too many."""
-        self._arrays.append(array)
-        self._bytes += array.nbytes
-        while self._bytes > self._limit:
+    def make_room(self, nbytes: int) -> None:
+        """Waits until one more of this size stays below the limit, or is alone."""
+        while self._arrays and self._bytes + nbytes > self._limit:
             oldest = self._arrays.popleft()
             self._bytes -= oldest.block_until_ready().nbytes
 
+    def add(self, array: jax.Array) -> None:
+        """Counts one more."""
+        self._arrays.append(array)
+        self._bytes += array.nbytes
 
-def stream_targets(the_plan: Plan, files: TensorFiles) -> Iterator[tuple[Target, np.ndarray]]:
+
+def stream_targets(the_plan: Plan, files: TensorFiles, ahead: int = WINDOW) -> Iterator[tuple[Target, np.ndarray]]:
     """Every parameter of the plan with its rows in the checkpoint's layout, in the order of the files."""
-    for key, tensor in files.stream(key for key in files if key in the_plan.entries):
+    for key, tensor in files.stream((key for key in files if key in the_plan.entries), ahead=ahead):
         yield from the_plan.split(key, tensor)
+        del tensor
 
 
 def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -107,11 +116,36 @@ def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.S
     if alone and rows.size >= TRANSPOSED_ON_DEVICE:
         there = rows if sharding is None else jax.device_put(rows, sharding)
         return _transposer(target.via, target.shape, target.is_kernel, dtype)(there)
-    ours = target.to_ours(rows)
-    ours = ours if dtype is None else ours.astype(dtype)
+    return put(target.to_ours(rows), dtype, sharding)
+
+
+def put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Puts one parameter, already in our layout, on its devices.
+
+    Slices are cut before they are cast or laid out anew, one after the other: the host never holds a second copy of
+    all.
+    """
+
+    def cast(piece: np.ndarray) -> np.ndarray:
+        return piece if dtype is None else piece.astype(dtype, copy=False)
+
     if sharding is None:
-        return jax.device_put(np.ascontiguousarray(ours))
-    return jax.make_array_from_callback(target.shape, sharding, lambda index: ours[index])
+        return jax.device_put(np.ascontiguousarray(cast(value)))
+    places = sharding.addressable_devices_indices_map(value.shape)
+    pieces: dict[Any, jax.Array] = {}
+    for index, devices in _by_index(places):
+        piece = cast(value[index])
+        pieces |= {device: jax.device_put(piece, device) for device in devices}
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, [pieces[device] for device in places])
+
+
+def _by_index(places: Mapping[Any, Any]) -> list[tuple[tuple[slice, ...], list[Any]]]:
+    """Every slice once, with the devices that hold it."""
+    grouped: dict[tuple, tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in places.items():
+        bounds = tuple((part.start, part.stop) for part in index)
+        grouped.setdefault(bounds, (index, []))[1].append(device)
+    return list(grouped.values())
 
 
 @cache

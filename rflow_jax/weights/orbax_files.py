@@ -23,8 +23,7 @@ from orbax.checkpoint import type_handlers
 
 from rflow_jax.errors import InputError
 from rflow_jax.weights.conversion import Conversion, Leaf, OnBytes
-
-WINDOW_BYTES = 2**28  # being written, or read, at once
+from rflow_jax.weights.files import WINDOW
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class PendingHandler(type_handlers.NumpyHandler):
         waiting: deque[tuple[Any, int]] = deque()
         in_flight = 0
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            while waiting and in_flight + value.leaf.nbytes > WINDOW_BYTES:
+            while waiting and in_flight + value.leaf.nbytes > WINDOW:
                 in_flight -= await self._finish(*waiting.popleft())
             futures = await super().serialize([value.read()], [info], [arg])
             waiting.append((futures, value.leaf.nbytes))
@@ -128,11 +127,15 @@ def orbax_leaves(folder: Path) -> dict[str, Leaf]:
 
 
 def read_orbax(
-    folder: Path, leaves: Sequence[Leaf], shardings: Sequence[jax.sharding.Sharding], dtype: Any = None
+    folder: Path,
+    leaves: Sequence[Leaf],
+    shardings: Sequence[jax.sharding.Sharding],
+    dtype: Any = None,
+    window_bytes: int = WINDOW,
 ) -> Iterator[tuple[Leaf, jax.Array]]:
     """Every leaf on its devices, read a window at a time."""
     with _os_errors(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        for window in _windows(list(zip(leaves, shardings, strict=True))):
+        for window in _windows(list(zip(leaves, shardings, strict=True)), window_bytes):
             item = {tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf, _ in window}
             args = {
                 tuple(leaf.path.split(".")): ocp.ArrayRestoreArgs(
@@ -148,10 +151,10 @@ def read_orbax(
                 yield leaf, found[leaf.path]
 
 
-def _windows(entries: list[tuple[Leaf, Any]]) -> Iterator[list[tuple[Leaf, Any]]]:
+def _windows(entries: list[tuple[Leaf, Any]], limit: int) -> Iterator[list[tuple[Leaf, Any]]]:
     window: list[tuple[Leaf, Any]] = []
     for entry in entries:
-        if window and sum(leaf.nbytes for leaf, _ in [*window, entry]) > WINDOW_BYTES:
+        if window and sum(leaf.nbytes for leaf, _ in [*window, entry]) > limit:
             yield window
             window = []
         window.append(entry)

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.files import TensorFiles, TensorInfo
-from rflow_jax.weights.load import Arriving, ShardingFor, parameter_variables
+from rflow_jax.weights.files import WINDOW, TensorFiles, TensorInfo
+from rflow_jax.weights.load import Arriving, ShardingFor, parameter_variables, put
 from rflow_jax.weights.orbax_files import orbax_leaves, read_orbax
 from rflow_jax.weights.save import INDEX_FILE, ORBAX_FOLDER
 from rflow_jax.weights.tables import Plan
@@ -69,19 +69,20 @@ def load_stored(
     dtype: Any = None,
     sharding_for: ShardingFor | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    window: int = WINDOW,
 ) -> Model:
     """Reads a network that :mod:`rflow_jax.weights.save` wrote into ``model`` (abstract) and returns it.
 
     Args:
         folder: the network's subfolder.
-        dtype, sharding_for, on_bytes: as in :func:`rflow_jax.weights.load.load_into`.
+        dtype, sharding_for, on_bytes, window: as in :func:`rflow_jax.weights.load.load_into`.
 
     Raises:
         InputError: not stored by us, incomplete, or of other sizes than the configuration says.
     """
     variables = parameter_variables(model)
     load = _load_orbax if (folder / ORBAX_FOLDER).is_dir() else _load_safetensors
-    load(variables, folder, dtype, sharding_for, on_bytes or (lambda _: None))
+    load(variables, folder, dtype, sharding_for, on_bytes or (lambda _: None), window)
     return model
 
 
@@ -91,15 +92,18 @@ def _load_safetensors(
     dtype: Any,
     sharding_for: ShardingFor | None,
     on_bytes: Callable[[int], None],
+    window: int,
 ) -> None:
     files = TensorFiles.open(folder)
     _check(variables, files.shapes, str(folder))
-    arriving = Arriving()
-    for path, value in files.stream():
-        placed = _place(path, value, dtype, sharding_for)
+    arriving = Arriving(window)
+    for path, value in files.stream(ahead=window):
+        arriving.make_room(value.nbytes)
+        placed = put(value, dtype, sharding_for(path, value.shape) if sharding_for else None)
         variables[path].set_value(placed)
         arriving.add(placed)
         on_bytes(value.nbytes)
+        del value  # else it would outlive its place in the window
 
 
 def _load_orbax(
@@ -108,23 +112,16 @@ def _load_orbax(
     dtype: Any,
     sharding_for: ShardingFor | None,
     on_bytes: Callable[[int], None],
+    window: int,
 ) -> None:
     stored = orbax_leaves(folder / ORBAX_FOLDER)
     _check(variables, {path: leaf.shape for path, leaf in stored.items()}, str(folder))
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaves = list(stored.values())
     shardings = [(sharding_for(leaf.path, leaf.shape) if sharding_for else None) or default for leaf in leaves]
-    for leaf, value in read_orbax(folder / ORBAX_FOLDER, leaves, shardings, dtype):
+    for leaf, value in read_orbax(folder / ORBAX_FOLDER, leaves, shardings, dtype, window):
         variables[leaf.path].set_value(value)
         on_bytes(leaf.nbytes)
-
-
-def _place(path: str, value: np.ndarray, dtype: Any, sharding_for: ShardingFor | None) -> jax.Array:
-    value = value if dtype is None else value.astype(dtype, copy=False)
-    sharding = sharding_for(path, value.shape) if sharding_for else None
-    if sharding is None:
-        return jax.device_put(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _check(variables: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -33,17 +33,22 @@ def batch(step: int) -> Inputs:
 class TrainingRun:
     """A few steps of training on a tiny model."""
 
-    def __init__(self, mesh: MeshConfig, devices: int, trainable: TrainableConfig | None = None, **how):
+    def __init__(
+        self,
+        mesh: MeshConfig,
+        devices: int,
+        trainable: TrainableConfig | None = None,
+        scan_blocks: bool = False,
+        **how,
+    ):
         self.mesh = make_mesh(mesh, jax.devices()[:devices])
-        self.trained = load_trained(
-            str(GOLDEN / "pipeline"), trainable or TrainableConfig(rank=4), seed=0, dtype="float32", mesh=self.mesh
-        )
+        loaded = {"seed": 0, "dtype": "float32", "mesh": self.mesh, "scan_blocks": scan_blocks}
+        self.trained = load_trained(str(GOLDEN / "pipeline"), trainable or TrainableConfig(rank=4), **loaded)
         optimizer = make_optimizer(OptimizerConfig("adamw", lr=1e-2))
         recipe = Recipe(0, jnp.float32, Shape(TEXT, (2, 2), (1, 1)), **how)
         self.state, shardings = init_state(self.trained.trainable, optimizer, self.mesh)
         self._encode = make_encode(self.trained.bundle, recipe, self.mesh)
-        config = self.trained.bundle.flux_config
-        self._step = make_step(self.trained.graph, config, optimizer, recipe, self.mesh, shardings)
+        self._step = make_step(self.trained.graph, optimizer, recipe, self.mesh, shardings)
 
     def losses(self, steps: range = range(STEPS)) -> np.ndarray:
         """[steps, 2]: losses and norms of the gradients."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 pytest.importorskip("torch", reason="the parity extra is not installed")
 pytest.importorskip("diffusers", reason="the parity extra is not installed")
@@ -35,7 +34,7 @@ def inputs(run: TrainingRun) -> tuple[np.ndarray, ...]:
 
 
 def our_output(run: TrainingRun) -> np.ndarray:
-    model = nnx.merge(run.trained.graph, run.state.trainable, run.trained.frozen)
+    model = run.trained.graph.merge(run.state.trainable, run.trained.frozen)
     latents, text, pooled, t, guidance = map(jnp.asarray, inputs(run))
     rope, flags = rope_for(model.config, text.shape[1], GRID), ConditionFlags(latent_lora=True)
     return np.asarray(model(latents, text, pooled, t, rope=rope, guidance=guidance, flags=flags))

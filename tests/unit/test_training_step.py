@@ -24,8 +24,20 @@ def plain() -> np.ndarray:
         (MeshConfig(), 1, {"remat": "dots", "accumulation": 4}),
         (MeshConfig(data=1, fsdp=4), 4, {"remat": "full", "accumulation": 2}),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"remat": "full"}),
+        (MeshConfig(), 1, {"remat": "none", "scan_blocks": True}),
+        (MeshConfig(data=1, fsdp=8), 8, {"remat": "full", "scan_blocks": True}),
+        (MeshConfig(data=2, tensor=4), 8, {"remat": "dots", "scan_blocks": True}),
+        (MeshConfig(data=1, fsdp=2, sequence=4), 8, {"remat": "full", "scan_blocks": True, "attention": "flash"}),
     ],
-    ids=["in parts", "fsdp in parts", "data x fsdp x tensor"],
+    ids=[
+        "in parts",
+        "fsdp in parts",
+        "data x fsdp x tensor",
+        "stacked",
+        "stacked, fsdp",
+        "stacked, data x tensor",
+        "stacked, fsdp x sequence, kernel",
+    ],
 )
 def test_losses_and_gradients_are_those_of_one_device(plain, mesh, devices, how):
     np.testing.assert_allclose(TrainingRun(mesh, devices, **how).losses(), plain, rtol=1e-5)

@@ -7,9 +7,8 @@ and image, row 1 (if there is a condition) for the condition. A LoRA acts on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from rflow_jax.models.attention import AttentionImpl, attend
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.embeddings import Rope, apply_rope
 from rflow_jax.models.layers import ALL_ROWS, Linear, LoraRows, RMSNorm, layer_norm
-from rflow_jax.models.remat import Remat, remember
+from rflow_jax.models.partitioning import BATCH, HEADS, SEQUENCE, TENSOR, TOKENS, constrain, has_axis
+from rflow_jax.models.remat import Remat
 from rflow_jax.typing import Array, Float
 
 NORM_EPS = 1e-6
@@ -45,10 +45,6 @@ class Context:
     condition_scale: Array | None = None
     attention: AttentionImpl = "auto"
     remat: Remat = "none"
-
-    def remember(self, block: Callable[..., Any]) -> Callable[..., Any]:
-        """A block that keeps for its backward pass only what ``remat`` says."""
-        return remember(block, self.remat)
 
     def lora_rows(self, tokens: int) -> LoraRows:
         """The rows of an array that ends in the condition's on which the LoRA acts."""
@@ -105,7 +101,9 @@ class Modulation(Linear):
         self.chunks = chunks
 
     def __call__(self, x: Float[Array, "b k d"], lora: LoraRows = None) -> Float[Array, "b k o"]:
-        return super().__call__(jax.nn.silu(x), lora)
+        # Every channel of these few vectors is wanted everywhere. Left to itself XLA cuts them, and computes wrong
+        # gradients where a mesh has data, fsdp and tensor axes of more than one device (JAX 0.10.2).
+        return constrain(super().__call__(jax.nn.silu(x), lora), BATCH)
 
 
 def modulate(x: Float[Array, "b s d"], shift: Array, scale: Array) -> Float[Array, "b s d"]:
@@ -128,7 +126,8 @@ class QKV(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope, lora: LoraRows) -> tuple[Array, Array, Array]:
         q, k, v = (self._heads(linear(x, lora)) for linear in (self.q, self.k, self.v))
-        return apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope), v
+        q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
+        return _whole_sequence(q), _whole_sequence(k), _whole_sequence(v)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -190,10 +189,11 @@ class DoubleBlock(nnx.Module):
         text_qkv = self.text.qkv(modulate(text, *text_mod[:2]), text_rope, ctx.lora_text)
         image_qkv = self.image.qkv(modulate(image, *image_mod[:2]), image_rope, rows)
         joint = (jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        attended = _merge_heads(ctx.attend(*joint))
+        attended = ctx.attend(*joint)
+        attended_text, attended_image = (_merge_heads(part) for part in (attended[:, :t], attended[:, t:]))
 
-        text = text + text_mod[2] * self.text.out(attended[:, :t], ctx.lora_text)
-        update = image_mod[2] * self.image.out(attended[:, t:], rows)
+        text = text + text_mod[2] * self.text.out(attended_text, ctx.lora_text)
+        update = image_mod[2] * self.image.out(attended_image, rows)
         image = image + update
         if c and ctx.flags.add_cond_attn:
             image = image + jnp.pad(update[:, -c:], ((0, 0), (0, c), (0, 0)))
@@ -228,5 +228,12 @@ class SingleBlock(nnx.Module):
         return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1), rows)
 
 
-def _merge_heads(x: Array) -> Array:
-    return x.reshape(*x.shape[:2], -1)
+def _whole_sequence(x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:
+    """Tokens cut over the mesh are exchanged for heads before streams are joined: no join is then across devices."""
+    return constrain(x, BATCH, None, HEADS) if has_axis(SEQUENCE) else x
+
+
+def _merge_heads(x: Float[Array, "b s n h"]) -> Float[Array, "b s d"]:
+    """Heads side by side; on a mesh that cuts tokens, each device has its own again."""
+    x = x.reshape(*x.shape[:2], -1)
+    return constrain(x, BATCH, TOKENS, (TENSOR,)) if has_axis(SEQUENCE) else x

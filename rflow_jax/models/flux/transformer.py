@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,17 +14,22 @@ from rflow_jax.models.flux.blocks import Context, DoubleBlock, DoubleModulation,
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.embeddings import TIME_FEATURES, MLPEmbedder, Rope, time_features
 from rflow_jax.models.layers import Linear, abstract
+from rflow_jax.models.partitioning import BATCH, TOKENS, constrain
 from rflow_jax.models.remat import Remat
+from rflow_jax.models.stack import blocks_of, over_blocks
 from rflow_jax.typing import Array, Float
 
 CONDITION_GUIDANCE = 1.0  # the guidance the condition's modulation vector is made with
 
 
 class Modulations(NamedTuple):
-    """What every block is modulated with; the last one is the head's."""
+    """What every block is modulated with; the last one is the head's.
 
-    double: list[DoubleModulation]
-    single: list[Float[Array, "b k o"]]
+    Lists for blocks that are written out; arrays with a leading dimension of blocks for stacked ones.
+    """
+
+    double: list[DoubleModulation] | DoubleModulation
+    single: list[Float[Array, "b k o"]] | Float[Array, "l b k o"]
     final: Float[Array, "b 1 o"]
 
 
@@ -33,9 +37,14 @@ class FluxTransformer(nnx.Module):
     """FLUX.1 (dev or schnell) with the condition branch of OminiControl and ReflectionFlow.
 
     Source: FLUX.1 (Black Forest Labs); OminiControl, arXiv 2411.15098; ReflectionFlow, arXiv 2504.16080.
+
+    Args:
+        scan_blocks: the blocks of each kind are stacked (:mod:`rflow_jax.models.stack`), not in a list.
     """
 
-    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+    def __init__(
+        self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32, scan_blocks: bool = False
+    ):
         d = config.width
         kw = {"rngs": rngs, "dtype": dtype}
         self.config = config
@@ -44,8 +53,10 @@ class FluxTransformer(nnx.Module):
         self.time_in = MLPEmbedder(TIME_FEATURES, d, **kw)
         self.guidance_in = nnx.data(MLPEmbedder(TIME_FEATURES, d, **kw) if config.guidance_embeds else None)
         self.pooled_in = MLPEmbedder(config.pooled_projection_dim, d, **kw)
-        self.double_blocks = nnx.List([DoubleBlock(config, **kw) for _ in range(config.num_layers)])
-        self.single_blocks = nnx.List([SingleBlock(config, **kw) for _ in range(config.num_single_layers)])
+        double = [DoubleBlock(config, **kw) for _ in range(config.num_layers)]
+        single = [SingleBlock(config, **kw) for _ in range(config.num_single_layers)]
+        self.double_blocks = blocks_of(double, stacked=scan_blocks)
+        self.single_blocks = blocks_of(single, stacked=scan_blocks)
         self.final_mod = Modulation(d, 2, **kw)
         self.final_out = Linear(d, config.in_channels, **kw)
 
@@ -102,11 +113,12 @@ class FluxTransformer(nnx.Module):
         network's, and are then read once for an image and not once for each step.
         """
         vector = self.embed_vectors(t, guidance, pooled, c_t, dtype, ctx)
-        return Modulations(
-            [block.modulation(vector, ctx) for block in self.double_blocks],
-            [block.modulation(vector, ctx) for block in self.single_blocks],
-            self.final_mod(vector[:, :1], ctx.lora_text),
-        )
+
+        def modulation(block: DoubleBlock | SingleBlock, _: None, __: None) -> tuple[None, Any]:
+            return None, block.modulation(vector, ctx)
+
+        double, single = (over_blocks(blocks, modulation, None)[1] for blocks in (self.double_blocks, self.single_blocks))
+        return Modulations(double, single, self.final_mod(vector[:, :1], ctx.lora_text))
 
     def velocity(
         self,
@@ -117,13 +129,18 @@ class FluxTransformer(nnx.Module):
         ctx: Context,
     ) -> Float[Array, "b i f"]:
         """The part of the network that depends on tokens; :meth:`__call__` says what goes in and out."""
-        text, image = self.embed_tokens(latents, text, condition, ctx)
-        for block, modulation in zip(self.double_blocks, modulations.double, strict=True):
-            run = ctx.remember(partial(block, ctx=ctx))
-            text, image = run(text, image, modulation)
-        x = jnp.concatenate([text, image], axis=1)
-        for block, modulation in zip(self.single_blocks, modulations.single, strict=True):
-            x = ctx.remember(partial(block, ctx=ctx))(x, modulation)
+
+        def double(block: DoubleBlock, streams: tuple[Array, Array], modulation: Any) -> tuple[Any, None]:
+            text, image = block(*streams, modulation, ctx)
+            return (_as_tokens(text), _as_tokens(image)), None
+
+        def single(block: SingleBlock, x: Array, modulation: Array) -> tuple[Array, None]:
+            return _as_tokens(block(x, modulation, ctx)), None
+
+        streams = tuple(map(_as_tokens, self.embed_tokens(latents, text, condition, ctx)))
+        (text, image), _ = over_blocks(self.double_blocks, double, streams, modulations.double, remat=ctx.remat)
+        x = _as_tokens(jnp.concatenate([text, image], axis=1))
+        x, _ = over_blocks(self.single_blocks, single, x, modulations.single, remat=ctx.remat)
         return self.head(x[:, text.shape[1] : x.shape[1] - ctx.n_condition], modulations.final, ctx)
 
     def context(
@@ -195,6 +212,11 @@ class FluxTransformer(nnx.Module):
         return self.final_out(modulate(image, shift, scale), ctx.lora_text)
 
 
-def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32) -> FluxTransformer:
+def _as_tokens(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    """Said between blocks: samples and tokens are cut, and channels whole, or a compiler may gather them instead."""
+    return constrain(x, BATCH, TOKENS)
+
+
+def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32, *, scan_blocks: bool = False) -> FluxTransformer:
     """The network without numbers, to be filled by a loader or counted."""
-    return abstract(lambda rngs: FluxTransformer(config, rngs=rngs, dtype=dtype))
+    return abstract(lambda rngs: FluxTransformer(config, rngs=rngs, dtype=dtype, scan_blocks=scan_blocks))

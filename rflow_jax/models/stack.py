@@ -1,0 +1,131 @@
+"""Blocks of one kind, one after the other: written out, or stacked into a single block that a loop goes over.
+
+Written out, a compiler sees every block and makes the fastest program; stacked, it sees one, and a network of 57 blocks
+compiles in a tenth of the time and the host memory. The blocks themselves know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rflow_jax.models.layers import LoRAScale
+from rflow_jax.models.remat import Remat, remember
+from rflow_jax.typing import Array
+
+STACKED = "block"  # the part of a parameter's path that stands in place of a block's number
+
+
+class Stack(nnx.Module):
+    """Blocks of one kind as one, whose parameters have a leading dimension of blocks.
+
+    Attributes:
+        block: a block with the parameters of all; it can be called on none but through :func:`over_blocks`.
+    """
+
+    def __init__(self, blocks: Sequence[nnx.Module]):
+        graph, *_ = nnx.split(blocks[0])
+        states = [nnx.state(block) for block in blocks]
+        self.block = nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def blocks_of(blocks: Sequence[nnx.Module], *, stacked: bool) -> nnx.List | Stack:
+    """The blocks of a network, in a list or stacked."""
+    return Stack(blocks) if stacked and blocks else nnx.List(blocks)
+
+
+def over_blocks(
+    blocks: nnx.List | Stack,
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any = None,
+    *,
+    remat: Remat = "none",
+) -> tuple[Any, Any]:
+    """Takes ``step(block, carry, input) -> (carry, output)`` with every block in turn.
+
+    Args:
+        inputs: one a block: a list for a list of blocks, arrays with a leading dimension of blocks for stacked ones;
+            None: every step is given None.
+
+    Returns:
+        The last carry, and the outputs in the form that ``inputs`` have.
+    """
+    if isinstance(blocks, Stack):
+        graph, parameters = nnx.split(blocks.block)
+
+        def body(carry: Any, one: tuple[Any, Any]) -> tuple[Any, Any]:
+            return step(nnx.merge(graph, one[0]), carry, one[1])
+
+        return jax.lax.scan(remember(body, remat, in_scan=True), carry, (parameters, inputs))
+    outputs = []
+    for block, given in zip(blocks, [None] * len(blocks) if inputs is None else inputs, strict=True):
+        carry, output = remember(partial(step, block), remat)(carry, given)
+        outputs.append(output)
+    return carry, outputs
+
+
+def stack_blocks(state: nnx.State, lengths: Mapping[str, int], *, free: bool = False) -> nnx.State:
+    """Parameters by block -> parameters of stacked blocks; those that are stacked already stay as they are.
+
+    An adapter that some blocks lack is zero there, and ranks are filled up with zeros, so it does what it did.
+
+    Args:
+        lengths: numbers of blocks by the name of the list that holds them.
+        free: outside of a program: arrays stay cut over devices as they are, and those given are deleted kind by kind,
+            so that the devices never hold more than one kind twice.
+    """
+    flat: list[tuple[tuple[Any, ...], Any]] = []
+    by_block: dict[tuple[Any, ...], dict[int, Any]] = {}
+    for path, variable in nnx.to_flat_state(state):
+        if path[0] in lengths and isinstance(path[1], int):
+            by_block.setdefault((path[0], STACKED, *path[2:]), {})[path[1]] = variable
+        else:
+            flat.append((path, variable))
+    for path, variables in by_block.items():
+        flat.append((path, _stacked(path, variables, lengths[path[0]], _stack_and_free if free else _stack)))
+    return nnx.from_flat_state(flat)
+
+
+def _stacked(
+    path: tuple[Any, ...], variables: Mapping[int, Any], length: int, stack: Callable[[Mapping[int, Array], int], Array]
+) -> Any:
+    first = next(iter(variables.values()))
+    if len(variables) < length and not isinstance(first, (nnx.LoRAParam, LoRAScale)):
+        raise ValueError(f"{'.'.join(map(str, path))}: {len(variables)} of {length} blocks")
+    leaves = {number: jax.tree.leaves(variable.get_value()) for number, variable in variables.items()}
+    together = [
+        stack({number: parts[index] for number, parts in leaves.items()}, length)
+        for index in range(len(next(iter(leaves.values()))))
+    ]
+    return first.replace(jax.tree.unflatten(jax.tree.structure(first.get_value()), together))
+
+
+def _stack(arrays: Mapping[int, Array], length: int) -> Array:
+    shape = tuple(max(sizes) for sizes in zip(*(array.shape for array in arrays.values()), strict=True))
+    zero = jnp.zeros(shape, next(iter(arrays.values())).dtype)
+
+    def filled(array: Array | None) -> Array:
+        if array is None:
+            return zero
+        if array.shape == shape:
+            return array
+        return jnp.pad(array, [(0, large - small) for small, large in zip(array.shape, shape, strict=True)])
+
+    return jnp.stack([filled(arrays.get(number)) for number in range(length)])
+
+
+def _stack_and_free(arrays: Mapping[int, Array], length: int) -> Array:
+    sharding = next(iter(arrays.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    stacked = jax.jit(_stack, static_argnums=1, out_shardings=sharding)(dict(arrays), length)
+    for array in arrays.values():
+        array.delete()
+    return stacked
