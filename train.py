@@ -65,8 +65,8 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
     state, shardings = init_state(task.trainable, optimizer, mesh)
 
     checkpoints = stack.enter_context(closing(Checkpoints(out, config.checkpoint)))
-    restored = checkpoints.restore(state, config.flat()) if config.resume else None
-    state, position = restored or (state, None)
+    restored = checkpoints.restore(task.to_saved(state), config.flat()) if config.resume else None
+    state, position = (task.to_running(restored[0]), restored[1]) if restored else (state, None)
     start = int(state.step)
 
     with agreed():
@@ -85,7 +85,7 @@ def loop(run: Run, preemption: Preemption) -> None:
     config, state = run.config, run.first
     first = step = int(state.step)
     if step:
-        run.checkpoints.export_missing(state, run.task.trained)
+        run.checkpoints.export_missing(run.task.to_saved(state), run.task.trained)
     if validation_is_due(run, step) and not run.watch.tried(step):
         validate(run, state, step)  # before the first step, or where the run before was ended too early for it
     with closing(feed(iter(run.loader), run.task.put)) as batches:
@@ -108,7 +108,7 @@ def loop(run: Run, preemption: Preemption) -> None:
                 untold = None
                 position = gather_position(run.loader.position(step))
                 with run.watch.aside():
-                    run.checkpoints.save(state, position, config.flat(), run.task.trained)
+                    run.checkpoints.save(run.task.to_saved(state), position, config.flat(), run.task.trained)
             if validation_is_due(run, step) and not stop:
                 tell(run, untold)
                 untold = None

@@ -13,6 +13,7 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import Embedding, LayerNorm, Linear
+from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.models.self_attention import SelfAttention
 from rflow_jax.typing import Array, Float, Int
 
@@ -79,9 +80,9 @@ class ClipTextEncoder(nnx.Module):
         if length > self.config.max_position_embeddings:
             raise InputError(f"{length} CLIP tokens; the model has {self.config.max_position_embeddings} positions")
         causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        x = self.embed(ids) + self.positions(jnp.arange(length))
+        x = constrain(self.embed(ids) + self.positions(jnp.arange(length)), BATCH)
         for block in self.blocks:
-            x = block(x, causal)
+            x = constrain(block(x, causal), BATCH)
         x = self.final_norm(x)
         ends = end_positions(ids, self.config.eos_token_id)
         return x, jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]

@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import attend
 from rflow_jax.models.layers import Embedding, LayerNorm, Linear
+from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.models.patches import PatchEmbedding
 from rflow_jax.typing import Array, Float
 
@@ -99,7 +100,7 @@ class SiglipVisionTower(nnx.Module):
     def states(self, pixels: Float[Array, "b y x c"], depth: int | None = None) -> list[Float[Array, "b s d"]]:
         """The hidden states before the first block and after each of the first ``depth`` (None: all)."""
         x = self.patches(pixels.astype(self.positions.embedding[...].dtype)) + self.positions.embedding[...]
-        states = [x]
+        states = [constrain(x, BATCH)]
         for block in self.blocks[:depth]:
             states.append(block(states[-1]))
         return states
@@ -117,8 +118,9 @@ class SiglipBlock(nnx.Module):
         self.down = Linear(m, d, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        x = x + self.attn(self.attn_norm(x))
-        return x + self.down(jax.nn.gelu(self.up(self.ff_norm(x)), approximate=True))
+        # Channels are whole between products, or a compiler may gather them instead.
+        x = constrain(x + self.attn(self.attn_norm(x)), BATCH)
+        return constrain(x + self.down(jax.nn.gelu(self.up(self.ff_norm(x)), approximate=True)), BATCH)
 
 
 class SiglipAttention(nnx.Module):

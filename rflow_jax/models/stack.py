@@ -7,7 +7,7 @@ compiles in a tenth of the time and the host memory. The blocks themselves know 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -91,6 +91,35 @@ def stack_blocks(state: nnx.State, lengths: Mapping[str, int], *, free: bool = F
     for path, variables in by_block.items():
         flat.append((path, _stacked(path, variables, lengths[path[0]], _stack_and_free if free else _stack)))
     return nnx.from_flat_state(flat)
+
+
+def unstack_blocks(state: nnx.State, like: nnx.State) -> nnx.State:
+    """Parameters of stacked blocks -> those by block, outside of a program; what :func:`stack_blocks` filled up goes.
+
+    Args:
+        like: the parameters by block, or their shapes and shardings.
+    """
+    stacked = dict(nnx.to_flat_state(state))
+    by_block: dict[tuple[Any, ...], dict[int, Any]] = {}
+    for path, variable in nnx.to_flat_state(like):
+        if path not in stacked:
+            by_block.setdefault((path[0], STACKED, *path[2:]), {})[path[1]] = variable.get_value()
+    flat = [(path, variable) for path, variable in stacked.items() if path not in by_block]
+    for path, wanted in by_block.items():
+        variable = stacked[path]
+        shardings = [leaf.sharding for leaf in wanted.values()]
+        split = _splitter(tuple((number, leaf.shape) for number, leaf in wanted.items()), tuple(shardings))
+        for number, value in zip(wanted, split(variable.get_value()), strict=True):
+            flat.append(((path[0], number, *path[2:]), variable.replace(value)))
+    return nnx.from_flat_state(flat)
+
+
+@cache
+def _splitter(wanted: tuple[tuple[int, tuple[int, ...]], ...], shardings: tuple[Any, ...]) -> Callable[[Array], Any]:
+    def split(stacked: Array) -> list[Array]:
+        return [stacked[number][tuple(map(slice, shape))] for number, shape in wanted]
+
+    return jax.jit(split, out_shardings=list(shardings))
 
 
 def _stacked(

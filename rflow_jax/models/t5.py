@@ -15,6 +15,7 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import Embedding, Linear, RMSNorm
+from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.models.self_attention import SelfAttention
 from rflow_jax.typing import Array, Bool, Float, Int
 
@@ -68,9 +69,9 @@ class T5Encoder(nnx.Module):
         """
         bias = self._relative_bias(ids.shape[1])
         visible = None if mask is None else mask[:, None, None, :]
-        x = self.embed(ids)
+        x = constrain(self.embed(ids), BATCH)
         for block in self.blocks:
-            x = block(x, bias, visible)
+            x = constrain(block(x, bias, visible), BATCH)
         return self.final_norm(x)
 
     def _relative_bias(self, length: int) -> Float[Array, "n t t"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -41,6 +42,22 @@ def pick(numbers: Sequence[int]) -> list[Any]:
     if wrong := [number for number in numbers if not 0 <= number < len(devices)]:
         raise InputError(f"devices: there is no device {wrong[0]}: this process has {len(devices)}, counted from 0")
     return [devices[number] for number in numbers]
+
+
+@contextmanager
+def on_mesh_of(parameters: Any) -> Iterator[None]:
+    """While a program of these parameters is called (and so traced) or lowered: the mesh that they lie on is the
+    ambient one (:mod:`rflow_jax.models.partitioning`). For parameters that lie on no mesh it does nothing.
+
+    Inside, only programs may be called: an array that is made outside of them would belong to the mesh too.
+    """
+    shardings = (leaf.sharding for leaf in jax.tree.leaves(parameters))
+    mesh = next((where.mesh.abstract_mesh for where in shardings if isinstance(where, NamedSharding)), None)
+    if mesh is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def whole_beside(array: jax.Array) -> Sharding:

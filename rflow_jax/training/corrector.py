@@ -54,6 +54,14 @@ class Corrector:
         forward = forward_flops(config, text=shape.text, image=rows * columns, condition=c_rows * c_columns)
         return forward * (2 if self.trained.is_lora else 3)
 
+    def to_saved(self, state: State) -> State:
+        """The state with parameters by block: the same whether blocks are stacked or not."""
+        return self.trained.to_saved(state)
+
+    def to_running(self, state: State) -> State:
+        """The state of a checkpoint in the form of this run's network."""
+        return self.trained.to_running(state)
+
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> Loader:
         """Batches of GenRef from a step on."""
         how = self._config.train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import REFLECTION_FLOW, adapters_in, attach, init_lora
+from rflow_jax.models.stack import unstack_blocks
 from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.settings import require_least, require_pattern, require_positive
 from rflow_jax.training.step import INIT
@@ -63,8 +65,10 @@ class Trained:
     Attributes:
         bundle: everything that stays as it is, without the transformer's weights.
         graph: of the transformer, to be merged with both parts.
-        trainable: the parameters that move, by block, float32.
-        frozen: the others, in the bundle's number type and as the graph has them.
+        trainable: the parameters that move, float32.
+        frozen: the others, in the bundle's number type.
+        by_block: shapes and shardings of the parameters that move, by block: as they are saved, however the graph has
+            them.
         scales: of the LoRA, by block; empty where none is trained.
     """
 
@@ -72,6 +76,7 @@ class Trained:
     graph: FluxGraph
     trainable: Any
     frozen: Any
+    by_block: nnx.State
     scales: nnx.State
 
     @property
@@ -83,8 +88,29 @@ class Trained:
     def exports(self) -> str | None:
         return "lora/{step}" if self.is_lora else None
 
+    def to_saved(self, tree: Any) -> Any:
+        """A tree that has the moving parameters, or numbers of an optimizer for each, with these by block."""
+        return self._each_state(lambda state: unstack_blocks(state, self.by_block), tree)
+
+    def to_running(self, tree: Any) -> Any:
+        """A tree as :meth:`to_saved` gives it with its parameters as the graph has them; those given are used up."""
+        return self._each_state(self.graph.stack_loaded, tree)
+
+    def _each_state(self, function: Callable[[nnx.State], nnx.State], tree: Any) -> Any:
+        if not self.graph.scan_blocks:
+            return tree
+
+        def is_state(part: Any) -> bool:
+            return isinstance(part, nnx.State)
+
+        return jax.tree.map(lambda part: function(part) if is_state(part) else part, tree, is_leaf=is_state)
+
     def export(self, trainable: Any, folder: Path | None) -> None:
-        """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``infer.py``."""
+        """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``infer.py``.
+
+        Args:
+            trainable: by block.
+        """
         trainable = on_host(trainable)
         if folder is not None:
             export_lora(adapters_in(trainable, self.scales), folder)
@@ -129,15 +155,20 @@ def take_apart(
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
     if config.parameters is None:
         _, trainable, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
-        kept = jax.tree.map(np.asarray, scales)
-        return Trained(bundle, graph, trainable, graph.stack_loaded(nnx.merge_state(base, scales)), kept)
+        # Copied: they are used up below.
+        return _trained(bundle, graph, trainable, nnx.merge_state(base, scales), jax.tree.map(np.asarray, scales))
     chosen = re.compile(config.parameters)
     _, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
     if not jax.tree.leaves(trainable):
         raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {bundle.name}")
     # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    return Trained(bundle, graph, trainable, graph.stack_loaded(frozen), nnx.State({}))
+    return _trained(bundle, graph, trainable, frozen, nnx.State({}))
+
+
+def _trained(bundle: Bundle, graph: FluxGraph, trainable: Any, frozen: Any, scales: Any) -> Trained:
+    by_block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    return Trained(bundle, graph, graph.stack_loaded(trainable), graph.stack_loaded(frozen), by_block, scales)
 
 
 def on_host(tree: Any) -> Any:

@@ -58,6 +58,14 @@ class Task(Protocol):
     @property
     def title(self) -> str: ...
 
+    def to_saved(self, state: State) -> State:
+        """The state as checkpoints have it, whatever form a run computes with."""
+        ...
+
+    def to_running(self, state: State) -> State:
+        """The state of a checkpoint as the step takes it; that given is used up."""
+        ...
+
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> Any:
         """Batches from a step on, a :class:`~rflow_jax.data.loader.Loader`; ``position`` is that of a run that goes on.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from rflow_jax.parallel.mesh import BATCH, replicated, traced_on
 from rflow_jax.typing import Array, Float, Int
@@ -107,19 +107,27 @@ def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:
 
 
 def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Any]:
-    """The state before the first step, and where its leaves live: an optimizer's numbers with their parameter."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda x: x.sharding, trainable)
-    optimizer_places = optax.tree.map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, trainable),
-        places,
-        transform_non_params=lambda _: everywhere,
-    )
-    kept: Any = everywhere
-    shardings = State(kept, places, optimizer_places)
+    """The state before the first step, and where its leaves live."""
+    shardings = state_shardings(trainable, optimizer, mesh)
     # Copied: Prodigy remembers the first parameters, and a donated buffer must not be in the state twice.
-    init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=optimizer_places)
-    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=shardings.optimizer)
+    step = jnp.zeros((), jnp.int32, device=replicated(mesh))
     return State(step, trainable, init(trainable)), shardings
+
+
+def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Where the leaves of a state live: an optimizer's numbers with their parameter.
+
+    Args:
+        trainable: arrays, or their shapes, with shardings.
+    """
+    parameters = jax.tree.map(lambda x: x.sharding, trainable)
+    optimizer_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        parameters,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    step: Any = replicated(mesh)
+    return State(step, parameters, optimizer_shardings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rflow_jax.models.nvila.config import NvilaConfig
 from rflow_jax.models.nvila.message import Layout
 from rflow_jax.models.nvila.network import Nvila
+from rflow_jax.models.partitioning import constrain
 from rflow_jax.models.qwen2.generate import Decoding, Made, Prompts, generate
-from rflow_jax.parallel.placement import whole_beside
+from rflow_jax.parallel.placement import on_mesh_of, whole_beside
 from rflow_jax.typing import Array
 from rflow_jax.weights.nvila import NvilaModel
 
@@ -64,8 +66,6 @@ class NvilaPrograms:
     def __init__(self, model: NvilaModel, batch_size: int):
         self.model = model
         self.batch_size = batch_size
-        groups = -(-batch_size * model.config.tiling.most // PICTURES_AT_ONCE)
-        self._slots = groups * PICTURES_AT_ONCE
         self._levels = jnp.asarray(model.levels)
 
     def first_logits(self, questions: Sequence[Question]) -> np.ndarray:
@@ -79,7 +79,7 @@ class NvilaPrograms:
 
     def answer(self, batch: Batch) -> Array:
         """float32 [b, tokens]: the logits of the answer's first token."""
-        logits = _answer(self.model.graph, self.model.weights, *_inputs(batch))
+        logits = self._call(answer, *_inputs(batch))
         return logits[:, : self.model.tokenizer.size]
 
     def greedy(self, batch: Batch, max_new_tokens: int) -> Made:
@@ -89,26 +89,28 @@ class NvilaPrograms:
             max_new_tokens, (tokenizer.end,), tokenizer.pad, vocabulary=tokenizer.size, keep_logits=True
         )
         live = np.arange(len(batch.lengths)) < len(batch.members)
-        return _continue(self.model.graph, self.model.weights, *_inputs(batch), live, decoding=decoding)
+        return self._call(_continue, *_inputs(batch), live, decoding=decoding)
 
     def embeddings(self, batch: Batch) -> Array:
         """The language model's input [b, t, d], padded."""
-        return _embed(self.model.graph, self.model.weights, batch.ids, batch.feature, batch.tokens)
+        return self._call(_embed, batch.ids, batch.feature, batch.tokens)
 
     def last_states(self, batch: Batch) -> Array:
         """The last position's hidden state after the last norm [b, d]."""
-        return _last_state(self.model.graph, self.model.weights, *_inputs(batch))
+        return self._call(_last_state, *_inputs(batch))
 
     def look(self, pictures: np.ndarray) -> Array:
         """Image tokens [slots, i, d] of up to as many pictures as a batch can have; the rest is of no meaning."""
-        config = self.model.config
         like = self.model.network.language.embed.embedding[...]
-        shape = (self._slots, config.picture_tokens, config.language.hidden_size)
-        tokens = jnp.zeros(shape, like.dtype, device=whole_beside(like))
+        tokens = jnp.zeros(token_slots(self.model.config, self.batch_size), like.dtype, device=whole_beside(like))
         for start in range(0, len(pictures), PICTURES_AT_ONCE):
             group = _filled(pictures[start : start + PICTURES_AT_ONCE], PICTURES_AT_ONCE)
-            tokens = _look(self.model.graph, self.model.weights, tokens, group, self._levels, start)
+            tokens = self._call(look, tokens, group, self._levels, start)
         return tokens
+
+    def _call(self, program: Callable[..., Any], *inputs: Any, **how: Any) -> Any:
+        with on_mesh_of(self.model.weights):
+            return program(self.model.graph, self.model.weights, *inputs, **how)
 
     def batches(self, questions: Sequence[Question]) -> Iterator[Batch]:
         """Questions of one padded length together."""
@@ -138,6 +140,12 @@ class NvilaPrograms:
         return Batch(ids, feature, lengths, looked.reshape(-1, looked.shape[-1]), members)
 
 
+def token_slots(config: NvilaConfig, batch_size: int) -> tuple[int, int, int]:
+    """The shape of the image tokens [slots, i, d] of as many pictures as a batch can have, in whole groups."""
+    groups = -(-batch_size * config.tiling.most // PICTURES_AT_ONCE)
+    return groups * PICTURES_AT_ONCE, config.picture_tokens, config.language.hidden_size
+
+
 def padded_length(length: int, context: int) -> int:
     """The next of 64, 96, 128, 192, 256, 384 ...: few programs, and at most a third of padding."""
     padded = SHORTEST
@@ -155,9 +163,11 @@ def _inputs(batch: Batch) -> tuple[Any, ...]:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _look(graph: Any, weights: Any, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
+def look(graph: Any, weights: Any, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
+    """The image tokens of a group of pictures, in their place among those of all."""
     seen = nnx.merge(graph, weights).look(pictures, levels)
-    return jax.lax.dynamic_update_slice_in_dim(tokens, seen.astype(tokens.dtype), start, 0)
+    looked = jax.lax.dynamic_update_slice_in_dim(tokens, seen.astype(tokens.dtype), start, 0)
+    return constrain(looked)  # whole as it came, so that the next group takes the same program
 
 
 @partial(jax.jit, static_argnums=0)
@@ -172,7 +182,8 @@ def _last_state(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Ar
 
 
 @partial(jax.jit, static_argnums=0)
-def _answer(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
+def answer(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
+    """The logits of the answers' first tokens."""
     network: Nvila = nnx.merge(graph, weights)
     return network.language.logits(network.last_state(network.embed(ids, feature, tokens), lengths))
 

@@ -20,7 +20,7 @@ from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
 from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
-from rflow_jax.parallel.placement import on_devices
+from rflow_jax.parallel.placement import on_devices, on_mesh_of
 from rflow_jax.settings import require_dtype
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
@@ -142,8 +142,10 @@ class RewardVerifier:
         own, config = list(batch.values()), self.prepare.config
         sizes = Sizes.few(own, config, self.batch_size)
         inputs = batch_of(own, config, pad=self.prepare.tokenizer.pad, sizes=sizes)
-        raw = np.asarray(rewards(self._graph, self.prepare.rules, self._how, self._state, inputs), np.float64)
-        return {k: self._verdict(row) for k, row in zip(batch, raw, strict=False)}
+        with on_mesh_of(self._state):
+            raw = rewards(self._graph, self.prepare.rules, self._how, self._state, inputs)
+        rows = np.asarray(raw, np.float64)
+        return {k: self._verdict(row) for k, row in zip(batch, rows, strict=False)}
 
     def _verdict(self, raw: np.ndarray) -> Verdict:
         """The first number is the score; the original has one."""

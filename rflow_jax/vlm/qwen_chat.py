@@ -20,7 +20,7 @@ from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.generate import Decoding
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
-from rflow_jax.parallel.placement import on_devices
+from rflow_jax.parallel.placement import on_devices, on_mesh_of
 from rflow_jax.settings import require_dtype
 from rflow_jax.typing import Array
 from rflow_jax.vlm.qwen import texts
@@ -149,7 +149,9 @@ class QwenChat:
         inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
         data = np.zeros((rows, 2), np.uint32)
         data[: len(own)] = [keys[k] for k in batch]
-        made = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, _keys(data))
+        drawn = _keys(data)
+        with on_mesh_of(self._state):
+            made = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, drawn)
         tokens, lengths = (np.asarray(x) for x in jax.device_get((made.tokens, made.lengths)))
         return {
             k: self.prepare.tokenizer.decode(row[:length])

@@ -84,3 +84,17 @@ def _from_hub(name: str, patterns: list[str], unwanted: list[str] = UNWANTED) ->
             return Path(download(local_files_only=True))
         except LocalEntryNotFoundError:
             raise InputError(f"{name}: no such folder, and the Hub does not answer ({reason})") from error
+
+
+def cached(model: str) -> Path | None:
+    """The folder of a model in huggingface_hub's cache, if it is there; nothing is fetched."""
+    if not HUB_ID.fullmatch(model):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None

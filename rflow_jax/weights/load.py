@@ -17,6 +17,8 @@ from rflow_jax.weights.tables import Plan, Table, Target, plan
 Model = TypeVar("Model", bound=nnx.Module)
 # Elements from which the transposition is worth a compiled program of its own.
 TRANSPOSED_ON_DEVICE = 2**20
+# Bytes from which slices go to the devices one by one: a call for each device takes longer than to copy so few.
+ONE_BY_ONE = 2**20
 # (dotted path, shape) -> where the parameter is to live; None: the default device.
 ShardingFor = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -122,8 +124,8 @@ def place(target: Target, rows: np.ndarray, dtype: Any, sharding: jax.sharding.S
 def put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Puts one parameter, already in our layout, on its devices.
 
-    Slices are cut before they are cast or laid out anew, one after the other: the host never holds a second copy of
-    all.
+    Slices of a large one are cut before they are cast or laid out anew, one after the other: the host never holds a
+    second copy of all.
     """
 
     def cast(piece: np.ndarray) -> np.ndarray:
@@ -131,6 +133,8 @@ def put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -
 
     if sharding is None:
         return jax.device_put(np.ascontiguousarray(cast(value)))
+    if value.nbytes < ONE_BY_ONE:
+        return jax.make_array_from_callback(value.shape, sharding, cast(value).__getitem__)
     places = sharding.addressable_devices_indices_map(value.shape)
     pieces: dict[Any, jax.Array] = {}
     for index, devices in _by_index(places):

@@ -16,8 +16,9 @@ from PIL import Image
 from rflow_jax.errors import InputError
 from rflow_jax.language.config import WriterConfig
 from rflow_jax.local_models import claimed_devices
+from rflow_jax.models import attention
 from rflow_jax.models.lora import linears
-from rflow_jax.parallel.placement import on_devices, pick, unclaimed
+from rflow_jax.parallel.placement import on_devices, on_mesh_of, pick, unclaimed
 from rflow_jax.search import command
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.verifiers.config import VerifierConfig
@@ -76,9 +77,24 @@ def test_scores_are_the_same_on_devices_of_its_own(make, images, kind):
     alone = make(kind, devices=(3,))
     assert devices_of(alone) == {jax.devices()[3]}
     np.testing.assert_array_equal(scores(alone, images), want)
-    cut = make(kind, devices=(4, 5))
-    assert devices_of(cut) == set(jax.devices()[4:6])
-    np.testing.assert_allclose(scores(cut, images), want, rtol=1e-5, atol=1e-5)
+    for devices in ((4, 5), (1, 2, 6, 7)):
+        cut = make(kind, devices=devices)
+        assert devices_of(cut) == {jax.devices()[number] for number in devices}
+        np.testing.assert_allclose(scores(cut, images), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["reward", "nvila"])
+def test_scores_are_the_same_by_the_kernels_of_tpus(make, images, kind, monkeypatch):
+    """Which no compiler cuts: each device runs them for its own heads."""
+    want = scores(make(kind), images)
+    ran = []
+    monkeypatch.setattr(attention, "_fastest", lambda q: ran.append(q.shape) or "flash")
+    jax.clear_caches()
+    for devices in ((0,), (4, 5), (1, 2, 6, 7)):
+        ran.clear()
+        np.testing.assert_allclose(scores(make(kind, devices=devices), images), want, rtol=1e-5, atol=1e-5)
+        assert ran, devices
+    jax.clear_caches()
 
 
 def test_an_adapter_kept_apart_goes_along(make, images):
@@ -114,7 +130,7 @@ def test_answers_are_the_same_on_devices_of_its_own(golden, images):
     questions = [Question(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
     base = str(golden / "qwen" / "base")
     want = QwenChat(QwenChatConfig(base, **config)).answer(questions)
-    for devices in ((2,), (1, 2)):
+    for devices in ((2,), (1, 2), (0, 3, 4, 7)):
         assert QwenChat(QwenChatConfig(base, **config, devices=devices)).answer(questions) == want
     assert all(
         isinstance(answer, str)
@@ -139,6 +155,20 @@ def test_devices_that_do_not_exist_are_told(numbers, reason):
 def test_no_devices_of_its_own_is_the_default():
     assert on_devices(None) is None
     assert pick([1, 0]) == [jax.devices()[1], jax.devices()[0]]
+
+
+def test_a_program_is_traced_on_the_mesh_of_its_parameters():
+    axes = []
+    program = jax.jit(lambda x: axes.append(jax.sharding.get_abstract_mesh().axis_sizes) or x)
+    put = {numbers: on_devices(numbers)("a.kernel", (8, 8)) for numbers in ((1,), (2, 3), (4, 5))}
+    whole = jax.device_put(np.ones((8, 8)), jax.sharding.NamedSharding(put[2, 3].mesh, jax.sharding.PartitionSpec()))
+    program(whole)
+    with on_mesh_of({"a": whole}):
+        program(whole)
+    assert axes == [(), (2,)]  # the mesh is part of what a compiled program is found by
+    with on_mesh_of({"a": jax.device_put(np.ones((8, 8)), put[1,])}):
+        assert jax.sharding.get_abstract_mesh().empty
+    assert jax.sharding.get_abstract_mesh().empty
 
 
 def test_the_generator_takes_what_is_left():

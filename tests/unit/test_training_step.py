@@ -82,6 +82,25 @@ def test_a_checkpoint_goes_on_where_the_run_stopped(tmp_path):
     again.close()
 
 
+def test_a_checkpoint_is_the_same_whether_blocks_are_stacked(tmp_path, plain):
+    """Written by a run with stacked blocks cut over devices, it goes on with blocks in a list on one."""
+    first = TrainingRun(MeshConfig(data=2, fsdp=2), 4, scan_blocks=True)
+    first.losses(range(1))
+    kept = Checkpoints(tmp_path, CheckpointConfig())
+    kept.save(first.trained.to_saved(first.state), {}, {}, first.trained)
+    kept.wait()
+    second = TrainingRun(MeshConfig(), 1)
+    restored = kept.restore(second.state, {})
+    kept.close()
+    assert restored is not None
+    again = jax.device_get(first.trained.to_running(restored[0]))
+    jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(first.state))
+    restored = Checkpoints(tmp_path, CheckpointConfig()).restore(second.state, {})
+    assert restored is not None
+    second.state = restored[0]
+    np.testing.assert_allclose(second.losses(range(1, 2)), plain[1:2], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("mesh", "match"),
     [

@@ -125,7 +125,9 @@ MESH = {"fsdp": 2, "tensor": 2}  # and two copies along data
 @pytest.mark.parametrize("spec", [P(), P("fsdp", "tensor"), P("tensor"), P(None, ("fsdp", "tensor"))])
 @pytest.mark.parametrize("via", ["", "swap_halves", "pointwise"])
 @pytest.mark.parametrize("dtype", [None, ml_dtypes.bfloat16])
-def test_every_device_gets_its_slice(spec, via, dtype):
+@pytest.mark.parametrize("large", [0, 2**20])
+def test_every_device_gets_its_slice(monkeypatch, spec, via, dtype, large):
+    monkeypatch.setattr("rflow_jax.weights.load.ONE_BY_ONE", large)
     target = Target("a.kernel", (16, 8), via)
     rows = np.random.default_rng(0).standard_normal(target.their_shape).astype(np.float32)
     sharding = NamedSharding(make_mesh(MeshConfig(**MESH)), spec)
@@ -136,7 +138,8 @@ def test_every_device_gets_its_slice(spec, via, dtype):
         np.testing.assert_array_equal(np.asarray(shard.data), want[shard.index])
 
 
-def test_a_slice_that_several_devices_hold_is_cast_once():
+def test_a_slice_that_several_devices_hold_is_cast_once(monkeypatch):
+    monkeypatch.setattr("rflow_jax.weights.load.ONE_BY_ONE", 0)
     sizes = []
 
     class Watched(np.ndarray):
@@ -151,12 +154,12 @@ def test_a_slice_that_several_devices_hold_is_cast_once():
     np.testing.assert_array_equal(np.asarray(placed, np.float32), value)
 
 
-@pytest.mark.parametrize("sharding", [None, SingleDeviceSharding(jax.devices()[3])])
-def test_one_device_holds_all(sharding):
+@pytest.mark.parametrize("number", [None, 3])
+def test_one_device_holds_all(number):
     value = np.arange(6.0, dtype=np.float32).reshape(2, 3)
-    placed = put(value.T, None, sharding)
+    placed = put(value.T, None, None if number is None else SingleDeviceSharding(jax.devices()[number]))
     np.testing.assert_array_equal(np.asarray(placed), value.T)
-    assert placed.devices() == {jax.devices()[0 if sharding is None else 3]}
+    assert placed.devices() == {jax.devices()[number or 0]}
 
 
 def test_arrays_on_their_way_stay_below_the_limit():

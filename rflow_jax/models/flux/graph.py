@@ -40,7 +40,7 @@ class FluxGraph:
         if not scan_blocks:
             return cls(nnx.graphdef(network), config)
         stacked = abstract_flux(config, scan_blocks=True)
-        state = jax.eval_shape(lambda: stack_blocks(nnx.state(network), block_counts(config)))
+        state = jax.eval_shape(lambda state: stack_blocks(state, block_counts(config)), nnx.state(network))
         modules = linears(stacked)
         adapters: dict[str, dict[str, Any]] = {}
         for path, variable in nnx.to_flat_state(state):

@@ -10,7 +10,7 @@ from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.layers import Embedding, Linear, LoraRows, RMSNorm, abstract, matmul
 from rflow_jax.models.qwen2.cache import Cache, KeyValue
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.models.qwen2.layers import Past, Qwen2Block
+from rflow_jax.models.qwen2.layers import Past, Qwen2Block, as_samples
 from rflow_jax.models.qwen2.rope import Rope, rope_of
 from rflow_jax.models.remat import Remat, remember
 from rflow_jax.typing import Array, Float, Int
@@ -57,7 +57,7 @@ class Qwen2(nnx.Module):
             lora: the tokens that adapters act on; None: none.
             remat: what training computes again to save memory, see :data:`rflow_jax.models.remat.Remat`.
         """
-        rope = self.rope(positions)
+        x, rope = as_samples(x), self.rope(positions)
         for block in self.blocks:
             x = remember(lambda x, rope, block=block: block(x, rope, None, lora, attention)[0], remat)(x, rope)
         return self.final_norm(x)
@@ -78,7 +78,7 @@ class Qwen2(nnx.Module):
             lengths: tokens of each prompt before its padding.
             capacity: places of the cache: the padded length and the tokens to be made.
         """
-        rope = self.rope(positions)
+        x, rope = as_samples(x), self.rope(positions)
         layers: list[KeyValue] = []
         for block in self.blocks:
             x, tokens = block(x, rope, None, lora, attention)
@@ -90,7 +90,7 @@ class Qwen2(nnx.Module):
         self, x: Float[Array, "b 1 d"], positions: Positions, cache: Cache, *, lora: LoraRows = None
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
         """One more token a sample: its hidden state after the last norm, and the cache that holds it."""
-        rope, place, visible = self.rope(positions), cache.place, cache.visible()
+        x, rope, place, visible = as_samples(x), self.rope(positions), cache.place, cache.visible()
         layers: list[KeyValue] = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, layer = block(x, rope, Past(layer, place, visible), lora)

@@ -11,6 +11,7 @@ from flax.typing import Dtype
 
 from rflow_jax.models.attention import AttentionImpl, attend
 from rflow_jax.models.layers import Linear, LoraRows, RMSNorm
+from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.models.qwen2.cache import KeyValue
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2.rope import Rope, apply_rope
@@ -45,8 +46,8 @@ class Qwen2Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
         """The stream after the block, and the keys and values: of the given tokens, or the cache with one more."""
         attended, cache = self.attn(self.attn_norm(x), rope, past, lora, attention)
-        x = x + attended
-        return x + self.ff(self.ff_norm(x), lora), cache
+        x = as_samples(x + attended)
+        return as_samples(x + self.ff(self.ff_norm(x), lora)), cache
 
 
 class GroupedAttention(nnx.Module):
@@ -100,6 +101,11 @@ def attend_one(q: Float[Array, "b 1 n h"], cache: KeyValue, visible: Bool[Array,
     weights = jax.nn.softmax(scores, axis=-1).astype(cache.v.dtype)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, cache.v, preferred_element_type=jnp.float32)
     return out.reshape(b, 1, n, h).astype(q.dtype)
+
+
+def as_samples(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    """The stream on a mesh: samples are cut, tokens and channels whole."""
+    return constrain(x, BATCH)
 
 
 def rope_width(rope: Rope) -> int:

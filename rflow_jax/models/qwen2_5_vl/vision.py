@@ -12,7 +12,7 @@ from flax.typing import Dtype
 
 from rflow_jax.models.attention import AttentionImpl, attend
 from rflow_jax.models.layers import Linear, LoraRows, RMSNorm, init_kernel
-from rflow_jax.models.qwen2.layers import GatedFeedForward
+from rflow_jax.models.qwen2.layers import GatedFeedForward, as_samples
 from rflow_jax.models.qwen2.rope import Rope, apply_rope
 from rflow_jax.models.qwen2_5_vl.config import VisionConfig
 from rflow_jax.models.qwen2_5_vl.layout import VisionLayout
@@ -50,7 +50,7 @@ class VisionTower(nnx.Module):
             layout: places of these pictures.
             lora: the patches that adapters act on; None: none.
         """
-        x = self.patch_in(patches)
+        x = as_samples(self.patch_in(patches))
         whole, windowed = self._scopes(layout)
         for number, block in enumerate(self.blocks):
             scope = whole if number in self.config.fullatt_block_indexes else windowed
@@ -106,10 +106,11 @@ class VisionBlock(nnx.Module):
         if scope.windows is None or scope.slots is None:
             y = self.attn(y, scope.rope, scope.lengths, lora, attention)
         else:  # each window is a row of the batch of its own
-            windows = self.attn(_fetch(y, scope.windows), scope.rope, scope.lengths, lora, attention)
+            rows = as_samples(_fetch(y, scope.windows))
+            windows = as_samples(self.attn(rows, scope.rope, scope.lengths, lora, attention))
             y = _take(windows.reshape(x.shape[0], -1, x.shape[-1]), scope.slots)
-        x = x + y
-        return x + self.ff(self.ff_norm(x), lora)
+        x = as_samples(x + y)
+        return as_samples(x + self.ff(self.ff_norm(x), lora))
 
 
 class VisionAttention(nnx.Module):

@@ -61,9 +61,11 @@ def take_apart(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed
     Raises:
         InputError: a pattern matches nothing, or a linear that cannot have a LoRA.
     """
+    put = sharding_for(mesh)
     if config.pattern is not None:
         rngs = nnx.Rngs(params=first_key(seed))
-        init_lora(model, config.rank, alpha=config.alpha, pattern=config.pattern, rngs=rngs)
+        how = {"alpha": config.alpha, "pattern": config.pattern, "rngs": rngs}
+        init_lora(model, config.rank, sharding_for=put, **how)
     named = re.compile(config.parameters or "")
 
     def moves(path: Any, variable: Any) -> bool:
@@ -79,7 +81,6 @@ def take_apart(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed
         raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter")
     # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    put = sharding_for(mesh)
     return Parts(graph, on_mesh(trainable, put), on_mesh(frozen, put))
 
 

@@ -106,6 +106,14 @@ class Reward:
         parts, config = self.trained.parts, self._maker.prepare.config
         return 2 * flops_of_sample(parts, config, tokens=sizes.tokens, patches=sizes.patches, pictures=1)
 
+    def to_saved(self, state: State) -> State:
+        """The state as it is."""
+        return state
+
+    def to_running(self, state: State) -> State:
+        """The state as it is."""
+        return state
+
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
         """Batches of pairs from a step on."""
         how, data = self._config.train, self._config.data

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rflow_jax.data.jsonl.preferences import PairSource
-from rflow_jax.parallel.mesh import put_batch, replicated
+from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
 from rflow_jax.training.qwen.batches import first_usable
 from rflow_jax.training.reward.batches import PairInputs, PairMaker
 from rflow_jax.training.reward.config import PairValidationConfig
@@ -45,7 +45,7 @@ class PairValidation:
         starts = range(0, len(examples), batch)
         self._count = len(examples)
         self._batches = [maker.inputs(examples[k : k + batch], batch) for k in starts]
-        self._rewards = jax.jit(objective.rewards, out_shardings=replicated(mesh))
+        self._rewards = jax.jit(traced_on(mesh, objective.rewards), out_shardings=replicated(mesh))
 
     def run(self, step: int, trainable: Any) -> dict[str, float]:
         """``validation/loss``, and ``validation/accuracy`` where any pair has a preference."""

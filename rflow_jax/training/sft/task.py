@@ -74,6 +74,14 @@ class Sft:
         how = {"tokens": sizes.tokens, "patches": sizes.patches, "pictures": sizes.pictures}
         return flops_of_sample(self.trained.parts, config, **how)
 
+    def to_saved(self, state: State) -> State:
+        """The state as it is."""
+        return state
+
+    def to_running(self, state: State) -> State:
+        """The state as it is."""
+        return state
+
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
         """Batches of chats from a step on."""
         how, data = self._config.train, self._config.data

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rflow_jax.data.jsonl.chats import ChatFile
-from rflow_jax.parallel.mesh import put_batch, replicated
+from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
 from rflow_jax.training.qwen.batches import first_usable
 from rflow_jax.training.sft.batches import ChatInputs, ChatMaker
 from rflow_jax.training.sft.config import ChatValidationConfig
@@ -46,7 +46,7 @@ class ChatValidation:
             found, weights = objective.tokens(trainable, frozen, chats), jnp.asarray(chats.weights)[:, 1:]
             return jnp.sum(found.loss * weights), jnp.sum(found.right * weights), jnp.sum(weights)
 
-        self._sums = jax.jit(sums, out_shardings=replicated(mesh))
+        self._sums = jax.jit(traced_on(mesh, sums), out_shardings=replicated(mesh))
 
     def run(self, step: int, trainable: Any) -> dict[str, float]:
         """``validation/loss`` and ``validation/token_accuracy``, over all tokens to be predicted."""
