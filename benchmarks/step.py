@@ -1,6 +1,6 @@
 """Milliseconds of one denoising step on this machine's accelerator, with random weights made on the device.
 
-    python -m benchmarks.step [--size dev|tiny] [--batch 1 4] [--repeats 5] [--profile]
+    python -m benchmarks.step [--size dev|tiny] [--batch 1 4] [--repeats 5] [--scan_blocks] [--profile]
 
 Prints a table: batch, condition, milliseconds a step (median), TFLOP/s, device memory. The figures to
 hold it against stand in docs/performance.md.
@@ -25,6 +25,7 @@ from rflow_jax.flow.latents import rope_for
 from rflow_jax.flow.sampler import euler
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
 from rflow_jax.sampling import Given, Program, Scales, velocity_of
@@ -45,22 +46,23 @@ LORA_RANK = 32
 STEPS_A_CALL = 5
 
 
-def random_network(config: FluxConfig, dtype: jnp.dtype) -> tuple:
-    """(graph, state) of a transformer with a corrector LoRA; every leaf drawn on the device."""
+def random_network(config: FluxConfig, dtype: jnp.dtype, *, scan_blocks: bool = False) -> tuple[FluxGraph, nnx.State]:
+    """A transformer with a corrector LoRA; every leaf drawn on the device."""
     network = abstract_flux(config, dtype)
     attach_shapes(network, dict.fromkeys(select(linears(network), REFLECTION_FLOW), LORA_RANK), dtype=dtype)
-    graph, state = nnx.split(network)
+    graph = FluxGraph.of(network, scan_blocks=scan_blocks)
+    state = jax.eval_shape(graph.stacked, nnx.state(network))
 
     @partial(jax.jit, static_argnums=(1, 2))
     def draw(key, shape, dtype):
-        return jax.random.normal(key, shape, dtype) * (shape[0] ** -0.5 if shape else 1)
+        return jax.random.normal(key, shape, dtype) * (shape[-2:][0] ** -0.5 if shape else 1)
 
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return graph, tree.unflatten([draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
 
 
-def step_function(graph, config: FluxConfig, text: int, side: int, condition_side: int | None):
+def step_function(graph: FluxGraph, config: FluxConfig, text: int, side: int, condition_side: int | None):
     """A jitted function of (state, x, text, pooled, condition) that takes a few Euler steps."""
     grid = (side // TOKEN_PIXELS,) * 2
     condition_grid = (condition_side // TOKEN_PIXELS,) * 2 if condition_side else None
@@ -68,7 +70,7 @@ def step_function(graph, config: FluxConfig, text: int, side: int, condition_sid
 
     @partial(jax.jit, donate_argnums=1)
     def steps(state, x, text, pooled, condition):
-        network = nnx.merge(graph, state)
+        network = graph.merge(state)
         times = jnp.linspace(1.0, 0.0, STEPS_A_CALL + 1)
         flags = ConditionFlags()
         program = Program(side, side, condition_side, TOKEN_PIXELS, flags, False, False)
@@ -145,10 +147,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--condition", choices=("yes", "no", "both"), default="both")
+    parser.add_argument("--scan_blocks", action="store_true", help="with stacked blocks")
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     arguments = parser.parse_args()
     config, *sizes = SIZES[arguments.size]
-    graph, state = random_network(config, jnp.bfloat16)
+    graph, state = random_network(config, jnp.bfloat16, scan_blocks=arguments.scan_blocks)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     print("batch condition  ms/step  ms/image-step  spread  TFLOP/s  first call s  peak GiB")
     for batch in arguments.batch:

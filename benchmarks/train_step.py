@@ -1,6 +1,6 @@
 """Milliseconds and memory of one training step on this machine's accelerators, with random weights and encoded samples.
 
-    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--fsdp 2] [--repeats 5]
+    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--fsdp 2] [--scan_blocks] [--repeats 5]
 
 A rank-32 LoRA in float32 on a bfloat16 base, Prodigy, a condition; encoding pictures and texts is not included. All
 rows are compiled side by side and timed one after the other, and printed as a table: devices, remat, batch,
@@ -27,6 +27,7 @@ from flax import nnx
 from benchmarks.step import SIZES, STEPS_A_CALL, TOKEN_PIXELS, print_kernels, random_network
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.objective import Examples
@@ -67,16 +68,16 @@ class Model:
 
     config: FluxConfig
     shape: Shape
-    graph: Any
+    graph: FluxGraph
     trainable: Any
     frozen: Any
 
 
-def make_model(size: str) -> Model:
+def make_model(size: str, *, scan_blocks: bool = False) -> Model:
     """The network of one of ``SIZES``, drawn on the first device."""
     config, side, condition_side, text = SIZES[size]
-    graph, state = random_network(config, jnp.bfloat16)
-    graph, trainable, frozen = nnx.split(nnx.merge(graph, state), nnx.LoRAParam, ...)
+    graph, state = random_network(config, jnp.bfloat16, scan_blocks=scan_blocks)
+    _, trainable, frozen = nnx.split(graph.merge(state), nnx.LoRAParam, ...)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32) * 0.01, trainable)
     shape = Shape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
     return Model(config, shape, graph, trainable, frozen)
@@ -108,7 +109,7 @@ def begin(model: Model, case: Case, pool: ThreadPoolExecutor) -> Job:
     recipe = Recipe(0, jnp.bfloat16, model.shape, remat=case.remat)
     state, shardings = init_state(place(jax.tree.map(jnp.copy, model.trainable)), optimizer, mesh)
     frozen = place(model.frozen)
-    step = make_step(model.graph, model.config, optimizer, recipe, mesh, shardings)
+    step = make_step(model.graph, optimizer, recipe, mesh, shardings)
     examples = put_batch(mesh, jax.device_get(encoded(model.config, case.batch, model.shape)))
     inputs = examples, put_batch(mesh, np.arange(case.batch, dtype=np.uint32))
     start = time.perf_counter()
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--remat", nargs="+", default=["full", "dots"], choices=("none", "dots", "full"))
     parser.add_argument("--fsdp", type=int, default=1, help="also on so many devices")
+    parser.add_argument("--scan_blocks", action="store_true", help="with stacked blocks")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     arguments = parser.parse_args()
@@ -177,7 +179,7 @@ def main() -> None:
         batch = max(batch for batch in arguments.batch if batch % arguments.fsdp == 0)
         cases.insert(0, Case(arguments.remat[0], batch, arguments.fsdp))
     print(f"{arguments.fsdp} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
-    model = make_model(arguments.size)
+    model = make_model(arguments.size, scan_blocks=arguments.scan_blocks)
     with ThreadPoolExecutor(len(cases)) as pool:
         jobs = [begin(model, case, pool) for case in cases]
         print(HEADER, flush=True)

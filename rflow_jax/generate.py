@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
 from rflow_jax.files import use_folder, write_file
 from rflow_jax.images import read_image
+from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.progress import count_progress
 from rflow_jax.settings import Settings, require_dtype, require_lora_effect
 from rflow_jax.text import require_text
@@ -41,6 +42,9 @@ class GenerateConfig:
         refined_prompt: a more detailed prompt for T5; CLIP keeps the prompt.
         seed: a number, or a search's seed as it stands in its file names, such as 0-12-3-1.
         num_images: images with seeds seed, seed + 1, ...
+        mesh: how the first devices of this machine are laid out; each axis 1: one device.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the time;
+            null: on TPU.
     """
 
     model: str
@@ -54,6 +58,8 @@ class GenerateConfig:
     refined_prompt: str = ""
     seed: int | str = 0
     num_images: int = 1
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    scan_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -89,9 +95,11 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
         raise InputError(f"{out}: is a file; give a folder as --out")
     use_folder(out)
 
+    from rflow_jax.parallel.mesh import mesh_of_first
     from rflow_jax.pipeline import load_pipeline
 
-    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
+    how = {"dtype": config.dtype, "mesh": mesh_of_first(config.mesh), "scan_blocks": config.scan_blocks}
+    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **how)
     used = asdict(pipe.resolve(settings))
     count = config.num_images
     with count_progress() as bar:

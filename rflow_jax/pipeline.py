@@ -94,6 +94,9 @@ class Pipeline:
 
     With a mesh whose axis ``data`` has several devices, a batch is ``batch_size`` images on each of them, and every
     device computes its own as if it were alone.
+
+    Attributes:
+        prepare, sample: the compiled programs, see :mod:`rflow_jax.sampling`.
     """
 
     def __init__(self, bundle: Bundle, *, attention: AttentionImpl = "auto", mesh: jax.sharding.Mesh | None = None):
@@ -102,9 +105,9 @@ class Pipeline:
         self.mesh = mesh
         self._told_idle = False
         self._draw = jax.jit(draw_noise, static_argnums=(0, 1))
-        self._prepare = jax.jit(self._on_each(prepare, 1), static_argnums=0)
+        self.prepare = jax.jit(self._on_each(prepare, 1), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
-        self._sample = jax.jit(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
+        self.sample = jax.jit(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
 
     def _on_each(self, function: Callable, batched: int) -> Callable:
         """The function, run by every device of the axis ``data`` on its own rows of ``batched`` arguments."""
@@ -196,14 +199,14 @@ class Pipeline:
             raise ValueError(f"a batch has 1 to {places} requests, not {len(requests)}")
         padded = [*requests, *[requests[-1]] * (places - len(requests))]
         settings = self.resolve(settings)
-        program = self._program(settings, requests[0].condition is not None)
+        program = self.program_of(settings, requests[0].condition is not None)
         inputs, scales = self._inputs(padded, settings), self._scales(settings)
         factor = self.bundle.vae_config.factor
         grid = settings.height // factor, settings.width // factor, self.bundle.vae_config.latent_channels
         with reproducible(self.bundle.dtype):
             noise = self._draw(program, grid, self._put(noise_draws([request.seed for request in padded])))
-            given = self._prepare(program, self.bundle.weights, self._put(inputs))
-            return Pending(len(requests), self._sample(program, self.bundle.weights, noise, given, scales)[1])
+            given = self.prepare(program, self.bundle.weights, self._put(inputs))
+            return Pending(len(requests), self.sample(program, self.bundle.weights, noise, given, scales)[1])
 
     def _put(self, rows: Any) -> Any:
         """Arrays with a row for each image, each device's on it."""
@@ -257,7 +260,8 @@ class Pipeline:
         if waiting:
             yield waiting.images()
 
-    def _program(self, settings: Settings, with_condition: bool) -> Program:
+    def program_of(self, settings: Settings, with_condition: bool) -> Program:
+        """What the compiled programs depend on, for settings that :meth:`resolve` gave."""
         return Program(
             settings.height,
             settings.width,

@@ -49,7 +49,7 @@ def abstract_bundle(
 
     Args:
         lora: dotted path of a linear -> the rank of its adapter, in ``dtype``.
-        blocks: so many double and single blocks in place of the model's own.
+        blocks: so many double and single blocks in place of the model's own, and as many of T5's as double ones.
 
     Raises:
         InputError: neither a folder nor a name that is known.
@@ -58,6 +58,7 @@ def abstract_bundle(
     if blocks is not None:
         flux: FluxConfig = configs[components.TRANSFORMER.folder]
         configs[components.TRANSFORMER.folder] = replace(flux, num_layers=blocks[0], num_single_layers=blocks[1])
+        configs[components.T5.folder] = replace(configs[components.T5.folder], num_layers=blocks[0])
     networks = {part.folder: part.abstract(configs[part.folder], dtype) for part in COMPONENTS}
     transformer = networks.pop(components.TRANSFORMER.folder)
     if lora is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.partitioning import DATA, FSDP
-from rflow_jax.parallel.layout import MeshConfig
+from rflow_jax.parallel.layout import REST, MeshConfig
 
 BATCH = PartitionSpec((DATA, FSDP))  # samples lie along both: fsdp devices hold parts of parameters and own samples
 # What mesh_utils raises where devices do not form the box that it wants, or axes do not fit into it.
@@ -37,6 +38,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     slices = _count_slices(config, devices)
     shape = replace(config, num_slices=slices).shape(len(devices))
     return Mesh(_grid(tuple(shape.values()), slices, devices), tuple(shape))
+
+
+def mesh_of_first(config: MeshConfig) -> Mesh | None:
+    """The mesh over as many of this process's first devices as it names; None for one device.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
+    devices = jax.local_devices()
+    count = len(devices) if REST in sizes else math.prod(sizes)
+    if count > len(devices):
+        raise InputError(f"mesh: {count} devices are asked for, and this process has {len(devices)}")
+    return None if count == 1 else make_mesh(config, devices[:count])
 
 
 def traced_on(mesh: Mesh | None, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

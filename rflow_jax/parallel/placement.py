@@ -34,9 +34,9 @@ def on_devices(numbers: Sequence[int] | None) -> Callable[[str, tuple[int, ...]]
     return sharding_for(Mesh(np.array(devices), (TENSOR,)))
 
 
-def pick(numbers: Sequence[int]) -> list[Any]:
-    """The devices of these numbers; raises as :func:`on_devices`."""
-    devices = jax.local_devices()
+def pick(numbers: Sequence[int], devices: Sequence[Any] | None = None) -> list[Any]:
+    """The devices of these numbers, among those given or this process's; raises as :func:`on_devices`."""
+    devices = jax.local_devices() if devices is None else devices
     if not numbers or len(set(numbers)) < len(numbers):
         raise InputError(f"devices: {list(numbers)}: name each device once, and at least one")
     if wrong := [number for number in numbers if not 0 <= number < len(devices)]:
@@ -68,6 +68,10 @@ def whole_beside(array: jax.Array) -> Sharding:
 
 def unclaimed(claims: Sequence[Sequence[int]]) -> list[Any]:
     """The devices that no model claims for itself; all of them, where every one is claimed."""
+    return unclaimed_of(claims, jax.local_devices())
+
+
+def unclaimed_of(claims: Sequence[Sequence[int]], devices: Sequence[Any]) -> list[Any]:
+    """The same of these devices."""
     taken = {number for claim in claims for number in claim}
-    devices = jax.local_devices()
-    return [device for number, device in enumerate(devices) if number not in taken] or devices
+    return [device for number, device in enumerate(devices) if number not in taken] or list(devices)

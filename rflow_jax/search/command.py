@@ -146,7 +146,8 @@ def _load(kind: Kind, config: SearchConfig) -> Any:
     claims = [claim for role in _asked(kind, config).values() for claim in claimed_devices(role.options)]
     devices = unclaimed(claims)
     mesh = None if devices == jax.local_devices()[:1] else make_mesh(config.mesh, devices)
-    return load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype, mesh=mesh)
+    how = {"dtype": config.dtype, "mesh": mesh, "scan_blocks": config.scan_blocks}
+    return load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **how)
 
 
 def _place(where: RunConfig) -> tuple[int, int]:

@@ -78,6 +78,8 @@ class SearchConfig:
         max_images: images made for a prompt at most; null for as many as the rounds ask for.
         budget: US dollars, by the prices of the endpoints, after which no further question is asked; null: no limit.
         mesh: how the devices of this machine are laid out; along ``data`` each makes images of its own.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the time;
+            null: on TPU.
         settings: how an image is generated.
         verifier: who scores the images.
         reflector: who writes the reflections.
@@ -96,6 +98,7 @@ class SearchConfig:
     max_images: int | None = None
     budget: float | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    scan_blocks: bool | None = None
     settings: Settings = field(default_factory=Settings)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     reflector: WriterConfig = field(default_factory=WriterConfig)

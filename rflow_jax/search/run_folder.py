@@ -20,7 +20,7 @@ from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
-FREE = ("prompts", "out", "start", "end", "share", "distributed", "mesh", "prompts_in_flight", "budget")
+FREE = ("prompts", "out", "start", "end", "share", "distributed", "mesh", "scan_blocks", "prompts_in_flight", "budget")
 FREE_OF_A_MODEL = (
     "base_url",
     "api_key_env",

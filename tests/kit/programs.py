@@ -27,12 +27,12 @@ def traced(pipe: Pipeline, *prompts: str, **how: Any) -> dict[str, Any]:
 
         return trace
 
-    before = pipe._prepare, pipe._sample
-    pipe._prepare, pipe._sample = only_traced("prepare"), only_traced("sample")
+    before = pipe.prepare, pipe.sample
+    pipe.prepare, pipe.sample = only_traced("prepare"), only_traced("sample")
     try:
         pipe.generate(list(prompts), seeds=range(len(prompts)), **how)
     finally:
-        pipe._prepare, pipe._sample = before
+        pipe.prepare, pipe.sample = before
     return found
 
 

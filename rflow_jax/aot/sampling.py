@@ -1,0 +1,130 @@
+"""The programs of sampling, of a search's real configuration: noise, encodings, and the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
+from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_in
+from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
+from rflow_jax.local_models import claimed_devices
+from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.models.flux.transformer import abstract_flux
+from rflow_jax.parallel.mesh import make_mesh
+from rflow_jax.parallel.placement import unclaimed_of
+from rflow_jax.parallel.runtime import reproducible
+from rflow_jax.parallel.sharding import DATA
+from rflow_jax.pipeline import Pipeline
+from rflow_jax.sampling import Given, Inputs, Scales
+from rflow_jax.search.config import SearchConfig
+from rflow_jax.settings import Settings
+from rflow_jax.weights import components
+from rflow_jax.weights.bundle import Bundle, scans_blocks
+
+
+def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh of the devices that no model of the search takes for itself."""
+    roles = (config.verifier, config.reflector, config.refiner)
+    claims = [claim for role in roles for claim in claimed_devices(role.options)]
+    return make_mesh(config.mesh, unclaimed_of(claims, devices))
+
+
+def sampling_programs(
+    config: SearchConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None
+) -> list[AheadProgram]:
+    """What ``infer.py`` compiles for this configuration on this mesh: with a condition where there is a LoRA.
+
+    Args:
+        blocks: so many double and single blocks, for a quick check.
+
+    Raises:
+        InputError: the model or a setting is not usable.
+    """
+    dtype = getattr(jnp, config.dtype)
+    ranks = None
+    if config.lora is not None:
+        ranks = corrector_ranks(config.lora, abstract_flux(read_sizes(config.model)[0][components.TRANSFORMER.folder]))
+    scan_blocks = scans_blocks(config.scan_blocks, mesh)
+    how = {"dtype": dtype, "scan_blocks": scan_blocks, "lora": ranks, "blocks": blocks}
+    bundle = abstract_bundle(config.model, mesh, **how)
+    pipe = Pipeline(bundle, mesh=mesh)
+    settings = pipe.resolve(config.settings)
+    program = pipe.program_of(settings, ranks is not None)
+    rows = NamedSharding(mesh, PartitionSpec(DATA) if pipe.replicas > 1 else PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())
+    inputs, noise, given, scales = _arguments(pipe, settings, rows, whole, with_condition=ranks is not None)
+    weights = {"transformer": bundle.weights["transformer"], "vae": bundle.weights["vae"]}
+
+    def lower_prepare() -> Any:
+        with reproducible(dtype):
+            return pipe.prepare.lower(program, bundle.weights, inputs)
+
+    def lower_sample() -> Any:
+        with reproducible(dtype):
+            return pipe.sample.lower(program, bundle.weights, noise, given, scales)
+
+    count, condition = pipe.images_at_once(settings), given.condition
+    tokens = (given.text.shape[1], noise.shape[1], 0 if condition is None else condition.shape[1])
+    steps = settings.num_inference_steps or 0
+    passes = 2 if program.use_image_guidance else 1
+    flops = forward_flops(bundle.flux_config, text=tokens[0], image=tokens[1], condition=tokens[2])
+    vae = autoencoder_flops(bundle.vae_config, settings.height, settings.width, decode=True)
+    cut = mesh.shape["tensor"] * mesh.shape["sequence"]
+    traffic = flux_bytes(bundle.flux_config, tokens=sum(tokens), samples=settings.batch_size, parts=cut)
+    # Texts' encoders lie beside the program that samples, and the next batch's encodings.
+    beside = bytes_on_a_device({name: bundle.weights[name] for name in ("clip", "t5")}) + bytes_on_a_device(given)
+    kept = bytes_on_a_device(bundle.weights["transformer"]) + bytes_on_a_device(noise)
+    return [
+        AheadProgram("prepare", lower_prepare, mesh.size, kept, count * _encoder_flops(config, bundle, settings)),
+        AheadProgram(
+            "sample",
+            lower_sample,
+            mesh.size,
+            beside,
+            count * (steps * passes * flops + vae),
+            steps * passes * traffic,
+            whole_in(mesh, weights),
+        ),
+    ]
+
+
+def _arguments(
+    pipe: Pipeline, settings: Settings, rows: Any, whole: Any, *, with_condition: bool
+) -> tuple[Inputs, Any, Given, Scales]:
+    """What the programs are called with, as shapes."""
+    bundle, b = pipe.bundle, pipe.images_at_once(settings)
+    length, side = settings.max_sequence_length or 0, settings.condition_size
+    flux, pixels, steps = bundle.flux_config, bundle.token_pixels, settings.num_inference_steps or 0
+    pictures = shaped((b, side, side, 3), np.uint8, rows) if with_condition else None
+    texts = [shaped((b, count), np.int32, rows) for count in (bundle.clip_length, length)]
+    inputs: Any = Inputs(*texts, shaped((b,), _key_type(), rows), pictures)  # pyright: ignore[reportArgumentType]
+    image = (settings.height // pixels) * (settings.width // pixels)
+    noise = shaped((b, image, flux.in_channels), jnp.float32, rows)
+    condition = shaped((b, (side // pixels) ** 2, flux.in_channels), bundle.dtype, rows) if with_condition else None
+    text = shaped((b, length, flux.joint_attention_dim), bundle.dtype, rows)
+    pooled = shaped((b, flux.pooled_projection_dim), bundle.dtype, rows)
+    black = condition if with_condition and settings.image_guidance_scale != 1.0 else None
+    given: Any = Given(text, pooled, condition, black)  # pyright: ignore[reportArgumentType]
+    numbers = [shaped((), jnp.float32, whole) for _ in range(3)]
+    scales: Any = Scales(shaped((steps + 1,), jnp.float32, whole), *numbers)  # pyright: ignore[reportArgumentType]
+    return inputs, noise, given, scales
+
+
+def _key_type() -> Any:
+    import jax
+
+    return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
+
+
+def _encoder_flops(config: SearchConfig, bundle: Bundle, settings: Settings) -> float:
+    """Of one image: T5, CLIP and the condition."""
+    t5 = read_sizes(config.model)[0][components.T5.folder]
+    texts = t5_flops(t5, settings.max_sequence_length or 0) + encoder_flops(bundle.clip_config, bundle.clip_length)
+    if config.lora is None:
+        return texts
+    return texts + autoencoder_flops(bundle.vae_config, settings.condition_size, settings.condition_size, decode=False)
