@@ -1,6 +1,6 @@
 """Milliseconds and memory of one training step on this machine's accelerators, with random weights and encoded samples.
 
-    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--fsdp 2] [--scan_blocks] [--repeats 5]
+    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--fsdp 2] [--scan_blocks]
 
 A rank-32 LoRA in float32 on a bfloat16 base, Prodigy, a condition; encoding pictures and texts is not included. All
 rows are compiled side by side and timed one after the other, and printed as a table: devices, remat, batch,

@@ -43,8 +43,8 @@ class GenerateConfig:
         seed: a number, or a search's seed as it stands in its file names, such as 0-12-3-1.
         num_images: images with seeds seed, seed + 1, ...
         mesh: how the first devices of this machine are laid out; each axis 1: one device.
-        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the time;
-            null: on TPU.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
+            time; null: on TPU.
     """
 
     model: str

@@ -23,6 +23,7 @@ from rflow_jax.models.flux.blocks import Context
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.embeddings import Rope
 from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
+from rflow_jax.models.partitioning import each_sample
 from rflow_jax.typing import Array, Float, Int, UInt8
 
 Seed = SupportsIndex | tuple[SupportsIndex, ...]
@@ -209,7 +210,7 @@ def encode_condition(
         sample = sample_posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32), noise)
         return pack(vae.scale(sample))[0].astype(dtype)
 
-    return jax.lax.map(encode, (pixels, keys))
+    return each_sample(encode, (pixels, keys))
 
 
 def sample(
@@ -229,7 +230,7 @@ def decode_latents(
 ) -> Float[Array, "b y x 3"]:
     """Packed latents -> images, about [-1, 1]; one image at a time to bound memory."""
     latents = unpack(x, *(PATCH * side for side in grid))
-    return jax.lax.map(lambda one: vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0], latents)
+    return each_sample(lambda one: vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0], latents)
 
 
 def velocity_of(

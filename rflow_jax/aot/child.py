@@ -1,4 +1,4 @@
-"""The process that loads libtpu: compiles, prints the report and writes it as JSON. Started by ``rflow_jax.aot.command``."""
+"""The process that loads libtpu, started by ``rflow_jax.aot.command``: compiles, prints the report, writes it as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m rflow_jax.parallel.aot``: does a configuration fit a TPU topology? Compiled for it on this machine's CPU."""
+"""``python -m rflow_jax.parallel.aot``: does a recipe fit a TPU topology? Compiled for it on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class CompileConfig:
             return None
         counts = self.blocks.split(",")
         if len(counts) != 2 or not all(count.strip().isdecimal() and int(count) for count in counts):
-            raise InputError(f"blocks is {self.blocks!r}: give two numbers from 1, double and single blocks, such as 2,2")
+            raise InputError(
+                f"blocks is {self.blocks!r}: give two numbers from 1, double and single blocks, such as 2,2"
+            )
         return int(counts[0]), int(counts[1])
 
 
@@ -67,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_libtpu()
     effort = cli.early_value(words, "effort", "least")
     with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.run([sys.executable, "-m", CHILD, *words], env=_environment(effort), stderr=said, check=False)
+        child = subprocess.run(
+            [sys.executable, "-m", CHILD, *words], env=_environment(effort), stderr=said, check=False
+        )
         said.seek(0)
         lines = said.read().splitlines()
     if child.returncode in (0, 1) and not any(line.startswith("Traceback") for line in lines):
@@ -128,4 +132,3 @@ def _environment(effort: str) -> dict[str, str]:
     # What was compiled for another purpose must not be counted, and fake devices only take time to make.
     dropped = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
     return {key: value for key, value in os.environ.items() if key not in dropped} | own
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rflow_jax.aot.chips import Chip
@@ -23,7 +23,7 @@ class Compiled:
 
     Attributes:
         fits: it compiled, and its peak and what is resident beside it are within the memory.
-        bytes_per_chip: its peak and the resident bytes; where the compiler gave up, what it says it would need, or None.
+        bytes_per_chip: its peak and the resident bytes; where the compiler gave up, what it says it needs, or None.
         compile_seconds: of the processor, all threads together: tracing, lowering and compiling.
         wall_seconds: of the clock.
         error: what the compiler says where it gave up.
@@ -75,9 +75,11 @@ def compile_program(program: AheadProgram, chip: Chip | None) -> Compiled:
         how = {"fits": False, "bytes_per_chip": total, "error": _first_lines(str(error))}
         return Compiled(**common, **nothing, **how, **spent())  # pyright: ignore[reportArgumentType]
     times = spent()
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
     peak = int(memory.peak_memory_in_bytes)
-    collectives = read_program(compiled.as_text())
+    collectives = read_program(text)
     total = peak + program.resident_bytes
     limit = None if chip is None else chip.hbm_bytes_a_device
     return Compiled(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -44,7 +45,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
     def nbytes(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape)
-        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.dtype(leaf.dtype).itemsize
+        itemsize = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.dtype(leaf.dtype).itemsize
         return int(np.prod(shape, dtype=np.int64)) * itemsize
 
     return sum(map(nbytes, jax.tree.leaves(tree)))

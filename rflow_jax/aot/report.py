@@ -80,7 +80,9 @@ class Report:
         """One program in a line, and below it what moves between chips."""
         peak, beside = ("?" if size is None else f"{size / _GIB:.2f}" for size in (one.peak_bytes, one.resident_bytes))
         total = "?" if one.bytes_per_chip is None else f"{one.bytes_per_chip / _GIB:.2f}"
-        sent = "-" if one.collectives is None else f"{(one.collectives.ici_bytes + one.collectives.dcn_bytes) / 1e9:.2f}"
+        sent = (
+            "-" if one.collectives is None else f"{(one.collectives.ici_bytes + one.collectives.dcn_bytes) / 1e9:.2f}"
+        )
         bound = "-" if one.estimate is None else f"{one.estimate.seconds:.3f} ({one.estimate.bound})"
         lines = [
             f"{one.name:9s} {'yes' if one.fits else 'NO':4s}  {total:>6s} ({peak} + {beside})".ljust(44)

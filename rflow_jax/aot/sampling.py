@@ -34,9 +34,7 @@ def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
     return make_mesh(config.mesh, unclaimed_of(claims, devices))
 
 
-def sampling_programs(
-    config: SearchConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None
-) -> list[AheadProgram]:
+def sampling_programs(config: SearchConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None) -> list[AheadProgram]:
     """What ``infer.py`` compiles for this configuration on this mesh: with a condition where there is a LoRA.
 
     Args:
@@ -101,8 +99,8 @@ def _arguments(
     length, side = settings.max_sequence_length or 0, settings.condition_size
     flux, pixels, steps = bundle.flux_config, bundle.token_pixels, settings.num_inference_steps or 0
     pictures = shaped((b, side, side, 3), np.uint8, rows) if with_condition else None
-    texts = [shaped((b, count), np.int32, rows) for count in (bundle.clip_length, length)]
-    inputs: Any = Inputs(*texts, shaped((b,), _key_type(), rows), pictures)  # pyright: ignore[reportArgumentType]
+    clip, t5 = (shaped((b, count), np.int32, rows) for count in (bundle.clip_length, length))
+    inputs: Any = Inputs(clip, t5, shaped((b,), _key_type(), rows), pictures)  # pyright: ignore[reportArgumentType]
     image = (settings.height // pixels) * (settings.width // pixels)
     noise = shaped((b, image, flux.in_channels), jnp.float32, rows)
     condition = shaped((b, (side // pixels) ** 2, flux.in_channels), bundle.dtype, rows) if with_condition else None
@@ -110,8 +108,8 @@ def _arguments(
     pooled = shaped((b, flux.pooled_projection_dim), bundle.dtype, rows)
     black = condition if with_condition and settings.image_guidance_scale != 1.0 else None
     given: Any = Given(text, pooled, condition, black)  # pyright: ignore[reportArgumentType]
-    numbers = [shaped((), jnp.float32, whole) for _ in range(3)]
-    scales: Any = Scales(shaped((steps + 1,), jnp.float32, whole), *numbers)  # pyright: ignore[reportArgumentType]
+    number = shaped((), jnp.float32, whole)
+    scales: Any = Scales(shaped((steps + 1,), jnp.float32, whole), number, number, number)  # pyright: ignore[reportArgumentType]
     return inputs, noise, given, scales
 
 

@@ -21,7 +21,9 @@ _V4 = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 def require_topology(name: str) -> None:
     """Raises InputError for what is no name of a topology."""
     if not _NAME.fullmatch(name):
-        raise InputError(f"topology is {name!r}: give a generation and its chips, such as v5p:2x2x1, v5e:4x4 or v6e:8x8")
+        raise InputError(
+            f"topology is {name!r}: give a generation and its chips, such as v5p:2x2x1, v5e:4x4 or v6e:8x8"
+        )
 
 
 def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:

@@ -21,7 +21,6 @@ from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach_shapes, linears, select
 from rflow_jax.parallel.mesh import BATCH, replicated, samples_along
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.config import RunConfig
 from rflow_jax.training.corrector import make_recipe
 from rflow_jax.training.feed import AHEAD
@@ -51,7 +50,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     precomputed = config.data.format == "precomputed"
     bundle, size = trained.bundle, config.train.batch_size
     inputs = (_latents if precomputed else _pictures)(config, bundle, recipe, mesh)
-    encode = (make_encode_latents if precomputed else make_encode)(bundle, recipe, mesh)
+    encode: Any = (make_encode_latents if precomputed else make_encode)(bundle, recipe, mesh)
     encoders = {} if precomputed else {name: bundle.weights[name] for name in ENCODERS}
     with reproducible(recipe.dtype):
         made = jax.eval_shape(encode, encoders, inputs)
@@ -129,7 +128,12 @@ def _abstract_state(trainable: Any, optimizer: Any, shardings: State, mesh: Mesh
 def _pictures(config: RunConfig, bundle: Bundle, recipe: Recipe, mesh: Mesh) -> Inputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
     good, bad = ((b, size, size, 3) for size in (config.data.target_size, config.data.condition_size))
-    arrays = [(good, np.uint8), (bad, np.uint8), ((b, bundle.clip_length), np.int32), ((b, recipe.shape.text), np.int32)]
+    arrays = [
+        (good, np.uint8),
+        (bad, np.uint8),
+        ((b, bundle.clip_length), np.int32),
+        ((b, recipe.shape.text), np.int32),
+    ]
     return Inputs(*(shaped(shape, kind, rows) for shape, kind in [*arrays, ((b,), np.uint32)]))  # pyright: ignore[reportArgumentType]
 
 

@@ -42,8 +42,8 @@ def attend(
         causal: a query sees the keys up to its own position.
         lengths: keys from this position on are padding, which no query sees; at least 1.
         impl: ``reference`` (float32 throughout), ``xla`` (``jax.nn.dot_product_attention``), ``cudnn`` (its fused
-            kernel: GPU, 16-bit), ``flash`` (Pallas kernels for TPU, interpreted elsewhere), or ``auto``: the fastest for
-            the devices compiled for and this dtype.
+            kernel: GPU, 16-bit), ``flash`` (Pallas kernels for TPU, interpreted elsewhere), or ``auto``: the fastest
+            for the devices compiled for and this dtype.
     """
     chosen = _fastest(q) if impl == "auto" else impl
     if chosen == "reference":
@@ -150,7 +150,8 @@ def _splash(q: Array, k: Array, v: Array, bias: None, lengths: Array | None, *, 
     if lengths is not None or shape != (s, keys):
         segments = splash.SegmentIds(*_padding_segments(b, s, keys, lengths))
     # Interpreted one by one: JAX's simulator of TPUs does not know the grid of a batch.
-    out = (jax.vmap if on_tpu else _one_by_one)(kernel)(q, k, v, segments)
+    compute: Any = kernel
+    out = (jax.vmap if on_tpu else _one_by_one)(compute)(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :s, :, :h]
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -58,6 +60,25 @@ def constrain(x: Array, *dimensions: Axes | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def each_sample(function: Callable[[Any], Array], arrays: Any) -> Array:
+    """The function of one sample after another, to bound memory; on a mesh each device takes its own.
+
+    Args:
+        arrays: with samples first.
+    """
+    axes = auto_axes()
+    batch = dividing(BATCH, jax.tree.leaves(arrays)[0].shape[0], axes)
+
+    def own(arrays: Any) -> Array:
+        return jax.lax.map(function, arrays)
+
+    if batch is None:
+        return own(arrays)
+    rows = PartitionSpec(batch)
+    mapped = jax.shard_map(own, in_specs=rows, out_specs=rows, axis_names=set(batch), check_vma=False)
+    return mapped(arrays)
+
+
 def dividing(wanted: Axes | None, size: int, axes: dict[str, int], what: str | None = None) -> Axes | None:
     """Those of the wanted axes that together divide a dimension of this size; None where there are none.
 
@@ -72,7 +93,7 @@ def dividing(wanted: Axes | None, size: int, axes: dict[str, int], what: str | N
         if size % math.prod(axes[name] for name in (*kept, axis)) == 0:
             kept += (axis,)
         elif what is not None:
-            warn_once(f"mesh: {axes[axis]} devices of axis {axis} do not divide {size} {what}: each computes all of them")
+            warn_once(f"mesh: {axes[axis]} devices of axis {axis} do not divide {size} {what}: each computes all")
     return kept or None
 
 

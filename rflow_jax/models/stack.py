@@ -103,7 +103,8 @@ def unstack_blocks(state: nnx.State, like: nnx.State) -> nnx.State:
     by_block: dict[tuple[Any, ...], dict[int, Any]] = {}
     for path, variable in nnx.to_flat_state(like):
         if path not in stacked:
-            by_block.setdefault((path[0], STACKED, *path[2:]), {})[path[1]] = variable.get_value()
+            number: Any = path[1]
+            by_block.setdefault((path[0], STACKED, *path[2:]), {})[number] = variable.get_value()
     flat = [(path, variable) for path, variable in stacked.items() if path not in by_block]
     for path, wanted in by_block.items():
         variable = stacked[path]

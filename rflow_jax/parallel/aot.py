@@ -1,4 +1,4 @@
-"""``python -m rflow_jax.parallel.aot``: compiles a recipe for a TPU topology without a TPU, see :mod:`rflow_jax.aot`."""
+"""``python -m rflow_jax.parallel.aot``: compiles a recipe for TPUs without a TPU, see :mod:`rflow_jax.aot`."""
 
 from rflow_jax import cli
 from rflow_jax.aot.command import main

@@ -1,7 +1,7 @@
 """Which device holds what: rules over parameter paths, outside the models.
 
-Parameters are cut over the mesh axes ``fsdp`` (gathered where they are used) and ``tensor`` (heads and the width of the
-feed-forward part). The first rule whose pattern matches a path counts, and of its specs the first that cuts the
+Parameters are cut over the mesh axes ``fsdp`` and ``sequence`` (gathered where they are used) and ``tensor`` (heads and
+the width of the feed-forward part). The first rule whose pattern matches a path counts, and of its specs the first that cuts the
 parameter on this mesh. A spec speaks of the *last* dimensions: the parameters of stacked blocks have their layers in
 front, which are never cut, and the kernels of patches the pixels of a patch.
 """
@@ -21,12 +21,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rflow_jax.models.partitioning import DATA as DATA
-from rflow_jax.models.partitioning import FSDP, TENSOR, Axes, dividing
+from rflow_jax.models.partitioning import FSDP, SEQUENCE, TENSOR, Axes, dividing
 
 Rules = Sequence[tuple[str, tuple[PartitionSpec, ...]]]
 log = logging.getLogger(__name__)
 
-_BOTH = (FSDP, TENSOR)
+# Devices that share the tokens of a sample hold parts of the parameters too, as those of ``fsdp`` do.
+_PARTS = (FSDP, SEQUENCE)
+_BOTH = (*_PARTS, TENSOR)
 # Linears out of the heads or the wide part, cut by rows over ``tensor``; all others are cut by columns.
 _BY_ROWS = r"(.*\.)?(out|down)"
 _LORA_A = (PartitionSpec(_BOTH, None), PartitionSpec(None, _BOTH))
@@ -37,12 +39,12 @@ _LORA_B = (PartitionSpec(None, _BOTH), PartitionSpec(_BOTH, None))
 RULES: Rules = (
     # The autoencoder: small, whole everywhere.
     (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", (PartitionSpec(),)),
-    (rf"{_BY_ROWS}\.kernel", (PartitionSpec(TENSOR, FSDP), PartitionSpec(None, _BOTH))),
+    (rf"{_BY_ROWS}\.kernel", (PartitionSpec(TENSOR, _PARTS), PartitionSpec(None, _BOTH))),
     (rf"{_BY_ROWS}\.lora_a", (PartitionSpec(TENSOR, None), *_LORA_A)),
-    (rf"{_BY_ROWS}\.lora_b", (PartitionSpec(None, FSDP), *_LORA_B)),
+    (rf"{_BY_ROWS}\.lora_b", (PartitionSpec(None, _PARTS), *_LORA_B)),
     (r"(.*\.)?(patches|patch_in)\.kernel", (PartitionSpec(_BOTH),)),
-    (r"(.*\.)?kernel", (PartitionSpec(FSDP, TENSOR), PartitionSpec(_BOTH, None))),
-    (r"(.*\.)?lora_a", (PartitionSpec(FSDP, None), *_LORA_A)),
+    (r"(.*\.)?kernel", (PartitionSpec(_PARTS, TENSOR), PartitionSpec(_BOTH, None))),
+    (r"(.*\.)?lora_a", (PartitionSpec(_PARTS, None), *_LORA_A)),
     (r"(.*\.)?lora_b", (PartitionSpec(None, TENSOR), *_LORA_B)),
     (r".*embedding", (PartitionSpec(None, _BOTH),)),
     (r".*", (PartitionSpec(),)),

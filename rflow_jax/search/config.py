@@ -78,8 +78,8 @@ class SearchConfig:
         max_images: images made for a prompt at most; null for as many as the rounds ask for.
         budget: US dollars, by the prices of the endpoints, after which no further question is asked; null: no limit.
         mesh: how the devices of this machine are laid out; along ``data`` each makes images of its own.
-        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the time;
-            null: on TPU.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
+            time; null: on TPU.
         settings: how an image is generated.
         verifier: who scores the images.
         reflector: who writes the reflections.

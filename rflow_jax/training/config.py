@@ -70,8 +70,8 @@ class StepConfig(LoopConfig):
         attention: see rflow_jax/models/attention.py.
         union_cond_attn, add_cond_attn, latent_lora: how the condition takes part, as in ``infer.py``.
         max_sequence_length: T5 tokens; null takes the model's own.
-        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the time;
-            null: on TPU.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
+            time; null: on TPU.
     """
 
     union_cond_attn: bool = True

@@ -144,9 +144,7 @@ def load_trained(
     return take_apart(bundle, transformer, config, scan_blocks=scans_blocks(scan_blocks, mesh))
 
 
-def take_apart(
-    bundle: Bundle, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool
-) -> Trained:
+def take_apart(bundle: Bundle, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool) -> Trained:
     """What moves of a transformer, and what stays, which is stacked if blocks are to be scanned.
 
     Raises:

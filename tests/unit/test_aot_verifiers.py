@@ -18,9 +18,12 @@ from rflow_jax.settings import Settings
 from rflow_jax.verifiers import nvila_programs, reward
 from rflow_jax.verifiers.config import VerifierConfig
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+from rflow_jax.verifiers.nvila_programs import padded_length
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
 from rflow_jax.vlm import qwen_chat
+from rflow_jax.vlm.buckets import bucket
 from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
+from rflow_jax.vlm.qwen_inputs import LEAST_TOKENS
 
 SIZE = (160, 96)
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8))
@@ -74,41 +77,32 @@ def taken(program):
     return [(shape.shape, shape.dtype) for shape in jax.tree.leaves(program.lower().in_avals) if shape.shape]
 
 
+def inputs_of(shapes, weights):
+    """The shapes that follow those of the weights."""
+    return shapes[len(jax.tree.leaves(weights)) :]
+
+
+def prompt_of(tokens, padded):
+    """A prompt with which a question is padded to so many tokens; small models' tokenizers know few words."""
+    return next(prompt for prompt in ("a " * words for words in range(1, 500)) if padded(prompt) == tokens)
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_a_reward_model_is_compiled_for_what_it_is_given(qwen, monkeypatch, quantization):
     options = {"dtype": "float32", "batch_size": 2, "devices": (4, 5), "quantization": quantization}
     verifier = RewardVerifier(RewardVerifierConfig(str(qwen / "reward"), **options))
-    config = verifying("reward", str(qwen / "reward"), **options)
-    [model] = local_models(config, jax.devices())
+    [model] = local_models(verifying("reward", str(qwen / "reward"), **options), jax.devices())
     assert model.devices == tuple(jax.devices()[4:6])
     # A checkpoint may have fewer rows than its base.
     assert same_places(model.weights, verifier._state, [("language", "embed", "embedding")])
-    calls = given(monkeypatch, reward, "rewards")
-    # The model's tokenizer knows few words: about so many tokens are counted for a prompt.
-    program, ids = model.programs[0], _ids_of(config)
-    prompt = _prompt_of(verifier, ids)
+    calls, [program] = given(monkeypatch, reward, "rewards"), model.programs
+    wanted = inputs_of(taken(program), model.weights)
+    prompt = prompt_of(wanted[0][0][1], lambda text: bucket(len(verifier._sample(IMAGE, text).ids), LEAST_TOKENS))
     assert verifier.score([IMAGE], [{"prompt": prompt}])[0].error is None
-    assert calls[0] == taken(program)
+    assert inputs_of(calls[0], model.weights) == wanted
     assert program.flops > 0
     assert program.devices == 2
     assert program.hbm_bytes > 0
-
-
-def _ids_of(config):
-    [program] = verifier_programs(config, jax.devices())
-    shapes = [shape for shape, dtype in taken(program) if dtype == np.int32 and len(shape) == 2 and shape[0] == 2]
-    return shapes[0][1]
-
-
-def _prompt_of(verifier, tokens):
-    """A prompt with which a sample is padded to so many tokens."""
-    from rflow_jax.vlm.buckets import bucket
-    from rflow_jax.vlm.qwen_inputs import LEAST_TOKENS
-
-    words = 1
-    while bucket(len(verifier._sample(IMAGE, "a " * words).ids), LEAST_TOKENS) < tokens:
-        words += 1
-    return "a " * words
 
 
 def test_nvila_is_compiled_for_what_it_is_given(golden, monkeypatch):
@@ -119,7 +113,10 @@ def test_nvila_is_compiled_for_what_it_is_given(golden, monkeypatch):
     assert same_places(model.weights, verifier.model.weights)
     wanted = list(map(taken, model.programs))
     calls = [given(monkeypatch, nvila_programs, name) for name in ("look", "answer")]
-    assert verifier.score([IMAGE], [{"prompt": "a photo of a bench " * 6}])[0].error is None
+    context = verifier.model.tokenizer.context
+    length = inputs_of(wanted[1], model.weights)[0][0][1]
+    prompt = prompt_of(length, lambda text: padded_length(len(verifier._question(IMAGE, text).layout), context))
+    assert verifier.score([IMAGE], [{"prompt": prompt}])[0].error is None
     for seen, shapes in zip(calls, wanted, strict=True):
         assert seen[0] == shapes
 

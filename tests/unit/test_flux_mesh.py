@@ -72,9 +72,13 @@ def output_and_gradients(network, inputs, mesh=None, scan_blocks=False, **how):
 
         def put(state):
             flat = nnx.to_flat_state(state)
-            places = [(path, choose(".".join(map(str, path)), variable.shape)) for path, variable in flat]
-            put = [jax.device_put(variable.get_value(), place) for (_, variable), (_, place) in zip(flat, places)]
-            return nnx.from_flat_state([(p, v.replace(x)) for (p, v), x in zip(flat, put, strict=True)])
+            places = [choose(".".join(map(str, path)), variable.shape) for path, variable in flat]
+            return nnx.from_flat_state(
+                [
+                    (p, v.replace(jax.device_put(v.get_value(), place)))
+                    for (p, v), place in zip(flat, places, strict=True)
+                ]
+            )
 
         trainable, frozen = put(trainable), put(frozen)
         inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(*BATCH)))

@@ -16,9 +16,7 @@ from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.parallel.mesh import make_mesh, mesh_of_first
 from rflow_jax.settings import Settings
 
-SETTINGS = Settings(
-    height=64, width=32, num_inference_steps=2, condition_size=32, max_sequence_length=16, batch_size=4
-)
+SETTINGS = Settings(height=64, width=32, num_inference_steps=2, condition_size=32, max_sequence_length=16, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +26,7 @@ def make(golden):
     def make(mesh: MeshConfig | None = None, **how) -> np.ndarray:
         spread = None if mesh is None else make_mesh(mesh, jax.devices()[:8])
         lora = str(golden / "lora")
-        pipe = load_pipeline(
-            str(golden / "pipeline"), lora=lora, dtype="float32", mesh=spread, progress=False, **how
-        )
+        pipe = load_pipeline(str(golden / "pipeline"), lora=lora, dtype="float32", mesh=spread, progress=False, **how)
         images = pipe.generate(["a cat"] * 4, seeds=range(4), conditions=[bad] * 4, settings=SETTINGS)
         return np.stack([np.asarray(image, np.int32) for image in images])
 

@@ -42,9 +42,7 @@ class FluxTransformer(nnx.Module):
         scan_blocks: the blocks of each kind are stacked (:mod:`rflow_jax.models.stack`), not in a list.
     """
 
-    def __init__(
-        self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32, scan_blocks: bool = False
-    ):
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32, scan_blocks: bool = False):
         d = config.width
         kw = {"rngs": rngs, "dtype": dtype}
         self.config = config
@@ -117,7 +115,8 @@ class FluxTransformer(nnx.Module):
         def modulation(block: DoubleBlock | SingleBlock, _: None, __: None) -> tuple[None, Any]:
             return None, block.modulation(vector, ctx)
 
-        double, single = (over_blocks(blocks, modulation, None)[1] for blocks in (self.double_blocks, self.single_blocks))
+        _, double = over_blocks(self.double_blocks, modulation, None)
+        _, single = over_blocks(self.single_blocks, modulation, None)
         return Modulations(double, single, self.final_mod(vector[:, :1], ctx.lora_text))
 
     def velocity(

@@ -66,6 +66,16 @@ def take_apart(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed
         rngs = nnx.Rngs(params=first_key(seed))
         how = {"alpha": config.alpha, "pattern": config.pattern, "rngs": rngs}
         init_lora(model, config.rank, sharding_for=put, **how)
+    graph, trainable, frozen = split_moving(model, config, also)
+    # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    return Parts(graph, on_mesh(trainable, put), on_mesh(frozen, put))
+
+
+def split_moving(model: Qwen25VL, config: QwenTrainableConfig, also: str = "") -> tuple[Any, Any, Any]:
+    """The graph of a network, of arrays or of shapes, what moves, and what stays; arguments and errors as those of
+    :func:`take_apart`.
+    """
     named = re.compile(config.parameters or "")
 
     def moves(path: Any, variable: Any) -> bool:
@@ -79,9 +89,7 @@ def take_apart(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed
     paths = [dotted(path) for path, _ in nnx.to_flat_state(trainable)]
     if config.parameters is not None and not any(named.fullmatch(path) for path in paths):
         raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter")
-    # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
-    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    return Parts(graph, on_mesh(trainable, put), on_mesh(frozen, put))
+    return graph, trainable, frozen
 
 
 def flops_of_sample(parts: Parts, config: Qwen25VLConfig, *, tokens: int, patches: int, pictures: int) -> float:

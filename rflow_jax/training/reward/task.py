@@ -16,6 +16,7 @@ from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.data.jsonl.preferences import PairSource, open_pairs
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import init_kernel
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
 from rflow_jax.models.qwen2_5_vl.reward import RewardModel, reward_model_of
 from rflow_jax.parallel.mesh import put_batch
@@ -35,6 +36,7 @@ from rflow_jax.training.task import TakeStep
 from rflow_jax.training.update import Report, State, compile_step, make_update
 from rflow_jax.verifiers.reward import read_template
 from rflow_jax.vlm.qwen import Scoring
+from rflow_jax.vlm.qwen_images import ImageRules
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
@@ -76,23 +78,11 @@ class Reward:
             begin(base, special, config.train.seed, dtype), config.trainable, mesh, seed=config.train.seed, also=HEAD
         )
         sizes, rules = base.config, read_rules(folder, base.config)
-        limits = config.data.max_pixels, config.data.max_ratio
-        self._sizes = RowSizes.of(
-            sizes.vision, rules, tokens=config.data.max_tokens, pictures=1, max_pixels=limits[0], max_ratio=limits[1]
-        )
+        self._sizes = row_sizes(config, sizes, rules)
         context = min(config.data.max_tokens, sizes.language.max_position_embeddings)
         prepare = Preparation(tokenizer, rules, sizes, context, config.data.max_pixels)
         self._maker = PairMaker(prepare, template, self._sizes, special)
-        scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
-        self._objective = PairObjective(
-            parts.graph,
-            rules,
-            scoring,
-            config.reward.loss,
-            sizes.vision.unit,
-            config.train.attention,
-            config.train.remat,
-        )
+        self._objective = make_objective(config, parts.graph, sizes, rules, special)
         file = config.reward.prompt_file
         wording = None if file is None else read_prompt(Path(file))
         what = RewardExport(how, how.base, len(tokenizer), config.reward.loss, _moves_vision(parts), wording)
@@ -127,8 +117,8 @@ class Reward:
 
     def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
         """Scores both pictures of each pair, then moves the parameters."""
-        update = make_update(self._objective, optimizer, accumulation=self._config.train.accumulation, mesh=self._mesh)
-        step, frozen = compile_step(update, shardings, self._mesh), self.trained.parts.frozen
+        step = compile_pair_step(self._config, self._objective, optimizer, shardings, self._mesh)
+        frozen = self.trained.parts.frozen
 
         def take(state: State, inputs: PairInputs) -> tuple[State, Report]:
             return step(state, frozen, inputs)
@@ -161,6 +151,30 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
         max_pixels=config.data.max_pixels,
         template="none" if config.reward.prompt_file is None else _FROM_FILE,
     )
+
+
+def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageRules) -> RowSizes:
+    """What a picture and its prompt are padded to."""
+    data = config.data
+    limits = {"max_pixels": data.max_pixels, "max_ratio": data.max_ratio}
+    return RowSizes.of(sizes.vision, rules, tokens=data.max_tokens, pictures=1, **limits)
+
+
+def make_objective(
+    config: RewardRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageRules, special: int | None
+) -> PairObjective:
+    """What is minimised, of a model with this graph."""
+    scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
+    how = config.train.attention, config.train.remat
+    return PairObjective(graph, rules, scoring, config.reward.loss, sizes.vision.unit, *how)
+
+
+def compile_pair_step(
+    config: RewardRunConfig, objective: PairObjective, optimizer: Any, shardings: Any, mesh: Mesh
+) -> Any:
+    """The jitted step of (state, frozen parameters, pairs)."""
+    update = make_update(objective, optimizer, accumulation=config.train.accumulation, mesh=mesh)
+    return compile_step(update, shardings, mesh)
 
 
 def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardModel:

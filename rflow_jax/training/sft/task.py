@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rflow_jax.data.jsonl.chats import ChatFile
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.feed import slots_here
@@ -24,6 +25,7 @@ from rflow_jax.training.sft.trained import TrainedChat
 from rflow_jax.training.sft.validation import ChatValidation
 from rflow_jax.training.task import TakeStep
 from rflow_jax.training.update import Report, State, compile_step, make_update
+from rflow_jax.vlm.qwen_images import ImageRules
 from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
 from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.hub import resolve_vlm
@@ -51,17 +53,10 @@ class Sft:
         base = load_qwen(folder, dtype=jnp.dtype(how.dtype), sharding_for=sharding_for(mesh))
         sizes, rules = base.config, read_rules(folder, base.config)
         parts = take_apart(base, config.trainable, mesh, seed=how.seed)
-        self._sizes = RowSizes.of(
-            sizes.vision,
-            rules,
-            tokens=min(data.max_tokens, sizes.language.max_position_embeddings),
-            pictures=data.max_images,
-            max_pixels=data.max_pixels,
-            max_ratio=data.max_ratio,
-        )
+        self._sizes = row_sizes(config, sizes, rules)
         prepare = Preparation(tokenizer, rules, sizes, self._sizes.tokens, data.max_pixels)
         self._maker = ChatMaker(prepare, self._sizes)
-        self._objective = ChatObjective(parts.graph, rules, sizes.vision.unit, how.attention, how.remat)
+        self._objective = make_objective(config, parts.graph, sizes, rules)
         name = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
         merge = config.sft.merge or config.trainable.parameters is not None
         self.trained = TrainedChat(parts, folder, name, merge)
@@ -95,13 +90,8 @@ class Sft:
 
     def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
         """Predicts the answers' tokens, then moves the parameters."""
-        parts = self._config.train.accumulation
-        update = make_update(self._objective, optimizer, accumulation=parts, mesh=self._mesh)
-
-        def whole(state: State, frozen: Any, chats: ChatInputs) -> tuple[State, Report]:
-            return update(state, frozen, weighed(chats, parts))
-
-        step, frozen = compile_step(whole, shardings, self._mesh), self.trained.parts.frozen
+        step = compile_chat_step(self._config, self._objective, optimizer, shardings, self._mesh)
+        frozen = self.trained.parts.frozen
 
         def take(state: State, inputs: ChatInputs) -> tuple[State, Report]:
             return step(state, frozen, inputs)
@@ -117,3 +107,29 @@ class Sft:
         return ChatValidation(
             config, source, self._maker, self._objective, self.trained.parts.frozen, self._mesh, batch
         )
+
+
+def row_sizes(config: SftRunConfig, sizes: Qwen25VLConfig, rules: ImageRules) -> RowSizes:
+    """What a chat is padded to."""
+    data = config.data
+    tokens = min(data.max_tokens, sizes.language.max_position_embeddings)
+    limits = {"max_pixels": data.max_pixels, "max_ratio": data.max_ratio}
+    return RowSizes.of(sizes.vision, rules, tokens=tokens, pictures=data.max_images, **limits)
+
+
+def make_objective(config: SftRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageRules) -> ChatObjective:
+    """What is minimised, of a model with this graph."""
+    return ChatObjective(graph, rules, sizes.vision.unit, config.train.attention, config.train.remat)
+
+
+def compile_chat_step(
+    config: SftRunConfig, objective: ChatObjective, optimizer: Any, shardings: Any, mesh: Mesh
+) -> Any:
+    """The jitted step of (state, frozen parameters, chats)."""
+    parts = config.train.accumulation
+    update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
+
+    def whole(state: State, frozen: Any, chats: ChatInputs) -> tuple[State, Report]:
+        return update(state, frozen, weighed(chats, parts))
+
+    return compile_step(whole, shardings, mesh)
