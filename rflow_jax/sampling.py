@@ -202,15 +202,17 @@ def encode_condition(
     vae: AutoencoderKL, dtype: Any, tiled: bool, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
 ) -> Float[Array, "b c f"]:
     """Condition images -> packed latents, a draw from the posterior each; one image at a time to bound memory."""
+    graph, parameters = nnx.split(vae)
 
-    def encode(one: tuple[Array, Array]) -> Array:
+    def encode(parameters: Any, one: tuple[Array, Array]) -> Array:
+        vae = nnx.merge(graph, parameters)
         image, key = one
         mean, logvar = vae.encode(to_network_range(image[None]).astype(dtype), tiled=tiled)
         noise = jax.random.normal(jax.random.fold_in(key, draw), mean.shape)
         sample = sample_posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32), noise)
         return pack(vae.scale(sample))[0].astype(dtype)
 
-    return each_sample(encode, (pixels, keys))
+    return each_sample(encode, parameters, (pixels, keys))
 
 
 def sample(
@@ -230,7 +232,13 @@ def decode_latents(
 ) -> Float[Array, "b y x 3"]:
     """Packed latents -> images, about [-1, 1]; one image at a time to bound memory."""
     latents = unpack(x, *(PATCH * side for side in grid))
-    return each_sample(lambda one: vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0], latents)
+    graph, parameters = nnx.split(vae)
+
+    def decode(parameters: Any, one: Array) -> Array:
+        vae = nnx.merge(graph, parameters)
+        return vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0]
+
+    return each_sample(decode, parameters, latents)
 
 
 def velocity_of(

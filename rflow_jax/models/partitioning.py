@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -60,23 +60,24 @@ def constrain(x: Array, *dimensions: Axes | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def each_sample(function: Callable[[Any], Array], arrays: Any) -> Array:
-    """The function of one sample after another, to bound memory; on a mesh each device takes its own.
+def each_sample(function: Callable[[Any, Any], Array], shared: Any, arrays: Any) -> Array:
+    """``function(shared, sample)`` for one sample after another, to bound memory; on a mesh each device takes its own.
 
     Args:
+        shared: what is the same for all samples, such as parameters.
         arrays: with samples first.
     """
     axes = auto_axes()
     batch = dividing(BATCH, jax.tree.leaves(arrays)[0].shape[0], axes)
 
-    def own(arrays: Any) -> Array:
-        return jax.lax.map(function, arrays)
+    def own(shared: Any, arrays: Any) -> Array:
+        return jax.lax.map(partial(function, shared), arrays)
 
     if batch is None:
-        return own(arrays)
+        return own(shared, arrays)
     rows = PartitionSpec(batch)
-    mapped = jax.shard_map(own, in_specs=rows, out_specs=rows, axis_names=set(batch), check_vma=False)
-    return mapped(arrays)
+    specs = (PartitionSpec(), rows)
+    return jax.shard_map(own, in_specs=specs, out_specs=rows, axis_names=set(batch), check_vma=False)(shared, arrays)
 
 
 def dividing(wanted: Axes | None, size: int, axes: dict[str, int], what: str | None = None) -> Axes | None:

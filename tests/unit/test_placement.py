@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -59,6 +60,21 @@ def make(golden, tmp_path_factory):
     return build
 
 
+@pytest.fixture
+def flash(monkeypatch):
+    """Switches to the kernels of TPUs, which no compiler cuts; returns the shapes of their queries."""
+    ran = []
+
+    def switch():
+        monkeypatch.setattr(attention, "_fastest", lambda q: ran.append(q.shape) or "flash")
+        jax.clear_caches()
+        return ran
+
+    yield switch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
 def scores(verifier, images):
     verdicts = verifier.score(images, ITEMS)
     assert not [verdict.error for verdict in verdicts if verdict.error]
@@ -84,17 +100,22 @@ def test_scores_are_the_same_on_devices_of_its_own(make, images, kind):
 
 
 @pytest.mark.parametrize("kind", ["reward", "nvila"])
-def test_scores_are_the_same_by_the_kernels_of_tpus(make, images, kind, monkeypatch):
-    """Which no compiler cuts: each device runs them for its own heads."""
+def test_scores_are_the_same_by_the_kernels_of_tpus(make, images, kind, flash):
     want = scores(make(kind), images)
-    ran = []
-    monkeypatch.setattr(attention, "_fastest", lambda q: ran.append(q.shape) or "flash")
-    jax.clear_caches()
+    ran = flash()
     for devices in ((0,), (4, 5), (1, 2, 6, 7)):
         ran.clear()
         np.testing.assert_allclose(scores(make(kind, devices=devices), images), want, rtol=1e-5, atol=1e-5)
         assert ran, devices
-    jax.clear_caches()
+
+
+def test_answers_are_the_same_by_the_kernels_of_tpus(golden, images, flash):
+    config = QwenChatConfig(str(golden / "qwen" / "base"), dtype="float32", batch_size=2, max_new_tokens=6)
+    questions = [Question(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
+    want = QwenChat(config).answer(questions)
+    ran = flash()
+    assert QwenChat(replace(config, devices=(1, 2, 6, 7))).answer(questions) == want
+    assert ran
 
 
 def test_an_adapter_kept_apart_goes_along(make, images):
