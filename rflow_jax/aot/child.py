@@ -1,4 +1,4 @@
-"""The process that loads libtpu, started by ``rflow_jax.aot.command``: compiles, prints the report, writes it as JSON."""
+"""The process that loads libtpu, started by ``rflow_jax.aot.command``: compiles, prints the report, writes JSON."""
 
 from __future__ import annotations
 

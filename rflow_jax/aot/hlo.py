@@ -203,7 +203,7 @@ class _Reader:
             if line[:1] == " ":
                 if here is not None and (match := _INSTRUCTION.match(line)):
                     self._read_instruction(name, here, line, match, start, position)
-            elif line[:1] == "}":
+            elif line.rstrip() == "}":  # a kernel's metadata may go over lines, and have one that begins so
                 if here is not None:
                     here.stop = start
                 here = None

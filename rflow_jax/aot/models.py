@@ -1,4 +1,4 @@
-"""A FLUX model's shapes in place of its weights: sizes are read where the model is, and known by name where it is not."""
+"""A FLUX model's shapes in place of its weights: its sizes are read where it is, or known by name."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class AheadProgram:
         lower: traces it, with shapes in place of arrays.
         devices: how many it runs on.
         resident_bytes: on each device beside its arguments while it runs: other models, batches to come.
-        flops: operations by formula, of all devices together: XLA counts the body of a loop once and kernels not at all.
+        flops: operations by formula, of all devices together: XLA counts a loop's body once and kernels not at all.
         hbm_bytes: through a chip's memory by formula (:mod:`rflow_jax.aot.estimate`); 0 where there is no formula.
         whole: (dotted path, bytes) of the parameters that every device holds all of, largest first.
     """

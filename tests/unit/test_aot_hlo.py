@@ -346,3 +346,13 @@ def test_a_program_for_a_tpu():
         "reduce-scatter": (5, 5 * 4 * block * 3 / 4),
     }
     assert told["unknown_loops"] == 0
+
+
+def test_metadata_that_goes_over_lines():
+    """A line of it may begin with the brace that ends a computation."""
+    line = next(line for line in SPREAD.splitlines() if "collective-permute" in line)
+    kernel = (
+        '  %kernel = bf16[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", attributes={a={\n}}, metadata={}'
+    )
+    before, after = (read_program(text).by_kind() for text in (SPREAD, SPREAD.replace(line, f"{kernel}\n{line}")))
+    assert before == after
