@@ -60,7 +60,7 @@ def programs_of(config: CompileConfig, recipe: Any, devices: Any) -> tuple[list[
     from rflow_jax.aot.sampling import sampling_mesh, sampling_programs
 
     mesh = sampling_mesh(recipe, devices)
-    return sampling_programs(recipe, mesh, blocks=config.block_counts), dict(mesh.shape)
+    return sampling_programs(recipe, devices, mesh, blocks=config.block_counts), dict(mesh.shape)
 
 
 def main() -> int | None:

@@ -110,8 +110,8 @@ class Report:
         ratios = [row.ratio for row in compared()]
         return (
             f"{'fits' if self.fits else 'does NOT fit'}: {used}{of}\n"
-            "bound: the least that a program can take by published rates, everything at once. TPU times are unverified; "
-            f"measured steps of H100 and H200 take {min(ratios):.1f} to {max(ratios):.1f} times their bound"
+            "bound: the least that a program can take by published rates, everything at once. TPU times are "
+            f"unverified; measured steps of H100 and H200 take {min(ratios):.1f} to {max(ratios):.1f} times their bound"
         )
 
     def as_json(self) -> dict[str, Any]:

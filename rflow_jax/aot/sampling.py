@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
 from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_in
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
+from rflow_jax.aot.verifiers import local_models
 from rflow_jax.local_models import claimed_devices
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
@@ -34,10 +35,14 @@ def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
     return make_mesh(config.mesh, unclaimed_of(claims, devices))
 
 
-def sampling_programs(config: SearchConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None) -> list[AheadProgram]:
+def sampling_programs(
+    config: SearchConfig, devices: Sequence[Any], mesh: Mesh, *, blocks: tuple[int, int] | None = None
+) -> list[AheadProgram]:
     """What ``infer.py`` compiles for this configuration on this mesh: with a condition where there is a LoRA.
 
     Args:
+        devices: of the whole search.
+        mesh: see :func:`sampling_mesh`.
         blocks: so many double and single blocks, for a quick check.
 
     Raises:
@@ -75,20 +80,29 @@ def sampling_programs(config: SearchConfig, mesh: Mesh, *, blocks: tuple[int, in
     cut = mesh.shape["tensor"] * mesh.shape["sequence"]
     traffic = flux_bytes(bundle.flux_config, tokens=sum(tokens), samples=settings.batch_size, parts=cut)
     # Texts' encoders lie beside the program that samples, and the next batch's encodings.
+    others = _models_beside(config, devices, mesh)
     beside = bytes_on_a_device({name: bundle.weights[name] for name in ("clip", "t5")}) + bytes_on_a_device(given)
     kept = bytes_on_a_device(bundle.weights["transformer"]) + bytes_on_a_device(noise)
     return [
-        AheadProgram("prepare", lower_prepare, mesh.size, kept, count * _encoder_flops(config, bundle, settings)),
+        AheadProgram(
+            "prepare", lower_prepare, mesh.size, kept + others, count * _encoder_flops(config, bundle, settings)
+        ),
         AheadProgram(
             "sample",
             lower_sample,
             mesh.size,
-            beside,
+            beside + others,
             count * (steps * passes * flops + vae),
             steps * passes * traffic,
             whole_in(mesh, weights),
         ),
     ]
+
+
+def _models_beside(config: SearchConfig, devices: Sequence[Any], mesh: Mesh) -> int:
+    """Bytes of the models that judge and write on a device of the mesh: they lie together on the first."""
+    own = set(mesh.devices.flat)
+    return sum(bytes_on_a_device(one.weights) for one in local_models(config, devices) if own & set(one.devices))
 
 
 def _arguments(
