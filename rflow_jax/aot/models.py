@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from rflow_jax.aot.placed import on_mesh, whole_in
 from rflow_jax.errors import InputError
 from rflow_jax.flow.schedule import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
@@ -21,7 +21,6 @@ from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
 from rflow_jax.models.t5 import T5Config
-from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.weights import components
 from rflow_jax.weights.bundle import Bundle, Graphs
 from rflow_jax.weights.components import COMPONENTS, read_schedule
@@ -115,26 +114,8 @@ def fitting(ranks: Mapping[str, int], transformer: Any) -> dict[str, int]:
     return {path: rank for path, rank in ranks.items() if path in linears(transformer)}
 
 
-def on_mesh(state: Any, mesh: Mesh) -> Any:
-    """Shapes with the places that the rules give them."""
-    choose = sharding_for(mesh)
-
-    def placed(path: Any, variable: Any) -> Any:
-        value, name = variable.get_value(), ".".join(map(str, path))
-        return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=choose(name, value.shape)))
-
-    return nnx.from_flat_state([(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)])
-
-
-def whole_in(mesh: Mesh, weights: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(name, bytes) of the parameters of which every device holds all, largest first."""
-    if mesh.size == 1:
-        return []
-    found: list[tuple[str, int]] = []
-    for name, states in weights.items():
-        for state in states if isinstance(states, tuple) else (states,):
-            flat = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
-            for path, leaf in flat.items():
-                if leaf.sharding.is_fully_replicated:
-                    found.append((f"{name}.{path}", int(leaf.size) * jnp.dtype(leaf.dtype).itemsize))
+def whole_of(weights: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """(network and dotted path, bytes) of the parameters of which every device holds all, largest first."""
+    states = [(name, one) for name, own in weights.items() for one in (own if isinstance(own, tuple) else (own,))]
+    found = [(f"{name}.{path}", nbytes) for name, state in states for path, nbytes in whole_in(state)]
     return sorted(found, key=lambda one: -one[1])

@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from rflow_jax.aot.placed import abstract_state, on_mesh, whole_in
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
-from rflow_jax.aot.vlm import on_mesh, read_qwen_sizes, whole_in
+from rflow_jax.aot.vlm import read_qwen_sizes
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import attach_shapes, linears, select
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
-from rflow_jax.parallel.mesh import BATCH, replicated, samples_along
+from rflow_jax.parallel.mesh import BATCH, samples_along
 from rflow_jax.training.config import CommonConfig
 from rflow_jax.training.feed import AHEAD
 from rflow_jax.training.optimizers import make_optimizer
@@ -29,7 +30,7 @@ from rflow_jax.training.reward.config import RewardRunConfig
 from rflow_jax.training.sft import task as sft
 from rflow_jax.training.sft.batches import ChatInputs
 from rflow_jax.training.sft.config import SftRunConfig
-from rflow_jax.training.update import State, state_shardings
+from rflow_jax.training.update import State
 from rflow_jax.vlm.qwen_inputs import Sample
 
 # The special token comes after those of the published tokenizer.
@@ -100,15 +101,6 @@ def abstract_parts(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, 
     graph, trainable, frozen = split_moving(model, config, also)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     return Parts(graph, on_mesh(trainable, mesh), on_mesh(frozen, mesh))
-
-
-def abstract_state(trainable: Any, optimizer: Any, mesh: Mesh) -> tuple[State, State]:
-    """As :func:`rflow_jax.training.update.init_state`, of shapes."""
-    shardings = state_shardings(trainable, optimizer, mesh)
-    made = jax.eval_shape(optimizer.init, trainable)
-    moved = jax.tree.map(lambda x, place: shaped(x.shape, x.dtype, place), made, shardings.optimizer)
-    step: Any = shaped((), jnp.int32, replicated(mesh))
-    return State(step, trainable, moved), shardings
 
 
 def _row(config: Qwen25VLConfig, sizes: RowSizes) -> Rows:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
-from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_in
+from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_of
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
 from rflow_jax.aot.verifiers import local_models
 from rflow_jax.local_models import claimed_devices
@@ -78,7 +78,9 @@ def sampling_programs(
     flops = forward_flops(bundle.flux_config, text=tokens[0], image=tokens[1], condition=tokens[2])
     vae = autoencoder_flops(bundle.vae_config, settings.height, settings.width, decode=True)
     cut = mesh.shape["tensor"] * mesh.shape["sequence"]
-    traffic = flux_bytes(bundle.flux_config, tokens=sum(tokens), samples=settings.batch_size, parts=cut)
+    fsdp = mesh.shape["fsdp"]
+    own = settings.batch_size / (fsdp if settings.batch_size % fsdp == 0 else 1)
+    traffic = flux_bytes(bundle.flux_config, tokens=sum(tokens), samples=own, parts=cut)
     # Texts' encoders lie beside the program that samples, and the next batch's encodings.
     others = _models_beside(config, devices, mesh)
     beside = bytes_on_a_device({name: bundle.weights[name] for name in ("clip", "t5")}) + bytes_on_a_device(given)
@@ -94,7 +96,7 @@ def sampling_programs(
             beside + others,
             count * (steps * passes * flops + vae),
             steps * passes * traffic,
-            whole_in(mesh, weights),
+            whole_of(weights),
         ),
     ]
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
-from rflow_jax.aot.models import abstract_bundle, corrector_ranks, on_mesh, read_sizes, whole_in
+from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_of
+from rflow_jax.aot.placed import abstract_state, on_mesh
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.cost import training_flops
@@ -19,7 +20,7 @@ from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach_shapes, linears, select
-from rflow_jax.parallel.mesh import BATCH, replicated, samples_along
+from rflow_jax.parallel.mesh import BATCH, samples_along
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.training.config import RunConfig
 from rflow_jax.training.corrector import make_recipe
@@ -28,7 +29,6 @@ from rflow_jax.training.latents import LatentInputs, make_encode_latents
 from rflow_jax.training.model import Trained, dotted
 from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.step import ENCODERS, Inputs, Recipe, make_encode, make_step
-from rflow_jax.training.update import State, state_shardings
 from rflow_jax.weights import components
 from rflow_jax.weights.bundle import Bundle, scans_blocks
 
@@ -45,8 +45,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     config.train.check_batch(samples_along(mesh))
     trained = abstract_trained(config, mesh, blocks)
     recipe, optimizer = make_recipe(config, trained), make_optimizer(config.optimizer)
-    shardings = state_shardings(trained.trainable, optimizer, mesh)
-    state = _abstract_state(trained.trainable, optimizer, shardings, mesh)
+    state, shardings = abstract_state(trained.trainable, optimizer, mesh)
     precomputed = config.data.format == "precomputed"
     bundle, size = trained.bundle, config.train.batch_size
     inputs = (_latents if precomputed else _pictures)(config, bundle, recipe, mesh)
@@ -85,7 +84,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     encoding = 0.0 if precomputed else size * _encoder_flops(config, bundle, recipe)
     return [
         AheadProgram("encode", lower_encode, mesh.size, kept + batches, encoding),
-        AheadProgram("step", lower_step, mesh.size, resident + batches, flops, traffic, whole_in(mesh, weights)),
+        AheadProgram("step", lower_step, mesh.size, resident + batches, flops, traffic, whole_of(weights)),
     ]
 
 
@@ -117,12 +116,6 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
     frozen = on_mesh(jax.eval_shape(graph.stacked, frozen), mesh)
     running = on_mesh(jax.eval_shape(graph.stacked, trainable), mesh)
     return Trained(bundle, graph, running, frozen, on_mesh(trainable, mesh), scales)
-
-
-def _abstract_state(trainable: Any, optimizer: Any, shardings: State, mesh: Mesh) -> State:
-    made = jax.eval_shape(optimizer.init, trainable)
-    moved = jax.tree.map(lambda x, place: shaped(x.shape, x.dtype, place), made, shardings.optimizer)
-    return State(shaped((), jnp.int32, replicated(mesh)), trainable, moved)  # pyright: ignore[reportArgumentType]
 
 
 def _pictures(config: RunConfig, bundle: Bundle, recipe: Recipe, mesh: Mesh) -> Inputs:

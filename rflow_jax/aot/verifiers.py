@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from rflow_jax.aot.estimate import nvila_projector_flops, picture_flops, qwen2_flops, qwen_vision_flops
+from rflow_jax.aot.placed import on_mesh, whole_in
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
-from rflow_jax.aot.vlm import QWEN_7B, folder_of, in_8_bits, on_mesh, read_nvila_sizes, read_qwen_sizes, whole_in
+from rflow_jax.aot.vlm import QWEN_7B, folder_of, in_8_bits, read_nvila_sizes, read_qwen_sizes
 from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT
 from rflow_jax.language.config import WriterConfig

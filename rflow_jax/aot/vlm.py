@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.nvila.config import NvilaConfig
@@ -17,7 +14,6 @@ from rflow_jax.models.quantized import Quantization, quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2_5_vl.config import MROPE_SECTION, Qwen25VLConfig, VisionConfig
 from rflow_jax.models.siglip import SiglipVisionConfig
-from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.vlm.qwen_images import ImageRules
 from rflow_jax.vlm.qwen_prepare import read_rules
 from rflow_jax.weights.hub import cached
@@ -85,35 +81,6 @@ def read_nvila_sizes(model: str, layers: int | None = None) -> NvilaConfig:
 def in_8_bits(model: Model, how: Quantization | None, pattern: str = r".*") -> Model:
     """An abstract network with the shapes that :func:`rflow_jax.models.quantized.quantize` gives its kernels."""
     return model if how is None else nnx.eval_shape(lambda model: quantize(model, how, pattern), model)
-
-
-def on_mesh(state: Any, mesh: Mesh) -> Any:
-    """Shapes with the places that the rules give them; a kernel's scales lie as its outputs do."""
-    choose = sharding_for(mesh)
-
-    def placed(path: Any, variable: Any) -> Any:
-        first, *_ = jax.tree.leaves(variable.get_value())
-        where = choose(".".join(map(str, path)), first.shape)
-        return variable.replace(jax.tree.map(lambda leaf: _lying(leaf, where), variable.get_value()))
-
-    return nnx.from_flat_state([(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)])
-
-
-def whole_in(state: Any) -> list[tuple[str, int]]:
-    """(dotted path, bytes) of the parameters of which each of several devices holds all, largest first."""
-    found: dict[str, int] = {}
-    for path, variable in nnx.to_flat_state(state):
-        name = ".".join(map(str, path))
-        for leaf in jax.tree.leaves(variable.get_value()):
-            if leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1:
-                found[name] = found.get(name, 0) + int(leaf.size) * jnp.dtype(leaf.dtype).itemsize
-    return sorted(found.items(), key=lambda one: -one[1])
-
-
-def _lying(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    axes = [*where.spec, *[None] * (leaf.ndim - len(where.spec))][: leaf.ndim]
-    spec = PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=True)))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(where.mesh, spec))
 
 
 def _known(sizes: dict[str, Known], model: str) -> Known:

@@ -111,16 +111,22 @@ def _stages(network: FluxTransformer, inputs: dict[str, np.ndarray]) -> Iterator
     yield "st_context_embed", text
     yield "st_temb", vector[:, 0]
     yield "st_cond_temb", vector[:, 1]
-    for k, (block, modulation) in enumerate(zip(network.double_blocks, modulations.double, strict=True)):
+    double, single = _listed(network.double_blocks), _listed(network.single_blocks)
+    for k, (block, modulation) in enumerate(zip(double, modulations.double, strict=True)):
         text, image = block(text, image, modulation, ctx)
         yield f"st_double{k}_txt", text
         yield f"st_double{k}_img", image[:, :n_image]
         yield f"st_double{k}_cond", image[:, n_image:]
     x = jnp.concatenate([text, image], axis=1)
-    for k, (block, modulation) in enumerate(zip(network.single_blocks, modulations.single, strict=True)):
+    for k, (block, modulation) in enumerate(zip(single, modulations.single, strict=True)):
         x = block(x, modulation, ctx)
         yield f"st_single{k}_txtimg", x[:, :-n_condition]
         yield f"st_single{k}_cond", x[:, -n_condition:]
+
+
+def _listed(blocks: Any) -> list[Any]:
+    """The blocks of a network that is written out, one by one."""
+    return list(blocks)
 
 
 def _rope_stages(rope: Rope, n_rest: int) -> Iterator[Result]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rflow_jax.aot.qwen_training import abstract_parts, abstract_state, qwen_training_programs
+from rflow_jax.aot.placed import abstract_state
+from rflow_jax.aot.qwen_training import abstract_parts, qwen_training_programs
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
