@@ -86,8 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(words: Sequence[str], run: Callable[..., int | None]) -> cli.Command:
     """The command for the kind of recipe that the words name; ``run`` gets its configurations."""
     what = cli.early_value(words, "what", "") or None
-    trains = what == "train" or (what is None and _is_training(words))
-    if trains:
+    trains = _is_training(words)
+    if what is not None and cli.early_value(words, "model", "") and trains != (what == "train"):
+        other = "a training recipe: give train" if trains else "a search's recipe: give sample or verifier"
+        raise InputError(f"what is {what}, but this is {other}, or leave it out")
+    if trains or what == "train":
         from rflow_jax.training.task import DEFAULT, config_of
 
         return cli.Command(HELP, (CompileConfig, config_of(cli.early_value(words, "task", DEFAULT))), run)

@@ -89,6 +89,8 @@ def test_the_recipe_says_what_is_compiled(words, kind):
         (["--config", "corrector_v5e_16", "--topology", "v5e"], "topology is 'v5e'"),
         (["--config", "corrector_v5e_16", "--topology", "v5e:4x4", "--blocks", "2"], "blocks is '2'"),
         (["--config", "corrector_v5e_16", "--topology", "v5e:4x4", "--slices", "0"], "slices is 0"),
+        (["--config", "corrector_v5e_16", "--topology", "v5e:4x4", "--what", "sample"], "this is a training recipe"),
+        (["--config", "search_v5e_8", "--topology", "v5e:2x4", "--what", "train"], "this is a search's recipe"),
         (["--config", "corrector_v5e_16", "--topology", "v5e:4x4", "--mesh.fsp", "2"], "did you mean mesh.fsdp"),
     ],
 )
