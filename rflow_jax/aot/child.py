@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +66,8 @@ def programs_of(config: CompileConfig, recipe: Any, devices: Any) -> tuple[list[
 
 def main() -> int | None:
     """The command line, as ``rflow_jax.aot.command`` checked it."""
+    # What the parent tells apart from all that libtpu says.
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     words = sys.argv[1:]
     return cli.run_command(command(words, run), words)
 

@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = named_recipe(sys.argv[1:] if argv is None else argv)
     cli.run_command(command(words, lambda *_: None), words)
     require_libtpu()
+    if (file := cli.early_value(words, "json", "")) and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+        raise InputError(f"json {file}: give a file in a folder that is there")
     effort = cli.early_value(words, "effort", "least")
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.run(
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said.seek(0)
         lines = said.read().splitlines()
     if child.returncode in (0, 1) and not any(line.startswith("Traceback") for line in lines):
+        print(*dict.fromkeys(line for line in lines if line.startswith("warning: ")), sep="\n", file=sys.stderr)
         return child.returncode
     # libtpu says much besides; a line of ours is what counts.
     if ours := next((line for line in lines if line.startswith("error: ")), None):

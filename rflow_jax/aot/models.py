@@ -103,7 +103,13 @@ def read_sizes(model: str) -> tuple[dict[str, Any], Schedule]:
 
 
 def corrector_ranks(lora: str | None, transformer: Any) -> dict[str, int]:
-    """Ranks by linear: of a LoRA file that is there, else of the published corrector."""
+    """Ranks by linear: of a LoRA file that is there, else of the published corrector.
+
+    Raises:
+        InputError: a file that is not there.
+    """
+    if lora is not None and (lora.endswith(".safetensors") or Path(lora).is_absolute()) and not Path(lora).exists():
+        raise InputError(f"LoRA {lora}: no such file or folder")
     if lora is not None and Path(lora).expanduser().exists():
         return {path: adapter.rank for path, adapter in read_lora(resolve_lora(lora)).adapters.items()}
     return dict.fromkeys(select(linears(transformer), REFLECTION_FLOW), CORRECTOR_RANK)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
-from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_of
+from rflow_jax.aot.models import abstract_bundle, corrector_ranks, fitting, read_sizes, whole_of
 from rflow_jax.aot.placed import abstract_state, on_mesh
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
 from rflow_jax.errors import InputError
@@ -100,7 +100,7 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
             ranks = corrector_ranks(wanted.lora, transformer)
         else:
             ranks = dict.fromkeys(select(linears(transformer), wanted.pattern), wanted.rank)
-        attach_shapes(transformer, ranks)
+        attach_shapes(transformer, ranks if blocks is None else fitting(ranks, transformer))
         moving: Any = nnx.LoRAParam
     else:
         import re
@@ -111,6 +111,7 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
     _, trainable, frozen = nnx.split(transformer, moving, ...)
     if not jax.tree.leaves(trainable):
         raise InputError(f"trainable.parameters: {wanted.parameters!r} matches no parameter of {config.model}")
+    graph.require_stackable(trainable)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     scales = nnx.State({}) if wanted.parameters is not None else nnx.state(transformer, LoRAScale)
     frozen = on_mesh(jax.eval_shape(graph.stacked, frozen), mesh)

@@ -93,6 +93,17 @@ def stack_blocks(state: nnx.State, lengths: Mapping[str, int], *, free: bool = F
     return nnx.from_flat_state(flat)
 
 
+def of_some_blocks(state: nnx.State, lengths: Mapping[str, int]) -> str | None:
+    """A parameter by block that some blocks have and others lack, adapters aside; None: all can be stacked."""
+    counts: dict[tuple[Any, ...], int] = {}
+    for path, variable in nnx.to_flat_state(state):
+        if path[0] in lengths and isinstance(path[1], int) and not isinstance(variable, (nnx.LoRAParam, LoRAScale)):
+            key = (path[0], STACKED, *path[2:])
+            counts[key] = counts.get(key, 0) + 1
+    partly = (path for path, count in counts.items() if count < lengths[str(path[0])])
+    return next((".".join(map(str, (path[0], "*", *path[2:]))) for path in partly), None)
+
+
 def unstack_blocks(state: nnx.State, like: nnx.State) -> nnx.State:
     """Parameters of stacked blocks -> those by block, outside of a program; what :func:`stack_blocks` filled up goes.
 

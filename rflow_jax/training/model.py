@@ -159,6 +159,7 @@ def take_apart(bundle: Bundle, transformer: FluxTransformer, config: TrainableCo
     _, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
     if not jax.tree.leaves(trainable):
         raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {bundle.name}")
+    graph.require_stackable(trainable)
     # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return _trained(bundle, graph, trainable, frozen, nnx.State({}))

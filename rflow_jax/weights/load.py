@@ -132,7 +132,7 @@ def put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -
         return piece if dtype is None else piece.astype(dtype, copy=False)
 
     if sharding is None:
-        return jax.device_put(np.ascontiguousarray(cast(value)))
+        return jax.device_put(np.asarray(cast(value), order="C"))
     if value.nbytes < ONE_BY_ONE:
         return jax.make_array_from_callback(value.shape, sharding, cast(value).__getitem__)
     places = sharding.addressable_devices_indices_map(value.shape)

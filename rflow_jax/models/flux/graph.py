@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.lora import linears, set_adapter
-from rflow_jax.models.stack import stack_blocks
+from rflow_jax.models.stack import of_some_blocks, stack_blocks
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class FluxGraph:
     def merge(self, *states: nnx.State) -> FluxTransformer:
         """The network with these parameters, by block or stacked."""
         return nnx.merge(self.graph, *(self.stacked(state) for state in states))
+
+    def require_stackable(self, chosen: nnx.State) -> None:
+        """Raises InputError for parameters to be trained that only some of the blocks to be stacked have."""
+        if self.scan_blocks and (path := of_some_blocks(chosen, block_counts(self.config))):
+            raise InputError(
+                f"trainable.parameters names {path} of some blocks only, and stacked blocks move together: set "
+                "train.scan_blocks to false"
+            )
 
     def stack_loaded(self, state: nnx.State) -> nnx.State:
         """The same for parameters on devices, outside of any program; those given are used up."""
