@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         said.seek(0)
         lines = said.read().splitlines()
     if child.returncode in (0, 1) and not any(line.startswith("Traceback") for line in lines):
-        print(*dict.fromkeys(line for line in lines if line.startswith("warning: ")), sep="\n", file=sys.stderr)
+        for warning in dict.fromkeys(line for line in lines if line.startswith("warning: ")):
+            print(warning, file=sys.stderr)
         return child.returncode
     # libtpu says much besides; a line of ours is what counts.
     if ours := next((line for line in lines if line.startswith("error: ")), None):

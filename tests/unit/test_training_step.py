@@ -53,6 +53,11 @@ def test_a_full_fine_tune_moves_what_the_pattern_names():
     assert np.isfinite(run.losses(range(1))).all()
 
 
+def test_parameters_of_some_blocks_cannot_be_stacked():
+    with pytest.raises(InputError, match="of some blocks only"):
+        TrainingRun(MeshConfig(), 1, TrainableConfig(parameters=r"single_blocks\.0\..*"), scan_blocks=True)
+
+
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(InputError, match="matches no parameter"):
         TrainingRun(MeshConfig(), 1, TrainableConfig(parameters="nothing"))
