@@ -98,7 +98,11 @@ def generate(config: GenerateConfig, settings: Settings) -> int:
     from rflow_jax.parallel.mesh import mesh_of_first
     from rflow_jax.pipeline import load_pipeline
 
-    how = {"dtype": config.dtype, "mesh": mesh_of_first(config.mesh), "scan_blocks": config.scan_blocks}
+    how: dict[str, Any] = {"dtype": config.dtype}
+    if (mesh := mesh_of_first(config.mesh)) is not None:
+        how["mesh"] = mesh
+    if config.scan_blocks is not None:
+        how["scan_blocks"] = config.scan_blocks
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **how)
     used = asdict(pipe.resolve(settings))
     count = config.num_images
