@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rflow_jax.aot.placed import on_mesh, whole_in
+from rflow_jax.aot.vlm import folder_of
 from rflow_jax.errors import InputError
 from rflow_jax.flow.schedule import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
@@ -24,7 +25,7 @@ from rflow_jax.models.t5 import T5Config
 from rflow_jax.weights import components
 from rflow_jax.weights.bundle import Bundle, Graphs
 from rflow_jax.weights.components import COMPONENTS, read_schedule
-from rflow_jax.weights.hub import cached, resolve_lora
+from rflow_jax.weights.hub import resolve_lora
 from rflow_jax.weights.lora.files import read_lora
 
 CORRECTOR_RANK = 32  # of the published corrector
@@ -89,8 +90,7 @@ def read_sizes(model: str) -> tuple[dict[str, Any], Schedule]:
     Raises:
         InputError: neither a folder, nor in the Hub's cache, nor known by name.
     """
-    path = Path(model).expanduser()
-    root = path if path.is_dir() else cached(model)
+    root = folder_of(model)
     if root is not None:
         return {part.folder: part.read_config(root) for part in COMPONENTS}, read_schedule(root)
     if model not in KNOWN:
