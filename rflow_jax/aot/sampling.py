@@ -17,7 +17,7 @@ from rflow_jax.local_models import claimed_devices
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.parallel.mesh import make_mesh
-from rflow_jax.parallel.placement import unclaimed_of
+from rflow_jax.parallel.placement import unclaimed
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.parallel.sharding import DATA
 from rflow_jax.pipeline import Pipeline
@@ -32,7 +32,7 @@ def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
     """The mesh of the devices that no model of the search takes for itself."""
     roles = (config.verifier, config.reflector, config.refiner)
     claims = [claim for role in roles for claim in claimed_devices(role.options)]
-    return make_mesh(config.mesh, unclaimed_of(claims, devices))
+    return make_mesh(config.mesh, unclaimed(claims, devices))
 
 
 def sampling_programs(

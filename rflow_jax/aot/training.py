@@ -7,18 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
 from rflow_jax.aot.models import abstract_bundle, corrector_ranks, fitting, read_sizes, whole_of
 from rflow_jax.aot.placed import abstract_state, on_mesh
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
-from rflow_jax.errors import InputError
 from rflow_jax.models.flux.cost import training_flops
 from rflow_jax.models.flux.graph import FluxGraph
 from rflow_jax.models.flux.transformer import abstract_flux
-from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach_shapes, linears, select
 from rflow_jax.parallel.mesh import BATCH, samples_along
 from rflow_jax.parallel.runtime import reproducible
@@ -26,7 +23,7 @@ from rflow_jax.training.config import RunConfig
 from rflow_jax.training.corrector import make_recipe
 from rflow_jax.training.feed import AHEAD
 from rflow_jax.training.latents import LatentInputs, make_encode_latents
-from rflow_jax.training.model import Trained, dotted
+from rflow_jax.training.model import Trained, split_moving
 from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.step import ENCODERS, Inputs, Recipe, make_encode, make_step
 from rflow_jax.weights import components
@@ -101,19 +98,9 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
         else:
             ranks = dict.fromkeys(select(linears(transformer), wanted.pattern), wanted.rank)
         attach_shapes(transformer, ranks if blocks is None else fitting(ranks, transformer))
-        moving: Any = nnx.LoRAParam
-    else:
-        import re
-
-        chosen = re.compile(wanted.parameters)
-        moving = lambda path, _: bool(chosen.fullmatch(dotted(path)))  # noqa: E731
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
-    _, trainable, frozen = nnx.split(transformer, moving, ...)
-    if not jax.tree.leaves(trainable):
-        raise InputError(f"trainable.parameters: {wanted.parameters!r} matches no parameter of {config.model}")
-    graph.require_stackable(trainable)
+    trainable, frozen, scales = split_moving(transformer, wanted, graph, config.model)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
-    scales = nnx.State({}) if wanted.parameters is not None else nnx.state(transformer, LoRAScale)
     frozen = on_mesh(jax.eval_shape(graph.stacked, frozen), mesh)
     running = on_mesh(jax.eval_shape(graph.stacked, trainable), mesh)
     return Trained(bundle, graph, running, frozen, on_mesh(trainable, mesh), scales)

@@ -66,12 +66,12 @@ def whole_beside(array: jax.Array) -> Sharding:
     return NamedSharding(there.mesh, PartitionSpec()) if isinstance(there, NamedSharding) else there
 
 
-def unclaimed(claims: Sequence[Sequence[int]]) -> list[Any]:
-    """The devices that no model claims for itself; all of them, where every one is claimed."""
-    return unclaimed_of(claims, jax.local_devices())
+def unclaimed(claims: Sequence[Sequence[int]], devices: Sequence[Any] | None = None) -> list[Any]:
+    """The devices that no model claims for itself; all of them, where every one is claimed.
 
-
-def unclaimed_of(claims: Sequence[Sequence[int]], devices: Sequence[Any]) -> list[Any]:
-    """The same of these devices."""
+    Args:
+        devices: to choose from; None: this process's.
+    """
+    devices = jax.local_devices() if devices is None else devices
     taken = {number for claim in claims for number in claim}
     return [device for number, device in enumerate(devices) if number not in taken] or list(devices)

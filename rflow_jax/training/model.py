@@ -151,23 +151,34 @@ def take_apart(bundle: Bundle, transformer: FluxTransformer, config: TrainableCo
         InputError: a pattern matches no parameter.
     """
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
+    trainable, frozen, scales = split_moving(transformer, config, graph, bundle.name)
+    scales = jax.tree.map(np.asarray, scales)  # copied: they are used up below
+    if config.parameters is not None:
+        # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+        trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    by_block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    return Trained(bundle, graph, graph.stack_loaded(trainable), graph.stack_loaded(frozen), by_block, scales)
+
+
+def split_moving(transformer: FluxTransformer, config: TrainableConfig, graph: FluxGraph, name: str) -> tuple[Any, ...]:
+    """What moves of a transformer, arrays or shapes, what stays, and the scales of the LoRA that moves, all by block.
+
+    Args:
+        graph: of the transformer.
+        name: of the model, for an error.
+
+    Raises:
+        InputError: a pattern matches no parameter, or some blocks' of those that are stacked.
+    """
     if config.parameters is None:
-        _, trainable, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
-        # Copied: they are used up below.
-        return _trained(bundle, graph, trainable, nnx.merge_state(base, scales), jax.tree.map(np.asarray, scales))
+        _, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
+        return trainable, frozen, nnx.state(transformer, LoRAScale)
     chosen = re.compile(config.parameters)
     _, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
     if not jax.tree.leaves(trainable):
-        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {bundle.name}")
+        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {name}")
     graph.require_stackable(trainable)
-    # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
-    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    return _trained(bundle, graph, trainable, frozen, nnx.State({}))
-
-
-def _trained(bundle: Bundle, graph: FluxGraph, trainable: Any, frozen: Any, scales: Any) -> Trained:
-    by_block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
-    return Trained(bundle, graph, graph.stack_loaded(trainable), graph.stack_loaded(frozen), by_block, scales)
+    return trainable, frozen, nnx.State({})
 
 
 def on_host(tree: Any) -> Any:
