@@ -20,9 +20,9 @@ from rflow_jax.images import condition_pixels
 from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.lora import without_condition_effect
+from rflow_jax.models.partitioning import DATA
 from rflow_jax.parallel.mesh import traced_on
 from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
-from rflow_jax.parallel.sharding import DATA
 from rflow_jax.prompts import t5_prompt
 from rflow_jax.sampling import (
     Inputs,

@@ -16,10 +16,10 @@ from rflow_jax.aot.verifiers import local_models
 from rflow_jax.local_models import claimed_devices
 from rflow_jax.models.flux.cost import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
+from rflow_jax.models.partitioning import DATA
 from rflow_jax.parallel.mesh import make_mesh
 from rflow_jax.parallel.placement import unclaimed
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.parallel.sharding import DATA
 from rflow_jax.pipeline import Pipeline
 from rflow_jax.sampling import Given, Inputs, Scales
 from rflow_jax.search.config import SearchConfig

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from rflow_jax.models.partitioning import DATA as DATA
 from rflow_jax.models.partitioning import FSDP, SEQUENCE, TENSOR, Axes, dividing
 
 Rules = Sequence[tuple[str, tuple[PartitionSpec, ...]]]

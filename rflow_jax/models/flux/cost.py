@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from rflow_jax.models.flux.config import FluxConfig
-
-Remat = Literal["none", "dots", "full"]  # as rflow_jax.models.remat, which needs JAX
+from rflow_jax.models.remat import Remat
 
 
 def block_weights(config: FluxConfig) -> int:
