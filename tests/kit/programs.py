@@ -18,7 +18,7 @@ def traced(pipe: Pipeline, *prompts: str, **how: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def only_traced(name: str) -> Any:
-        program = getattr(pipe, f"_{name}")
+        program = getattr(pipe, name)
 
         def trace(*args: Any) -> Any:
             stage = program.trace(*args)
