@@ -17,9 +17,6 @@ from rflow_jax.typing import Array, Float
 TIME_FEATURES = 256
 TIME_SCALE = 1000.0  # the network was trained on times and guidances multiplied by this
 MAX_PERIOD = 10_000.0
-# The frequencies that PyTorch's float32 exponential gives one bit above the nearest number: the network learned with
-# these, and a guidance of 10 turns that bit into an error of 4e-5.
-ROUNDED_UP = [12, 106]
 
 
 class Rope(NamedTuple):
@@ -57,15 +54,21 @@ def apply_rope(x: Float[Array, "b s n h"], rope: Rope) -> Float[Array, "b s n h"
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+def time_frequencies() -> np.ndarray:
+    """The [128] angular frequencies of the time features, float32.
+
+    The angles are large, so the last bit of a frequency shows: rounded to float32 before and after the exponential, as
+    PyTorch does. PyTorch's own exponential is off the nearest number by one bit at a few of them, and at which ones
+    depends on its processor: at a guidance of 10 that bit moves a feature by 2e-4.
+    """
+    half = TIME_FEATURES // 2
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(MAX_PERIOD)) / np.float32(half)
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
+
+
 def time_features(t: Float[Array, "*b"]) -> Float[Array, "*b 256"]:
     """Sinusoidal features of times (or guidances) in the network's units, cosines first, float32."""
-    half = TIME_FEATURES // 2
-    # The angles are large, so the last bit of a frequency shows: rounded where PyTorch rounds, to float32 before and
-    # after the exponential, and as PyTorch rounds.
-    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(MAX_PERIOD)) / np.float32(half)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    frequencies[ROUNDED_UP] = np.nextafter(frequencies[ROUNDED_UP], np.float32(1))
-    angle = (t.astype(jnp.float32) * TIME_SCALE)[..., None] * frequencies
+    angle = (t.astype(jnp.float32) * TIME_SCALE)[..., None] * time_frequencies()
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
