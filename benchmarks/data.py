@@ -27,10 +27,10 @@ import numpy as np
 from PIL import Image
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.examples import pictures
-from rflow_jax.data.make_genref import FREQUENCIES, write_record
-from rflow_jax.data.open import open_loader
 from rflow_jax.data.records import SUBSETS, Record
+from rflow_jax.data.sources.open import open_loader
+from rflow_jax.data.transforms import pictures
+from rflow_jax.testing.make_genref import FREQUENCIES, write_record
 
 SECOND_STAGE = {"general": 0.3, "length": 0.3, "rule": 0.4, "editing": 0.0}
 BATCH = 8

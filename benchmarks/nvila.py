@@ -21,14 +21,13 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from rflow_jax.models.nvila.config import NvilaConfig
-from rflow_jax.models.nvila.network import abstract_nvila
+from rflow_jax.models.nvila import NvilaConfig, abstract_nvila
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.parallel.runtime import reproducible
+from rflow_jax.tokenizers.nvila import NvilaTokenizer
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
 from rflow_jax.weights.nvila import LANGUAGE, NvilaModel
-from rflow_jax.weights.nvila_tokenizer import NvilaTokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "nvila" / "checkpoint" / LANGUAGE
 SIZES = {

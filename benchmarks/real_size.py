@@ -2,7 +2,7 @@
 
     python -m benchmarks.real_size FOLDER [--batch 1 4] [--steps 30] [--side 1024]
 
-FOLDER is written by ``python -m tests.kit.make_flux FOLDER``. First ``infer.py generate`` runs twice as a user
+FOLDER is written by ``python -m rflow_jax.testing.make_flux FOLDER``. First ``infer.py generate`` runs twice as a user
 would run it, with an empty and with a filled compilation cache; then one process loads the model and times batches.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from rflow_jax import Pipeline, load_pipeline
-from rflow_jax.settings import Settings
+from rflow_jax.generation.config import SamplingConfig
 
 PROMPT = "a photo of two red apples and a bench"
 REFLECTION = "Make the second apple larger."
@@ -87,13 +87,13 @@ def in_process(folder: Path, condition: Path, batches: list[int], steps: int, si
     picture = Image.open(condition)
     for batch in batches:
         for conditioned in (True, False):
-            settings = Settings(
+            settings = SamplingConfig(
                 height=side, width=side, condition_size=side // 2, batch_size=batch, num_inference_steps=steps
             )
             report(pipe if conditioned else pipe.without_lora(), picture if conditioned else None, settings)
 
 
-def report(pipe: Pipeline, picture: Image.Image | None, settings: Settings, repeats: int = 3) -> None:
+def report(pipe: Pipeline, picture: Image.Image | None, settings: SamplingConfig, repeats: int = 3) -> None:
     """Times batches of one kind; each repeat shifts the samples by a slot, which must not change a bit of them."""
     batch, steps = settings.batch_size, settings.num_inference_steps
     times, made = [], []

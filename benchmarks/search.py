@@ -26,19 +26,19 @@ from typing import Any
 
 import jax
 
-from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
-from rflow_jax.language.config import WriterConfig
-from rflow_jax.pipeline import Request, load_pipeline
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.generation.pipeline import Request, load_pipeline
+from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.search.config import NoiseStage, ReflectStage, SearchConfig
 from rflow_jax.search.engine import Engine, Models
-from rflow_jax.search.live import BusyClock, Live
-from rflow_jax.search.prompt_run import PromptRun, Terms
-from rflow_jax.search.store import PromptFolder, read_records
-from rflow_jax.settings import Settings
-from rflow_jax.usage import Meter, Usage
+from rflow_jax.search.progress import BusyClock, SearchProgress
+from rflow_jax.search.prompt_folder import PromptFolder, read_records
+from rflow_jax.search.prompt_search import PromptSearch, SearchContext
+from rflow_jax.testing.openai_server import KEY, score_of
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.config import VerifierConfig
-from tests.kit.openai_server import KEY, score_of
+from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
+from rflow_jax.writers.base import TextGeneratorConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SIDE, CONDITION = 128, 64
@@ -47,7 +47,7 @@ SIDE, CONDITION = 128, 64
 @contextmanager
 def server(arguments: argparse.Namespace) -> Iterator[str]:
     """The local server, in a process of its own; gives its address."""
-    command = [sys.executable, "-m", "tests.kit.openai_server", f"--delay={arguments.delay}"]
+    command = [sys.executable, "-m", "rflow_jax.testing.openai_server", f"--delay={arguments.delay}"]
     command += [f"--spread={arguments.delay / 2}", f"--chaos={arguments.chaos}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -58,17 +58,19 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
         process.wait()
 
 
-def sized(pipe: Any, seconds: float) -> Settings:
+def sized(pipe: Any, seconds: float) -> SamplingConfig:
     """Settings with so many steps that an image takes about so long."""
-    trial = Settings(height=SIDE, width=SIDE, condition_size=CONDITION, num_inference_steps=40, max_sequence_length=64)
+    trial = SamplingConfig(
+        height=SIDE, width=SIDE, condition_size=CONDITION, num_inference_steps=40, max_sequence_length=64
+    )
     took = min(one_image(pipe, trial) for _ in range(3))
     steps = max(1, round(40 * seconds / took))
-    return Settings(
+    return SamplingConfig(
         height=SIDE, width=SIDE, condition_size=CONDITION, num_inference_steps=steps, max_sequence_length=64
     )
 
 
-def one_image(pipe: Any, settings: Settings) -> float:
+def one_image(pipe: Any, settings: SamplingConfig) -> float:
     """Seconds of one image from noise."""
     begin = time.perf_counter()
     pipe.without_lora().start([Request("a", 0)], settings).images()
@@ -78,24 +80,24 @@ def one_image(pipe: Any, settings: Settings) -> float:
 def models(config: SearchConfig) -> Models:
     """Everyone who is asked."""
     return Models(
-        make_verifier(config.verifier, Meter()),
-        make_writer(config.reflector, REFLECTION_PROMPT, Meter()),
-        make_writer(config.refiner, REFINE_PROMPT, Meter()),
+        make_verifier(config.verifier, UsageTracker()),
+        make_text_generator(config.reflector, REFLECTION_PROMPT, UsageTracker()),
+        make_text_generator(config.refiner, REFINE_PROMPT, UsageTracker()),
     )
 
 
-def prompts(config: SearchConfig, out: Path, count: int) -> Iterator[PromptRun]:
+def prompts(config: SearchConfig, out: Path, count: int) -> Iterator[PromptSearch]:
     """The searches of so many prompts."""
-    terms = Terms(config.seed, True, 0, config.noise.closeness, True, {"lora": config.lora})
+    terms = SearchContext(config.seed, True, 0, config.noise.noise_similarity, True, {"lora": config.lora})
     for index in range(count):
         folder = PromptFolder(out, index, {"prompt": f"a photo of {index + 2} kites"})
-        yield PromptRun(folder, config.strategy("reflect"), terms)
+        yield PromptSearch(folder, config.strategy("reflect"), terms)
 
 
 def many_at_once(config: SearchConfig, pipe: Any, out: Path, count: int) -> tuple[float, float | None]:
     """(seconds, part of the time that the generator worked) of the engine's search."""
     clock = BusyClock()
-    live = Live(config.strategy("reflect").images() * count, clock, Usage)
+    live = SearchProgress(config.strategy("reflect").images() * count, clock, Usage)
     engine = Engine(pipe, models(config), config.settings, config.prompts_in_flight, live, clock)
     begin = time.perf_counter()
     with live:
@@ -172,8 +174,8 @@ def main() -> None:
             reflect=ReflectStage(arguments.rounds, 2),
             settings=settings,
             verifier=VerifierConfig(**asked, concurrency=32),
-            reflector=WriterConfig(**asked, concurrency=32),
-            refiner=WriterConfig(**asked, concurrency=32),
+            reflector=TextGeneratorConfig(**asked, concurrency=32),
+            refiner=TextGeneratorConfig(**asked, concurrency=32),
         )
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on "
               f"{jax.default_backend()}; {settings.num_inference_steps} steps, "

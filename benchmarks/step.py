@@ -23,12 +23,11 @@ from flax import nnx
 
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.flow.sampler import euler
-from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
-from rflow_jax.models.flux.cost import forward_flops
-from rflow_jax.models.flux.graph import FluxGraph
-from rflow_jax.models.flux.transformer import abstract_flux
-from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
-from rflow_jax.sampling import Given, Program, Scales, velocity_of
+from rflow_jax.generation.sampling import Conditioning, DynamicArgs, StaticArgs, velocity_of
+from rflow_jax.models.flux.config import ConditionFlags, FluxConfig, forward_flops
+from rflow_jax.models.flux.transformer import FluxGraph, abstract_flux
+from rflow_jax.models.lora import attach_shapes, linears, select
+from rflow_jax.models.options import CORRECTOR_TARGET_MODULES
 
 TINY = FluxConfig(
     num_layers=1,
@@ -49,7 +48,7 @@ STEPS_A_CALL = 5
 def random_network(config: FluxConfig, dtype: jnp.dtype, *, scan_blocks: bool = False) -> tuple[FluxGraph, nnx.State]:
     """A transformer with a corrector LoRA; every leaf drawn on the device."""
     network = abstract_flux(config, dtype)
-    attach_shapes(network, dict.fromkeys(select(linears(network), REFLECTION_FLOW), LORA_RANK), dtype=dtype)
+    attach_shapes(network, dict.fromkeys(select(linears(network), CORRECTOR_TARGET_MODULES), LORA_RANK), dtype=dtype)
     graph = FluxGraph.of(network, scan_blocks=scan_blocks)
     state = jax.eval_shape(graph.stacked, nnx.state(network))
 
@@ -73,9 +72,9 @@ def step_function(graph: FluxGraph, config: FluxConfig, text: int, side: int, co
         network = graph.merge(state)
         times = jnp.linspace(1.0, 0.0, STEPS_A_CALL + 1)
         flags = ConditionFlags()
-        program = Program(side, side, condition_side, TOKEN_PIXELS, flags, False, False)
-        given = Given(text, pooled, condition, None)
-        scales = Scales(times, jnp.float32(3.5), jnp.float32(1.0), jnp.float32(1.0))
+        program = StaticArgs(side, side, condition_side, TOKEN_PIXELS, flags, False, False)
+        given = Conditioning(text, pooled, condition, None)
+        scales = DynamicArgs(times, jnp.float32(3.5), jnp.float32(1.0), jnp.float32(1.0))
         return euler(velocity_of(network, text.dtype, program, given, scales, rope), x, times)[0]
 
     return steps

@@ -25,15 +25,15 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.step import SIZES, STEPS_A_CALL, TOKEN_PIXELS, print_kernels, random_network
-from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.cost import forward_flops
-from rflow_jax.models.flux.graph import FluxGraph
+from rflow_jax.models.flux.config import FluxConfig, forward_flops
+from rflow_jax.models.flux.transformer import FluxGraph
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.parallel.sharding import sharding_for
-from rflow_jax.training.objective import Examples
-from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rflow_jax.training.step import Recipe, Shape, make_step
-from rflow_jax.training.update import init_state
+from rflow_jax.training.config import OptimizerConfig
+from rflow_jax.training.corrector.loss import Examples
+from rflow_jax.training.corrector.step import StepSpec, TokenShape, make_step
+from rflow_jax.training.optimizers import make_optimizer
+from rflow_jax.training.train_state import init_state
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 LOSSES_SHOWN = 3
@@ -67,7 +67,7 @@ class Model:
     """A random network in two parts, and the sizes of its samples."""
 
     config: FluxConfig
-    shape: Shape
+    shape: TokenShape
     graph: FluxGraph
     trainable: Any
     frozen: Any
@@ -79,11 +79,11 @@ def make_model(size: str, *, scan_blocks: bool = False) -> Model:
     graph, state = random_network(config, jnp.bfloat16, scan_blocks=scan_blocks)
     _, trainable, frozen = nnx.split(graph.merge(state), nnx.LoRAParam, ...)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32) * 0.01, trainable)
-    shape = Shape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
+    shape = TokenShape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
     return Model(config, shape, graph, trainable, frozen)
 
 
-def encoded(config: FluxConfig, batch: int, shape: Shape) -> Examples:
+def encoded(config: FluxConfig, batch: int, shape: TokenShape) -> Examples:
     """Random samples as the encoders would give them."""
     keys = jax.random.split(jax.random.key(1), 4)
     image, condition = (rows * columns for rows, columns in (shape.image, shape.condition))
@@ -106,7 +106,7 @@ def begin(model: Model, case: Case, pool: ThreadPoolExecutor) -> Job:
         return jax.device_put(state, nnx.from_flat_state(where))
 
     optimizer = make_optimizer(OptimizerConfig(d0=DISTANCE))
-    recipe = Recipe(0, jnp.bfloat16, model.shape, remat=case.remat)
+    recipe = StepSpec(0, jnp.bfloat16, model.shape, remat=case.remat)
     state, shardings = init_state(place(jax.tree.map(jnp.copy, model.trainable)), optimizer, mesh)
     frozen = place(model.frozen)
     step = make_step(model.graph, optimizer, recipe, mesh, shardings)

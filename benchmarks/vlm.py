@@ -1,6 +1,6 @@
 """Rewards and texts a second of Qwen2.5-VL, beside Transformers' PyTorch on the same accelerator in the same run.
 
-    python -m tests.kit.make_qwen FOLDER
+    python -m rflow_jax.testing.make_qwen FOLDER
     python -m benchmarks.vlm FOLDER [--batch 8 32] [--pictures 32] [--side 512] [--quantization int8 fp8] [--alone]
 
 FOLDER holds random weights of the true shapes; both sides read the same files, in bfloat16. Every row is the median
@@ -37,16 +37,16 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
-from rflow_jax.models.quantized import Quantization, quantize
-from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.quantization import Quantization, quantize
+from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
+from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
-from rflow_jax.vlm.qwen import Scoring, rewards, texts
-from rflow_jax.vlm.qwen_inputs import Inputs, Sample, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
+from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
+from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts
 from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
-from rflow_jax.weights.reward.checkpoint import RewardCheckpoint
+from rflow_jax.weights.reward import RewardCheckpoint
 
 QUESTION = "Does the picture show what the prompt says? Name what is missing, what is too much and what is misplaced."
 REWARDS, TOKENS = "rewards/s", "tokens/s"
@@ -120,9 +120,9 @@ class Work:
     batches: Sequence[int]
     new_tokens: int
     repeats: int
-    prepare: Preparation
-    scored: Sequence[Sample]
-    asked: Sequence[Sample]
+    prepare: QwenProcessor
+    scored: Sequence[QwenSample]
+    asked: Sequence[QwenSample]
 
     @property
     def items(self) -> list[dict[str, str]]:
@@ -138,7 +138,7 @@ def make_work(arguments: argparse.Namespace) -> Work:
     prompts = [sentence[: len(sentence) // 2 + k % (len(sentence) // 2)] for k in range(len(pictures))]
     sizes = read_qwen_config(base)
     context = sizes.language.max_position_embeddings
-    prepare = Preparation(QwenTokenizer(base), read_rules(base, sizes), sizes, context, side**2)
+    prepare = QwenProcessor(QwenTokenizer(base), read_image_processor_config(base, sizes), sizes, context, side**2)
     pairs = list(zip(pictures, prompts, strict=True))
     scored = [prepare.sample(pair) for pair in pairs]
     asked = [prepare.sample((picture, f"{QUESTION} {prompt}")) for picture, prompt in pairs]
@@ -172,7 +172,7 @@ class Ours:
         for batch in work.batches:
             inputs = [self._placed(part) for part in parts_of(work.scored, batch)]
 
-            def on_device(inputs: Sequence[Inputs] = inputs) -> list[jax.Array]:
+            def on_device(inputs: Sequence[QwenInputs] = inputs) -> list[jax.Array]:
                 rules, how = work.prepare.rules, Scoring("last")
                 return jax.block_until_ready([rewards(graph, rules, how, state, one) for one in inputs])
 
@@ -192,7 +192,7 @@ class Ours:
         for batch in work.batches:
             inputs = [self._placed(part) for part in parts_of(work.asked, batch)]
 
-            def on_device(inputs: Sequence[Inputs] = inputs) -> list[np.ndarray]:
+            def on_device(inputs: Sequence[QwenInputs] = inputs) -> list[np.ndarray]:
                 given = graph, work.prepare.rules, decoding, state
                 return [np.asarray(texts(*given, one).tokens) for one in inputs]
 
@@ -200,9 +200,9 @@ class Ours:
             made = self.table.measure(TOKENS, self.name, batch, ON_DEVICE, count, on_device, work.repeats)
         return np.concatenate(made)
 
-    def _placed(self, samples: Sequence[Sample]) -> Inputs:
+    def _placed(self, samples: Sequence[QwenSample]) -> QwenInputs:
         prepare = self.work.prepare
-        sizes = Sizes.few(samples, prepare.config, len(samples))
+        sizes = Sizes.bucketed(samples, prepare.config, len(samples))
         return jax.device_put(batch_of(samples, prepare.config, pad=prepare.tokenizer.pad, sizes=sizes))
 
 
@@ -257,7 +257,7 @@ class Theirs:
             made = self.table.measure(TOKENS, self.name, batch, ON_DEVICE, count, on_device, work.repeats)
         return np.concatenate(made)
 
-    def _inputs(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    def _inputs(self, samples: Sequence[QwenSample], pictures: Sequence[Image.Image]) -> dict[str, Any]:
         """Tokens padded on the left, and the pictures by Transformers' own processor."""
         longest = max(len(sample.ids) for sample in samples)
         ids = torch.full((len(samples), longest), self.work.prepare.tokenizer.pad)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rflow_jax.errors import InputError
-    from rflow_jax.pipeline import Pipeline, load_pipeline
-    from rflow_jax.settings import Settings
+    from rflow_jax.generation.config import SamplingConfig
+    from rflow_jax.generation.pipeline import Pipeline, load_pipeline
 
 _HOMES = {
     "InputError": "rflow_jax.errors",
-    "Pipeline": "rflow_jax.pipeline",
-    "Settings": "rflow_jax.settings",
-    "load_pipeline": "rflow_jax.pipeline",
+    "Pipeline": "rflow_jax.generation.pipeline",
+    "SamplingConfig": "rflow_jax.generation.config",
+    "load_pipeline": "rflow_jax.generation.pipeline",
 }
-__all__ = ["InputError", "Pipeline", "Settings", "load_pipeline"]
+__all__ = ["InputError", "Pipeline", "SamplingConfig", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

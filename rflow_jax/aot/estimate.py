@@ -21,9 +21,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rflow_jax.aot.chips import H100, H200, Chip
 from rflow_jax.errors import InputError
-from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.cost import block_weights, forward_flops, training_flops
-from rflow_jax.models.remat import Remat
+from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, training_flops
+from rflow_jax.models.options import Remat
 
 BF16 = 2  # bytes
 

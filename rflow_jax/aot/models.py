@@ -1,32 +1,113 @@
-"""A FLUX model's shapes in place of its weights: its sizes are read where it is, or known by name."""
+"""Shapes in place of the weights of vision-language models: sizes are read where a model is, and else known by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from rflow_jax.aot.placed import on_mesh, whole_in
-from rflow_jax.aot.vlm import folder_of
+from rflow_jax.aot.program import on_mesh, whole_in
 from rflow_jax.errors import InputError
-from rflow_jax.flow.schedule import Schedule
+from rflow_jax.flow.sampler import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.graph import FluxGraph
+from rflow_jax.models.flux.transformer import FluxGraph
 from rflow_jax.models.layers import LoRAScale
-from rflow_jax.models.lora import REFLECTION_FLOW, attach_shapes, linears, select
+from rflow_jax.models.lora import attach_shapes, linears, select
+from rflow_jax.models.nvila import NvilaConfig
+from rflow_jax.models.options import CORRECTOR_TARGET_MODULES
+from rflow_jax.models.quantization import Quantization, quantize
+from rflow_jax.models.qwen2.config import Qwen2Config
+from rflow_jax.models.qwen2_5_vl.config import MROPE_SECTION, Qwen25VLConfig, VisionConfig
+from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.models.t5 import T5Config
+from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, read_image_processor_config
 from rflow_jax.weights import components
-from rflow_jax.weights.bundle import Bundle, Graphs
 from rflow_jax.weights.components import COMPONENTS, read_schedule
-from rflow_jax.weights.hub import resolve_lora
-from rflow_jax.weights.lora.files import read_lora
+from rflow_jax.weights.flux import FluxModel, GraphDefs
+from rflow_jax.weights.hub import cached, resolve_lora
+from rflow_jax.weights.lora.read import read_lora
+from rflow_jax.weights.nvila import read_nvila_config
+from rflow_jax.weights.qwen import read_qwen_config
+
+Model = TypeVar("Model", bound=nnx.Module)
+Known = TypeVar("Known")
+QWEN_7B = "Qwen/Qwen2.5-VL-7B-Instruct"
+NVILA_LITE_2B = "Efficient-Large-Model/NVILA-Lite-2B-Verifier"
+# Published models, so that nothing need be fetched to compile for them.
+KNOWN_QWEN = {
+    QWEN_7B: Qwen25VLConfig(),
+    "Qwen/Qwen2.5-VL-3B-Instruct": Qwen25VLConfig(
+        Qwen2Config(151_936, 2048, 11_008, 36, 16, 2, tie_word_embeddings=True, mrope_section=MROPE_SECTION),
+        VisionConfig(out_hidden_size=2048),
+    ),
+}
+KNOWN_NVILA = {
+    NVILA_LITE_2B: NvilaConfig(
+        SiglipVisionConfig(),
+        Qwen2Config(151_648, 1536, 8960, 28, 12, 2, tie_word_embeddings=True, max_position_embeddings=32_768),
+    )
+}
+_QWEN_RULES = ImageProcessorConfig(max_pixels=12_845_056)  # of the published models
+
+
+def folder_of(model: str) -> Path | None:
+    """Where a model is on this machine, a folder or in the Hub's cache; nothing is fetched."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() else cached(model)
+
+
+def read_qwen_sizes(model: str, layers: int | None = None) -> tuple[Qwen25VLConfig, ImageProcessorConfig]:
+    """A Qwen2.5-VL's sizes, and how its pictures are prepared.
+
+    Args:
+        layers: so many of the language model and of the vision tower, in place of its own.
+
+    Raises:
+        InputError: neither a folder, nor in the Hub's cache, nor known by name.
+    """
+    folder = folder_of(model)
+    if folder is None:
+        config, rules = _known(KNOWN_QWEN, model), _QWEN_RULES
+    else:
+        config = read_qwen_config(folder)
+        rules = read_image_processor_config(folder, config)
+    if layers is not None:
+        vision = replace(config.vision, depth=layers, fullatt_block_indexes=(layers - 1,))
+        config = replace(config, language=replace(config.language, num_hidden_layers=layers), vision=vision)
+    return config, rules
+
+
+def read_nvila_sizes(model: str, layers: int | None = None) -> NvilaConfig:
+    """NVILA's sizes; arguments and errors as those of :func:`read_qwen_sizes`."""
+    folder = folder_of(model)
+    config = _known(KNOWN_NVILA, model) if folder is None else read_nvila_config(folder)
+    if layers is None:
+        return config
+    vision, language = (replace(part, num_hidden_layers=layers) for part in (config.vision, config.language))
+    return replace(config, vision=vision, language=language)
+
+
+def in_8_bits(model: Model, how: Quantization | None, pattern: str = r".*") -> Model:
+    """An abstract network with the shapes that :func:`rflow_jax.models.quantization.quantize` gives its kernels."""
+    return model if how is None else nnx.eval_shape(lambda model: quantize(model, how, pattern), model)
+
+
+def _known(sizes: dict[str, Known], model: str) -> Known:
+    name = model.partition("@")[0]
+    if name not in sizes:
+        raise InputError(
+            f"model {model}: no such folder, not in the Hub's cache, and its sizes are not known here as those of "
+            f"{', '.join(sizes)} are; fetch it first (hf download {name} --include '*.json')"
+        )
+    return sizes[name]
+
 
 CORRECTOR_RANK = 32  # of the published corrector
 # Published models, so that nothing need be fetched to compile for them.
@@ -44,7 +125,7 @@ def abstract_bundle(
     scan_blocks: bool,
     lora: Mapping[str, int] | None = None,
     blocks: tuple[int, int] | None = None,
-) -> Bundle:
+) -> FluxModel:
     """A model of shapes, each with its place on the mesh; it has no tokenizers.
 
     Args:
@@ -69,9 +150,9 @@ def abstract_bundle(
     (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = (parts[c.folder] for c in COMPONENTS[1:])
     base = jax.eval_shape(graph.stacked, base)
     weights = {"vae": vae, "clip": clip, "t5": t5}
-    return Bundle(
+    return FluxModel(
         name=model,
-        graphs=Graphs(graph, vae_graph, clip_graph, t5_graph),
+        graphs=GraphDefs(graph, vae_graph, clip_graph, t5_graph),
         weights={"transformer": (on_mesh(base, mesh), on_mesh(adapters, mesh))}
         | {name: on_mesh(state, mesh) for name, state in weights.items()},
         tokenizers=None,  # pyright: ignore[reportArgumentType] (no text is ever read)
@@ -112,7 +193,7 @@ def corrector_ranks(lora: str | None, transformer: Any) -> dict[str, int]:
         raise InputError(f"LoRA {lora}: no such file or folder")
     if lora is not None and Path(lora).expanduser().exists():
         return {path: adapter.rank for path, adapter in read_lora(resolve_lora(lora)).adapters.items()}
-    return dict.fromkeys(select(linears(transformer), REFLECTION_FLOW), CORRECTOR_RANK)
+    return dict.fromkeys(select(linears(transformer), CORRECTOR_TARGET_MODULES), CORRECTOR_RANK)
 
 
 def fitting(ranks: Mapping[str, int], transformer: Any) -> dict[str, int]:

@@ -1,13 +1,123 @@
-"""What was compiled, as lines for a reader and as JSON for programs."""
+"""Compiles programs, and says of each what it takes."""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from rflow_jax.aot.chips import Chip
-from rflow_jax.aot.command import CompileConfig
-from rflow_jax.aot.compile import Compiled
-from rflow_jax.aot.estimate import compared
+from rflow_jax.aot.chips import Chip, chip_of, topology_devices
+from rflow_jax.aot.config import CompileConfig, command_for
+from rflow_jax.aot.estimate import StepEstimate, compared, estimate
+from rflow_jax.aot.hlo import Program, read_program
+from rflow_jax.aot.program import AheadProgram
+from rflow_jax.errors import InputError
+from rflow_jax.utils import cli
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one program.
+
+    Attributes:
+        fits: it compiled, and its peak and what is resident beside it are within the memory.
+        bytes_per_chip: its peak and the resident bytes; where the compiler gave up, what it says it needs, or None.
+        compile_seconds: of the processor, all threads together: tracing, lowering and compiling.
+        wall_seconds: of the clock.
+        error: what the compiler says where it gave up.
+    """
+
+    name: str
+    fits: bool
+    bytes_per_chip: int | None
+    peak_bytes: int | None
+    argument_bytes: int | None
+    temporary_bytes: int | None
+    resident_bytes: int
+    compile_seconds: float
+    wall_seconds: float
+    flops: float
+    whole: list[tuple[str, int]]
+    collectives: Program | None = None
+    estimate: StepEstimate | None = None
+    error: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for other programs."""
+        found = {key: value for key, value in vars(self).items() if key not in ("collectives", "estimate")}
+        found["collectives"] = None if self.collectives is None else self.collectives.as_json()
+        found["estimate"] = None if self.estimate is None else self.estimate.as_json()
+        return found
+
+
+def compile_program(program: AheadProgram, chip: Chip | None) -> Compiled:
+    """Compiles one program for the devices it is lowered for.
+
+    Raises whatever the compiler raises, but for want of memory.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+
+    def spent() -> dict[str, float]:
+        return {"compile_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+
+    common = {"name": program.name, "resident_bytes": program.resident_bytes}
+    common |= {"flops": program.flops, "whole": program.whole}
+    try:
+        compiled = program.lower().compile()
+    except Exception as error:
+        if _OUT_OF_MEMORY not in str(error):
+            raise
+        needed = _needed(str(error))
+        total = None if needed is None else needed + program.resident_bytes
+        nothing = dict.fromkeys(("peak_bytes", "argument_bytes", "temporary_bytes"))
+        how = {"fits": False, "bytes_per_chip": total, "error": _first_lines(str(error))}
+        return Compiled(**common, **nothing, **how, **spent())  # pyright: ignore[reportArgumentType]
+    times = spent()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    peak = int(memory.peak_memory_in_bytes)
+    collectives = read_program(text)
+    total = peak + program.resident_bytes
+    limit = None if chip is None else chip.hbm_bytes_a_device
+    return Compiled(
+        **common,  # pyright: ignore[reportArgumentType]
+        fits=limit is None or total <= limit,
+        bytes_per_chip=total,
+        peak_bytes=peak,
+        argument_bytes=int(memory.argument_size_in_bytes),
+        temporary_bytes=int(memory.temp_size_in_bytes),
+        collectives=collectives,
+        estimate=None if chip is None else _estimate(program, chip, collectives),
+        **times,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _estimate(program: AheadProgram, chip: Chip, collectives: Program) -> StepEstimate:
+    chips = max(1, program.devices // chip.devices)
+    links = {"ici_bytes": collectives.ici_bytes * chip.devices, "dcn_bytes": collectives.dcn_bytes * chip.devices}
+    return estimate(chip, chips, program.flops, hbm_bytes=program.hbm_bytes, **links)
+
+
+def _needed(message: str) -> int | None:
+    """The bytes that a compiler says a program would use."""
+    found = _USED.search(message)
+    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+
+
+def _first_lines(message: str) -> str:
+    return " ".join(message.split("\n\n")[0].split())[:500]
+
 
 _GIB = 2**30
 _MAIN = ("step", "sample")  # the program that most of the time is spent in
@@ -144,3 +254,60 @@ def _by_kind(one: Compiled) -> dict[str, dict[str, float]]:
         return {}
     kinds = one.collectives.by_kind().items()
     return {kind: {"count": row.count, "ici_bytes": row.ici_bytes, "dcn_bytes": row.dcn_bytes} for kind, row in kinds}
+
+
+def run(config: CompileConfig, recipe: Any) -> int:
+    """Compiles every program; the exit status is 0 where all fit and 1 where one does not."""
+    devices = topology_devices(config.topology, config.slices)
+    chip = chip_of(devices[0].device_kind)
+    programs, mesh = programs_of(config, recipe, devices)
+    if not programs:
+        raise InputError("verifier: every model of this configuration answers over HTTP or is a class of your own")
+    made_with = {name: version(name) for name in ("jax", "libtpu")}
+    report = Report(config, recipe, chip, len(devices), mesh, made_with)
+    print(report.headline(), flush=True)
+    for program in programs:
+        compiled = compile_program(program, chip)
+        report.add(compiled)
+        print(report.row(compiled), flush=True)
+    print(report.summary(), flush=True)
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    return 0 if report.fits else 1
+
+
+def programs_of(config: CompileConfig, recipe: Any, devices: Any) -> tuple[list[AheadProgram], dict[str, int]]:
+    """What the recipe compiles, and the axes of its mesh."""
+    from rflow_jax.parallel.mesh import make_mesh
+    from rflow_jax.search.config import SearchConfig
+
+    if not isinstance(recipe, SearchConfig):
+        mesh = make_mesh(recipe.mesh, devices)
+        if recipe.task == "corrector":
+            from rflow_jax.aot.training import training_programs
+
+            return training_programs(recipe, mesh, blocks=config.block_counts), dict(mesh.shape)
+        from rflow_jax.aot.training import qwen_training_programs
+
+        layers = config.block_counts and config.block_counts[0]
+        return qwen_training_programs(recipe, mesh, layers=layers), dict(mesh.shape)
+    if config.what == "verifier":
+        from rflow_jax.aot.verifiers import verifier_programs
+
+        return verifier_programs(recipe, devices, layers=config.block_counts and config.block_counts[0]), {}
+    from rflow_jax.aot.sampling import sampling_mesh, sampling_programs
+
+    mesh = sampling_mesh(recipe, devices)
+    return sampling_programs(recipe, devices, mesh, blocks=config.block_counts), dict(mesh.shape)
+
+
+def main() -> int | None:
+    """The command line, as ``rflow_jax.commands.compile`` checked it."""
+    # What the parent tells apart from all that libtpu says.
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    words = sys.argv[1:]
+    return cli.run_command(command_for(words, run), words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

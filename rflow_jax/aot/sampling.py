@@ -13,19 +13,19 @@ from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes,
 from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_of
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
 from rflow_jax.aot.verifiers import local_models
-from rflow_jax.local_models import claimed_devices
-from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.generation.pipeline import Pipeline
+from rflow_jax.generation.sampling import Conditioning, DynamicArgs, Inputs
+from rflow_jax.models.flux.config import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.partitioning import DATA
 from rflow_jax.parallel.mesh import make_mesh
-from rflow_jax.parallel.placement import unclaimed
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.pipeline import Pipeline
-from rflow_jax.sampling import Given, Inputs, Scales
+from rflow_jax.parallel.sharding import unclaimed
 from rflow_jax.search.config import SearchConfig
-from rflow_jax.settings import Settings
+from rflow_jax.verifiers.factory import claimed_devices
 from rflow_jax.weights import components
-from rflow_jax.weights.bundle import Bundle, scans_blocks
+from rflow_jax.weights.flux import FluxModel, scans_blocks
 
 
 def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
@@ -108,8 +108,8 @@ def _models_beside(config: SearchConfig, devices: Sequence[Any], mesh: Mesh) -> 
 
 
 def _arguments(
-    pipe: Pipeline, settings: Settings, rows: Any, whole: Any, *, with_condition: bool
-) -> tuple[Inputs, Any, Given, Scales]:
+    pipe: Pipeline, settings: SamplingConfig, rows: Any, whole: Any, *, with_condition: bool
+) -> tuple[Inputs, Any, Conditioning, DynamicArgs]:
     """What the programs are called with, as shapes."""
     bundle, b = pipe.bundle, pipe.images_at_once(settings)
     length, side = settings.max_sequence_length or 0, settings.condition_size
@@ -123,9 +123,9 @@ def _arguments(
     text = shaped((b, length, flux.joint_attention_dim), bundle.dtype, rows)
     pooled = shaped((b, flux.pooled_projection_dim), bundle.dtype, rows)
     black = condition if with_condition and settings.image_guidance_scale != 1.0 else None
-    given: Any = Given(text, pooled, condition, black)  # pyright: ignore[reportArgumentType]
+    given: Any = Conditioning(text, pooled, condition, black)  # pyright: ignore[reportArgumentType]
     number = shaped((), jnp.float32, whole)
-    scales: Any = Scales(shaped((steps + 1,), jnp.float32, whole), number, number, number)  # pyright: ignore[reportArgumentType]
+    scales: Any = DynamicArgs(shaped((steps + 1,), jnp.float32, whole), number, number, number)  # pyright: ignore[reportArgumentType]
     return inputs, noise, given, scales
 
 
@@ -135,7 +135,7 @@ def _key_type() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
 
 
-def _encoder_flops(config: SearchConfig, bundle: Bundle, settings: Settings) -> float:
+def _encoder_flops(config: SearchConfig, bundle: FluxModel, settings: SamplingConfig) -> float:
     """Of one image: T5, CLIP and the condition."""
     t5 = read_sizes(config.model)[0][components.T5.folder]
     texts = t5_flops(t5, settings.max_sequence_length or 0) + encoder_flops(bundle.clip_config, bundle.clip_length)

@@ -1,4 +1,4 @@
-"""The programs of the corrector's training, of a real configuration: the encoders and the step."""
+"""The step of the tasks that train a Qwen2.5-VL, ``reward`` and ``sft``, of a real configuration."""
 
 from __future__ import annotations
 
@@ -7,27 +7,121 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
-from rflow_jax.aot.models import abstract_bundle, corrector_ranks, fitting, read_sizes, whole_of
-from rflow_jax.aot.placed import abstract_state, on_mesh
-from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
-from rflow_jax.models.flux.cost import training_flops
-from rflow_jax.models.flux.graph import FluxGraph
-from rflow_jax.models.flux.transformer import abstract_flux
+from rflow_jax.aot.models import abstract_bundle, corrector_ranks, fitting, read_qwen_sizes, read_sizes, whole_of
+from rflow_jax.aot.program import AheadProgram, abstract_state, bytes_on_a_device, on_mesh, shaped, whole_in
+from rflow_jax.errors import InputError
+from rflow_jax.models.flux.config import training_flops
+from rflow_jax.models.flux.transformer import FluxGraph, abstract_flux
 from rflow_jax.models.lora import attach_shapes, linears, select
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
 from rflow_jax.parallel.mesh import BATCH, samples_along
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.training.config import RunConfig
-from rflow_jax.training.corrector import make_recipe
-from rflow_jax.training.feed import AHEAD
-from rflow_jax.training.latents import LatentInputs, make_encode_latents
-from rflow_jax.training.model import Trained, split_moving
+from rflow_jax.training.config import CommonConfig, RunConfig
+from rflow_jax.training.corrector.latents import LatentInputs, make_encode_latents
+from rflow_jax.training.corrector.step import ENCODERS, Inputs, StepSpec, make_encode, make_step
+from rflow_jax.training.corrector.task import make_step_spec
 from rflow_jax.training.optimizers import make_optimizer
-from rflow_jax.training.step import ENCODERS, Inputs, Recipe, make_encode, make_step
+from rflow_jax.training.partition import PartitionedModel, split_trainable
+from rflow_jax.training.prefetch import AHEAD
+from rflow_jax.training.qwen.batches import Rows, RowSizes, rows_of
+from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.model import ParamPartition, flops_of_sample
+from rflow_jax.training.qwen.model import split_trainable as split_moving_qwen
+from rflow_jax.training.reward import task as reward
+from rflow_jax.training.reward.config import RewardRunConfig
+from rflow_jax.training.reward.loss import PairInputs
+from rflow_jax.training.sft import task as sft
+from rflow_jax.training.sft.config import SftRunConfig
+from rflow_jax.training.sft.loss import ChatInputs
+from rflow_jax.training.train_state import TrainState
+from rflow_jax.vlm.qwen_batching import QwenSample
 from rflow_jax.weights import components
-from rflow_jax.weights.bundle import Bundle, scans_blocks
+from rflow_jax.weights.flux import FluxModel, scans_blocks
+
+# The special token comes after those of the published tokenizer.
+_SPECIAL = 151_665
+
+
+def qwen_training_programs(config: CommonConfig, mesh: Mesh, *, layers: int | None = None) -> list[AheadProgram]:
+    """What ``train.py`` compiles for a step of this configuration on this mesh.
+
+    Args:
+        layers: so many of the language model and of the vision tower, for a quick check.
+
+    Raises:
+        InputError: another task, a model whose sizes are not known, or a setting that is not usable.
+    """
+    config.train.check_batch(samples_along(mesh))
+    if isinstance(config, RewardRunConfig):
+        return [_reward(config, mesh, layers)]
+    if isinstance(config, SftRunConfig):
+        return [_sft(config, mesh, layers)]
+    raise InputError(f"task {config.task}: not of a Qwen2.5-VL; reward and sft are")
+
+
+def _reward(config: RewardRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
+    sizes, rules = read_qwen_sizes(config.model, layers)
+    dtype = jnp.dtype(config.train.dtype)
+    last = sizes.language.vocab_size - 1
+    special = min(_SPECIAL, last) if config.reward.token == "special" else None
+    base = abstract_qwen2_5_vl(sizes, dtype)
+    model = nnx.eval_shape(lambda base: reward.begin(base, special, config.train.seed, dtype), base)
+    parts = abstract_parts(model, config.trainable, mesh, also=reward.HEAD)
+    objective = reward.make_objective(config, parts.graph, sizes, rules, special)
+    padded, count = reward.row_sizes(config, sizes, rules), config.train.batch_size
+    places = NamedSharding(mesh, BATCH)
+    pairs = PairInputs(
+        jax.tree.map(lambda x: shaped((count, 2, *x.shape[1:]), x.dtype, places), _row(sizes, padded)),
+        shaped((count,), np.int32, places),  # pyright: ignore[reportArgumentType]
+        shaped((count, 2), np.float32, places),  # pyright: ignore[reportArgumentType]
+    )
+    optimizer = make_optimizer(config.optimizer)
+    state, shardings = abstract_state(parts.trainable, optimizer, mesh)
+    step = reward.compile_pair_step(config, objective, optimizer, shardings, mesh)
+    flops = 2 * flops_of_sample(parts, sizes, tokens=padded.tokens, patches=padded.patches, pictures=1)
+    return _program(step, state, parts, pairs, mesh, count * flops)
+
+
+def _sft(config: SftRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
+    sizes, rules = read_qwen_sizes(config.model, layers)
+    parts = abstract_parts(abstract_qwen2_5_vl(sizes, jnp.dtype(config.train.dtype)), config.trainable, mesh)
+    objective = sft.make_objective(config, parts.graph, sizes, rules)
+    padded, count = sft.row_sizes(config, sizes, rules), config.train.batch_size
+    places = NamedSharding(mesh, BATCH)
+    chats = ChatInputs(
+        jax.tree.map(lambda x: shaped((count, *x.shape[1:]), x.dtype, places), _row(sizes, padded)),
+        shaped((count, padded.tokens), np.float32, places),  # pyright: ignore[reportArgumentType]
+    )
+    optimizer = make_optimizer(config.optimizer)
+    state, shardings = abstract_state(parts.trainable, optimizer, mesh)
+    step = sft.compile_chat_step(config, objective, optimizer, shardings, mesh)
+    how = {"tokens": padded.tokens, "patches": padded.patches, "pictures": padded.pictures}
+    return _program(step, state, parts, chats, mesh, count * flops_of_sample(parts, sizes, **how))
+
+
+def abstract_parts(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, also: str = "") -> ParamPartition:
+    """As :func:`rflow_jax.training.qwen.model.partition_params`, of shapes."""
+    if config.pattern is not None:
+        attach_shapes(model, dict.fromkeys(select(linears(model), config.pattern), config.rank))
+    graph, trainable, frozen = split_moving_qwen(model, config, also)
+    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+    return ParamPartition(graph, on_mesh(trainable, mesh), on_mesh(frozen, mesh))
+
+
+def _row(config: Qwen25VLConfig, sizes: RowSizes) -> Rows:
+    """A batch of one row, which holds nothing."""
+    return rows_of([QwenSample(np.zeros(1, np.int32))], config, pad=0, sizes=sizes)
+
+
+def _program(step: Any, state: TrainState, parts: ParamPartition, batch: Any, mesh: Mesh, flops: float) -> AheadProgram:
+    whole = whole_in(nnx.merge_state(parts.trainable, parts.frozen))
+    waiting = AHEAD * bytes_on_a_device(batch)
+    return AheadProgram("step", lambda: step.lower(state, parts.frozen, batch), mesh.size, waiting, flops, whole=whole)
 
 
 def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None) -> list[AheadProgram]:
@@ -41,7 +135,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     """
     config.train.check_batch(samples_along(mesh))
     trained = abstract_trained(config, mesh, blocks)
-    recipe, optimizer = make_recipe(config, trained), make_optimizer(config.optimizer)
+    recipe, optimizer = make_step_spec(config, trained), make_optimizer(config.optimizer)
     state, shardings = abstract_state(trained.trainable, optimizer, mesh)
     precomputed = config.data.format == "precomputed"
     bundle, size = trained.bundle, config.train.batch_size
@@ -85,7 +179,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     ]
 
 
-def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | None = None) -> Trained:
+def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | None = None) -> PartitionedModel:
     """What is trained, of shapes on the mesh."""
     dtype, wanted = jnp.dtype(config.train.dtype), config.trainable
     scan_blocks = scans_blocks(config.train.scan_blocks, mesh)
@@ -99,14 +193,14 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
             ranks = dict.fromkeys(select(linears(transformer), wanted.pattern), wanted.rank)
         attach_shapes(transformer, ranks if blocks is None else fitting(ranks, transformer))
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
-    trainable, frozen, scales = split_moving(transformer, wanted, graph, config.model)
+    trainable, frozen, scales = split_trainable(transformer, wanted, graph, config.model)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     frozen = on_mesh(jax.eval_shape(graph.stacked, frozen), mesh)
     running = on_mesh(jax.eval_shape(graph.stacked, trainable), mesh)
-    return Trained(bundle, graph, running, frozen, on_mesh(trainable, mesh), scales)
+    return PartitionedModel(bundle, graph, running, frozen, on_mesh(trainable, mesh), scales)
 
 
-def _pictures(config: RunConfig, bundle: Bundle, recipe: Recipe, mesh: Mesh) -> Inputs:
+def _pictures(config: RunConfig, bundle: FluxModel, recipe: StepSpec, mesh: Mesh) -> Inputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
     good, bad = ((b, size, size, 3) for size in (config.data.target_size, config.data.condition_size))
     arrays = [
@@ -118,7 +212,7 @@ def _pictures(config: RunConfig, bundle: Bundle, recipe: Recipe, mesh: Mesh) -> 
     return Inputs(*(shaped(shape, kind, rows) for shape, kind in [*arrays, ((b,), np.uint32)]))  # pyright: ignore[reportArgumentType]
 
 
-def _latents(config: RunConfig, bundle: Bundle, recipe: Recipe, mesh: Mesh) -> LatentInputs:
+def _latents(config: RunConfig, bundle: FluxModel, recipe: StepSpec, mesh: Mesh) -> LatentInputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
     vae, flux = bundle.vae_config, bundle.flux_config
 
@@ -135,12 +229,12 @@ def _latents(config: RunConfig, bundle: Bundle, recipe: Recipe, mesh: Mesh) -> L
     )
 
 
-def _tokens(recipe: Recipe) -> tuple[int, int, int]:
+def _tokens(recipe: StepSpec) -> tuple[int, int, int]:
     shape = recipe.shape
     return shape.text, shape.image[0] * shape.image[1], shape.condition[0] * shape.condition[1]
 
 
-def _encoder_flops(config: RunConfig, bundle: Bundle, recipe: Recipe) -> float:
+def _encoder_flops(config: RunConfig, bundle: FluxModel, recipe: StepSpec) -> float:
     """Of one sample: T5, CLIP and two pictures."""
     t5 = read_sizes(config.model)[0][components.T5.folder]
     pictures = (config.data.target_size, config.data.condition_size)

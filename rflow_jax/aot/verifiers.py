@@ -16,37 +16,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from rflow_jax.aot.estimate import nvila_projector_flops, picture_flops, qwen2_flops, qwen_vision_flops
-from rflow_jax.aot.placed import on_mesh, whole_in
-from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
-from rflow_jax.aot.vlm import QWEN_7B, folder_of, in_8_bits, read_nvila_sizes, read_qwen_sizes
-from rflow_jax.chat.prompt_file import read_prompt
-from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT
-from rflow_jax.language.config import WriterConfig
-from rflow_jax.language.prompt_file import PromptFile
-from rflow_jax.local_models import configure
+from rflow_jax.aot.models import QWEN_7B, folder_of, in_8_bits, read_nvila_sizes, read_qwen_sizes
+from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, on_mesh, shaped, whole_in
 from rflow_jax.models.lora import attach_shapes, linears, select
-from rflow_jax.models.nvila.config import NvilaConfig
-from rflow_jax.models.nvila.network import abstract_nvila
+from rflow_jax.models.nvila import NvilaConfig, abstract_nvila
 from rflow_jax.models.partitioning import TENSOR
-from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.layout import Grid
-from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS, abstract_qwen2_5_vl
-from rflow_jax.models.qwen2_5_vl.reward import abstract_reward_model
-from rflow_jax.parallel.placement import on_mesh_of, pick
+from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS, abstract_qwen2_5_vl, abstract_reward_model
+from rflow_jax.parallel.sharding import on_mesh_of, pick
 from rflow_jax.search.config import SearchConfig
-from rflow_jax.settings import require_dtype
-from rflow_jax.verifiers import nvila_programs
+from rflow_jax.utils.checks import require_dtype
 from rflow_jax.verifiers.config import REWARD, VerifierConfig
+from rflow_jax.verifiers.factory import configure
 from rflow_jax.verifiers.nvila import NvilaVerifierConfig
-from rflow_jax.verifiers.nvila_programs import PICTURES_AT_ONCE, padded_length, token_slots
 from rflow_jax.verifiers.reward import PROMPT, RewardVerifierConfig
-from rflow_jax.vlm.qwen import Scoring, rewards, texts
+from rflow_jax.vlm import nvila_programs
+from rflow_jax.vlm.nvila_programs import PICTURES_AT_ONCE, padded_length, token_slots
+from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_chat import QwenChatConfig
-from rflow_jax.vlm.qwen_images import ImageRules, fitted, limited, patches_of
-from rflow_jax.vlm.qwen_inputs import Inputs, Sample, Sizes, batch_of
+from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, fitted, limited, patches_of
+from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
-from rflow_jax.weights.reward.config import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
+from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
+from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.writers.prompt_template import PromptFile, read_prompt
 
 # No tokenizer is read: a token of English is about four letters, and a prompt in hand so many tokens.
 _LETTERS, _PROMPT_TOKENS = 4, 64
@@ -111,7 +107,7 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
     ]
     writers = {"reflector": (config.reflector, REFLECTION_PROMPT, 1 + config.reflect.history)}
     writers["refiner"] = (config.refiner, REFINE_PROMPT, 1)
-    asked: dict[QwenChatConfig, dict[Inputs, list[str]]] = {}
+    asked: dict[QwenChatConfig, dict[QwenInputs, list[str]]] = {}
     for role, (writer, prompt, pictures) in writers.items():
         if writer.name == "qwen":
             options = configure(QwenChatConfig, writer.model, writer.options, role)
@@ -200,13 +196,13 @@ def _reward_config(options: RewardVerifierConfig) -> RewardConfig:
     return replace(said, base=options.base or (str(beside) if beside.is_dir() else said.base))
 
 
-def _chats(options: QwenChatConfig, text: int, images: Sequence[tuple[int, int]], layers: int | None) -> Inputs:
+def _chats(options: QwenChatConfig, text: int, images: Sequence[tuple[int, int]], layers: int | None) -> QwenInputs:
     sizes, rules = read_qwen_sizes(options.model, layers)
     return _inputs(sizes, rules, images, text, options.max_pixels, options.batch_size)
 
 
 def _qwen(
-    options: QwenChatConfig, asked: Mapping[Inputs, Sequence[str]], devices: Sequence[Any], layers: int | None
+    options: QwenChatConfig, asked: Mapping[QwenInputs, Sequence[str]], devices: Sequence[Any], layers: int | None
 ) -> LocalModel:
     """A model that writes.
 
@@ -222,7 +218,7 @@ def _qwen(
     keys = jax.eval_shape(partial(jax.random.wrap_key_data, impl="threefry2x32"), data)
     decoding, new = _decoding(options, sizes), options.max_new_tokens
 
-    def lower(inputs: Inputs) -> Any:
+    def lower(inputs: QwenInputs) -> Any:
         return texts.lower(graph, rules, decoding, weights, inputs, keys)
 
     programs: list[AheadProgram] = []
@@ -248,7 +244,7 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
     )
 
 
-def _told(writer: WriterConfig, default: Path, pictures: int) -> int:
+def _told(writer: TextGeneratorConfig, default: Path, pictures: int) -> int:
     """About how many tokens of text a writer is told about so many pictures."""
     parts = PromptFile.of(writer.prompt_file, default)
     written = parts.instructions + parts.question.template + (pictures - 1) * parts.past.template
@@ -261,12 +257,12 @@ def _tokens_in(text: str) -> int:
 
 def _inputs(
     config: Qwen25VLConfig,
-    rules: ImageRules,
+    rules: ImageProcessorConfig,
     images: Sequence[tuple[int, int]],
     text: int,
     max_pixels: int | None,
     rows: int,
-) -> Inputs:
+) -> QwenInputs:
     """The shapes of a batch, padded as a real one.
 
     Args:
@@ -278,18 +274,18 @@ def _inputs(
     for _, grid in pictures:
         units = grid[1] * grid[2] // config.vision.unit
         ids += [np.full(units, config.image_token_id, np.int32), np.zeros(2, np.int32)]
-    samples = [Sample(np.concatenate(ids), pictures)] * rows
-    batch = batch_of(samples, config, pad=0, sizes=Sizes.few(samples, config, rows))
+    samples = [QwenSample(np.concatenate(ids), pictures)] * rows
+    batch = batch_of(samples, config, pad=0, sizes=Sizes.bucketed(samples, config, rows))
     return jax.tree.map(lambda x: _host(x.shape, x.dtype), batch)
 
 
-def _picture(size: tuple[int, int], rules: ImageRules, max_pixels: int | None) -> tuple[np.ndarray, Grid]:
+def _picture(size: tuple[int, int], rules: ImageProcessorConfig, max_pixels: int | None) -> tuple[np.ndarray, Grid]:
     """Patches and grid of a black picture."""
     image = Image.new("RGB", size)
     return patches_of(fitted(image if max_pixels is None else limited(image, max_pixels, rules.factor), rules), rules)
 
 
-def _read_flops(config: Qwen25VLConfig, inputs: Inputs) -> float:
+def _read_flops(config: Qwen25VLConfig, inputs: QwenInputs) -> float:
     """Operations up to the last hidden state and one token's logits of every row, padding included."""
     (rows, tokens), pictures = inputs.ids.shape, (0, 0, 0) if inputs.patches is None else inputs.patches.shape
     seen = pictures[0] * qwen_vision_flops(config.vision, pictures[1]) if pictures[0] else 0.0

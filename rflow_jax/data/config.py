@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rflow_jax.data.choice import Choice
-from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.sampling import SubsetSchedule
+from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
-from rflow_jax.settings import require_least
+from rflow_jax.utils.checks import require_least
 
 Format = Literal["tar", "stream", "tfds", "precomputed"]
 
@@ -22,7 +22,7 @@ class DataConfig:
             folder of a TFDS data set or of precomputed latents.
         format: ``tar`` reads records by byte range, after one pass for an index; ``stream`` reads each shard once, in
             order, for what has no byte ranges; ``tfds`` and ``precomputed`` are folders made by
-            ``python -m rflow_jax.data.convert``.
+            ``python -m rflow_jax.commands.dataset``.
         split_ratios: for each subset its weight at each stage; a subset that is left out is never drawn.
         training_stages: the optimizer steps of these stages; between two the weights are interpolated.
         target_size: pixels of the square that training images are cut to.
@@ -65,10 +65,10 @@ class DataConfig:
     cache: str | None = None
     allow_shell: bool = False
     buffer: int = 1000
-    patience: Patience = Patience()
+    patience: RetryPolicy = RetryPolicy()
 
     def __post_init__(self) -> None:
-        Choice(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # says what is wrong with them
+        SubsetSchedule(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # says what is wrong with them
         require_least(self, "data", target_size=1, condition_size=1, workers=0, prefetch=1, skip_limit=0, buffer=1)
         for name in ("drop_text_prob", "drop_image_prob", "drop_reflection_prob"):
             if not 0 <= getattr(self, name) <= 1:

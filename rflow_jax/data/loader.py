@@ -1,4 +1,4 @@
-"""Batches in their order, their records read and decoded by worker processes in advance."""
+"""Records in an order of their own for each epoch: a function of the seed and the sample's number alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,93 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.examples import Example, make_example
-from rflow_jax.data.mixture import Draw, Mixture
 from rflow_jax.data.records import RecordError, RecordSource
+from rflow_jax.data.sampling import REPLACEMENT, SHUFFLE, MixtureSampler, SampleRef, random_words
+from rflow_jax.data.transforms import Example, make_example
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError, RunError
+
+
+class ItemRef(NamedTuple):
+    """One drawn sample.
+
+    Attributes:
+        number: of the sample in the whole training: step * batch_size + slot.
+        index: of its record.
+        epoch: how often the records have been gone through before.
+    """
+
+    number: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    epoch: int
+
+
+class ShuffledSampler:
+    """A :class:`~rflow_jax.data.loader.Plan` that goes through all records, then again in another order.
+
+    Args:
+        count: of the records.
+        batch_size: samples of a step, over all processes.
+        slots: which of them this process makes.
+        fingerprint: of the records and their order.
+        name: of the samples, in what is told of them.
+        position: where a run stood that goes on.
+
+    Raises:
+        InputError: these are not the records of the position.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        batch_size: int,
+        slots: Sequence[int],
+        fingerprint: str,
+        name: str,
+        position: Mapping[str, Any] | None = None,
+    ):
+        require_same_records(position, fingerprint)
+        self._count, self._seed, self._batch_size, self._slots = count, seed, batch_size, list(slots)
+        self._fingerprint, self._name = fingerprint, name
+        self._order = lru_cache(maxsize=4)(self._draw_order)
+
+    def jobs(self, step: int) -> list[ItemRef]:
+        return [self._job(step * self._batch_size + slot) for slot in self._slots]
+
+    def replacement(self, job: ItemRef, attempt: int) -> ItemRef:
+        """Another record; the first n - 1 attempts give every other of the n records once.
+
+        Raises:
+            InputError: there is no other.
+        """
+        if self._count < 2:
+            raise InputError(f"data: the only one of the {self._name} cannot be used")
+        word = int(random_words(self._seed, REPLACEMENT, (job.number, 0), 1)[0])
+        order = self._order(job.epoch)
+        place = int(np.flatnonzero(order == job.index)[0]) + 1 + (word + attempt) % (self._count - 1)
+        return job._replace(index=int(order[place % self._count]))
+
+    def drawn(self, step: int) -> dict[str, int]:
+        return {self._name: step * self._batch_size}
+
+    def position(self, step: int) -> dict[str, Any]:
+        return {"number": step * self._batch_size, "fingerprint": self._fingerprint}
+
+    def _job(self, number: int) -> ItemRef:
+        epoch, place = divmod(number, self._count)
+        return ItemRef(number, int(self._order(epoch)[place]), epoch)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.argsort(random_words(self._seed, SHUFFLE, (0, epoch), self._count), kind="stable")
 
 
 class HostBatch(NamedTuple):
@@ -47,7 +123,7 @@ class HostBatch(NamedTuple):
     digest: str
 
 
-class Made(NamedTuple):
+class WorkerResult(NamedTuple):
     """What a worker hands back: an example (of pictures or of latents) and its hash, or why there is none."""
 
     example: Any
@@ -56,7 +132,7 @@ class Made(NamedTuple):
 
 
 @runtime_checkable
-class Plan(Protocol):
+class Sampler(Protocol):
     """Which samples this process makes at each step.
 
     A job can be pickled, and has the ``number`` of its sample.
@@ -102,7 +178,7 @@ class Loader:
         RunError: a worker process died.
     """
 
-    def __init__(self, plan: Plan, make: Callable[[Any], Made], config: LoaderConfig, start: int):
+    def __init__(self, plan: Sampler, make: Callable[[Any], WorkerResult], config: LoaderConfig, start: int):
         self._plan, self._config, self._start = plan, config, start
         self._skipped = 0
         self._workers = Workers(make, worker_count(config.workers))
@@ -126,7 +202,7 @@ class Loader:
         self._workers.close()
 
     def __iter__(self) -> Iterator[HostBatch]:
-        ahead: deque[tuple[int, list[tuple[Any, Future[Made]]]]] = deque()
+        ahead: deque[tuple[int, list[tuple[Any, Future[WorkerResult]]]]] = deque()
         step = self._start
         while True:
             while len(ahead) <= self._config.prefetch:
@@ -135,7 +211,7 @@ class Loader:
             begin = time.perf_counter()
             yield self._collect(*ahead.popleft(), begin)
 
-    def _collect(self, step: int, jobs: list[tuple[Any, Future[Made]]], begin: float) -> Any:
+    def _collect(self, step: int, jobs: list[tuple[Any, Future[WorkerResult]]], begin: float) -> Any:
         skipped: list[str] = []
         made = [self._result(job, future, skipped) for job, future in jobs]
         numbers = np.asarray([job.number for job, _ in jobs], np.uint32)
@@ -149,7 +225,7 @@ class Loader:
         good, bad = (np.stack([getattr(example, name) for example in examples]) for name in ("good", "bad"))
         return HostBatch(numbers=numbers, good=good, bad=bad, **texts_of(examples), **told)
 
-    def _result(self, job: Any, future: Future[Made], skipped: list[str]) -> Made:
+    def _result(self, job: Any, future: Future[WorkerResult], skipped: list[str]) -> WorkerResult:
         for attempt in range(self._config.skip_limit + 2):
             try:
                 made = future.result()
@@ -180,19 +256,19 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class MakeFromSource:
+class RecordCollator:
     """Reads the record that a draw names, and makes its example."""
 
     source: RecordSource
     config: DataConfig
     seed: int
 
-    def __call__(self, draw: Draw) -> Made:
+    def __call__(self, draw: SampleRef) -> WorkerResult:
         try:
             example = make_example(self.source.read(draw.subset, draw.index), self.config, self.seed, draw.number)
         except RecordError as error:
-            return Made(None, b"", str(error))
-        return Made(example, digest_of(example))
+            return WorkerResult(None, b"", str(error))
+        return WorkerResult(example, digest_of(example))
 
 
 @runtime_checkable
@@ -206,11 +282,11 @@ class Counted(Protocol):
     def fingerprint(self) -> str: ...
 
 
-class MixturePlan:
+class RecordSampler:
     """Draws of a mixture over records with random access.
 
     Args:
-        batch_size, slots, position: as for :func:`~rflow_jax.data.open.open_loader`.
+        batch_size, slots, position: as for :func:`~rflow_jax.data.sources.open.open_loader`.
 
     Raises:
         InputError: the records are not those of the position, or a subset that is drawn has none.
@@ -228,14 +304,14 @@ class MixturePlan:
     ):
         require_same_records(position, records.fingerprint)
         ratios, stages = config.split_ratios, config.training_stages
-        self._mixture = Mixture(records.counts, ratios, stages, seed, batch_size, position)
+        self._mixture = MixtureSampler(records.counts, ratios, stages, seed, batch_size, position)
         self._slots, self._fingerprint = list(slots), records.fingerprint
 
-    def jobs(self, step: int) -> list[Draw]:
+    def jobs(self, step: int) -> list[SampleRef]:
         draws = self._mixture.draws(step)
         return [draws[slot] for slot in self._slots]
 
-    def replacement(self, job: Draw, attempt: int) -> Draw:
+    def replacement(self, job: SampleRef, attempt: int) -> SampleRef:
         return self._mixture.replacement(job, attempt)
 
     def drawn(self, step: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
@@ -74,3 +75,11 @@ def first_held_out(prepare: Callable[[int], T], records: int, count: int) -> tup
             trouble = str(error)
             log.warning("validation: skipped %s", trouble)
     return found, trouble
+
+
+def read_image(path: Path, where: str) -> bytes:
+    """The bytes of a picture that a line names; raises RecordError where there are none."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{where}: {path}: cannot read this picture ({error})") from error

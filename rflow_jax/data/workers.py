@@ -1,8 +1,12 @@
-"""Processes that read and decode. They never open a device, and end with the process that started them."""
+"""Memory that worker processes fill and their parent reads in place.
+
+Shared buffers are files without a name: nothing is left behind when all processes are killed.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -10,7 +14,9 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -20,7 +26,59 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from rflow_jax.data.slabs import Slab, Slabs, fill
+
+class SharedBuffer:
+    """One piece of shared memory; it grows to what is written to it.
+
+    Attributes:
+        path: under which a child process opens it.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("rflow_jax"), "r+b", buffering=0)
+        self._memory: mmap.mmap | None = None
+        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    def read(self, length: int) -> np.ndarray:
+        """Its first bytes, in place: uint8 [length]."""
+        if self._memory is None or len(self._memory) < length:
+            self._memory = mmap.mmap(self._file.fileno(), length)
+        return np.frombuffer(self._memory, np.uint8, length)
+
+
+class SharedBufferPool:
+    """Shared buffers that are used again: fresh memory costs more than it takes to fill it."""
+
+    def __init__(self) -> None:
+        self._free: deque[SharedBuffer] = deque()  # without a lock: a slab may come back while one is taken
+
+    def take(self) -> SharedBuffer:
+        """One that nothing lies in."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return SharedBuffer()
+
+    def views(self, slab: SharedBuffer, lengths: Sequence[int]) -> list[np.ndarray]:
+        """What lies in a slab, piece by piece; the slab is free again when all pieces, and views of them, are gone."""
+        if not sum(lengths):
+            self._free.append(slab)
+            return [np.empty(0, np.uint8) for _ in lengths]
+        whole = slab.read(sum(lengths))
+        weakref.finalize(whole, self._free.append, slab).atexit = False
+        return np.split(whole, np.cumsum(lengths)[:-1])
+
+
+def write_pieces(path: str, pieces: Sequence[memoryview]) -> None:
+    """Writes the pieces one after the other; called in a child process."""
+    file = os.open(path, os.O_WRONLY)
+    try:
+        written = os.pwritev(file, pieces, 0)
+    finally:
+        os.close(file)
+    if written != sum(piece.nbytes for piece in pieces):
+        raise MemoryError("no shared memory is left; lower data.workers or data.prefetch")
+
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_MAPPED = 32 << 20  # bytes; glibc refuses a larger threshold
@@ -84,7 +142,7 @@ class Workers:
 
     def __init__(self, make: Callable[[Any], Any], count: int):
         self._in_thread = None if count else make
-        self._slabs = Slabs() if count and hasattr(os, "memfd_create") else None
+        self._slabs = SharedBufferPool() if count and hasattr(os, "memfd_create") else None
         self._context = _Context()
         self._pool = (
             ProcessPoolExecutor(count, mp_context=self._context, initializer=_begin, initargs=(make,))
@@ -141,17 +199,17 @@ def _pack(job: Any, path: str | None) -> Packed:
     pickled = pickle.dumps(made, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]
     if raw:
-        fill(path, raw)
+        write_pieces(path, raw)
     return Packed(pickled, [part.nbytes for part in raw])
 
 
-def _unpack(done: Future[Packed], slab: Slab | None, slabs: Slabs | None, made: Future[Any]) -> None:
+def _unpack(done: Future[Packed], slab: SharedBuffer | None, slabs: SharedBufferPool | None, made: Future[Any]) -> None:
     """Hands on what a worker made; the slab is free again once no array lies in it."""
     try:
         packed = done.result()
         parts: list[np.ndarray] = []
         if slab is not None and slabs is not None:
-            parts = slabs.lend(slab, packed.lengths)
+            parts = slabs.views(slab, packed.lengths)
         made.set_result(pickle.loads(packed.pickled, buffers=parts))
     except CancelledError:
         made.cancel()

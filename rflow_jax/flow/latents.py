@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.embeddings import Rope, rope_table
+from rflow_jax.models.flux.layers import Rope, rope_table
 from rflow_jax.typing import Array, Float
 
 PATCH = 2  # a token is a patch of 2 x 2 latents

@@ -1,17 +1,71 @@
-"""Samplers: plain functions from a velocity field, noise and times to a sample.
-
-The convention everywhere: x_t = (1 - t) x_0 + t x_1 with x_1 the noise, so dx/dt = x_1 - x_0 is what the network
-predicts, and sampling integrates from t = 1 down to t = 0.
-"""
+"""Times of the sampler: sigmas from 1 (noise) to 0, shifted by the number of image tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rflow_jax.errors import InputError
 from rflow_jax.typing import Array, Float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A flow-matching Euler schedule, in the names of diffusers' ``scheduler_config.json``.
+
+    ``use_dynamic_shifting`` (FLUX.1-dev) shifts by mu, linear in the image tokens: more tokens need
+    more of the steps at high noise. Otherwise (FLUX.1-schnell) the constant ``shift`` applies.
+    """
+
+    use_dynamic_shifting: bool = True
+    shift: float = 3.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.max_image_seq_len <= self.base_image_seq_len:
+            raise InputError("scheduler_config.json: max_image_seq_len must be above base_image_seq_len")
+        if self.shift <= 0:
+            raise InputError(f"scheduler_config.json: shift is {self.shift}; expected a number above 0")
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Schedule:
+        """From the content of ``scheduler_config.json``; raises InputError for another kind of schedule."""
+        if (name := config.get("_class_name", "FlowMatchEulerDiscreteScheduler")) != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(f"scheduler_config.json: a {name}; FLUX uses FlowMatchEulerDiscreteScheduler")
+        other = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "shift_terminal",
+        )
+        if odd := [key for key in other if config.get(key)]:
+            raise InputError(f"scheduler_config.json: {odd[0]} is not supported (FLUX does not use it)")
+        if config.get("time_shift_type", "exponential") != "exponential":
+            raise InputError("scheduler_config.json: time_shift_type must be exponential")
+        return cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
+
+    def mu(self, image_tokens: int) -> float:
+        """The shift's exponent for this many image tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + slope * (image_tokens - self.base_image_seq_len)
+
+    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
+        """[steps + 1] float32, falling from 1 to 0; step k goes from sigma k to sigma k + 1."""
+        sigma = np.linspace(1.0, 1.0 / steps, steps)
+        factor = math.exp(self.mu(image_tokens)) if self.use_dynamic_shifting else self.shift
+        shifted = factor * sigma / (1 + (factor - 1) * sigma)
+        return np.append(shifted, 0.0).astype(np.float32)
+
 
 # (x [b, i, f] float32, t scalar, step) -> velocity of the same shape
 Velocity = Callable[[Array, Array, Array], Array]

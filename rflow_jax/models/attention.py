@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from rflow_jax.models.options import AttentionImpl
 from rflow_jax.models.partitioning import BATCH, HEADS, SEQUENCE, TOKENS, auto_axes, dividing, target_platform
 from rflow_jax.typing import Array, Float, Int
 
-AttentionImpl = Literal["auto", "reference", "xla", "cudnn", "flash"]
 FLASH_BLOCK = 512  # tokens in a tile of the TPU kernels; sequences are padded to a multiple of it
 _LANES = 128  # of a TPU's vector registers; head dimensions are padded to a multiple of it
 _MASKED = float(jnp.finfo(jnp.float32).min)

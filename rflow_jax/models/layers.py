@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.models.partitioning import SEQUENCE, constrain, has_axis
-from rflow_jax.typing import Array, Float
+from rflow_jax.typing import Array, Bool, Float
 
 Module = TypeVar("Module", bound=nnx.Module)
 # Which rows (tokens, on axis -2) a linear's LoRA acts on. None: on none. ``slice(start, None)``: on the last rows.
@@ -137,7 +137,7 @@ def matmul(x: Float[Array, "*b s d"], kernel: Any, *, dtype: Dtype | None = None
     """``x @ kernel``.
 
     Args:
-        kernel: [in, out], or what :mod:`rflow_jax.models.quantized` made of it: its few bits are read as they are, and
+        kernel: [in, out], or what ``models/quantization.py`` made of it: its few bits are read as they are, and
             the sums scaled.
         dtype: of the result; None: that of ``x``.
     """
@@ -152,3 +152,51 @@ def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
     y = x.astype(jnp.float32)
     centred = y - jnp.mean(y, axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention over [b, t, d].
+
+    Attributes:
+        scale: factor of the scores before the bias (T5 has 1).
+    """
+
+    def __init__(
+        self,
+        d: int,
+        heads: int,
+        head_dim: int,
+        *,
+        scale: float,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+        dtype: Dtype = jnp.float32,
+    ):
+        inner = heads * head_dim
+        self.heads = heads
+        self.scale = scale
+        self.q = Linear(d, inner, use_bias=use_bias, rngs=rngs, dtype=dtype)
+        self.k = Linear(d, inner, use_bias=use_bias, rngs=rngs, dtype=dtype)
+        self.v = Linear(d, inner, use_bias=use_bias, rngs=rngs, dtype=dtype)
+        self.out = Linear(inner, d, use_bias=use_bias, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        bias: Float[Array, "n t t"] | None = None,
+        mask: Bool[Array, "#b #n #t t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """``bias`` is added to the scores; a query does not see the keys where ``mask`` is False."""
+        q, k, v = (self._split(layer(x)) for layer in (self.q, self.k, self.v))
+        scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) * self.scale
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        y = jnp.einsum("bnqk,bknh->bqnh", weights, v)
+        return self.out(y.reshape(*x.shape[:2], -1))
+
+    def _split(self, y: Array) -> Array:
+        return y.reshape(*y.shape[:2], self.heads, -1)

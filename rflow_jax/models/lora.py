@@ -22,16 +22,10 @@ from jax.sharding import Sharding
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import Linear, LoRAScale
+from rflow_jax.models.options import CORRECTOR_TARGET_MODULES
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-# The linears that the original trains: those the condition's tokens pass through, without the first linear of
-# the double blocks' feed-forward and without what only text passes through.
-REFLECTION_FLOW = (
-    r"image_in"
-    r"|double_blocks\.\d+\.image\.(mod|qkv\.[qkv]|out|ff\.down)"
-    r"|single_blocks\.\d+\.(mod|qkv\.[qkv]|mlp|out)"
-)
 
 # What only text passes through, and the head, which only image tokens reach: no place for a LoRA on condition tokens.
 NOT_ON_CONDITION = r"text_in|double_blocks\.\d+\.text\..*|final_mod|final_out"
@@ -145,7 +139,7 @@ def init_lora(
     rank: int,
     *,
     alpha: float | None = None,
-    pattern: str = REFLECTION_FLOW,
+    pattern: str = CORRECTOR_TARGET_MODULES,
     rngs: nnx.Rngs,
     dtype: Dtype = jnp.float32,
     sharding_for: Callable[[str, tuple[int, ...]], Sharding] | None = None,

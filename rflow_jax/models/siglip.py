@@ -13,9 +13,9 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.attention import attend
+from rflow_jax.models.convolution import PatchEmbedding
 from rflow_jax.models.layers import Embedding, LayerNorm, Linear
 from rflow_jax.models.partitioning import BATCH, constrain
-from rflow_jax.models.patches import PatchEmbedding
 from rflow_jax.typing import Array, Float
 
 # What Transformers assumes where the config.json is silent; not so400m's values.

@@ -14,9 +14,8 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.layers import Embedding, Linear, RMSNorm
+from rflow_jax.models.layers import Embedding, Linear, RMSNorm, SelfAttention
 from rflow_jax.models.partitioning import BATCH, constrain
-from rflow_jax.models.self_attention import SelfAttention
 from rflow_jax.typing import Array, Bool, Float, Int
 
 # What Transformers assumes where the config.json is silent; not T5-XXL's values.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rflow_jax.report.names import value
+from rflow_jax.report.curves import value
 
 Point = tuple[float, float]
 

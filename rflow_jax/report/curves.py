@@ -1,9 +1,74 @@
-"""How the best score grows with the number of images."""
+"""What runs are called, and numbers in words."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
 
 from rflow_jax.report.runs import Prompt, Run
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """The last parts of each run's path, as many as no other run's path ends with."""
+    paths = [run.folder.absolute().parts for run in runs]
+    return [_name(path, [other for other in paths if other != path]) for path in paths]
+
+
+def _name(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    lengths = range(1, len(path))
+    length = next((n for n in lengths if all(other[-n:] != path[-n:] for other in others)), len(path))
+    return "/".join(path[-length:])
+
+
+def count(number: int, what: str) -> str:
+    """``1 prompt``, ``17,696 images``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def value(number: float | None, decides: bool) -> str:
+    """A mean score, or a share in per cent."""
+    if number is None:
+        return "–"
+    return f"{100 * number:.3g} %" if decides else f"{number:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3 h 05 min``."""
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def verifier(run: Run) -> str:
+    """Who scored the pictures."""
+    if not run.verified:
+        return "none"
+    return _text(_section(run, "verifier").get("model")) or _text(_section(run, "verifier").get("name")) or "unknown"
+
+
+def model(run: Run) -> str:
+    """The generator, and its corrector if it has one."""
+    parts = [_text(run.config.get("model")) or "unknown", _text(run.config.get("lora"))]
+    return " + ".join(part.rstrip("/").rpartition("/")[2] for part in parts if part)
+
+
+def strategy(run: Run) -> str:
+    """How it searched."""
+    return _text(run.config.get("strategy")).replace("_", " + ") or "unknown"
+
+
+def _section(run: Run, key: str) -> dict[Any, Any]:
+    section = run.config.get(key)
+    return section if isinstance(section, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OVERALL = "overall"
@@ -69,3 +134,33 @@ def _best(prompt: Prompt, count: int, decides: bool) -> float | None:
     if verdict is None:
         return None
     return float(verdict.label == "yes") if decides else verdict.score
+
+
+def summary_table(runs: Sequence[Run]) -> Table:
+    """The mean best score after 1, 2, 4, ... images for each tag and overall, a line a run.
+
+    For a verifier that decides it is the share of prompts whose best image is a "yes".
+    """
+    numbers = numbers_of_images(runs)
+    several = len(runs) > 1
+    table = Table(title="Mean best score by number of images", title_justify="left", box=SIMPLE, collapse_padding=True)
+    if any(run.decides for run in runs):
+        table.title = "Prompts whose best image is a yes, by number of images"
+    if any(run.decides for run in runs) and not all(run.decides for run in runs):
+        table.title = "Mean best score, or prompts whose best image is a yes (%), by number of images"
+    table.add_column("tag", no_wrap=True)
+    if several:
+        table.add_column("run", overflow="fold")
+    for column in ("prompts", "images", *map(str, numbers), "unscored"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tag in [*tags(runs), OVERALL]:
+        for name, run in zip(names(runs), runs, strict=True):
+            found = curve(run, tag, numbers)
+            # Text, not markup: a tag or a folder's name may hold brackets.
+            row = [tag.replace("_", " "), *([name] if several else []), str(found.prompts), str(found.images)]
+            row += [value(mean, run.decides) for mean in found.values]
+            row += [str(found.unscored) if run.verified else "–"]
+            table.add_row(*map(Text, row), style="bold" if tag == OVERALL else None)
+        if several:
+            table.add_section()
+    return table

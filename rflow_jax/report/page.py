@@ -13,10 +13,11 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rflow_jax.files import write_file
-from rflow_jax.report import charts, names
+from rflow_jax.report import charts
+from rflow_jax.report import curves as names
 from rflow_jax.report.curves import OVERALL, curve, numbers_of_images, tags
 from rflow_jax.report.runs import Picture, Prompt, Run, read_runs
+from rflow_jax.utils.atomic_io import write_file
 
 _HERE = Path(__file__).parent
 

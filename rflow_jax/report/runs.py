@@ -13,7 +13,7 @@ import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict
-from rflow_jax.verifiers.ranking import best_first, rated
+from rflow_jax.verifiers.ranking import best_first, with_ensemble_scores
 
 _PROMPT_FOLDER = re.compile(r"\d{5,}")
 _TEXT, _NUMBER, _MAYBE_TEXT = (str,), (int,), (str, type(None))
@@ -168,7 +168,7 @@ def _read_prompt(folder: Path) -> Prompt | None:
         text = record["prompt"]
     if not pictures:
         return None
-    verdicts = rated([picture.verdict for picture in pictures])
+    verdicts = with_ensemble_scores([picture.verdict for picture in pictures])
     pictures = [replace(picture, verdict=verdict) for picture, verdict in zip(pictures, verdicts, strict=True)]
     metadata = folder / "metadata.jsonl"
     entry = next((entry for _, entry in _json_lines(metadata)), {}) if metadata.is_file() else {}

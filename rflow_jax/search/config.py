@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.language.config import WriterConfig
+from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
-from rflow_jax.settings import Settings, require_dtype, require_seed
+from rflow_jax.utils.checks import require_dtype, require_seed
 from rflow_jax.verifiers.config import ENSEMBLE, NONE, VerifierConfig
+from rflow_jax.writers.base import TextGeneratorConfig
 
 Kind = Literal["noise", "noise-prompt", "reflect"]
 
@@ -23,18 +24,20 @@ class NoiseStage:
         search_branch: images of each prompt in a round.
         method: "random": all from fresh noise; "zero_order": after the first round, neighbours of the best noise so
             far.
-        closeness: cosine of the angle between a neighbour and the noise it is near (zero_order).
+        noise_similarity: cosine of the angle between a neighbour and the noise it is near (zero_order).
     """
 
     search_rounds: int = 16
     search_branch: int = 2
     method: Literal["random", "zero_order"] = "random"
-    closeness: float = 0.95
+    noise_similarity: float = 0.95
 
     def __post_init__(self) -> None:
         _require_size("noise", self.search_rounds, self.search_branch)
-        if not 0 < self.closeness < 1:
-            raise InputError(f"noise.closeness is {self.closeness}: give a number between 0 and 1, such as 0.95")
+        if not 0 < self.noise_similarity < 1:
+            raise InputError(
+                f"noise.noise_similarity is {self.noise_similarity}: give a number between 0 and 1, such as 0.95"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,10 @@ class SearchConfig:
     budget: float | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     scan_blocks: bool | None = None
-    settings: Settings = field(default_factory=Settings)
+    settings: SamplingConfig = field(default_factory=SamplingConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
-    reflector: WriterConfig = field(default_factory=WriterConfig)
-    refiner: WriterConfig = field(default_factory=WriterConfig)
+    reflector: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
+    refiner: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
@@ -165,7 +168,7 @@ class SearchConfig:
         rounds, branches = self.noise.search_rounds, self.noise.search_branch
         stages: list[strategies.Stage] = []
         if given is not None:
-            stages.append(strategies.Given(1, given))
+            stages.append(strategies.GivenImages(1, given))
         elif kind == "noise-prompt":
             stages.append(strategies.RefinedPrompts(rounds, branches))
         elif self.noise.method == "zero_order":
@@ -213,7 +216,7 @@ class RunConfig:
         return int(number), int(count)
 
 
-def _endpoints(model: VerifierConfig | WriterConfig) -> tuple[VerifierConfig | WriterConfig, ...]:
+def _endpoints(model: VerifierConfig | TextGeneratorConfig) -> tuple[VerifierConfig | TextGeneratorConfig, ...]:
     """The members of an ensemble, or the model alone."""
     return (isinstance(model, VerifierConfig) and model.members) or (model,)
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.calls import Calls, wait_for
-from rflow_jax.language.base import Writer, Written
-from rflow_jax.pipeline import Pending
-from rflow_jax.search.live import BusyClock, Live
-from rflow_jax.search.prompt_run import PromptRun, Step, Work
-from rflow_jax.settings import Settings
-from rflow_jax.verifiers.base import Verdict, Verifier, judgements
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.generation.pipeline import Pending
+from rflow_jax.search.progress import BusyClock, SearchProgress
+from rflow_jax.search.prompt_search import PromptSearch, SearchTask, Step
+from rflow_jax.utils.worker_pool import BatchingPool, wait_for
+from rflow_jax.verifiers.base import Verdict, Verifier, score_images
+from rflow_jax.writers.base import TextGenerator, WriterOutput
 
 SAVERS = 2  # threads that read, encode and write images
 PATIENCE = 0.5  # seconds between looks at what no thread announces
@@ -35,8 +35,8 @@ class Models:
     """Who is asked; None for roles that a search does not need."""
 
     verifier: Verifier | None = None
-    reflector: Writer | None = None
-    refiner: Writer | None = None
+    reflector: TextGenerator | None = None
+    refiner: TextGenerator | None = None
 
     def close(self) -> None:
         """Gives up what is waiting."""
@@ -60,9 +60,9 @@ class Engine:
         self,
         pipe: Any,
         models: Models,
-        settings: Settings,
+        settings: SamplingConfig,
         in_flight: int,
-        live: Live,
+        live: SearchProgress,
         clock: BusyClock,
         enough: Callable[[], str | None] = lambda: None,
         now_and_then: Callable[[], None] = lambda: None,
@@ -76,15 +76,15 @@ class Engine:
         self._enough = enough
         self._now_and_then = now_and_then
         self._changed = threading.Condition()
-        self._ready: dict[bool, deque[Work]] = {True: deque(), False: deque()}
+        self._ready: dict[bool, deque[SearchTask]] = {True: deque(), False: deque()}
         self._compiled: set[bool] = set()
-        self._calls: dict[Step, Calls] = {}
+        self._calls: dict[Step, BatchingPool] = {}
         self._saving = 0
         self._active = 0
         self._failure: BaseException | None = None
         self.stopped: str | None = None
 
-    def run(self, prompts: Iterator[PromptRun]) -> None:
+    def run(self, prompts: Iterator[PromptSearch]) -> None:
         """Searches all prompts, which are opened one by one; if it ends early, ``stopped`` then says why."""
         self._prompts = prompts
         self._open_calls()
@@ -106,11 +106,13 @@ class Engine:
         for step, model in steps.items():
             if model is not None:
                 call = partial(_score if step == "score" else _write, model)
-                self._calls[step] = Calls(step, call, model.concurrency, model.batch_size, self._done, self._fail)
+                self._calls[step] = BatchingPool(
+                    step, call, model.concurrency, model.batch_size, self._done, self._fail
+                )
 
     def _generate(self) -> None:
         """Feeds the generator until nothing is left to do."""
-        sent: tuple[list[Work], Pending] | None = None
+        sent: tuple[list[SearchTask], Pending] | None = None
         while True:
             # While the device works, a batch that is not full had better wait for more.
             batch = self._take(full=sent is not None)
@@ -124,7 +126,7 @@ class Engine:
             sent = started
             self._now_and_then()
 
-    def _take(self, full: bool) -> list[Work]:
+    def _take(self, full: bool) -> list[SearchTask]:
         """Images of one kind that are ready to be made, the fullest batch first; none while there are too few."""
         size = self._pipes[True].images_at_once(self._settings)
         with self._changed:
@@ -135,26 +137,26 @@ class Engine:
                 return []
             return [waiting.popleft() for _ in range(min(size, len(waiting)))]
 
-    def _start(self, batch: list[Work]) -> tuple[list[Work], Pending]:
+    def _start(self, batch: list[SearchTask]) -> tuple[list[SearchTask], Pending]:
         kind = batch[0].corrects
         requests = [work.run.request(work) for work in batch]
         self._clock.sent(compiles=kind not in self._compiled)
         self._compiled.add(kind)
         return batch, self._pipes[kind].start(requests, self._settings)
 
-    def _receive(self, batch: Sequence[Work], pending: Pending) -> None:
+    def _receive(self, batch: Sequence[SearchTask], pending: Pending) -> None:
         images = pending.images()
         self._clock.arrived()
         self._live.made(len(images))
         for work, image in zip(batch, images, strict=True):
             self._submit_image(work, image)
 
-    def _submit_image(self, work: Work, image: Image | None) -> None:
+    def _submit_image(self, work: SearchTask, image: Image | None) -> None:
         with self._changed:
             self._saving += 1
         self._savers.submit(self._save, work, image)
 
-    def _save(self, work: Work, image: Image | None) -> None:
+    def _save(self, work: SearchTask, image: Image | None) -> None:
         """Stores an image that was made, or one that is given."""
         try:
             image = work.run.given_image(work) if image is None else image
@@ -167,7 +169,7 @@ class Engine:
                 self._saving -= 1
                 self._changed.notify_all()
 
-    def _done(self, work: Work, result: Any) -> None:
+    def _done(self, work: SearchTask, result: Any) -> None:
         self._tell(work, result)
         with self._changed:
             self._dispatch(work.run.done(work, result))
@@ -178,15 +180,15 @@ class Engine:
                 self._open_prompts()
             self._changed.notify_all()
 
-    def _tell(self, work: Work, result: Any) -> None:
+    def _tell(self, work: SearchTask, result: Any) -> None:
         if isinstance(result, Verdict):
             self._live.judged(None if result.scored else result.error or "not a number")
             if result.scored and result.error:
                 self._live.member_failed(result.error)
-        elif isinstance(result, Written) and result.error is not None:
+        elif isinstance(result, WriterOutput) and result.error is not None:
             self._live.text_failed("reflection" if work.step == "reflect" else "refined prompt", result.error)
 
-    def _dispatch(self, works: Sequence[Work]) -> None:
+    def _dispatch(self, works: Sequence[SearchTask]) -> None:
         for work in works:
             if work.step == "draw":
                 self._ready[work.corrects].append(work)
@@ -201,7 +203,7 @@ class Engine:
             self.stopped = self._enough()
             if self.stopped:
                 for calls in self._calls.values():
-                    calls.drop_waiting()
+                    calls.cancel_pending()
         return not self.stopped
 
     def _open_prompts(self) -> None:
@@ -215,7 +217,7 @@ class Engine:
             if run.finished:
                 self._close_prompt(run)
 
-    def _close_prompt(self, run: PromptRun) -> None:
+    def _close_prompt(self, run: PromptSearch) -> None:
         self._active -= 1
         self._live.spared(run.strategy.images() - run.drawn)
 
@@ -243,10 +245,10 @@ class Engine:
             raise self._failure
 
 
-def _score(verifier: Verifier, works: Sequence[Work]) -> list[Verdict]:
+def _score(verifier: Verifier, works: Sequence[SearchTask]) -> list[Verdict]:
     images = [work.run.folder.read_image(work.run.place(work)) for work in works]
-    return judgements(verifier, images, [work.run.folder.entry for work in works])
+    return score_images(verifier, images, [work.run.folder.entry for work in works])
 
 
-def _write(writer: Writer, works: Sequence[Work]) -> list[Written]:
+def _write(writer: TextGenerator, works: Sequence[SearchTask]) -> list[WriterOutput]:
     return writer.write([work.run.case(work) for work in works])

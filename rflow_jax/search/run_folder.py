@@ -12,15 +12,26 @@ from typing import IO, Any
 
 import yaml
 
-from rflow_jax.chat import public_url
 from rflow_jax.errors import InputError
-from rflow_jax.files import hold, use_folder
-from rflow_jax.language.config import WriterConfig
+from rflow_jax.openai_client import public_url
+from rflow_jax.utils.atomic_io import try_lock, use_folder
 from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
+from rflow_jax.writers.base import TextGeneratorConfig
 
 CONFIG = "config.yaml"
 # What may be another at the next start: it changes when, where and for how much, but no result.
-FREE = ("prompts", "out", "start", "end", "share", "distributed", "mesh", "scan_blocks", "prompts_in_flight", "budget")
+NOT_IN_FINGERPRINT = (
+    "prompts",
+    "out",
+    "start",
+    "end",
+    "share",
+    "distributed",
+    "mesh",
+    "scan_blocks",
+    "prompts_in_flight",
+    "budget",
+)
 FREE_OF_A_MODEL = (
     "base_url",
     "api_key_env",
@@ -108,7 +119,7 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> Claim:
         _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
     lock = out / f".{CONFIG}.{place}.lock" if place else None  # a file for each process of a run
-    held = hold(lock or path)
+    held = try_lock(lock or path)
     if held is None:
         raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another")
     return Claim(held, lock)
@@ -129,14 +140,14 @@ def _write_first(path: Path, content: str) -> None:
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """What results follow from."""
-    kept = {key: value for key, value in config.items() if key not in FREE}
+    kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
     for role in MODELS:
         if isinstance(kept.get(role), Mapping):
-            kept[role] = decisive(kept[role])
+            kept[role] = result_affecting(kept[role])
     return kept
 
 
-def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
+def result_affecting(section: Mapping[str, Any]) -> dict[str, Any]:
     """What the answers of a model follow from, of all that its section of a configuration says."""
     kept = {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
     name, options = kept.get("name"), kept.get("options")
@@ -145,11 +156,14 @@ def decisive(section: Mapping[str, Any]) -> dict[str, Any]:
     if name in LOCAL:
         kept["options"] = {key: value for key, value in options.items() if key not in FREE_OF_A_LOCAL_MODEL}
     elif name == ENSEMBLE and isinstance(members := options.get("members"), (list, tuple)):
-        kept["options"] = {**options, "members": [decisive(m) if isinstance(m, Mapping) else m for m in members]}
+        kept["options"] = {
+            **options,
+            "members": [result_affecting(m) if isinstance(m, Mapping) else m for m in members],
+        }
     return kept
 
 
-def public_section(model: VerifierConfig | WriterConfig) -> dict[str, Any]:
+def public_section(model: VerifierConfig | TextGeneratorConfig) -> dict[str, Any]:
     """A model's section as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
     section = asdict(model)
     if model.asks_endpoint:

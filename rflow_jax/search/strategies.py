@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rflow_jax.search.chains import Sample, StageName, best_first, last_round, next_parents
+from rflow_jax.search.lineage import Sample, StageName, best_first, last_round, next_parents
 
 
 @dataclass(frozen=True)
-class Draft:
+class PlannedImage:
     """An image that is to be made.
 
     Attributes:
@@ -42,7 +42,7 @@ class Stage(ABC):
     """Whether a round can be planned before the one ahead of it is judged."""
 
     @abstractmethod
-    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """The images of a round.
 
         Args:
@@ -51,12 +51,12 @@ class Stage(ABC):
         """
 
 
-class Given(Stage):
+class GivenImages(Stage):
     """One round of images that are there already, made by another run."""
 
-    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """One for each image."""
-        return [Draft(number, branch, "given") for branch in range(self.branches)]
+        return [PlannedImage(number, branch, "given") for branch in range(self.branches)]
 
 
 class FreshNoise(Stage):
@@ -64,38 +64,38 @@ class FreshNoise(Stage):
 
     independent = True
 
-    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """Fresh images."""
-        return [Draft(number, branch, "noise") for branch in range(self.branches)]
+        return [PlannedImage(number, branch, "noise") for branch in range(self.branches)]
 
 
 class ZeroOrder(Stage):
     """Fresh images first, then neighbours of the best noise so far: it moves whenever a neighbour is better."""
 
-    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """Fresh images, or neighbours of the best."""
         if first:
-            return [Draft(number, branch, "noise") for branch in range(self.branches)]
+            return [PlannedImage(number, branch, "noise") for branch in range(self.branches)]
         pivot = best_first(samples, range(len(samples)))[0]
-        return [Draft(number, branch, "neighbour", pivot) for branch in range(self.branches)]
+        return [PlannedImage(number, branch, "neighbour", pivot) for branch in range(self.branches)]
 
 
 class RefinedPrompts(Stage):
     """Each branch goes on by itself: an image, a better prompt from it, an image of that, ..."""
 
-    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """One image for each branch."""
         parents: Sequence[int | None] = [None] * self.branches if first else last_round(samples)
-        return [Draft(number, branch, "prompt", parent) for branch, parent in enumerate(parents)]
+        return [PlannedImage(number, branch, "prompt", parent) for branch, parent in enumerate(parents)]
 
 
 class Corrections(Stage):
     """The best images, corrected round by round."""
 
-    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[Draft]:
+    def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """One correction of each of the best current images."""
         parents = next_parents(samples, self.branches)
-        return [Draft(number, branch, "reflect", parent) for branch, parent in enumerate(parents)]
+        return [PlannedImage(number, branch, "reflect", parent) for branch, parent in enumerate(parents)]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Strategy:
     stop_score: float | None = None
     max_images: int | None = None
 
-    def plan(self, samples: Sequence[Sample]) -> tuple[Draft, ...]:
+    def plan(self, samples: Sequence[Sample]) -> tuple[PlannedImage, ...]:
         """The images to make next; none: the search is done.
 
         Args:
@@ -120,7 +120,7 @@ class Strategy:
         if self.reached(samples):
             return ()
         number = samples[-1].round + 1 if samples else 0
-        drafts: list[Draft] = []
+        drafts: list[PlannedImage] = []
         begin = 0
         for stage in self.stages:
             while begin <= number < begin + stage.rounds:
@@ -140,10 +140,10 @@ class Strategy:
 
     def images(self) -> int:
         """Images made for a prompt at most."""
-        planned = sum(stage.rounds * stage.branches for stage in self.stages if not isinstance(stage, Given))
+        planned = sum(stage.rounds * stage.branches for stage in self.stages if not isinstance(stage, GivenImages))
         return planned if self.max_images is None else min(planned, self.max_images)
 
-    def _within_budget(self, samples: Sequence[Sample], drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+    def _within_budget(self, samples: Sequence[Sample], drafts: Sequence[PlannedImage]) -> tuple[PlannedImage, ...]:
         if self.max_images is None:
             return tuple(drafts)
         left = self.max_images - sum(sample.stage != "given" for sample in samples)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside while training goes on, found again whole, exported for other programs."""
+"""Sums of the files of checkpoints: damage must not be read as numbers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,115 @@ import errno
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.parallel.processes import gather_texts
-from rflow_jax.training.exporter import Exporter
-from rflow_jax.training.folder import fresh
-from rflow_jax.training.seals import Seal, Seals
-from rflow_jax.training.update import State
+from rflow_jax.parallel.distributed import allgather_strings
+from rflow_jax.training.config import CheckpointConfig
+from rflow_jax.training.run_folder import fresh
+from rflow_jax.training.task import Exporter
+from rflow_jax.training.train_state import TrainState
+from rflow_jax.utils.atomic_io import write_file
+
+_BLOCK = 1 << 24  # bytes
+
+
+class CheckResult(NamedTuple):
+    """What the sums of a checkpoint's files say.
+
+    Attributes:
+        whole: all files are as they were written; False also where there are no sums.
+        broken: what is not as it was; empty where nothing is known to be.
+    """
+
+    whole: bool
+    broken: str
+
+
+class ChecksumStore:
+    """The sums of a run's checkpoints, a file of JSON for each; the first process alone writes them.
+
+    Args:
+        folder: of the sums.
+        checkpoints: whose folders are named by their steps.
+    """
+
+    def __init__(self, folder: Path, checkpoints: Path):
+        self._folder, self._checkpoints = folder, checkpoints
+        self._thread = ThreadPoolExecutor(1, "seal")
+        self._pending: Future[None] | None = None
+
+    def begin(self, steps: Sequence[int]) -> None:
+        """Begins to sum these checkpoints, which are whole; in a thread, since a large state takes minutes to read."""
+        self.wait()
+        if jax.process_index() == 0:
+            self._pending = self._thread.submit(self._write, list(steps))
+
+    def wait(self) -> None:
+        """Returns when all that was begun is written; raises what went wrong meanwhile."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown()
+
+    def read(self, step: int) -> CheckResult:
+        """Reads a checkpoint's files and compares."""
+        file = self._file(step)
+        if not file.exists():  # the newest of a killed run: it is whole, but not yet summed
+            return CheckResult(False, "")
+        try:
+            noted = json.loads(file.read_text())
+        except ValueError:  # these are damaged; of the checkpoint that says nothing
+            return CheckResult(False, "")
+        found = _sums(self._checkpoints / str(step))
+        wrong = sorted(name for name in noted if noted[name] != found.get(name))
+        return CheckResult(not wrong, f"{wrong[0]} is not as it was written" if wrong else "")
+
+    def remove(self, step: int) -> None:
+        """Deletes the sums of a checkpoint."""
+        self._file(step).unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"{step}.json"
+
+    def _write(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            if not self._file(step).exists():
+                with suppress(FileNotFoundError):  # it is just being removed, since newer ones are there
+                    write_file(self._file(step), json.dumps(_sums(self._checkpoints / str(step))))
+        for file in self._folder.glob("*.json"):
+            if not (self._checkpoints / file.stem).exists():
+                file.unlink()
+
+
+def _sums(folder: Path) -> dict[str, int]:
+    """File -> checksum."""
+    return {str(file.relative_to(folder)): _sum(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _sum(file: Path) -> int:
+    total = 0
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            total = zlib.crc32(block, total)
+    return total
+
 
 # Settings a resumed run must have as they were: else its numbers would mean something else, or its state would not fit.
-MUST_STAY = (
+IMMUTABLE_ON_RESUME = (
     *("task", "model", "trainable.*", "optimizer.name"),
     *(
         "train.batch_size",
@@ -40,37 +129,13 @@ MUST_STAY = (
 )
 NAMED = ("data.split_ratios.*",)  # dictionaries whose keys are the user's
 # Those whose change says nothing about the training; of all others (the learning rate, say) it is told.
-MAY_CHANGE = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
+MUTABLE_ON_RESUME = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
 
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 CHECKPOINTS, SEALS = "checkpoints", "checksums"
 # What a checkpoint takes on the disk while it is written: Orbax writes parts, and merges them; and some metadata.
 _COPIES, _OVERHEAD = 2, 1 << 21
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written, and which are kept.
-
-    Attributes:
-        every: steps between two.
-        keep_last: so many of the newest are kept.
-        keep_every: those at multiples of it are kept for good.
-        export: also write what was trained for other programs, such as ``lora/{step}`` of the corrector.
-    """
-
-    every: int = 2000
-    keep_last: int = 3
-    keep_every: int | None = None
-    export: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"checkpoint.{name} is {getattr(self, name)}: give at least 1")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise InputError(f"checkpoint.keep_every is {self.keep_every}: give at least 1, or null")
 
 
 class Checkpoints:
@@ -82,7 +147,7 @@ class Checkpoints:
     def __init__(self, out: Path, config: CheckpointConfig):
         self.out, self.config = out, config
         self._opened: ocp.CheckpointManager | None = None
-        self._sealed = Seals(out / SEALS, out / CHECKPOINTS)
+        self._sealed = ChecksumStore(out / SEALS, out / CHECKPOINTS)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -113,7 +178,7 @@ class Checkpoints:
             return []
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, position: dict[str, Any], config: dict[str, Any], trained: Exporter) -> None:
+    def save(self, state: TrainState, position: dict[str, Any], config: dict[str, Any], trained: Exporter) -> None:
         """Begins to write; the state is copied first, so that training can go on.
 
         A checkpoint that could not be written is noticed here or in :meth:`wait`.
@@ -129,7 +194,7 @@ class Checkpoints:
             self._save(int(jax.device_get(state.step)), state, position, config, trained)
 
     def _save(
-        self, step: int, state: State, position: dict[str, Any], config: dict[str, Any], trained: Exporter
+        self, step: int, state: TrainState, position: dict[str, Any], config: dict[str, Any], trained: Exporter
     ) -> None:
         if step in self.steps:
             return
@@ -145,7 +210,7 @@ class Checkpoints:
         if self.config.export and trained.exports:
             self._export(step, state, trained, trained.exports)
 
-    def export_missing(self, state: State, trained: Exporter) -> None:
+    def export_missing(self, state: TrainState, trained: Exporter) -> None:
         """Exports a state that was restored, where the run before was ended between the checkpoint and its export."""
         step = int(jax.device_get(state.step))
         if not self.config.export or not trained.exports or (self.out / trained.exports.format(step=step)).exists():
@@ -153,13 +218,13 @@ class Checkpoints:
         with self._disk_errors():
             self._export(step, state, trained, trained.exports)
 
-    def _require_space(self, state: State) -> None:
+    def _require_space(self, state: TrainState) -> None:
         """Said before a write begins: one that breaks off in the middle leaves Orbax's other writes to fail aloud."""
         needed = _COPIES * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
         if shutil.disk_usage(self.out).free < needed:
             raise OSError(errno.ENOSPC, _DISK[errno.ENOSPC], str(self.out))
 
-    def restore(self, like: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
+    def restore(self, like: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that can be read, with the data's position; None if there is no checkpoint.
 
         Damaged checkpoints are set aside with a warning, and the one before them is taken. One that is whole and yet
@@ -190,7 +255,9 @@ class Checkpoints:
             )
         return None
 
-    def _restored(self, step: int, whole: bool, like: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    def _restored(
+        self, step: int, whole: bool, like: TrainState, config: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Raises _Damaged for a checkpoint that is not known to be whole and cannot be read."""
         with _damage(suspected=not whole):
             stored = self._read(step, config=ocp.args.JsonRestore())["config"]
@@ -201,7 +268,7 @@ class Checkpoints:
             read = self._read(step, **items)
         return _state(like, read["state"]), read["position"]
 
-    def _require_fit(self, step: int, like: State) -> None:
+    def _require_fit(self, step: int, like: TrainState) -> None:
         """Raises InputError if a checkpoint holds other parameters than those trained now."""
         stored = self._manager.item_metadata(step)["state"]
         if stored is None:
@@ -215,12 +282,12 @@ class Checkpoints:
                     f"{shapes.get(name)}, and now it is {wanted.get(name)}); start afresh with another out"
                 )
 
-    def _seals(self) -> list[tuple[int, Seal]]:
+    def _seals(self) -> list[tuple[int, CheckResult]]:
         """What the sums of all checkpoints' files say, the newest first; the same in every process."""
         steps, told = self.steps, ""
         if jax.process_index() == 0:  # one reads it all, and no process sees files that another moves
             told = json.dumps([[step, *self._sealed.read(step)] for step in reversed(steps)])
-        return [(step, Seal(*seal)) for step, *seal in json.loads(gather_texts(told)[0])]
+        return [(step, CheckResult(*seal)) for step, *seal in json.loads(allgather_strings(told)[0])]
 
     def wait(self) -> None:
         """Returns when all is on disk.
@@ -272,7 +339,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"damaged {sorted(damaged)}")
         self._manager.reload()
 
-    def _export(self, step: int, state: State, trained: Exporter, place: str) -> None:
+    def _export(self, step: int, state: TrainState, trained: Exporter, place: str) -> None:
         first = jax.process_index() == 0
         folder = self.out / place.format(step=step)
         trained.export(state.trainable, fresh(folder) if first else None)
@@ -303,24 +370,24 @@ def _damage(suspected: bool) -> Iterator[None]:
         if not suspected or of_machine or isinstance(error, InputError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
         found = error
-    told = gather_texts("" if found is None else " ".join(str(found).split())[:200] or type(found).__name__)
+    told = allgather_strings("" if found is None else " ".join(str(found).split())[:200] or type(found).__name__)
     if reason := next(filter(None, told), None):
         raise _Damaged(reason) from found
 
 
-def _tree(state: State) -> dict[str, Any]:
+def _tree(state: TrainState) -> dict[str, Any]:
     """Leaves by their place in the state: nothing of the classes of Flax or optax goes into the file."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _abstract(like: State) -> dict[str, Any]:
+def _abstract(like: TrainState) -> dict[str, Any]:
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _tree(like).items()
     }
 
 
-def _state(like: State, read: dict[str, Any]) -> State:
+def _state(like: TrainState, read: dict[str, Any]) -> TrainState:
     return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in _tree(like)])
 
 
@@ -334,12 +401,14 @@ def _compare(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> Non
         if before != now:
             changed[name] = f"{name} {before!r}", f"{now!r}"
     for name, (before, now) in changed.items():
-        if _is_one_of(name, MUST_STAY):
+        if _is_one_of(name, IMMUTABLE_ON_RESUME):
             raise InputError(
                 f"{where}: was trained with {before}, and now it is {now}; resume with the same, or start afresh with "
                 "another out"
             )
-    told = [f"{before} is now {now}" for name, (before, now) in changed.items() if not _is_one_of(name, MAY_CHANGE)]
+    told = [
+        f"{before} is now {now}" for name, (before, now) in changed.items() if not _is_one_of(name, MUTABLE_ON_RESUME)
+    ]
     if told:
         log.warning("resumed with other settings: %s", "; ".join(told))
 

@@ -2,22 +2,184 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rflow_jax.data.config import DataConfig
+from rflow_jax.data.config import DataConfig, Format
 from rflow_jax.errors import InputError
-from rflow_jax.models.attention import AttentionImpl
 from rflow_jax.models.flux.config import ConditionFlags
-from rflow_jax.models.remat import Remat
+from rflow_jax.models.options import CORRECTOR_TARGET_MODULES, AttentionImpl, Remat
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
-from rflow_jax.settings import require_dtype, require_least, require_seed
-from rflow_jax.training.checkpoints import CheckpointConfig
-from rflow_jax.training.model import TrainableConfig
-from rflow_jax.training.optimizers import OptimizerConfig
-from rflow_jax.training.validation import ValidationConfig
-from rflow_jax.training.watch import WatchConfig
+from rflow_jax.utils.checks import (
+    nearest,
+    require_dtype,
+    require_least,
+    require_pattern,
+    require_positive,
+    require_seed,
+)
+
+
+@dataclass(frozen=True)
+class TrainableConfig:
+    """What is trained.
+
+    Attributes:
+        rank: of the LoRA.
+        alpha: its strength is alpha / rank; null is the rank.
+        pattern: regular expression on dotted paths: the linears that get an adapter.
+        lora: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
+        parameters: regular expression on dotted parameter paths: train these and no LoRA (".*" is all of them).
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    pattern: str = CORRECTOR_TARGET_MODULES
+    lora: str | None = None
+    parameters: str | None = None
+
+    def __post_init__(self) -> None:
+        require_least(self, "trainable", rank=1)
+        require_positive(self, "trainable", "alpha")
+        if self.parameters is not None and self.lora is not None:
+            raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora has no place")
+        for name in ("pattern", "parameters"):
+            require_pattern(f"trainable.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept.
+
+    Attributes:
+        every: steps between two.
+        keep_last: so many of the newest are kept.
+        keep_every: those at multiples of it are kept for good.
+        export: also write what was trained for other programs, such as ``lora/{step}`` of the corrector.
+    """
+
+    every: int = 2000
+    keep_last: int = 3
+    keep_every: int | None = None
+    export: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"checkpoint.{name} is {getattr(self, name)}: give at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise InputError(f"checkpoint.keep_every is {self.keep_every}: give at least 1, or null")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation on records that are held out.
+
+    Attributes:
+        shards: of the held-out records; null: no validation.
+        format: of these shards, as in ``data``.
+        every: steps between two; there is one before the first step too.
+        records: so many of each subset give the loss.
+        pictures: of so many of each subset an image is generated.
+        times: the loss is the mean over these times in (0, 1), 1 is noise.
+        num_inference_steps: denoising steps of a picture; null: the model's own.
+        guidance_scale: of a picture.
+        seed: of noise, in losses and pictures.
+    """
+
+    shards: str | list[str] | None = None
+    format: Format = "tar"
+    every: int = 1000
+    records: int = 8
+    pictures: int = 1
+    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    num_inference_steps: int | None = None
+    guidance_scale: float = 3.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"every": 1, "records": 1, "pictures": 0, "num_inference_steps": 1, "guidance_scale": 0}
+        require_least(self, "validation", **least)
+        require_seed("validation.seed", self.seed)
+        if not self.times or not all(0 < t < 1 for t in self.times):
+            raise InputError(f"validation.times is {list(self.times)}: give numbers between 0 and 1")
+        if self.format in ("stream", "precomputed"):
+            raise InputError(f"validation.format is {self.format}: give tar or tfds")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """How a run is watched.
+
+    Attributes:
+        every: steps between two lines.
+        tensorboard: write TensorBoard's files into ``tensorboard``.
+        wandb: name of a Weights & Biases project to report to as well.
+        peak_tflops: of one device, for the FLOP utilisation (MFU); null: known by the device's name, for bfloat16.
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        require_least(self, "watch", every=1)
+        require_positive(self, "watch", "peak_tflops")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer, and how; the defaults are the original's.
+
+    Attributes:
+        name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
+        lr: learning rate, the highest of its schedule.
+        schedule: how it goes on after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
+        warmup_steps: it rises in a straight line over so many steps.
+        decay_steps: the step at which ``linear`` and ``cosine`` end.
+        clip: the gradients' global norm is cut down to this.
+        weight_decay: decoupled, as in AdamW.
+        betas: decay of the averages of gradients and of their squares.
+        eps: added to the denominator.
+        d0: Prodigy's first guess of the step size.
+        d_coef: Prodigy's guesses are multiplied by this.
+        safeguard_warmup: keep a learning rate that warms up from inflating Prodigy's guess.
+    """
+
+    name: Literal["prodigy", "adamw", "sgd"] = "prodigy"
+    lr: float = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    clip: float = 0.5
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    d0: float = 1e-6
+    d_coef: float = 1.0
+    safeguard_warmup: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "optimizer", "lr", "clip", "eps", "d0", "d_coef")
+        require_least(self, "optimizer", warmup_steps=0, decay_steps=1, weight_decay=0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas is {list(self.betas)}: give numbers of at least 0 and below 1")
+        if self.schedule == "constant" and self.decay_steps is not None:
+            raise InputError(
+                "optimizer.decay_steps has no effect on optimizer.schedule constant: leave it out, or give linear or "
+                "cosine"
+            )
+        if self.schedule != "constant" and (self.decay_steps or 0) <= self.warmup_steps:
+            raise InputError(
+                f"optimizer.schedule {self.schedule} ends at decay_steps: give optimizer.decay_steps a number above "
+                f"warmup_steps ({self.warmup_steps})"
+            )
+
+
+# The key ``task`` of a configuration -> (its dataclass, the class that is made of it and a mesh).
 
 
 @dataclass(frozen=True)
@@ -102,7 +264,7 @@ class CommonConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    watch: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -146,3 +308,29 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+TASKS = {
+    "corrector": ("rflow_jax.training.config:RunConfig", "rflow_jax.training.corrector.task:Corrector"),
+    "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
+    "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
+}
+
+
+DEFAULT_TASK = "corrector"
+
+
+def config_class(task: str) -> type:
+    """The dataclass of a task's configuration.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    if task not in TASKS:
+        raise InputError(f"task is {task!r}: did you mean {nearest(task, TASKS)}? There are {', '.join(TASKS)}")
+    return _named(TASKS[task][0])
+
+
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -2,65 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rflow_jax.errors import InputError
-from rflow_jax.settings import require_least, require_positive
+from rflow_jax.training.config import OptimizerConfig
 from rflow_jax.typing import Array, Float
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Which optimizer, and how; the defaults are the original's.
-
-    Attributes:
-        name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
-        lr: learning rate, the highest of its schedule.
-        schedule: how it goes on after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
-        warmup_steps: it rises in a straight line over so many steps.
-        decay_steps: the step at which ``linear`` and ``cosine`` end.
-        clip: the gradients' global norm is cut down to this.
-        weight_decay: decoupled, as in AdamW.
-        betas: decay of the averages of gradients and of their squares.
-        eps: added to the denominator.
-        d0: Prodigy's first guess of the step size.
-        d_coef: Prodigy's guesses are multiplied by this.
-        safeguard_warmup: keep a learning rate that warms up from inflating Prodigy's guess.
-    """
-
-    name: Literal["prodigy", "adamw", "sgd"] = "prodigy"
-    lr: float = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    clip: float = 0.5
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    d0: float = 1e-6
-    d_coef: float = 1.0
-    safeguard_warmup: bool = True
-
-    def __post_init__(self) -> None:
-        require_positive(self, "optimizer", "lr", "clip", "eps", "d0", "d_coef")
-        require_least(self, "optimizer", warmup_steps=0, decay_steps=1, weight_decay=0)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optimizer.betas is {list(self.betas)}: give numbers of at least 0 and below 1")
-        if self.schedule == "constant" and self.decay_steps is not None:
-            raise InputError(
-                "optimizer.decay_steps has no effect on optimizer.schedule constant: leave it out, or give linear or "
-                "cosine"
-            )
-        if self.schedule != "constant" and (self.decay_steps or 0) <= self.warmup_steps:
-            raise InputError(
-                f"optimizer.schedule {self.schedule} ends at decay_steps: give optimizer.decay_steps a number above "
-                f"warmup_steps ({self.warmup_steps})"
-            )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:

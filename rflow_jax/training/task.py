@@ -1,26 +1,32 @@
-"""What can be trained, and what the loop of ``train.py`` needs to know of it."""
+"""What a checkpoint is exported with."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
-from rflow_jax.cli import nearest
-from rflow_jax.errors import InputError
-from rflow_jax.training.exporter import Exporter
-from rflow_jax.training.update import Report, State
+from rflow_jax.training.config import TASKS, _named
+from rflow_jax.training.train_state import StepMetrics, TrainState
 
-# The key ``task`` of a configuration -> (its dataclass, the class that is made of it and a mesh).
-TASKS = {
-    "corrector": ("rflow_jax.training.config:RunConfig", "rflow_jax.training.corrector:Corrector"),
-    "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
-    "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
-}
-DEFAULT = "corrector"
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Writes what was trained in the form that other programs read.
+
+    Attributes:
+        exports: where in the run's folder that of a step goes, such as ``lora/{step}``, with the step at its end; None:
+            there is no such form.
+    """
+
+    @property
+    def exports(self) -> str | None: ...
+
+    def export(self, trainable: Any, folder: Path | None) -> None:
+        """Is called in every process, with a folder to make in the first alone."""
+        ...
 
 
 @runtime_checkable
@@ -47,7 +53,7 @@ class Task(Protocol):
     """
 
     @property
-    def trained(self) -> Exporter: ...
+    def exporter(self) -> Exporter: ...
 
     @property
     def trainable(self) -> Any: ...
@@ -58,11 +64,11 @@ class Task(Protocol):
     @property
     def title(self) -> str: ...
 
-    def to_saved(self, state: State) -> State:
+    def to_saved(self, state: TrainState) -> TrainState:
         """The state as checkpoints have it, whatever form a run computes with."""
         ...
 
-    def to_running(self, state: State) -> State:
+    def to_running(self, state: TrainState) -> TrainState:
         """The state of a checkpoint as the step takes it; that given is used up."""
         ...
 
@@ -78,7 +84,7 @@ class Task(Protocol):
         """A batch of the loader as arrays on the mesh."""
         ...
 
-    def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
+    def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
         """The compiled step; ``shardings`` are those of the state, which is donated."""
         ...
 
@@ -88,21 +94,10 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class TakeStep(Protocol):
+class TrainStep(Protocol):
     """(state, what :meth:`Task.put` gives) -> (state, report)."""
 
-    def __call__(self, state: State, inputs: Any, /) -> tuple[State, Report]: ...
-
-
-def config_of(task: str) -> type:
-    """The dataclass of a task's configuration.
-
-    Raises:
-        InputError: there is no such task.
-    """
-    if task not in TASKS:
-        raise InputError(f"task is {task!r}: did you mean {nearest(task, TASKS)}? There are {', '.join(TASKS)}")
-    return _named(TASKS[task][0])
+    def __call__(self, state: TrainState, inputs: Any, /) -> tuple[TrainState, StepMetrics]: ...
 
 
 def load_task(config: Any, mesh: Mesh) -> Task:
@@ -112,8 +107,3 @@ def load_task(config: Any, mesh: Mesh) -> Task:
         InputError: the model or a setting is not usable.
     """
     return _named(TASKS[config.task][1])(config, mesh)
-
-
-def _named(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)

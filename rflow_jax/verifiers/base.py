@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError, RunError
+from rflow_jax.utils.batching import BATCHES_AT_ONCE, map_batched
+from rflow_jax.utils.checks import require_text
+from rflow_jax.utils.images import decoded
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class EnsembleVerdict(Verdict):
         return self.explanation if self.scored else super().evaluation()
 
 
-def settled(verdict: Verdict) -> Verdict:
+def normalize_verdict(verdict: Verdict) -> Verdict:
     """The verdict with a float as score; without one, free of numbers that JSON cannot hold, and with a reason."""
     if verdict.score is not None and type(verdict.score) is not float:
         try:
@@ -95,7 +100,7 @@ def settled(verdict: Verdict) -> Verdict:
     return replace(verdict, score=None, raw=None, error=verdict.error or f"the score is {verdict.score}")
 
 
-def judgements(verifier: Verifier, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+def score_images(verifier: Verifier, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """One verdict an image, in order: the one place where verifiers are asked, and what they answer is checked.
 
     Raises:
@@ -107,7 +112,7 @@ def judgements(verifier: Verifier, images: Sequence[Image], items: Sequence[Mapp
         if len(images) == 1:
             return [Verdict(None, error=str(error))]
         pairs = zip(images, items, strict=True)
-        return [verdict for image, item in pairs for verdict in judgements(verifier, [image], [item])]
+        return [verdict for image, item in pairs for verdict in score_images(verifier, [image], [item])]
     expected = f"expected a list of Verdict, one for each of {len(images)} images"
     if not isinstance(found, (list, tuple)):
         raise RunError(f"verifier {verifier.name}: score returned {type(found).__name__}; {expected}")
@@ -144,7 +149,7 @@ class Verifier(Protocol):
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in the order of the images; an image that cannot be scored has one with an error.
 
-        After an ``InputError`` (:func:`judgements`) each image of the call is asked about alone, and those that raise
+        After an ``InputError`` (:func:`score_images`) each image of the call is asked about alone, and those that raise
         it again are unscored with its reason. Any other exception ends the run.
         """
         ...
@@ -152,3 +157,55 @@ class Verifier(Protocol):
     def close(self) -> None:
         """Gives up what is waiting in any thread; those images come back unscored, with the reason."""
         ...
+
+
+Prepared = TypeVar("Prepared")
+BATCHES_A_CALL = 2 * BATCHES_AT_ONCE  # half of them are prepared while the device works on the others
+log = logging.getLogger(__name__)
+
+
+def score_each(
+    images: Sequence[Image],
+    items: Sequence[Mapping[str, Any]],
+    prepare: Callable[[Image, str], Prepared],
+    score: Callable[[Sequence[Prepared]], Iterable[Verdict]],
+    *,
+    batch_size: int,
+    closed: threading.Event,
+) -> list[Verdict]:
+    """One verdict an image, in order; an image that cannot be prepared is unscored with the reason.
+
+    Args:
+        prepare: (image in RGB, prompt) -> what the model is given; may raise InputError.
+        score: one verdict for each that could be prepared, in order.
+        batch_size: of the model; bounds how many are prepared at once.
+        closed: once it is set, what is not begun is unscored, with ``CLOSED`` as the reason.
+    """
+
+    def prepared(pair: tuple[Image, Mapping[str, Any]]) -> Prepared:
+        image, item = pair
+        return prepare(decoded(image), prompt_of(item))
+
+    found = map_batched(list(zip(images, items, strict=True)), prepared, score, batch_size=batch_size, closed=closed)
+    return [
+        _unscored(verdict, item) if isinstance(verdict, InputError) else verdict
+        for verdict, item in zip(found, items, strict=True)
+    ]
+
+
+def prompt_of(item: Mapping[str, Any]) -> str:
+    """The prompt in an image's metadata; raises InputError where there is none, or no text."""
+    prompt = item.get("prompt")
+    if not isinstance(prompt, str):
+        raise InputError("the metadata has no prompt")
+    return require_text(prompt, "the prompt")
+
+
+def unscored_number(what: str) -> Verdict:
+    """The verdict on an image for which the model computed no number."""
+    return Verdict(score=None, error=f"the model's {what} is not a number; float32 may help (dtype)")
+
+
+def _unscored(error: InputError, item: Mapping[str, Any]) -> Verdict:
+    log.warning("no score for an image of %r: %s", str(item.get("prompt"))[:60], error)
+    return Verdict(score=None, error=str(error))

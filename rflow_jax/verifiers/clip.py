@@ -1,8 +1,4 @@
-"""CLIP in this process: how near an image is to its prompt, 100 times the cosine of their vectors for OpenAI's models.
-
-Transformers' own Flax model computes it where there is one (transformers < 5), else the CLIP of this package; the
-numbers are the same.
-"""
+"""Images as CLIP's own processor cuts them, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -17,20 +13,79 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
-from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
-from rflow_jax.images import levels_in
-from rflow_jax.prompts import load_tokenizer, require_plain, special_tokens
-from rflow_jax.settings import require_dtype
+from rflow_jax.tokenizers.flux import load_tokenizer, require_plain, special_tokens
 from rflow_jax.typing import Array, Float, Int, UInt8
-from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.clip_images import ClipImages
-from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
-from rflow_jax.weights.clip_model import check_clip_model, load_clip_model, read_clip_config
-from rflow_jax.weights.components import read_object
+from rflow_jax.utils.batching import require_fitting
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.images import levels_in
+from rflow_jax.utils.json_files import read_object
+from rflow_jax.verifiers.base import BATCHES_A_CALL, Verdict, score_each, unscored_number
+from rflow_jax.weights.components import check_clip_model, load_clip_model, read_clip_config
 from rflow_jax.weights.hub import resolve
+
+
+@dataclass(frozen=True)
+class ClipImages:
+    """Resize, then the middle.
+
+    Attributes:
+        resized: pixels of the shortest side, or (height, width).
+        side: pixels a side of the square that is cut out of the middle.
+        resample: the filter.
+    """
+
+    resized: int | tuple[int, int]
+    side: int
+    resample: Resampling = Resampling.BICUBIC
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], side: int, where: str) -> ClipImages:
+        """From the content of ``preprocessor_config.json``.
+
+        Args:
+            side: pixels a side that the network takes.
+
+        Raises:
+            InputError: the result would have another size; begins with ``where``.
+        """
+        size, crop = content.get("size", side), content.get("crop_size", side)
+        try:
+            resized = _resized(size)
+            resample = Resampling(content.get("resample", Resampling.BICUBIC))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: size {size!r} or resample {content.get('resample')!r} is not known") from error
+        cropped = content.get("do_center_crop", True)
+        if cropped and crop not in (side, {"height": side, "width": side}):
+            raise InputError(f"{where}: crop_size is {crop!r}, the network's images have {side} pixels a side")
+        smallest = min(resized) if isinstance(resized, tuple) else resized
+        fits = smallest >= side if cropped else resized == (side, side)
+        if not fits or not content.get("do_resize", True):
+            raise InputError(f"{where}: size {size!r} does not give images of {side} pixels a side")
+        return cls(resized, side, resample)
+
+    def cut(self, image: Image) -> np.ndarray:
+        """An RGB image -> uint8 [side, side, 3]."""
+        pixels = np.asarray(image.resize(self._size(*image.size), self.resample))
+        top, left = ((length - self.side) // 2 for length in pixels.shape[:2])
+        return pixels[top : top + self.side, left : left + self.side]
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing."""
+        if isinstance(self.resized, tuple):
+            return self.resized[1], self.resized[0]
+        long = int(self.resized * max(width, height) / min(width, height))
+        return (self.resized, long) if width <= height else (long, self.resized)
+
+
+def _resized(size: Any) -> int | tuple[int, int]:
+    """Early files give a number, later ones a mapping."""
+    if isinstance(size, int):
+        return size
+    return size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+
 
 WANTED = ["*.json", "*.txt", "*.safetensors"]
 Implementation = Literal["auto", "transformers", "own"]

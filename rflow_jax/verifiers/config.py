@@ -5,19 +5,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rflow_jax.chat import Endpoint
-from rflow_jax.chat.endpoint import OF_ANSWERS
 from rflow_jax.errors import InputError
-from rflow_jax.options import read_options, refuse_set
-from rflow_jax.registry import check_name
+from rflow_jax.openai_client import Endpoint
+from rflow_jax.openai_client.endpoint import OF_ANSWERS
+from rflow_jax.utils.plugins import check_name, check_unused, parse_options
 
 REWARD, ENSEMBLE, NONE = "reward", "ensemble", "none"
 VERIFIERS = {
     "openai": "rflow_jax.verifiers.openai:OpenAIVerifier",
     "yesno": "rflow_jax.verifiers.yesno:YesNoVerifier",
-    "nvila": "rflow_jax.local_models:nvila",
-    REWARD: "rflow_jax.local_models:reward",
-    "clip": "rflow_jax.local_models:clip",
+    "nvila": "rflow_jax.verifiers.factory:nvila",
+    REWARD: "rflow_jax.verifiers.factory:reward",
+    "clip": "rflow_jax.verifiers.factory:clip",
     ENSEMBLE: "rflow_jax.verifiers.ensemble:EnsembleVerifier",
 }
 """Names and their classes, which are made as ``Class(config, meter)`` and follow ``Verifier``."""
@@ -68,7 +67,7 @@ class VerifierConfig(Endpoint):
         check_name("verifier", self.name, (*VERIFIERS, NONE))
         if self.name in VERIFIERS and not self.asks_endpoint:
             other = "give it to the members" if self.name == ENSEMBLE else "leave it out"
-            refuse_set(self, dict.fromkeys(OF_HTTP, other) | INSTEAD.get(self.name, {}))
+            check_unused(self, dict.fromkeys(OF_HTTP, other) | INSTEAD.get(self.name, {}))
         if self.name == ENSEMBLE:
             self._check_ensemble()
 
@@ -77,13 +76,13 @@ class VerifierConfig(Endpoint):
         """Those of an ensemble; empty for any other verifier."""
         if self.name != ENSEMBLE:
             return ()
-        given = read_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").members
-        return tuple(read_options(VerifierConfig, m, f"{ENSEMBLE}.options.members[{k}]") for k, m in enumerate(given))
+        given = parse_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").members
+        return tuple(parse_options(VerifierConfig, m, f"{ENSEMBLE}.options.members[{k}]") for k, m in enumerate(given))
 
     @property
     def weights(self) -> tuple[float, ...]:
         """One for each member."""
-        weights = read_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").weights
+        weights = parse_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").weights
         return tuple(weights or [1.0] * len(self.members))
 
     @property

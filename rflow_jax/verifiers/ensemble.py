@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.calls import Calls, wait_for
-from rflow_jax.chat import CLOSED
 from rflow_jax.errors import InputError
-from rflow_jax.usage import Meter
+from rflow_jax.openai_client import CLOSED
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, judgements, settled
+from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, normalize_verdict, score_images
 from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 
 
@@ -30,7 +30,7 @@ class EnsembleVerifier:
         InputError: a member cannot be made.
     """
 
-    def __init__(self, config: VerifierConfig, meter: Meter | None = None) -> None:
+    def __init__(self, config: VerifierConfig, meter: UsageTracker | None = None) -> None:
         device = threading.Lock()
         self._members: list[_Member] = []
         try:
@@ -64,7 +64,7 @@ class EnsembleVerifier:
 
     def _verdict(self, verdicts: Sequence[Verdict]) -> EnsembleVerdict:
         members = [
-            MemberVerdict(name, member.weight, settled(verdict))
+            MemberVerdict(name, member.weight, normalize_verdict(verdict))
             for name, member, verdict in zip(self._names, self._members, verdicts, strict=True)
         ]
         scored = [member for member in members if member.verdict.scored]
@@ -77,7 +77,7 @@ class EnsembleVerifier:
         )
 
 
-def _made(member: VerifierConfig, meter: Meter | None, place: int) -> Verifier:
+def _made(member: VerifierConfig, meter: UsageTracker | None, place: int) -> Verifier:
     try:
         verifier = make_verifier(member, meter)
     except InputError as error:
@@ -114,7 +114,7 @@ class _Member:
         self._waiting: set[Future[Verdict]] = set()
         self._closed = False
         limits = verifier.concurrency, verifier.batch_size
-        self.calls = Calls(verifier.name, self._score, *limits, self._answer, self._fail)
+        self.calls = BatchingPool(verifier.name, self._score, *limits, self._answer, self._fail)
 
     def ask(self, image: Image, item: Mapping[str, Any]) -> Future[Verdict]:
         """The verdict to come; after ``close``, and for what waits at that moment, the reason is ``CLOSED``."""
@@ -143,7 +143,7 @@ class _Member:
         with self._turn:
             if self._closed:  # while it waited for its turn
                 return [Verdict(None, error=CLOSED)] * len(works)
-            return judgements(self.verifier, [work.image for work in works], [work.item for work in works])
+            return score_images(self.verifier, [work.image for work in works], [work.item for work in works])
 
     def _answer(self, work: _Work, verdict: Verdict) -> None:
         with suppress(InvalidStateError):

@@ -15,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
 
-from rflow_jax.each import require_fitting
 from rflow_jax.errors import InputError
-from rflow_jax.models.nvila.message import Template, ask, chat, message
-from rflow_jax.models.quantized import Quantization
-from rflow_jax.parallel.placement import on_devices
-from rflow_jax.settings import require_dtype
-from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
-from rflow_jax.verifiers.nvila_programs import NvilaPrograms, Question
+from rflow_jax.models.nvila import Template, ask, chat, message
+from rflow_jax.models.quantization import Quantization
+from rflow_jax.parallel.sharding import on_devices
+from rflow_jax.utils.batching import require_fitting
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.verifiers.base import BATCHES_A_CALL, Verdict, score_each, unscored_number
+from rflow_jax.vlm.nvila_programs import NvilaPrograms, NvilaQuery
 from rflow_jax.weights.nvila import NvilaModel, load_nvila
 
 
@@ -92,7 +91,7 @@ class NvilaVerifier:
         """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
         self._closed.set()
 
-    def _question(self, image: Image, prompt: str) -> Question:
+    def _question(self, image: Image, prompt: str) -> NvilaQuery:
         config, tokenizer = self.model.config, self.model.tokenizer
         tokenizer.require_plain(prompt)
         columns, rows = config.tiling.grid(*image.size)
@@ -100,9 +99,9 @@ class NvilaVerifier:
         text = chat(message([pictures, ask(prompt, self.config.template)]))
         layout = tokenizer.layout(text, config.picture_tokens)
         require_fitting(len(layout) + 1, tokenizer.context)  # said before the image is cut; its answer is a token
-        return Question(config.tiling.cut(image), layout)
+        return NvilaQuery(config.tiling.cut(image), layout)
 
-    def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+    def _verdicts(self, questions: Sequence[NvilaQuery]) -> list[Verdict]:
         return [self._verdict(logits) for logits in self._programs.first_logits(questions)]
 
     def _verdict(self, logits: np.ndarray) -> Verdict:

@@ -1,18 +1,7 @@
-"""A verifier behind an OpenAI-compatible endpoint, such as GPT-4o, that grades in JSON.
-
-Per GenEval tag the model grades three aspects and the whole, each 0-10 with a reason. What it is told stands in three
-files, which users replace together (``prompts`` in the config names their folder):
-
-- ``judge.md``: the instructions. ``$aspects`` lists the aspects; ``$form`` shows the JSON object to answer with, and
-  comes last where the file does not mention it. (In all these files ``$$`` is a dollar sign.)
-- ``question.md``: what goes with the image. ``$prompt``; ``$tag``, the kind of prompt; ``$include`` and ``$exclude``,
-  what must and must not be there.
-- ``aspects.json``: ``{tag: {aspect: meaning}}``; the table ``default`` serves prompts of any other kind. ``overall`` is
-  graded in addition and is the score.
-"""
+"""A verifier over HTTP that answers in JSON, and what verifiers over HTTP share."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -21,17 +10,106 @@ from typing import Any
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from rflow_jax.chat import Answer, Form, Question, UnusableAnswer, look_and_say
-from rflow_jax.chat.json_text import only_object
-from rflow_jax.chat.messages import encodable
-from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
-from rflow_jax.usage import Meter
-from rflow_jax.verifiers.asking import ChatVerifier
+from rflow_jax.openai_client import (
+    Answer,
+    Chat,
+    ChatError,
+    ChatRequest,
+    ResponseSchema,
+    UnusableAnswer,
+    vision_messages,
+)
+from rflow_jax.openai_client.messages import encodable, only_object
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import VerifierConfig
-from rflow_jax.verifiers.metadata import excluded, required
-from rflow_jax.verifiers.templates import SHIPPED
+from rflow_jax.writers.prompt_template import read_prompt
+
+
+def required(item: Mapping[str, Any]) -> str:
+    """What the picture must show: ``2 x clock; 1 x dog (right of the teddy bear)``."""
+    objects = item.get("include")
+    if not objects:
+        return "what the prompt says"
+    try:
+        return "; ".join(_required(thing, objects) for thing in objects)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return json.dumps(objects)  # metadata of another kind
+
+
+def excluded(item: Mapping[str, Any]) -> str:
+    """What must not be there: ``3 or more x clock``."""
+    objects = item.get("exclude")
+    if not objects:
+        return "whatever contradicts the prompt"
+    try:
+        return "; ".join(f"{thing['count']} or more x {thing['class']}" for thing in objects)
+    except (KeyError, TypeError, IndexError):
+        return json.dumps(objects)
+
+
+def _required(thing: Mapping[str, Any], objects: Any) -> str:
+    details = [thing["color"]] if "color" in thing else []
+    if "position" in thing:
+        relation, other = thing["position"]
+        details.append(f"{relation} the {objects[other]['class']}")
+    return f"{thing['count']} x {thing['class']}" + (f" ({', '.join(details)})" if details else "")
+
+
+SHIPPED = Path(__file__).parent / "prompts"
+
+
+def yes_no_template(template: str) -> Template:
+    """What a yes/no verifier asks about the picture beside it; ``$prompt`` is the prompt.
+
+    Args:
+        template: ``raw`` (the prompt alone, as the original asks NVILA), ``question`` (a question around it), or
+            the path of a file.
+
+    Raises:
+        InputError: there is no such file, or the prompt has no place in it.
+    """
+    if template == "raw":
+        return Template("$prompt")
+    path = SHIPPED / "yesno.md" if template == "question" else Path(template)
+    asked = Template(read_prompt(path).strip())
+    if "prompt" not in asked.get_identifiers():
+        raise InputError(f"{path}: $prompt, the place of the prompt, is missing")
+    return asked
+
+
+class ChatVerifier:
+    """Asks one question an image; a subclass says which, and parses the answer to a ``Verdict``.
+
+    Args:
+        kind: first word of the name.
+        config: where to ask.
+        meter: counts what is used.
+    """
+
+    batch_size = 1
+
+    def __init__(self, kind: str, config: VerifierConfig, meter: UsageTracker | None) -> None:
+        self._chat = Chat(config, meter)
+        self.name = f"{kind} {config.model_name}"
+        self.concurrency = config.concurrency
+
+    def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
+        """What is asked about one image."""
+        raise NotImplementedError
+
+    def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """One verdict an image, in order; an image without a usable answer is unscored with the reason."""
+        answers = self._chat.ask_all([self.question(*pair) for pair in zip(images, items, strict=True)])
+        return [
+            Verdict(score=None, error=str(answer)) if isinstance(answer, ChatError) else answer for answer in answers
+        ]
+
+    def close(self) -> None:
+        """Gives up what is waiting; those images are unscored, with ``CLOSED`` as the reason."""
+        self._chat.close()
+
 
 __all__ = ["Mark", "OpenAIVerifier", "VerifierConfig"]
 
@@ -54,7 +132,7 @@ class OpenAIVerifier(ChatVerifier):
         InputError: no key for OpenAI's own address, or the folder of prompts is incomplete.
     """
 
-    def __init__(self, config: VerifierConfig, meter: Meter | None = None) -> None:
+    def __init__(self, config: VerifierConfig, meter: UsageTracker | None = None) -> None:
         folder = Path(config.prompts) if config.prompts else SHIPPED
         judge = Template(read_prompt(folder / "judge.md"))
         self._judge = judge if "form" in judge.get_identifiers() else Template(f"{judge.template}\n\n$form")
@@ -62,7 +140,7 @@ class OpenAIVerifier(ChatVerifier):
         self._aspects = _read_aspects(folder / "aspects.json")
         super().__init__("openai", config, meter)
 
-    def question(self, image: Image, item: Mapping[str, Any]) -> Question:
+    def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
         """The image with its prompt, the aspects of its tag, and the form of the answer."""
         tag = item.get("tag")
         tag = tag if isinstance(tag, str) else None
@@ -76,12 +154,12 @@ class OpenAIVerifier(ChatVerifier):
             include=required(item),
             exclude=excluded(item),
         )
-        form = Form("grades", _schema(aspects))
-        return Question(look_and_say(system, text, image), partial(_verdict, aspects), form)
+        form = ResponseSchema("grades", _schema(aspects))
+        return ChatRequest(vision_messages(system, text, image), partial(_verdict, aspects), form)
 
 
 def _verdict(aspects: Mapping[str, str], answer: Answer) -> Verdict:
-    found = only_object(answer.words())
+    found = only_object(answer.require_text())
     if missing := [name for name in (*aspects, _OVERALL) if name not in found]:
         raise UnusableAnswer(f"the answer lacks {', '.join(missing)}")
     marks = {name: _mark(name, found[name]) for name in (*aspects, _OVERALL)}

@@ -36,7 +36,7 @@ def best_first(verdicts: Sequence[Verdict | None]) -> list[int]:
     return sorted(range(len(verdicts)), key=ranks.__getitem__, reverse=True)
 
 
-def rated(verdicts: Sequence[Verdict | None]) -> list[Verdict | None]:
+def with_ensemble_scores(verdicts: Sequence[Verdict | None]) -> list[Verdict | None]:
     """The verdicts on all images of a prompt; those of an ensemble get a score: their weighted mean rank, 0 to 1."""
     shares = _weighted_shares(verdicts) if _aggregated(verdicts) else {}
     return [replace(v, score=float(shares[k])) if v and k in shares else v for k, v in enumerate(verdicts)]

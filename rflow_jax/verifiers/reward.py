@@ -16,22 +16,20 @@ import numpy as np
 from flax import nnx
 from PIL.Image import Image
 
-from rflow_jax.chat.prompt_file import read_prompt
 from rflow_jax.errors import InputError
-from rflow_jax.models.quantized import Quantization, quantize
+from rflow_jax.models.quantization import Quantization, quantize
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
-from rflow_jax.parallel.placement import on_devices, on_mesh_of
-from rflow_jax.settings import require_dtype
-from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.in_process import BATCHES_A_CALL, score_each, unscored_number
-from rflow_jax.vlm.qwen import Scoring, rewards
+from rflow_jax.parallel.sharding import on_devices, on_mesh_of
+from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.verifiers.base import BATCHES_A_CALL, Verdict, score_each, unscored_number
+from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_chat import batches
-from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
+from rflow_jax.vlm.qwen_programs import Scoring, rewards
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
-from rflow_jax.weights.reward.config import PROMPT_FILE, RewardConfig
+from rflow_jax.weights.reward import PROMPT_FILE, SPECIAL_TOKEN, RewardCheckpoint, RewardConfig
+from rflow_jax.writers.prompt_template import read_prompt
 
 PROMPT = Path(__file__).parent / "prompts" / "reward.md"
 log = logging.getLogger(__name__)
@@ -106,9 +104,9 @@ class RewardVerifier:
         sizes = model.config
         self._special = _special(checkpoint, tokenizer, sizes.language.vocab_size)
         self._how = Scoring(checkpoint.config.token, self._special, mrope=config.mrope)
-        self.prepare = Preparation(
+        self.prepare = QwenProcessor(
             tokenizer,
-            read_rules(checkpoint.base, sizes),
+            read_image_processor_config(checkpoint.base, sizes),
             sizes,
             sizes.language.max_position_embeddings,
             checkpoint.config.max_pixels if config.max_pixels is None else config.max_pixels,
@@ -128,19 +126,19 @@ class RewardVerifier:
         """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
         self._closed.set()
 
-    def _sample(self, image: Image, prompt: str) -> Sample:
+    def _sample(self, image: Image, prompt: str) -> QwenSample:
         self.prepare.tokenizer.require_plain(prompt)  # the wording around it may hold the token that is scored
         return self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
 
-    def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+    def _verdicts(self, samples: Sequence[QwenSample]) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
         for batch in batches(samples, self.batch_size):
             verdicts |= self._score(batch)
         return [verdicts[k] for k in range(len(samples))]
 
-    def _score(self, batch: Mapping[int, Sample]) -> dict[int, Verdict]:
+    def _score(self, batch: Mapping[int, QwenSample]) -> dict[int, Verdict]:
         own, config = list(batch.values()), self.prepare.config
-        sizes = Sizes.few(own, config, self.batch_size)
+        sizes = Sizes.bucketed(own, config, self.batch_size)
         inputs = batch_of(own, config, pad=self.prepare.tokenizer.pad, sizes=sizes)
         with on_mesh_of(self._state):
             raw = rewards(self._graph, self.prepare.rules, self._how, self._state, inputs)

@@ -10,13 +10,12 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.chat import Answer, Question, UnusableAnswer
-from rflow_jax.chat.messages import picture, words
-from rflow_jax.usage import Meter
-from rflow_jax.verifiers.asking import ChatVerifier
+from rflow_jax.openai_client import Answer, ChatRequest, UnusableAnswer
+from rflow_jax.openai_client.messages import image_part, words
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import VerifierConfig
-from rflow_jax.verifiers.templates import yes_no_template
+from rflow_jax.verifiers.openai import ChatVerifier, yes_no_template
 
 # Beside what a reader would strip: the marks for a space in tokens that a server gives as they stand in the vocabulary.
 _AROUND = " \t\r\n\"'`*_.,:;!()[]\u0120\u010a\u2581"
@@ -30,14 +29,14 @@ class YesNoVerifier(ChatVerifier):
         InputError: no key for OpenAI's own address, or the template is not usable.
     """
 
-    def __init__(self, config: VerifierConfig, meter: Meter | None = None) -> None:
+    def __init__(self, config: VerifierConfig, meter: UsageTracker | None = None) -> None:
         self._template = yes_no_template(config.template)
         super().__init__("yesno", config, meter)
 
-    def question(self, image: Image, item: Mapping[str, Any]) -> Question:
+    def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
         """The image and the prompt, without instructions: what such models were trained with."""
-        parts = [picture(image), words(self._template.safe_substitute(prompt=item["prompt"]))]
-        return Question([{"role": "user", "content": parts}], _verdict, options=_OPTIONS)
+        parts = [image_part(image), words(self._template.safe_substitute(prompt=item["prompt"]))]
+        return ChatRequest([{"role": "user", "content": parts}], _verdict, options=_OPTIONS)
 
 
 def _verdict(answer: Answer) -> Verdict:

@@ -14,19 +14,19 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from rflow_jax.each import do_each
 from rflow_jax.errors import InputError
-from rflow_jax.models.quantized import Quantization, quantize
-from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.quantization import Quantization, quantize
+from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
-from rflow_jax.parallel.placement import on_devices, on_mesh_of
-from rflow_jax.settings import require_dtype
+from rflow_jax.parallel.sharding import on_devices, on_mesh_of
+from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.typing import Array
-from rflow_jax.vlm.qwen import texts
-from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.utils.batching import map_batched
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
+from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
+from rflow_jax.vlm.qwen_programs import texts
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.lora.peft import attach_adapter, merged
 from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config, repetition_penalty
@@ -89,7 +89,7 @@ class QwenChatConfig:
 
 
 @dataclass(frozen=True)
-class Question:
+class ChatQuery:
     """Instructions, then texts and pictures in the order they are shown."""
 
     instructions: str | None
@@ -122,30 +122,32 @@ class QwenChat:
             repetition_penalty=penalty,
             vocabulary=min(len(tokenizer), sizes.language.vocab_size),
         )
-        self.prepare = Preparation(tokenizer, read_rules(folder, sizes), sizes, context, config.max_pixels)
+        self.prepare = QwenProcessor(
+            tokenizer, read_image_processor_config(folder, sizes), sizes, context, config.max_pixels
+        )
         self._graph, self._state = nnx.split(model)
 
-    def answer(self, questions: Sequence[Question]) -> list[str | InputError]:
+    def answer(self, questions: Sequence[ChatQuery]) -> list[str | InputError]:
         """An answer a question, in order; an error in place of the answer where a question is unusable."""
-        return do_each(questions, self._prepared, self._answers, batch_size=self.config.batch_size)
+        return map_batched(questions, self._prepared, self._answers, batch_size=self.config.batch_size)
 
-    def _prepared(self, question: Question) -> tuple[Sample, np.ndarray]:
+    def _prepared(self, question: ChatQuery) -> tuple[QwenSample, np.ndarray]:
         for text in (question.instructions, *question.parts):
             if isinstance(text, str):
                 self.prepare.tokenizer.require_plain(text)
         sample = self.prepare.sample(question.parts, question.instructions)
         return sample, question_key(question, self.config.seed)
 
-    def _answers(self, prepared: Sequence[tuple[Sample, np.ndarray]]) -> list[str]:
+    def _answers(self, prepared: Sequence[tuple[QwenSample, np.ndarray]]) -> list[str]:
         samples, keys = zip(*prepared, strict=True)
         answers: dict[int, str] = {}
         for batch in batches(samples, self.config.batch_size):
             answers |= self._answer(batch, keys)
         return [answers[k] for k in range(len(prepared))]
 
-    def _answer(self, batch: Mapping[int, Sample], keys: Sequence[np.ndarray]) -> dict[int, str]:
+    def _answer(self, batch: Mapping[int, QwenSample], keys: Sequence[np.ndarray]) -> dict[int, str]:
         rows, own = self.config.batch_size, list(batch.values())
-        sizes = Sizes.few(own, self.prepare.config, rows)
+        sizes = Sizes.bucketed(own, self.prepare.config, rows)
         inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
         data = np.zeros((rows, 2), np.uint32)
         data[: len(own)] = [keys[k] for k in batch]
@@ -170,7 +172,7 @@ def _context(sizes: Qwen25VLConfig, config: QwenChatConfig) -> int:
     return whole - config.max_new_tokens
 
 
-def batches(samples: Sequence[Sample], size: int) -> Iterator[dict[int, Sample]]:
+def batches(samples: Sequence[QwenSample], size: int) -> Iterator[dict[int, QwenSample]]:
     """At most ``size`` samples each, by their positions; those alike in size go together: little is padding."""
 
     def patches_and_tokens(k: int) -> tuple[int, int]:
@@ -181,7 +183,7 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[dict[int, Sample]]
         yield {k: samples[k] for k in order[start : start + size]}
 
 
-def question_key(question: Question, seed: int) -> np.ndarray:
+def question_key(question: ChatQuery, seed: int) -> np.ndarray:
     """The bits of a random key that follows from a question and a seed: [2] uint32."""
     digest = hashlib.sha256(f"{seed}\n{question.instructions}".encode())
     for part in question.parts:

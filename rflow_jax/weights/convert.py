@@ -12,16 +12,19 @@ from typing import Any
 from rflow_jax.errors import InputError
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component, read_object
-from rflow_jax.weights.conversion import Conversion
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.folders import TRANSFORMER_CLASS, ModelPath, describe
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names.flux import bfl_config, bfl_table
-from rflow_jax.weights.pickles import is_pickle, open_pickle
-from rflow_jax.weights.save import Storage, save, write_model_file
-from rflow_jax.weights.tables import Table, plan
-from rflow_jax.weights.writing import need_space, whole
+from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
+from rflow_jax.utils.json_files import read_object
+from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component
+from rflow_jax.weights.flux import TRANSFORMER_CLASS, ModelPath, describe
+from rflow_jax.weights.key_mapping import KeyMapping, plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings.flux import bfl_config, bfl_mapping
+from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
+from rflow_jax.weights.model_folder import Storage, is_stored, save, write_model_file
+from rflow_jax.weights.qwen import read_qwen_config
+from rflow_jax.weights.reward import CONFIG_FILE
+from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
+from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 
 COPIED = ("scheduler", "tokenizer", "tokenizer_2")
 TEXT = (CLIP.folder, T5.folder, "tokenizer", "tokenizer_2")
@@ -41,7 +44,7 @@ class Source:
     component: Component
     config: dict[str, Any]
     files: TensorFiles
-    table: Table
+    table: KeyMapping
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def convert_flux(src: Path, dst: Path, options: Options = Options(), on_progress
     size = sum(leaf.nbytes for conversion in plans.values() for leaf in conversion.leaves())
     need_space(dst, size)
     total, done = sum(source.files.nbytes for source in sources), 0
-    with whole(dst) as partial:
+    with atomic_output(dst) as partial:
         for source in sources:
             name = source.component.folder
             (partial / name).mkdir(parents=True)
@@ -136,7 +139,7 @@ def _from_folder(component: Component, folder: Path, options: Options) -> Source
 def _bfl_transformer(file: Path, options: Options) -> Source:
     files = _open_file(file, options.allow_pickle)
     config = asdict(bfl_config(files.shapes, str(file)))
-    return Source(TRANSFORMER, {"_class_name": TRANSFORMER_CLASS} | config, files, bfl_table(files))
+    return Source(TRANSFORMER, {"_class_name": TRANSFORMER_CLASS} | config, files, bfl_mapping(files))
 
 
 def _bfl_autoencoder(file: Path, options: Options) -> Source:
@@ -192,3 +195,54 @@ def _scheduler(config: FluxConfig) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+_QWEN_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def convert_qwen(
+    src: Path, dst: Path, *, storage: Storage = "safetensors", dtype: Any = None, on_progress: OnProgress | None = None
+) -> None:
+    """Converts a folder of Transformers; tensors are written as they are read.
+
+    Args:
+        storage: ``safetensors`` or ``orbax``.
+        dtype: of all parameters; None keeps each tensor's.
+
+    Raises:
+        InputError: no such model, a tensor missing, unknown or of a wrong shape, ``dst`` exists, a full disk.
+    """
+    if (src / CONFIG_FILE).is_file():
+        raise InputError(f"{src}: a reward model, which is read as it is; only its base model can be converted")
+    if is_stored(src):
+        raise InputError(f"{src}: is a converted model already")
+    model = abstract_qwen2_5_vl(read_qwen_config(src))
+    files = TensorFiles.open(src)
+    the_plan = plan(qwen2_5_vl_mapping(files, head=model.language.head is not None), parameter_shapes(model))
+    the_plan.check_files(files)
+    conversion = Conversion(the_plan, files, dtype)
+    need_space(dst, sum(leaf.nbytes for leaf in conversion.leaves()))
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress("qwen2_5_vl", done, files.nbytes)
+
+    with atomic_output(dst) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        save(conversion, partial, storage, on_bytes=advance)
+        config = read_object(src / "config.json")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in (name for name in _QWEN_FILES if (src / name).is_file()):
+            shutil.copy(src / name, partial / name)
+        write_model_file(partial, storage, (), str(src))

@@ -1,4 +1,4 @@
-"""A model's name -> a folder on this machine; the Hub is only asked for what is not there."""
+"""A model's name -> a folder on this machine: a path, a tiny model that comes along, or a copy from the Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rflow_jax.errors import InputError
 
+BUNDLED = Path(__file__).parents[1] / "testing" / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # What a diffusers-layout repository holds besides these (single files, other formats) is not fetched.
 WANTED = [
@@ -26,29 +27,33 @@ def resolve(model: str, wanted: list[str] = WANTED) -> Path:
     """The folder of a model.
 
     Args:
-        model: a folder, or ``owner/name`` (``owner/name@revision``) on the Hub. Fetched files stay in
+        model: a folder, one of the tiny models that come along (``tiny-flux``), or ``owner/name``
+            (``owner/name@revision``) on the Hub. Fetched files stay in
             huggingface_hub's cache, and a cached copy serves without a network; ``HF_TOKEN`` is honoured.
         wanted: patterns of the files to fetch.
 
     Raises:
         InputError: no such folder, and not on the Hub or in its cache.
     """
-    path = Path(model).expanduser()
-    return path if path.exists() else _from_hub(model, wanted)
+    return _local(model) or _from_hub(model, wanted)
 
 
 def resolve_lora(lora: str) -> Path:
     """The file or folder of a LoRA, or the folder of one on the Hub (``owner/name``); errors as :func:`resolve`."""
-    path = Path(lora).expanduser()
-    return path if path.exists() else _from_hub(lora, WANTED_LORA)
+    return _local(lora) or _from_hub(lora, WANTED_LORA)
 
 
 def resolve_vlm(model: str, *, reward: bool = False) -> Path:
     """The folder of a vision-language model, or of a reward model's checkpoints; errors as :func:`resolve`."""
-    path = Path(model).expanduser()
-    if path.exists():
+    if (path := _local(model)) is not None:
         return path
     return _from_hub(model, WANTED_REWARD, unwanted=[]) if reward else _from_hub(model, WANTED_VLM)
+
+
+def _local(name: str) -> Path | None:
+    """What is on this machine under this name."""
+    paths = [Path(name).expanduser(), *([BUNDLED / name] if name and "/" not in name else [])]
+    return next((path for path in paths if path.exists()), None)
 
 
 def _from_hub(name: str, patterns: list[str], unwanted: list[str] = UNWANTED) -> Path:

@@ -14,25 +14,22 @@ import numpy as np
 from flax import nnx
 
 from rflow_jax.errors import InputError
-from rflow_jax.images import levels_in
-from rflow_jax.models.nvila.config import NvilaConfig, require_nvila, require_projector
-from rflow_jax.models.nvila.network import Nvila, abstract_nvila
-from rflow_jax.models.quantized import Quantization, quantize
+from rflow_jax.models.nvila import Nvila, NvilaConfig, abstract_nvila, require_nvila, require_projector
+from rflow_jax.models.quantization import Quantization, quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
-from rflow_jax.progress import byte_progress
-from rflow_jax.weights.components import check_types, naming, read_object
-from rflow_jax.weights.conversion import Conversion
+from rflow_jax.tokenizers.nvila import NvilaTokenizer
+from rflow_jax.utils.images import levels_in
+from rflow_jax.utils.json_files import check_types, naming, read_object
+from rflow_jax.utils.progress import byte_progress
 from rflow_jax.weights.convert import OnProgress, Options, open_folder
-from rflow_jax.weights.files import TensorFiles
 from rflow_jax.weights.hub import resolve
-from rflow_jax.weights.load import ShardingFor, load_into, parameter_shapes
-from rflow_jax.weights.names import nvila, qwen2, siglip
-from rflow_jax.weights.nvila_tokenizer import NvilaTokenizer
-from rflow_jax.weights.save import MODEL_FILE, save, write_model_file
-from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
-from rflow_jax.weights.tables import Table, plan
-from rflow_jax.weights.writing import need_space, whole
+from rflow_jax.weights.key_mapping import KeyMapping, plan
+from rflow_jax.weights.loading import ShardingFor, load_into, parameter_shapes
+from rflow_jax.weights.mappings import nvila, qwen
+from rflow_jax.weights.model_folder import MODEL_FILE, is_stored, load_stored, save, stored_bytes, write_model_file
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 
 TOWER, PROJECTOR, LANGUAGE = "vision_tower", "mm_projector", "llm"
 PARTS = (TOWER, PROJECTOR, LANGUAGE)
@@ -134,7 +131,7 @@ def convert_nvila(src: Path, dst: Path, options: Options = Options(), on_progres
         conversions[part] = Conversion(the_plan, files, options.dtype)
     need_space(dst, sum(leaf.nbytes for conversion in conversions.values() for leaf in conversion.leaves()))
     total, done = sum(conversion.files.nbytes for conversion in conversions.values()), 0
-    with whole(dst) as partial:
+    with atomic_output(dst) as partial:
         for part, conversion in conversions.items():
 
             def advance(nbytes: int, part: str = part) -> None:
@@ -153,10 +150,10 @@ def _part(network: Nvila, part: str) -> nnx.Module:
     return {TOWER: network.tower, PROJECTOR: network.projector, LANGUAGE: network.language}[part]
 
 
-def _table(part: str, files: TensorFiles, config: NvilaConfig) -> Table:
+def _table(part: str, files: TensorFiles, config: NvilaConfig) -> KeyMapping:
     if part == TOWER:
-        return siglip.table_for(files)
-    return nvila.PROJECTOR if part == PROJECTOR else qwen2.table_for(head=not config.language.tie_word_embeddings)
+        return nvila.siglip_mapping(files)
+    return nvila.PROJECTOR if part == PROJECTOR else qwen.qwen2_mapping(head=not config.language.tie_word_embeddings)
 
 
 def _levels(root: Path, config: NvilaConfig) -> np.ndarray:

@@ -15,13 +15,13 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig, end_tokens_in, parts_of
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
-from rflow_jax.weights.components import check_types, naming, read_object
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import ShardingFor, load_into, parameter_shapes, parameter_values
-from rflow_jax.weights.names import qwen2_5_vl as names
-from rflow_jax.weights.stored import StoredAsTheirs, is_stored, load_stored
-from rflow_jax.weights.tables import Table, plan
-from rflow_jax.weights.writing import write_safetensors
+from rflow_jax.utils.json_files import check_types, naming, read_object
+from rflow_jax.weights.key_mapping import KeyMapping, plan
+from rflow_jax.weights.loading import ShardingFor, load_into, parameter_shapes, parameter_values
+from rflow_jax.weights.mappings import qwen as names
+from rflow_jax.weights.model_folder import StoredAsTheirs, is_stored, load_stored
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.saving import write_safetensors
 
 _TEXTS = (".json", ".jinja")
 _GENERATION = "generation_config.json"
@@ -115,7 +115,7 @@ def load_qwen(
     if is_stored(folder):
         return load_stored(model, folder, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
     files = TensorFiles.open(folder)
-    table = names.table_for(files, head=model.language.head is not None)
+    table = names.qwen2_5_vl_mapping(files, head=model.language.head is not None)
     return load_into(model, table, files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
 
 
@@ -131,14 +131,14 @@ def open_qwen(folder: Path) -> TensorFiles:
     return StoredAsTheirs(folder, plan(published_table(model), parameter_shapes(model)))
 
 
-def published_table(model: Qwen25VL) -> Table:
+def published_table(model: Qwen25VL) -> KeyMapping:
     """The names that published checkpoints give the network's parameters."""
-    return names.table_for((), head=model.language.head is not None)
+    return names.qwen2_5_vl_mapping((), head=model.language.head is not None)
 
 
-def nested_table(model: Qwen25VL) -> Table:
+def nested_table(model: Qwen25VL) -> KeyMapping:
     """The names of Transformers' modules from 4.52 on."""
-    return names.table_for((names.NESTED[0],), head=model.language.head is not None)
+    return names.qwen2_5_vl_mapping((names.NESTED[0],), head=model.language.head is not None)
 
 
 def export_qwen(model: Qwen25VL, base: Path, folder: Path) -> None:

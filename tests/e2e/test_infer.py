@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.kit.openai_server import KEY, Fault, OpenAIServer, score_of, sentence_of
+from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer, score_of, sentence_of
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ["--config", "configs/debug.yaml", "--prompts", "configs/prompts_debug.jsonl"]
@@ -238,5 +238,5 @@ def test_a_lora_that_could_have_no_effect_is_one_line(tmp_path):
 
 def test_the_launcher_runs_a_command_against_a_server_of_its_own():
     code = "import os, sys; sys.exit(7 if os.environ['OPENAI_BASE_URL'].startswith('http://127.0.0.1') else 1)"
-    command = [sys.executable, "-m", "tests.kit.openai_server", "--", sys.executable, "-c", code]
+    command = [sys.executable, "-m", "rflow_jax.testing.openai_server", "--", sys.executable, "-c", code]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 7

@@ -12,9 +12,9 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+from rflow_jax.testing.openai_server import Fault, OpenAIServer, score_of
 from tests.kit.asking import pictures
 from tests.kit.clip import make_clip
-from tests.kit.openai_server import Fault, OpenAIServer, score_of
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = '--verifier.options={"batch_size": 2, "dtype": "float32"}'

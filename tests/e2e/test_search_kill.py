@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.openai_server import Chaos, OpenAIServer
+from rflow_jax.testing.openai_server import Chaos, OpenAIServer
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("RFLOW_KILLS", "3"))

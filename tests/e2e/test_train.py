@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rflow_jax.data.make_genref import make_genref
-from rflow_jax.pipeline import load_pipeline
+from rflow_jax.generation.pipeline import load_pipeline
+from rflow_jax.testing.make_genref import make_genref
 
 ROOT = Path(__file__).parents[2]
 STEPS, TIMINGS = 20, {"samples_per_s", "data_wait", "skipped", "mfu"}
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(place, whole, small_disk):
 def test_latents_made_before_give_the_losses_of_pictures(place):
     latents = place.root / "latents"
     sizes = ["--data.target_size", "64", "--data.condition_size", "32", "--data.crop", "center"]
-    command = [sys.executable, "-m", "rflow_jax.data.convert", "precompute", "--model", "tests/golden/pipeline"]
+    command = [sys.executable, "-m", "rflow_jax.commands.dataset", "precompute", "--model", "tests/golden/pipeline"]
     command += [
         *sizes,
         "--data.shards",

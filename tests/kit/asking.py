@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from rflow_jax.chat import Answer, Chat, Endpoint, Question, look_and_say, png_bytes
-from rflow_jax.usage import Meter
-from tests.kit.openai_server import sentence_of
+from rflow_jax.openai_client import Answer, Chat, ChatRequest, Endpoint, png_bytes, vision_messages
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.testing.openai_server import sentence_of
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "default")
 
@@ -26,9 +26,9 @@ def items(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"a photo of {number} kites", "tag": TAGS[number % len(TAGS)]} for number in range(count)]
 
 
-def question(number: int = 0, parse: Callable[[Answer], Any] = Answer.words, **more: Any) -> Question:
+def question(number: int = 0, parse: Callable[[Answer], Any] = Answer.require_text, **more: Any) -> ChatRequest:
     """A question for a free text."""
-    return Question(look_and_say("Be brief.", f"question {number}", pictures(1, number)[0]), parse, **more)
+    return ChatRequest(vision_messages("Be brief.", f"question {number}", pictures(1, number)[0]), parse, **more)
 
 
 def expected(numbers: Iterable[int]) -> list[str]:
@@ -36,7 +36,7 @@ def expected(numbers: Iterable[int]) -> list[str]:
     return [sentence_of(png_bytes(pictures(1, n)[0]), f"Be brief.\nquestion {n}") for n in numbers]
 
 
-def ask(server: Any, questions: list[Question], meter: Meter | None = None, **more: Any) -> list[Any]:
+def ask(server: Any, questions: list[ChatRequest], meter: UsageTracker | None = None, **more: Any) -> list[Any]:
     """The answers of a chat of its own."""
     chat = Chat(Endpoint(base_url=server.base_url, **({"max_retries": 3, "timeout": 10.0} | more)), meter)
     try:

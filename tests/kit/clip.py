@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from rflow_jax.models.clip_vision import Clip
-from rflow_jax.weights.clip_model import read_clip_config
-from rflow_jax.weights.load import parameter_values
-from rflow_jax.weights.names.clip import WHOLE
-from rflow_jax.weights.tables import plan
+from rflow_jax.models.clip import Clip
+from rflow_jax.weights.components import read_clip_config
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_values
+from rflow_jax.weights.mappings.text_encoders import CLIP_WHOLE
 from tests.kit.encoders import random_model
 
 SIDE = 20
@@ -38,7 +38,7 @@ def make_clip(folder: Path, golden: Path) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     network = random_model(Clip, read_clip_config(folder))
     values = {path: np.asarray(value) for path, value in parameter_values(network).items()}
-    the_plan = plan(WHOLE, {path: value.shape for path, value in values.items()})
+    the_plan = plan(CLIP_WHOLE, {path: value.shape for path, value in values.items()})
     tensors = {key: the_plan.join(key, values) for key in the_plan.entries}
     tensors["logit_scale"] = np.asarray(np.log(100), np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})  # Transformers reads no file without it

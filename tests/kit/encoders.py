@@ -12,29 +12,31 @@ from flax import nnx
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder
 from rflow_jax.models.t5 import T5Config, T5Encoder
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into
-from rflow_jax.weights.names import autoencoder, clip, t5
+from rflow_jax.weights.loading import load_into
+from rflow_jax.weights.mappings import autoencoder, text_encoders
+from rflow_jax.weights.safetensors_io import TensorFiles
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     config = AutoencoderConfig.from_json(read_config(folder))
     files = TensorFiles.open(folder)
     model = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
-    return load_into(model, autoencoder.table_for(files, len(config.block_out_channels)), files)
+    return load_into(model, autoencoder.autoencoder_mapping(files, len(config.block_out_channels)), files)
 
 
 def load_t5(folder: Path) -> T5Encoder:
     config = T5Config.from_json(read_config(folder))
     files = TensorFiles.open(folder)
-    return load_into(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), t5.table_for(files), files)
+    return load_into(
+        nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), text_encoders.t5_mapping(files), files
+    )
 
 
 def load_clip(folder: Path) -> ClipTextEncoder:
     config = ClipTextConfig.from_json(read_config(folder))
     files = TensorFiles.open(folder)
     model = nnx.eval_shape(lambda: ClipTextEncoder(config, rngs=nnx.Rngs(0)))
-    return load_into(model, clip.table_for(files), files)
+    return load_into(model, text_encoders.clip_mapping(files), files)
 
 
 def random_model(network, config, *, seed: int = 0, dtype=jnp.float32):

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rflow_jax.usage import Meter
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.testing.openai_server import score_of
 from rflow_jax.verifiers import VerifierConfig
 from rflow_jax.verifiers.base import Verdict
-from tests.kit.openai_server import score_of
 from tests.kit.searching import HashVerifier
 
 OWN = {"name": "tests.kit.ensemble:make"}
@@ -23,7 +23,7 @@ class Backwards(HashVerifier):
         return Verdict(None if verdict.score is None else -verdict.score, error=verdict.error)
 
 
-def make(config: VerifierConfig, meter: Meter | None) -> HashVerifier:
+def make(config: VerifierConfig, meter: UsageTracker | None) -> HashVerifier:
     """A verifier whose ``model`` says how it is: {"name", "concurrency", "batch_size", "fails", "backwards"}."""
     how = json.loads(config.model or "{}")
     kind = Backwards if how.pop("backwards", False) else HashVerifier

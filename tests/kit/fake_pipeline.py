@@ -13,9 +13,9 @@ import PIL.Image
 import pytest
 from PIL.Image import Image
 
-import rflow_jax.pipeline
-from rflow_jax.pipeline import Pending, Request
-from rflow_jax.settings import Settings
+import rflow_jax.generation.pipeline
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.generation.pipeline import Pending, Request
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FakePending(Pending):
 
 @dataclass
 class FakePipeline:
-    """Has the interface of ``rflow_jax.pipeline.Pipeline`` and remembers its batches.
+    """Has the interface of ``rflow_jax.generation.pipeline.Pipeline`` and remembers its batches.
 
     Attributes:
         before: told the requests of each batch before it starts; may raise.
@@ -84,11 +84,11 @@ class FakePipeline:
         """Of all batches."""
         return [request for batch in self.log.batches for request in batch.requests]
 
-    def images_at_once(self, settings: Settings) -> int:
+    def images_at_once(self, settings: SamplingConfig) -> int:
         """Images of one batch."""
         return settings.batch_size * self.replicas
 
-    def resolve(self, settings: Settings) -> Settings:
+    def resolve(self, settings: SamplingConfig) -> SamplingConfig:
         """The settings with FLUX.1-dev's numbers where they leave these open."""
         steps, length = settings.num_inference_steps or 30, settings.max_sequence_length or 512
         return replace(settings, num_inference_steps=steps, max_sequence_length=length)
@@ -97,7 +97,7 @@ class FakePipeline:
         """The same without the corrector, and the same object each time; batches are remembered together."""
         return self._bare
 
-    def start(self, requests: Sequence[Request], settings: Settings) -> FakePending:
+    def start(self, requests: Sequence[Request], settings: SamplingConfig) -> FakePending:
         """Sends a batch on its way."""
         assert threading.get_ident() == self.thread, "a generator is fed by one thread"
         assert 0 < len(requests) <= self.images_at_once(settings)
@@ -116,7 +116,7 @@ class FakePipeline:
         conditions: Sequence[Image | None] | None = None,
         reflections: Sequence[str | None] | None = None,
         refined_prompts: Sequence[str | None] | None = None,
-        settings: Settings = Settings(),
+        settings: SamplingConfig = SamplingConfig(),
         on_images: Callable[[int, list[Image]], None] | None = None,
     ) -> list[Image]:
         """One picture a prompt, in batches."""
@@ -132,7 +132,7 @@ class FakePipeline:
         return images
 
 
-def picture(request: Request, lora: bool, settings: Settings) -> Image:
+def picture(request: Request, lora: bool, settings: SamplingConfig) -> Image:
     """Another one for any other input; only the size of the batch changes nothing."""
     condition = request.condition and hashlib.sha256(request.condition.tobytes()).hexdigest()
     key = (lora, replace(request, condition=None), condition, replace(settings, batch_size=1))
@@ -143,5 +143,5 @@ def picture(request: Request, lora: bool, settings: Settings) -> Image:
 def instead_of_loading(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     """The pipeline that ``load_pipeline`` gives from now on."""
     fake = FakePipeline()
-    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", lambda model, **more: fake)
+    monkeypatch.setattr(rflow_jax.generation.pipeline, "load_pipeline", lambda model, **more: fake)
     return fake

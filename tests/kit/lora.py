@@ -9,7 +9,7 @@ import numpy as np
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import Adapter, linear_shapes
-from rflow_jax.weights.tables import Table, plan
+from rflow_jax.weights.key_mapping import KeyMapping, plan
 
 TINY = FluxConfig(
     num_layers=2,
@@ -22,7 +22,7 @@ TINY = FluxConfig(
 )
 
 
-def module_shapes(table: Table, config: FluxConfig = TINY) -> dict[str, tuple[int, int]]:
+def module_shapes(table: KeyMapping, config: FluxConfig = TINY) -> dict[str, tuple[int, int]]:
     """A checkpoint's linears: module -> (in, out)."""
     shapes = {f"{path}.kernel": shape for path, shape in linear_shapes(abstract_flux(config)).items()}
     the_plan = plan(table, shapes)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rflow_jax.models.nvila.message import Layout, ask, chat, message
+from rflow_jax.models.nvila import Layout, ask, chat, message
+from rflow_jax.tokenizers.nvila import NvilaTokenizer
 from rflow_jax.weights.nvila import read_nvila_config
-from rflow_jax.weights.nvila_tokenizer import NvilaTokenizer
 from tests.kit.nvila import Sizes, TorchNvila
 
 IMAGES = {"one": (30, 30), "wide": (131, 40)}  # width, height

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.data.make_genref import make_genref
-from rflow_jax.data.tar.source import open_tars
+from rflow_jax.data.sources.tar import open_tars
+from rflow_jax.testing.make_genref import make_genref
 
 
 def make_pairs(folder: Path, count: int, *, seed: int = 0, **fields: Any) -> Path:

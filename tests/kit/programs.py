@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rflow_jax.pipeline import Pipeline
+from rflow_jax.generation.pipeline import Pipeline
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.training.config import LoopConfig
-from rflow_jax.training.optimizers import OptimizerConfig
+from rflow_jax.training.config import LoopConfig, OptimizerConfig
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.reward.config import PairDataConfig, RewardRunConfig
 from rflow_jax.training.reward.task import Reward

@@ -16,12 +16,12 @@ import PIL.Image
 import pytest
 from PIL.Image import Image
 
-from rflow_jax.language.base import Case, Written
-from rflow_jax.search.chains import best_of_chains, chains
-from rflow_jax.search.prompt_run import PromptRun, Terms, Work
-from rflow_jax.search.store import BEST, BEST_OF_CHAINS, LAST_ROUND, SAMPLES, PromptFolder
-from rflow_jax.search.strategies import Corrections, FreshNoise, Given, RefinedPrompts, Strategy
+from rflow_jax.search.lineage import best_of_chains, chains
+from rflow_jax.search.prompt_folder import BEST, BEST_OF_CHAINS, LAST_ROUND, SAMPLES, PromptFolder
+from rflow_jax.search.prompt_search import PromptSearch, SearchContext, SearchTask
+from rflow_jax.search.strategies import Corrections, FreshNoise, GivenImages, RefinedPrompts, Strategy
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.writers.base import WriterInput, WriterOutput
 
 Trace = dict[str, Any]
 FOLDER = Path(__file__).parents[1] / "golden_search"
@@ -36,7 +36,7 @@ def strategy_of(trace: Trace) -> Strategy:
         case "tts_t2i_noise_prompt_scaling.py":
             return Strategy((RefinedPrompts(*size),))
         case _:
-            return Strategy((Given(1, len(trace["start_order"])), Corrections(*size)))
+            return Strategy((GivenImages(1, len(trace["start_order"])), Corrections(*size)))
 
 
 def verdict(entry: Sequence[Any] | None) -> Verdict:
@@ -73,7 +73,7 @@ class Replay:
 
     parents: list[list[str]] = field(default_factory=list)
     parent_of: dict[str, str] = field(default_factory=dict)
-    told: dict[str, dict[str, Case]] = field(default_factory=lambda: defaultdict(dict))
+    told: dict[str, dict[str, WriterInput]] = field(default_factory=lambda: defaultdict(dict))
     prompts: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
     chains: list[list[list[str]]] = field(default_factory=list)
     best_of_chains: list[list[str]] = field(default_factory=list)
@@ -95,9 +95,9 @@ class _Player:
         for path in given:
             picture(path.stem).save(path)
         verified = bool(trace["scores"])
-        terms = Terms(0, verified, 0, 0.95, count_noise_images, {"lora": None})
+        terms = SearchContext(0, verified, 0, 0.95, count_noise_images, {"lora": None})
         entry = {"prompt": trace["prompt"]}
-        self.run = PromptRun(PromptFolder(folder, trace["prompt_index"], entry), strategy_of(trace), terms, given)
+        self.run = PromptSearch(PromptFolder(folder, trace["prompt_index"], entry), strategy_of(trace), terms, given)
         self.trace, self.unscored = trace, unscored
         self.result, self.names = Replay(), list[str]()
 
@@ -125,12 +125,12 @@ class _Player:
             own = next((child for child in free if child["parent"] == parent), free[0])
             self.names.append(own["image"])
 
-    def _do(self, work: Work) -> Written | Verdict | None:
+    def _do(self, work: SearchTask) -> WriterOutput | Verdict | None:
         name, result = self.names[work.position], self.result
         match work.step:
             case "reflect" | "refine":
                 result.told[work.step][name] = self.run.case(work)
-                return Written(self._text(work.step, name))
+                return WriterOutput(self._text(work.step, name))
             case "draw":
                 request = self.run.request(work)
                 result.prompts[name] = request.refined_prompt, request.reflection

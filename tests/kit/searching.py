@@ -15,18 +15,18 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.chat import png_bytes
-from rflow_jax.language.base import Case, Written
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.openai_client import png_bytes
+from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, SearchConfig
 from rflow_jax.search.engine import Engine, Models
-from rflow_jax.search.live import BusyClock, Live
-from rflow_jax.search.prompt_run import PromptRun, Terms, Work
-from rflow_jax.search.store import PromptFolder, is_done, read_records
-from rflow_jax.settings import Settings
-from rflow_jax.usage import Meter, Usage
+from rflow_jax.search.progress import BusyClock, SearchProgress
+from rflow_jax.search.prompt_folder import PromptFolder, is_done, read_records
+from rflow_jax.search.prompt_search import PromptSearch, SearchContext, SearchTask
+from rflow_jax.testing.openai_server import score_of
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.writers.base import WriterInput, WriterOutput
 from tests.kit.fake_pipeline import FakePipeline, picture
-from tests.kit.openai_server import score_of
 
 ENTRIES: dict[int, dict[str, Any]] = {
     3: {"tag": "counting", "prompt": "two owls"},
@@ -40,7 +40,7 @@ CONFIG = SearchConfig(
     prompts_in_flight=2,
     noise=NoiseStage(2, 2),
     reflect=ReflectStage(3, 2, history=1),
-    settings=Settings(height=16, width=16, condition_size=16, batch_size=3),
+    settings=SamplingConfig(height=16, width=16, condition_size=16, batch_size=3),
 )
 PRICE = 0.01  # USD for each answer
 
@@ -55,7 +55,7 @@ def jitter(seed: int, longest: float) -> Callable[[], None]:
 class _Asked:
     """Counts calls; the first two arguments are what a class named in a configuration is made with."""
 
-    meter: Meter | None = None
+    meter: UsageTracker | None = None
     concurrency: int = 4
     batch_size: int = 1
     wait: Callable[[], None] = lambda: None
@@ -121,16 +121,18 @@ class HashWriter(_Asked):
     """
 
     name: str = "writes"
-    fails: Callable[[Case], bool] = lambda case: False
-    cases: list[Case] = field(default_factory=list)
+    fails: Callable[[WriterInput], bool] = lambda case: False
+    cases: list[WriterInput] = field(default_factory=list)
 
-    def write(self, cases: Sequence[Case]) -> list[Written]:
+    def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
         """One text a case."""
         with self.asked(len(cases)):
             self.cases += cases
-            return [Written(None, "no answer") if self.fails(case) else Written(self.text(case)) for case in cases]
+            return [
+                WriterOutput(None, "no answer") if self.fails(case) else WriterOutput(self.text(case)) for case in cases
+            ]
 
-    def text(self, case: Case) -> str:
+    def text(self, case: WriterInput) -> str:
         """Other words for any other case."""
         pictures = [case.image, *[past.image for past in case.history]]
         seen = [hashlib.sha256(png_bytes(image)).hexdigest()[:6] for image in pictures]
@@ -139,12 +141,12 @@ class HashWriter(_Asked):
         return f"{self.name}\u2028{digest} on {' and '.join(seen)}\x85."
 
 
-def config_verifier(config: Any, meter: Meter) -> HashVerifier:
+def config_verifier(config: Any, meter: UsageTracker) -> HashVerifier:
     """The verifier by its name in a configuration: ``tests.kit.searching:config_verifier``."""
     return HashVerifier(meter, config.concurrency)
 
 
-def config_writer(config: Any, default_prompt: Path, meter: Meter) -> HashWriter:
+def config_writer(config: Any, default_prompt: Path, meter: UsageTracker) -> HashWriter:
     """A writer by its name in a configuration: ``tests.kit.searching:config_writer``."""
     return HashWriter(meter, config.concurrency, name=default_prompt.stem)
 
@@ -165,21 +167,23 @@ def prompt_run(
     kind: Kind = "reflect",
     given: Sequence[Path] = (),
     verified: bool = True,
-) -> PromptRun:
+) -> PromptSearch:
     """The search of one prompt."""
-    terms = Terms(
+    terms = SearchContext(
         config.seed,
         verified,
         config.reflect.history,
-        config.noise.closeness,
+        config.noise.noise_similarity,
         config.reflect.count_noise_images,
         {"model": config.model, "lora": config.lora, "settings": {}},
     )
     strategy = config.strategy(kind, len(given) if given else None)
-    return PromptRun(PromptFolder(out, index, ENTRIES[index]), strategy, terms, given)
+    return PromptSearch(PromptFolder(out, index, ENTRIES[index]), strategy, terms, given)
 
 
-def answer(work: Work, asked: Models, settings: Settings = CONFIG.settings) -> Written | Verdict | None:
+def answer(
+    work: SearchTask, asked: Models, settings: SamplingConfig = CONFIG.settings
+) -> WriterOutput | Verdict | None:
     """Does a work at once, without an engine."""
     run = work.run
     if work.step == "score":
@@ -193,7 +197,7 @@ def answer(work: Work, asked: Models, settings: Settings = CONFIG.settings) -> W
     return None
 
 
-def drive(run: PromptRun, asked: Models, order: random.Random, steps: int | None = None) -> list[tuple[int, str]]:
+def drive(run: PromptSearch, asked: Models, order: random.Random, steps: int | None = None) -> list[tuple[int, str]]:
     """Does what a prompt needs, one thing after another in any order; returns (position, step) of each.
 
     Args:
@@ -214,7 +218,7 @@ class Ran:
 
     out: Path
     engine: Engine
-    live: Live
+    live: SearchProgress
     pipe: FakePipeline
     models: Models
     most_open: int
@@ -237,10 +241,10 @@ def search(
 ) -> Ran:
     """Searches with an engine; prompts that are done are left out."""
     pipe, asked = pipe or FakePipeline(), asked or models(kind)
-    opened: list[PromptRun] = []
+    opened: list[PromptSearch] = []
     most_open = 0
 
-    def prompts() -> Iterator[PromptRun]:
+    def prompts() -> Iterator[PromptSearch]:
         nonlocal most_open
         for index in (index for index in entries if not is_done(out, index)):
             opened.append(prompt_run(out, index, config, kind, (given or {}).get(index, ()), bool(asked.verifier)))
@@ -248,7 +252,7 @@ def search(
             yield opened[-1]
 
     clock = BusyClock()
-    live = Live(config.strategy(kind).images() * len(entries), clock, Usage)
+    live = SearchProgress(config.strategy(kind).images() * len(entries), clock, Usage)
     engine = Engine(pipe, asked, config.settings, config.prompts_in_flight, live, clock, enough)
     with live:
         engine.run(prompts())

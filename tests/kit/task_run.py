@@ -10,7 +10,7 @@ import numpy as np
 
 from rflow_jax.parallel.mesh import make_mesh
 from rflow_jax.training.optimizers import make_optimizer
-from rflow_jax.training.update import Report, init_state
+from rflow_jax.training.train_state import StepMetrics, init_state
 
 
 class TaskRun:
@@ -22,7 +22,7 @@ class TaskRun:
     """
 
     def __init__(
-        self, task: Callable[..., Any], config: Any, devices: int, told: Callable[[Report], tuple[Any, ...]]
+        self, task: Callable[..., Any], config: Any, devices: int, told: Callable[[StepMetrics], tuple[Any, ...]]
     ) -> None:
         self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
         self.task, self._told = task(config, self.mesh), told

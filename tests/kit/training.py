@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
-from rflow_jax.training.model import TrainableConfig, load_trained
-from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
-from rflow_jax.training.step import ENCODERS, Inputs, Recipe, Shape, make_encode, make_step
-from rflow_jax.training.update import init_state
+from rflow_jax.training.config import OptimizerConfig, TrainableConfig
+from rflow_jax.training.corrector.step import ENCODERS, Inputs, StepSpec, TokenShape, make_encode, make_step
+from rflow_jax.training.optimizers import make_optimizer
+from rflow_jax.training.partition import load_trainable_model
+from rflow_jax.training.train_state import init_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BATCH, TEXT, STEPS = 8, 16, 2
@@ -43,9 +44,9 @@ class TrainingRun:
     ):
         self.mesh = make_mesh(mesh, jax.devices()[:devices])
         loaded = {"seed": 0, "dtype": "float32", "mesh": self.mesh, "scan_blocks": scan_blocks}
-        self.trained = load_trained(str(GOLDEN / "pipeline"), trainable or TrainableConfig(rank=4), **loaded)
+        self.trained = load_trainable_model(str(GOLDEN / "pipeline"), trainable or TrainableConfig(rank=4), **loaded)
         optimizer = make_optimizer(OptimizerConfig("adamw", lr=1e-2))
-        recipe = Recipe(0, jnp.float32, Shape(TEXT, (2, 2), (1, 1)), **how)
+        recipe = StepSpec(0, jnp.float32, TokenShape(TEXT, (2, 2), (1, 1)), **how)
         self.state, shardings = init_state(self.trained.trainable, optimizer, self.mesh)
         self._encode = make_encode(self.trained.bundle, recipe, self.mesh)
         self._step = make_step(self.trained.graph, optimizer, recipe, self.mesh, shardings)

@@ -19,9 +19,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names import autoencoder as names
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings import autoencoder as names
 from tests.kit.compare import relative_error
 from tests.kit.encoders import load_autoencoder, to_nchw, to_nhwc
 from tests.kit.torch_models import on_meta, randomise, shapes_of

@@ -15,9 +15,9 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names.flux import BFL, DIFFUSERS, bfl_config
-from rflow_jax.weights.tables import Plan, plan
+from rflow_jax.weights.key_mapping import MappingPlan, plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS, bfl_config
 from tests.kit.torch_models import on_meta, shapes_of
 
 pytestmark = pytest.mark.parity
@@ -63,7 +63,7 @@ def test_sizes_are_read_from_the_shapes():
         assert bfl_config({key: the_plan.their_shape(key) for key in the_plan.entries}, "file") == config
 
 
-def read(the_plan: Plan, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def read(the_plan: MappingPlan, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {
         target.path: target.to_ours(rows)
         for key, tensor in tensors.items()

@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 import transformers
 
 from rflow_jax.models.clip import ClipTextEncoder
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names import clip as names
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings import text_encoders as names
 from tests.kit.compare import relative_error
 from tests.kit.encoders import load_clip
 from tests.kit.torch_models import on_meta, randomise, shapes_of
@@ -82,5 +82,5 @@ def test_real_size():
     meta = on_meta(transformers.CLIPTextModel, transformers.CLIPTextConfig(**vars(config)))
     assert sum(p.numel() for p in meta.parameters()) == parameters
     shapes = parameter_shapes(nnx.eval_shape(lambda: ClipTextEncoder(config, rngs=nnx.Rngs(0))))
-    the_plan = plan(names.table_for(meta.state_dict()), shapes)
+    the_plan = plan(names.clip_mapping(meta.state_dict()), shapes)
     assert {key: the_plan.their_shape(key) for key in the_plan.entries} == shapes_of(meta)

@@ -15,14 +15,13 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 import transformers
 
-from rflow_jax.models.clip_vision import Clip
+from rflow_jax.models.clip import Clip
 from rflow_jax.models.layers import abstract
-from rflow_jax.verifiers.clip import CLIPVerifier, ClipVerifierConfig, _flax_class
-from rflow_jax.verifiers.clip_images import ClipImages
-from rflow_jax.weights.clip_model import load_clip_model
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names.clip import LOGIT_SCALE, WHOLE
-from rflow_jax.weights.tables import plan
+from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier, ClipVerifierConfig, _flax_class
+from rflow_jax.weights.components import load_clip_model
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings.text_encoders import CLIP_WHOLE, LOGIT_SCALE
 from tests.kit.compare import relative_error
 from tests.kit.torch_models import on_meta, randomise, shapes_of
 from tests.unit.test_vision_sizes import REAL
@@ -136,6 +135,6 @@ def test_real_size():
     sizes = {"text_config": vars(config.text), "vision_config": vars(config.vision)}
     meta = on_meta(transformers.CLIPModel, transformers.CLIPConfig(**sizes, projection_dim=config.projection_dim))
     assert sum(p.numel() for p in meta.parameters()) == parameters + 1
-    the_plan = plan(WHOLE, parameter_shapes(abstract(lambda rngs: Clip(config, rngs=rngs))))
+    the_plan = plan(CLIP_WHOLE, parameter_shapes(abstract(lambda rngs: Clip(config, rngs=rngs))))
     found = {key: the_plan.their_shape(key) for key in the_plan.entries}
     assert found | {LOGIT_SCALE: ()} == shapes_of(meta)

@@ -18,11 +18,11 @@ diffusers = pytest.importorskip("diffusers", reason="the parity extra is not ins
 from diffusers.models.embeddings import get_timestep_embedding
 
 from rflow_jax.flow.latents import image_ids, rope_for, text_ids
-from rflow_jax.models.flux.embeddings import TIME_FEATURES, TIME_SCALE, time_features, time_frequencies
+from rflow_jax.models.flux.layers import TIME_FEATURES, TIME_SCALE, time_features, time_frequencies
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.weights.components import TRANSFORMER
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into
+from rflow_jax.weights.loading import load_into
+from rflow_jax.weights.safetensors_io import TensorFiles
 from tests.kit.compare import relative_error
 from tests.kit.torch_models import randomise
 

@@ -19,13 +19,12 @@ from rflow_jax.flow.latents import image_ids, rope_for, text_ids
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import Adapter, attach, linear_shapes
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into
+from rflow_jax.weights.loading import load_into
 from rflow_jax.weights.lora.export import export_lora
-from rflow_jax.weights.lora.files import read_lora
-from rflow_jax.weights.lora.names import parts_of
-from rflow_jax.weights.names.flux import BFL, DIFFUSERS
-from rflow_jax.weights.writing import save_tensors
+from rflow_jax.weights.lora.read import parts_of, read_lora
+from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.saving import save_tensors
 from tests.kit.lora import TINY, effect, keyed, module_shapes, random_lora
 
 pytestmark = pytest.mark.parity

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kit import flux_layout as layout
-from tests.kit import make_flux as kit
+from rflow_jax.testing import flux_layout as layout
+from rflow_jax.testing import make_flux as kit
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -17,10 +17,10 @@ torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 import transformers
 from torch import nn
 
-from rflow_jax.models.nvila.network import Nvila
+from rflow_jax.models.nvila import Nvila
+from rflow_jax.parity import nvila, run
+from rflow_jax.parity.measure import Recording
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
-from rflow_jax.verify import nvila, run
-from rflow_jax.verify.recording import Recording
 from tests.kit.nvila import ANOTHER, TorchNvila
 from tests.kit.nvila_recordings import IMAGES, record
 from tests.kit.torch_models import on_meta

@@ -18,12 +18,12 @@ import transformers
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.models.qwen2.decoder import abstract_qwen2
-from rflow_jax.models.qwen2.generate import Decoding, Prompts, generate
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into, parameter_shapes
-from rflow_jax.weights.names import qwen2 as names
-from rflow_jax.weights.tables import plan
+from rflow_jax.models.qwen2.generation import Decoding, Prompts, generate
+from rflow_jax.models.qwen2.model import abstract_qwen2
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import load_into, parameter_shapes
+from rflow_jax.weights.mappings import qwen as names
+from rflow_jax.weights.safetensors_io import TensorFiles
 from tests.kit.compare import relative_error
 from tests.kit.torch_models import on_meta, randomise, shapes_of
 
@@ -67,7 +67,7 @@ def pair(request, tmp_path_factory):
     reference.save_pretrained(folder, max_shard_size="60KB")
     config = Qwen2Config.from_json(json.loads((folder / "config.json").read_text()))
     files = TensorFiles.open(folder)
-    table = names.table_for(head=not config.tie_word_embeddings)
+    table = names.qwen2_mapping(head=not config.tie_word_embeddings)
     return reference, load_into(abstract_qwen2(config), table, files)
 
 
@@ -186,7 +186,9 @@ def test_parameters_of_real_sizes():
         theirs = transformers.Qwen2Config(**vars(config) | {"mrope_section": None})
         meta = on_meta(transformers.Qwen2ForCausalLM, theirs)
         assert sum(p.numel() for p in meta.parameters()) == parameters
-        the_plan = plan(names.table_for(head=not config.tie_word_embeddings), parameter_shapes(abstract_qwen2(config)))
+        the_plan = plan(
+            names.qwen2_mapping(head=not config.tie_word_embeddings), parameter_shapes(abstract_qwen2(config))
+        )
         the_plan.check(shapes_of(meta), "meta device")
 
 

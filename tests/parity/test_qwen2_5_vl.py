@@ -20,19 +20,25 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
-from rflow_jax.models.qwen2.generate import Decoding
+from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.layout import window_order
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
-from rflow_jax.vlm.qwen import embed, hidden_states, texts
-from rflow_jax.vlm.qwen_images import fit_size, fitted, normalised, patches_of
-from rflow_jax.vlm.qwen_inputs import Inputs, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names.qwen2_5_vl import table_for
+from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.vlm.qwen_batching import QwenInputs, Sizes, batch_of
+from rflow_jax.vlm.qwen_processing import (
+    QwenProcessor,
+    fit_size,
+    fitted,
+    normalised,
+    patches_of,
+    read_image_processor_config,
+)
+from rflow_jax.vlm.qwen_programs import embed, hidden_states, texts
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
 from rflow_jax.weights.qwen import load_qwen, read_qwen_config
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.safetensors_io import TensorFiles
 from tests.kit.compare import relative_error
 from tests.kit.pictures import picture
 from tests.kit.qwen import END, PAD, SHAPES, TOKENS, make
@@ -55,7 +61,7 @@ class Pair(NamedTuple):
     folder: Any
     theirs: Any
     ours: Qwen25VL
-    prepare: Preparation
+    prepare: QwenProcessor
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -63,7 +69,9 @@ def pair(request, tmp_path_factory, golden) -> Pair:
     folder = tmp_path_factory.mktemp("qwen")
     theirs = make(folder, SHAPES[request.param], tokenizer=golden / "qwen" / "base")
     ours = load_qwen(folder, dtype=jnp.float32)
-    prepare = Preparation(QwenTokenizer(folder), read_rules(folder, ours.config), ours.config, context=4096)
+    prepare = QwenProcessor(
+        QwenTokenizer(folder), read_image_processor_config(folder, ours.config), ours.config, context=4096
+    )
     return Pair(folder, theirs, ours, prepare)
 
 
@@ -72,8 +80,8 @@ def samples(pair):
     return [pair.prepare.sample(parts) for parts in CHATS]
 
 
-def batch(pair, samples, rows: int | None = None) -> Inputs:
-    sizes = Sizes.few(samples, pair.ours.config, rows or len(samples))
+def batch(pair, samples, rows: int | None = None) -> QwenInputs:
+    sizes = Sizes.bucketed(samples, pair.ours.config, rows or len(samples))
     return batch_of(samples, pair.ours.config, pad=PAD, sizes=sizes)
 
 
@@ -247,7 +255,7 @@ def test_real_sizes(name):
     meta = on_meta(transformers.Qwen2_5_VLForConditionalGeneration, theirs)
     assert sum(p.numel() for p in meta.parameters()) == parameters
     model = abstract_qwen2_5_vl(config)
-    the_plan = plan(table_for(shapes_of(meta), head=model.language.head is not None), parameter_shapes(model))
+    the_plan = plan(qwen2_5_vl_mapping(shapes_of(meta), head=model.language.head is not None), parameter_shapes(model))
     the_plan.check(shapes_of(meta), "meta device")
 
 

@@ -22,9 +22,8 @@ pytest.importorskip("peft", reason="the parity extra is not installed")
 from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
-from rflow_jax.verify import run
-from rflow_jax.verify.recording import Recording
-from rflow_jax.verify.report import Line
+from rflow_jax.parity import run
+from rflow_jax.parity.measure import Line, Recording
 from tests.kit.record import RUNS, SCHNELL_SCHEDULE, Run, Sizes, record
 
 pytestmark = pytest.mark.parity

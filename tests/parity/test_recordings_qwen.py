@@ -11,9 +11,8 @@ import pytest
 pytest.importorskip("torch", reason="the parity extra is not installed")
 pytest.importorskip("peft", reason="the parity extra is not installed")
 
-from rflow_jax.verify import qwen
-from rflow_jax.verify.recording import Recording
-from rflow_jax.verify.report import lines
+from rflow_jax.parity import qwen
+from rflow_jax.parity.measure import Recording, lines
 from tests.kit.qwen import SHAPES
 from tests.kit.record_qwen import QwenSizes, record_qwen
 

@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 peft = pytest.importorskip("peft", reason="the parity extra is not installed")
 
 from rflow_jax.errors import InputError
-from rflow_jax.vlm.qwen import Scoring, rewards
-from rflow_jax.vlm.qwen_inputs import Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.vlm.qwen_batching import Sizes, batch_of
+from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
+from rflow_jax.vlm.qwen_programs import Scoring, rewards
+from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
 from tests.kit.compare import relative_error
 from tests.kit.pictures import picture
 from tests.kit.qwen import PAD, USUAL, make
@@ -92,7 +92,7 @@ def folders(trained):
 
 def prepared(checkpoint, model):
     tokenizer = QwenTokenizer(checkpoint.base, added=[SPECIAL_TOKEN])
-    prepare = Preparation(tokenizer, read_rules(checkpoint.base, model.config), model.config, 4096)
+    prepare = QwenProcessor(tokenizer, read_image_processor_config(checkpoint.base, model.config), model.config, 4096)
     chats = [
         (picture(120, 150), f"a bench {SPECIAL_TOKEN}"),
         (picture(90, 60, 1), "and", picture(64, 64, 2), f"twice the same thing in a longer text {SPECIAL_TOKEN}"),
@@ -119,7 +119,7 @@ def test_rewards_are_those_of_pytorch(trained, folders, form, merge):
         "last": torch.stack([row[n - 1] for row, n in zip(scores, lengths, strict=True)]),
         "mean": torch.stack([row[: n - 1].mean(0) for row, n in zip(scores, lengths, strict=True)]),
     }
-    inputs = batch_of(samples, model.config, pad=PAD, sizes=Sizes.few(samples, model.config, 3))
+    inputs = batch_of(samples, model.config, pad=PAD, sizes=Sizes.bucketed(samples, model.config, 3))
     graph, state = nnx.split(model)
     for token in want if form == "adapter" else ("special",):
         with jax.default_matmul_precision("highest"):
@@ -133,7 +133,7 @@ def test_the_lora_and_the_head_matter(folders):
     checkpoint = RewardCheckpoint.open(folders["adapter"])
     model = checkpoint.load(dtype=jnp.float32, merge=False)
     prepare, samples = prepared(checkpoint, model)
-    inputs = batch_of(samples, model.config, pad=PAD, sizes=Sizes.few(samples, model.config, 3))
+    inputs = batch_of(samples, model.config, pad=PAD, sizes=Sizes.bucketed(samples, model.config, 3))
     graph, state = nnx.split(model)
     special = prepare.tokenizer.id_of(SPECIAL_TOKEN)
     how = [Scoring("special", special, lora=lora) for lora in (True, False)]

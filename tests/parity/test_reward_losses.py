@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 
 from torch.nn.functional import logsigmoid
 
-from rflow_jax.data.jsonl.preferences import INVALID, TIE, A, B
-from rflow_jax.training.reward.losses import pair_accuracy, pair_losses
+from rflow_jax.data.sources.preferences import INVALID, TIE, A, B
+from rflow_jax.training.reward.loss import pair_accuracy, pair_losses
 
 LOSSES = ("bt", "margin", "constant_margin", "scaled", "reg", "btt")
 TOLERANCE = 1e-6

@@ -17,13 +17,14 @@ peft = pytest.importorskip("peft", reason="the parity extra is not installed")
 import transformers
 
 from rflow_jax.models.qwen2_5_vl.layout import Grid
-from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
+from rflow_jax.training.checkpoints import Checkpoints
+from rflow_jax.training.config import CheckpointConfig
 from rflow_jax.training.qwen.batches import ArrayBatch
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.sft.config import ChatValidationConfig, SftTaskConfig
-from rflow_jax.training.sft.objective import weighed
-from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
-from rflow_jax.vlm.qwen_images import normalised
+from rflow_jax.training.sft.loss import weighed
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
+from rflow_jax.vlm.qwen_processing import normalised
 from tests.kit.chats import make_chats
 from tests.kit.pictures import picture
 from tests.kit.qwen import PAD, SHAPES, make
@@ -130,7 +131,7 @@ def same_answers(case: Case, run: SftRun, folder: Path, tmp_path: Path) -> None:
     whole = exported(merged, tmp_path / "merged")
     assert our_loss(merged) == before, "the export has changed what is trained"
     how = {"dtype": "float32", "batch_size": 2, "max_new_tokens": 6}
-    questions = [Question(None, (picture(80, 70, 5), "What is it?")), Question("Be brief.", ("Why?",))]
+    questions = [ChatQuery(None, (picture(80, 70, 5), "What is it?")), ChatQuery("Be brief.", ("Why?",))]
     with jax.default_matmul_precision("highest"):
         plain, adapted, other = (
             QwenChat(QwenChatConfig(str(model), adapter=adapter, **how)).answer(questions)

@@ -14,10 +14,10 @@ import transformers
 
 from rflow_jax.models.layers import abstract
 from rflow_jax.models.siglip import SiglipVisionConfig, SiglipVisionTower
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into, parameter_shapes
-from rflow_jax.weights.names import siglip as names
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import load_into, parameter_shapes
+from rflow_jax.weights.mappings import nvila as names
+from rflow_jax.weights.safetensors_io import TensorFiles
 from tests.kit.compare import relative_error
 from tests.kit.encoders import read_config
 from tests.kit.torch_models import on_meta, randomise, shapes_of
@@ -43,7 +43,7 @@ def pair(request, tmp_path_factory):
     reference.save_pretrained(folder)
     config, files = SiglipVisionConfig.from_json(read_config(folder)), TensorFiles.open(folder)
     model = abstract(lambda rngs: SiglipVisionTower(config, rngs=rngs))
-    return reference, load_into(model, names.table_for(files), files)
+    return reference, load_into(model, names.siglip_mapping(files), files)
 
 
 def test_every_state(pair):
@@ -73,5 +73,5 @@ def test_real_size():
     meta = on_meta(transformers.SiglipVisionModel, reference)
     assert sum(p.numel() for p in meta.parameters()) == parameters
     shapes = parameter_shapes(abstract(lambda rngs: SiglipVisionTower(config, rngs=rngs)))
-    the_plan = plan(names.table_for(meta.state_dict()), shapes)
+    the_plan = plan(names.siglip_mapping(meta.state_dict()), shapes)
     assert {key: the_plan.their_shape(key) for key in the_plan.entries} == shapes_of(meta)

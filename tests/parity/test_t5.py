@@ -15,9 +15,9 @@ import transformers
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from rflow_jax.models.t5 import T5Encoder, relative_buckets
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names import t5 as names
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings import text_encoders as names
 from tests.kit.compare import relative_error
 from tests.kit.encoders import load_t5
 from tests.kit.torch_models import on_meta, randomise, shapes_of
@@ -94,6 +94,6 @@ def test_real_size():
     meta = on_meta(transformers.T5EncoderModel, theirs)
     assert sum(p.numel() for p in meta.parameters()) == parameters
     shapes = parameter_shapes(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))))
-    the_plan = plan(names.table_for(meta.state_dict()), shapes)
+    the_plan = plan(names.t5_mapping(meta.state_dict()), shapes)
     the_plan.check(shapes_of(meta), "meta device")
     assert shapes_of(meta).keys() - the_plan.entries.keys() == {"encoder.embed_tokens.weight"}

@@ -18,8 +18,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from rflow_jax.flow.latents import image_ids, rope_for, text_ids
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.parallel.mesh import MeshConfig
-from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
-from rflow_jax.training.model import TrainableConfig
+from rflow_jax.training.checkpoints import Checkpoints
+from rflow_jax.training.config import CheckpointConfig, TrainableConfig
 from tests.kit.training import GOLDEN, TrainingRun
 
 pytestmark = pytest.mark.parity

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import pytest
 
 from rflow_jax.aot.chips import V5E
-from rflow_jax.aot.command import CompileConfig, command, main, named_recipe
-from rflow_jax.aot.compile import compile_program
+from rflow_jax.aot.config import CompileConfig, command_for
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device
-from rflow_jax.aot.report import Report
+from rflow_jax.aot.report import Report, compile_program
+from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.training.config import RunConfig
+from rflow_jax.utils import cli
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml") if "debug" not in file.stem)
@@ -75,10 +76,9 @@ def test_the_report_as_json(program):
 )
 def test_the_recipe_says_what_is_compiled(words, kind):
     taken = []
-    found = [*named_recipe(words), "--topology", "v5e:4x4"]
-    from rflow_jax import cli
+    found = [*words, "--topology", "v5e:4x4"]
 
-    cli.run_command(command(found, lambda *configs: taken.extend(configs)), found)
+    cli.run_command(command_for(found, lambda *configs: taken.extend(configs)), found)
     assert isinstance(taken[1], kind)
 
 
@@ -96,7 +96,7 @@ def test_the_recipe_says_what_is_compiled(words, kind):
 )
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        main(words)
+        main(["compile", *words])
 
 
 def test_bytes_are_those_of_one_device():

@@ -28,19 +28,17 @@ from rflow_jax.aot.estimate import (
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder
-from rflow_jax.models.clip_vision import ClipVisionConfig, ClipVisionEncoder
-from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.cost import block_weights, forward_flops, forward_parts, training_flops
+from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder, ClipVisionConfig, ClipVisionEncoder
+from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, forward_parts, training_flops
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.layers import abstract
 from rflow_jax.models.lora import init_lora
-from rflow_jax.models.nvila.projector import Projector
+from rflow_jax.models.nvila import Projector
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.models.qwen2.decoder import Qwen2
+from rflow_jax.models.qwen2.model import Qwen2
 from rflow_jax.models.qwen2_5_vl.config import VisionConfig
 from rflow_jax.models.qwen2_5_vl.layout import layout_of
-from rflow_jax.models.qwen2_5_vl.vision import VisionTower
+from rflow_jax.models.qwen2_5_vl.model import VisionTower
 from rflow_jax.models.siglip import SiglipVisionConfig, SiglipVisionTower
 from rflow_jax.models.t5 import T5Config, T5Encoder
 

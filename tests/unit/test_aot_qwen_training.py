@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rflow_jax.aot.placed import abstract_state
-from rflow_jax.aot.qwen_training import abstract_parts, qwen_training_programs
+from rflow_jax.aot.program import abstract_state
+from rflow_jax.aot.training import abstract_parts, qwen_training_programs
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
-from rflow_jax.training.config import CommonConfig
-from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer
+from rflow_jax.training.config import CommonConfig, OptimizerConfig
+from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from tests.kit import chats as kit
 from tests.kit.preferences import make_pairs

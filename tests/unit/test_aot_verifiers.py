@@ -12,22 +12,21 @@ from PIL import Image
 
 from rflow_jax.aot.verifiers import local_models, verifier_programs
 from rflow_jax.errors import InputError
-from rflow_jax.language.config import WriterConfig
+from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.search.config import ReflectStage, SearchConfig
-from rflow_jax.settings import Settings
-from rflow_jax.verifiers import nvila_programs, reward
+from rflow_jax.verifiers import reward
 from rflow_jax.verifiers.config import VerifierConfig
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
-from rflow_jax.verifiers.nvila_programs import padded_length
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
-from rflow_jax.vlm import qwen_chat
-from rflow_jax.vlm.buckets import bucket
-from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
-from rflow_jax.vlm.qwen_inputs import LEAST_TOKENS
+from rflow_jax.vlm import nvila_programs, qwen_chat
+from rflow_jax.vlm.nvila_programs import padded_length
+from rflow_jax.vlm.qwen_batching import LEAST_TOKENS, bucket
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
+from rflow_jax.writers.base import TextGeneratorConfig
 
 SIZE = (160, 96)
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8))
-SETTINGS = Settings(width=SIZE[0], height=SIZE[1])
+SETTINGS = SamplingConfig(width=SIZE[0], height=SIZE[1])
 SEVEN_B = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
@@ -43,7 +42,7 @@ def verifying(name, model, **options):
 
 
 def writing(model, **options):
-    writer = WriterConfig(name="qwen", model=model, options=options)
+    writer = TextGeneratorConfig(name="qwen", model=model, options=options)
     return SearchConfig(model="m", settings=SETTINGS, reflector=writer, refiner=writer)
 
 
@@ -127,7 +126,7 @@ def test_a_writer_is_compiled_for_what_it_is_given(qwen, monkeypatch):
     [model] = local_models(writing(str(qwen / "base"), **options), jax.devices())
     assert same_places(model.weights, chat._state)
     calls = given(monkeypatch, qwen_chat, "texts")
-    assert isinstance(chat.answer([Question("Say what is there.", ("a bench", IMAGE))])[0], str)
+    assert isinstance(chat.answer([ChatQuery("Say what is there.", ("a bench", IMAGE))])[0], str)
     # They differ in the tokens of what is said alone.
     found, wanted = taken(model.programs[0]), calls[0]
     assert [(len(shape), dtype) for shape, dtype in found] == [(len(shape), dtype) for shape, dtype in wanted]

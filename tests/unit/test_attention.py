@@ -9,8 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from rflow_jax.models.attention import attend
-from rflow_jax.models.qwen2.cache import KeyValue
-from rflow_jax.models.qwen2.layers import attend_one
+from rflow_jax.models.qwen2.model import KeyValue, attend_one
 from tests.kit.compare import relative_error
 
 LENGTHS = np.asarray([5, 1, 9], np.int32)

@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 
-import rflow_jax.calls
-from rflow_jax.calls import Calls, wait_for
+import rflow_jax.utils.worker_pool
+from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 
 PATIENCE = 20.0
 
@@ -71,7 +71,7 @@ def gate():
     gate.open.set()
 
 
-def idle(calls: Calls) -> None:
+def idle(calls: BatchingPool) -> None:
     """Waits until nothing is asked: that comes a moment after the last result is told."""
     end = time.monotonic() + PATIENCE
     while calls.asked and time.monotonic() < end:
@@ -80,7 +80,7 @@ def idle(calls: Calls) -> None:
 
 
 def test_so_many_calls_at_once_and_no_more(gate, heard):
-    calls = Calls("x", gate, 3, 1, heard.result, heard.error)
+    calls = BatchingPool("x", gate, 3, 1, heard.result, heard.error)
     for work in range(8):
         calls.submit(work)
     gate.wait_for(3)
@@ -94,7 +94,7 @@ def test_so_many_calls_at_once_and_no_more(gate, heard):
 
 
 def test_works_that_wait_together_are_asked_together(gate, heard):
-    calls = Calls("x", gate, 1, 3, heard.result, heard.error)
+    calls = BatchingPool("x", gate, 1, 3, heard.result, heard.error)
     calls.submit("first")
     gate.wait_for(1)
     for work in range(5):
@@ -114,7 +114,7 @@ def test_an_exception_is_reported_and_the_thread_goes_on(heard):
             return []
         return works
 
-    calls = Calls("x", call, 1, 1, heard.result, heard.error)
+    calls = BatchingPool("x", call, 1, 1, heard.result, heard.error)
     for work in ("bad", "short", "good"):
         calls.submit(work)
     heard.wait_for(results=1, errors=2)
@@ -128,7 +128,7 @@ def test_an_exception_while_a_result_is_told_is_reported_too(heard):
     def told(work, result):
         raise RuntimeError("full disk")
 
-    calls = Calls("x", list, 1, 1, told, heard.error)
+    calls = BatchingPool("x", list, 1, 1, told, heard.error)
     calls.submit(1)
     heard.wait_for(errors=1)
     idle(calls)
@@ -139,7 +139,7 @@ def test_an_exception_while_a_result_is_told_is_reported_too(heard):
 def test_a_work_counts_as_asked_until_its_result_is_told():
     """Whoever sees nothing asked may take it that no result will come."""
     counts = []
-    calls = Calls("x", list, 1, 1, lambda work, result: counts.append(calls.asked), counts.append)
+    calls = BatchingPool("x", list, 1, 1, lambda work, result: counts.append(calls.asked), counts.append)
     calls.submit(1)
     idle(calls)
     assert counts == [1]
@@ -147,12 +147,12 @@ def test_a_work_counts_as_asked_until_its_result_is_told():
 
 
 def test_what_waits_can_be_dropped(gate, heard):
-    calls = Calls("x", gate, 1, 2, heard.result, heard.error)
+    calls = BatchingPool("x", gate, 1, 2, heard.result, heard.error)
     calls.submit("first")
     gate.wait_for(1)
     for work in range(5):
         calls.submit(work)
-    calls.drop_waiting()
+    calls.cancel_pending()
     assert calls.asked == 1
     gate.open.set()
     heard.wait_for(results=1)
@@ -165,11 +165,11 @@ def test_what_waits_can_be_dropped(gate, heard):
 
 def test_all_threads_end_whatever_waits_and_however_much_each_takes(heard):
     for batch_size, waiting in ((1, 20), (4, 20), (1, 0), (4, 0)):
-        calls = Calls("ending", list, 6, batch_size, heard.result, heard.error)
+        calls = BatchingPool("ending", list, 6, batch_size, heard.result, heard.error)
         for work in range(waiting):
             calls.submit(work)
         calls.close()
-        calls.drop_waiting()
+        calls.cancel_pending()
         if waiting:
             calls.submit("later")
         calls.join()
@@ -179,7 +179,7 @@ def test_all_threads_end_whatever_waits_and_however_much_each_takes(heard):
 
 def test_after_close_nothing_is_taken_up_and_no_answer_counts(gate, heard):
     """An answer that comes then may be that of a model which was told to give up."""
-    calls = Calls("closing", gate, 2, 1, heard.result, heard.error)
+    calls = BatchingPool("closing", gate, 2, 1, heard.result, heard.error)
     for work in range(5):
         calls.submit(work)
     gate.wait_for(2)
@@ -192,7 +192,7 @@ def test_after_close_nothing_is_taken_up_and_no_answer_counts(gate, heard):
 
 
 def test_a_call_that_does_not_return_is_waited_for_so_long_and_no_longer(gate, heard):
-    calls = Calls("stuck", gate, 3, 1, heard.result, heard.error)
+    calls = BatchingPool("stuck", gate, 3, 1, heard.result, heard.error)
     for work in range(3):
         calls.submit(work)
     gate.wait_for(3)
@@ -215,7 +215,7 @@ def test_after_join_no_thread_holds_the_model(heard):
     for _ in range(20):
         model = Model()
         gone = weakref.ref(model)
-        calls = Calls("held", model, 4, 1, heard.result, heard.error)
+        calls = BatchingPool("held", model, 4, 1, heard.result, heard.error)
         calls.submit(1)
         calls.close()
         calls.join()
@@ -225,15 +225,15 @@ def test_after_join_no_thread_holds_the_model(heard):
 
 def test_what_takes_a_while_is_said_and_a_second_interrupt_waits_no_longer(heard, monkeypatch, capsys):
     gate, at_exit = Gate(), []
-    calls = Calls("test", gate, 1, 1, heard.result, heard.error)
+    calls = BatchingPool("test", gate, 1, 1, heard.result, heard.error)
     calls.close()
     wait_for(calls)  # without a call under way there is nothing to say
     assert capsys.readouterr().err == ""
-    calls = Calls("test", gate, 1, 1, heard.result, heard.error)
+    calls = BatchingPool("test", gate, 1, 1, heard.result, heard.error)
     calls.submit(1)
     gate.wait_for(1)
     calls.close()
-    monkeypatch.setattr(rflow_jax.calls, "AT_ONCE", 0.01)
+    monkeypatch.setattr(rflow_jax.utils.worker_pool, "AT_ONCE", 0.01)
     monkeypatch.setattr(atexit, "register", lambda *what: at_exit.append(what))
     right = calls.join
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.chat import ChatError, UnusableAnswer
-from rflow_jax.chat.trouble import LONGEST_RETRY_AFTER, retry_after
+from rflow_jax.openai_client import ChatError, UnusableAnswer
+from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, retry_after
+from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
 from tests.kit.asking import ask, expected, question
-from tests.kit.openai_server import KEY, Fault, OpenAIServer
 
 
 @pytest.fixture(autouse=True)
@@ -192,4 +192,4 @@ def test_thoughts_of_a_reasoning_model_are_no_answer_and_lone_surrogates_no_text
             return reply
 
     with Thinker() as server:
-        assert ask(server, [question(parse=lambda answer: answer.words().strip())]) == ["Done ?."]
+        assert ask(server, [question(parse=lambda answer: answer.require_text().strip())]) == ["Done ?."]

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rflow_jax.chat import CLOSED, Chat, ChatError, Endpoint
-from rflow_jax.usage import Meter, Usage
+from rflow_jax.openai_client import CLOSED, Chat, ChatError, Endpoint
+from rflow_jax.openai_client.usage import Usage, UsageTracker
+from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
 from tests.kit.asking import ask, expected, question, wait_until
-from tests.kit.openai_server import KEY, Fault, OpenAIServer
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_a_question_that_waits_to_be_asked_again_blocks_no_other():
 
 def test_closing_returns_what_is_there_and_gives_up_the_rest():
     with OpenAIServer([Fault("delay", seconds=20, when=lambda call: "question 1" in call.text)]) as server:
-        meter = Meter()
+        meter = UsageTracker()
         chat = Chat(Endpoint(base_url=server.base_url), meter)
         with ThreadPoolExecutor(2) as beside:
             waiting = [beside.submit(chat.ask_all, [question(0), question(1)]) for _ in range(2)]
@@ -59,7 +59,7 @@ def test_closing_returns_what_is_there_and_gives_up_the_rest():
         assert len(server.calls) == 4
 
 
-@pytest.mark.parametrize("fault", [Fault("status", status=429, retry_after=60), Fault("delay", seconds=60)])
+@pytest.mark.parametrize("fault", [Fault("status", status=429, retry_after=60), Fault("delay", seconds=60.0)])
 def test_closing_ends_pauses_and_those_who_wait_for_their_turn(fault):
     with OpenAIServer([fault]) as server:
         chat = Chat(Endpoint(base_url=server.base_url, concurrency=1))
@@ -86,7 +86,7 @@ def test_closing_at_any_moment_and_twice_at_once_returns():
 
 def test_tokens_and_cost_count_for_answers_that_cannot_be_used_too():
     fault = Fault("refusal", when=lambda call: "question 1" in call.text)
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer([fault, Fault("drop", times=1)]) as server:
         ask(server, [question(0), question(1)], meter, max_retries=2, price_input=2.0, price_output=8.0, concurrency=1)
         answered = [call for call in server.calls if call.number != 0]  # the first was dropped
@@ -99,12 +99,12 @@ def test_tokens_and_cost_count_for_answers_that_cannot_be_used_too():
 
 
 def test_without_prices_the_cost_is_unknown_and_without_counts_the_answers_are_counted():
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer() as server:
         ask(server, [question()], meter)
     assert meter.snapshot().cost is None
     assert meter.snapshot().prompt_tokens > 0
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer(usage=False) as server:
         ask(server, [question()], meter, price_input=1.0, price_output=1.0)
     assert meter.snapshot() == Usage(calls=1, attempts=1, unmetered=1)

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from rflow_jax.chat import Chat, Endpoint
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client import Chat, Endpoint
+from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
 from tests.kit.asking import ask, question
-from tests.kit.openai_server import KEY, Fault, OpenAIServer
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ import PIL.Image
 import pytest
 import yaml
 
-import infer
-import rflow_jax.pipeline
-from rflow_jax import cli
+import rflow_jax.generation.pipeline
+from rflow_jax.commands.main import COMMANDS, main
 from rflow_jax.errors import InputError
+from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
+from rflow_jax.utils import cli
 from tests.kit.fake_pipeline import FakePipeline
-from tests.kit.openai_server import KEY, Fault, OpenAIServer
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--height=32", "--width=32", "--condition_size=16"]
@@ -36,12 +36,12 @@ def pipe(monkeypatch):
             raise InputError("broken: not a model")
         return fake
 
-    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", load)
+    monkeypatch.setattr(rflow_jax.generation.pipeline, "load_pipeline", load)
     return fake
 
 
 def call(*argv: object) -> int:
-    return cli.run(lambda: cli.dispatch(infer.COMMANDS, "", [str(word) for word in argv]))
+    return cli.run(lambda: main([str(word) for word in argv]))
 
 
 def error_of(capsys, *argv: object, status: int = 2) -> str:
@@ -197,7 +197,7 @@ class OneWord:
 
 def parsed(words: str, *argv: str):
     seen = []
-    cli.dispatch({"do": cli.Command("Does.", (OneWord,), seen.append, words)}, "", ["do", *argv])
+    cli.run_command(cli.Command((OneWord,), seen.append, (words,)), argv)
     return seen[0]
 
 
@@ -207,6 +207,8 @@ def parsed(words: str, *argv: str):
         (["x"], OneWord("x")),
         (["a b: [c", "--k=[3]"], OneWord("a b: [c", [3])),
         (["--k", "[3]", "x"], OneWord("x", [3])),
+        (["x", "--k", "3", "4", "--quick"], OneWord("x", [3, 4], quick=True)),
+        (["--k", "3", "x"], OneWord("x", [3])),
         (["--inner.size", "3", "x"], OneWord("x", inner=Inner(3))),
         (["--quick", "x"], OneWord("x", quick=True)),
         (["--quick", "false", "x"], OneWord("x")),
@@ -227,13 +229,13 @@ def test_a_list_takes_all_words():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("filter a b", "filter: b is too much; give one folder"),
+        ("filter a b", "b is too much; give one folder"),
         ("filter", "missing: folder"),
         ("filter /none", "/none: no folder of a search"),
         ("filter --corrections_only /none", "/none: no folder of a search"),
         ("filter /none --k=[]", "k is []: give numbers of images from 1"),
         ("filter /none --kk=[1]", "did you mean k?"),
-        ("pairs a b", "pairs: b is too much; give one file"),
+        ("pairs a b", "b is too much; give one file"),
         ("pairs /none --model=m --lora=l --out=o", "/none: cannot read the list of pairs"),
         ("pairs /none --model=m --out=o", "missing: lora"),
         ("noise word --model=m --prompts=p --out=o", "word"),
@@ -243,13 +245,13 @@ def test_words_that_cannot_be_used_are_one_line_and_status_2(capsys, argv, messa
     assert message in error_of(capsys, *argv.split())
 
 
-@pytest.mark.parametrize("command", list(infer.COMMANDS))
+@pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_explains_itself(capsys, command, flag):
     with pytest.raises(SystemExit) as caught:
         call(command, flag)
     assert caught.value.code == 0
-    assert infer.COMMANDS[command].help in capsys.readouterr().out
+    assert COMMANDS[command].help in capsys.readouterr().out
 
 
 # ---- generate ----

@@ -13,13 +13,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.clip import ClipTextConfig
-from rflow_jax.models.clip_vision import ClipConfig, ClipVisionConfig
+from rflow_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from rflow_jax.verifiers import clip
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.clip import CLIPVerifier, ClipVerifierConfig
-from rflow_jax.verifiers.clip_images import ClipImages
-from rflow_jax.weights.clip_model import load_clip_model
+from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier, ClipVerifierConfig
+from rflow_jax.weights.components import load_clip_model
 from tests.kit.clip import VISION, make_clip
 
 DRAW = np.random.default_rng(0)

@@ -18,21 +18,26 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert_weights.__main__ import main
-from rflow_jax.cli import run
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
+from rflow_jax.utils.cli import run
 from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, VAE, read_schedule
-from rflow_jax.weights.conversion import Conversion
 from rflow_jax.weights.convert import Options, convert_flux
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.folders import describe
-from rflow_jax.weights.load import load_into, parameter_shapes, parameter_values
-from rflow_jax.weights.names.flux import BFL, BFL_PREFIX
-from rflow_jax.weights.save import INDEX_FILE, MODEL_FILE, save_safetensors
-from rflow_jax.weights.stored import is_stored, load_stored, stored_bytes
-from rflow_jax.weights.tables import plan
-from rflow_jax.weights.writing import PARTIAL, write_safetensors
+from rflow_jax.weights.flux import describe
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import load_into, parameter_shapes, parameter_values
+from rflow_jax.weights.mappings.flux import BFL, BFL_PREFIX
+from rflow_jax.weights.model_folder import (
+    INDEX_FILE,
+    MODEL_FILE,
+    is_stored,
+    load_stored,
+    save_safetensors,
+    stored_bytes,
+)
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.saving import PARTIAL, Conversion, write_safetensors
 from tests.kit.encoders import random_model
 
 BFL_TINY = FluxConfig(
@@ -326,7 +331,7 @@ import resource, sys
 from pathlib import Path
 import jax
 from rflow_jax.weights.convert import Options, convert_flux
-import rflow_jax.weights.orbax_files
+import rflow_jax.weights.orbax_io
 jax.devices()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert_weights.__main__ import main
 from rflow_jax.errors import InputError
-from rflow_jax.vlm.qwen_text import QwenTokenizer, question
-from rflow_jax.weights.load import parameter_values
+from rflow_jax.tokenizers.qwen import QwenTokenizer, question
+from rflow_jax.weights.loading import parameter_values
 from rflow_jax.weights.qwen import end_tokens, load_qwen
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.examples import LONGEST_RATIO, draw_drops, make_example, pictures
 from rflow_jax.data.records import SUBSETS, Record, RecordError
+from rflow_jax.data.transforms import LONGEST_RATIO, draw_drops, make_example, pictures
 from rflow_jax.errors import InputError
 
 CONFIG = DataConfig("nowhere", target_size=32, condition_size=16)

@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.data.records import SUBSETS, RecordError
-from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.sources.tar import TarSource, open_tars
+from rflow_jax.data.sources.tar_index import build_index, default_cache
+from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import expand
-from rflow_jax.data.tar.index import build_index, default_cache
-from rflow_jax.data.tar.source import TarSource, open_tars
 from rflow_jax.errors import InputError
 from tests.kit.file_server import Faults, FileServer
 from tests.kit.genref_tars import flat, keys_of, members, picture, record, shard_bytes, tar_bytes, write_shards
 
-QUICK = Patience(timeout=0.5, max_retries=3, longest_pause=0.02)
+QUICK = RetryPolicy(timeout=0.5, max_retries=3, max_backoff=0.02)
 
 
 def opened(folder, pattern="*.tar") -> TarSource:
@@ -74,7 +74,7 @@ def test_members_that_lie_apart_are_read_apart(tmp_path, monkeypatch):
     named.insert(2, ("k.depth.npy", bytes(1 << 20)))
     (tmp_path / "a.tar").write_bytes(tar_bytes(named))
     lengths = []
-    from rflow_jax.data.tar import source as tar_source
+    from rflow_jax.data.sources import tar as tar_source
 
     read = tar_source.read_range
     monkeypatch.setattr(tar_source, "read_range", lambda *args: lengths.append(args[2]) or read(*args))
@@ -154,7 +154,7 @@ def test_a_corrupt_text_or_an_empty_picture_is_a_record_error(tmp_path):
 def test_the_cache_serves_and_is_rebuilt(tmp_path, monkeypatch, caplog):
     write_shards(tmp_path, 2, 8)
     first = everything(opened(tmp_path))
-    from rflow_jax.data.tar import index as tar_index
+    from rflow_jax.data.sources import tar_index
 
     built = []
     build = tar_index.build_index

@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rflow_jax.data import make_genref as maker
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.loader import HostBatch
-from rflow_jax.data.make_genref import make_genref
-from rflow_jax.data.open import open_loader
-from rflow_jax.data.tar.source import open_tars
+from rflow_jax.data.sources.open import open_loader
+from rflow_jax.data.sources.tar import open_tars
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.training.validation import ValidationConfig, read_held_out
+from rflow_jax.testing import make_genref as maker
+from rflow_jax.testing.make_genref import make_genref
+from rflow_jax.training.config import ValidationConfig
+from rflow_jax.training.corrector.validation import read_held_out
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
 
 BATCH = 8
@@ -147,7 +148,7 @@ KILLED = """
 import multiprocessing
 import sys
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.open import open_loader
+from rflow_jax.data.sources.open import open_loader
 if __name__ == "__main__":
     config = DataConfig(sys.argv[1], target_size=16, condition_size=8, cache=sys.argv[2], workers=2)
     loader = open_loader(config, seed=0, batch_size=4, slots=range(4))

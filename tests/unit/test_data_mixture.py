@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.data.choice import CHUNK, Choice
-from rflow_jax.data.mixture import Mixture
 from rflow_jax.data.records import SUBSETS
+from rflow_jax.data.sampling import CHUNK, MixtureSampler, SubsetSchedule
 from rflow_jax.errors import InputError
 
 COUNTS = {"general": 7, "length": 5, "rule": 11, "editing": 23}
@@ -21,7 +20,7 @@ RATIOS = {"general": [0.1, 0.3], "length": [0.1, 0.3], "rule": [0.1, 0.4], "edit
 
 
 def mixture(seed=0, batch_size=8, counts=COUNTS, ratios=RATIOS, stages=(0, 50), position=None):
-    return Mixture(counts, ratios, list(stages), seed, batch_size, position)
+    return MixtureSampler(counts, ratios, list(stages), seed, batch_size, position)
 
 
 @given(seed=st.integers(0, 2**70), batch_size=st.integers(1, 100), step=st.integers(0, 400))
@@ -77,7 +76,7 @@ def test_subsets_and_seeds_are_shuffled_apart():
 def test_ratios_follow_the_stages(step, want):
     want = want or (0.3, 0.3, 0.4, 0)
     batch_size = 40000
-    choice = Choice(RATIOS, [0, 50], 1, batch_size)
+    choice = SubsetSchedule(RATIOS, [0, 50], 1, batch_size)
     np.testing.assert_allclose(list(choice.ratios(step).values()), want, atol=1e-12)
     found = np.bincount(choice.subsets(step * batch_size, (step + 1) * batch_size), minlength=4) / batch_size
     np.testing.assert_allclose(found, want, atol=4 * 0.5 / batch_size**0.5)
@@ -85,21 +84,21 @@ def test_ratios_follow_the_stages(step, want):
 
 
 def test_more_stages_and_weights_that_do_not_sum_to_one():
-    choice = Choice({"rule": [1.0, 3.0, 0.0], "editing": [3.0, 1.0, 5.0]}, [10, 20, 40], 0, 1)
+    choice = SubsetSchedule({"rule": [1.0, 3.0, 0.0], "editing": [3.0, 1.0, 5.0]}, [10, 20, 40], 0, 1)
     rule = [choice.ratios(step)["rule"] for step in (0, 10, 15, 20, 30, 40, 1000)]
     np.testing.assert_allclose(rule, [0.25, 0.25, 0.5, 0.75, 1.5 / 4.5, 0, 0])
 
 
 def test_a_subset_without_weight_is_never_drawn():
     ratios = {name: [0.0] for name in SUBSETS} | {"general": [0.1], "rule": [0.2]}
-    found = np.bincount(Choice(ratios, [0], 0, 64).subsets(0, 10**6), minlength=4)
+    found = np.bincount(SubsetSchedule(ratios, [0], 0, 64).subsets(0, 10**6), minlength=4)
     assert found[1] == found[3] == 0
     assert found[0] + found[2] == 10**6
 
 
 @given(start=st.integers(0, 3 * CHUNK), length=st.integers(0, 2 * CHUNK), cut=st.floats(0, 1))
 def test_choices_do_not_depend_on_where_a_piece_begins(start, length, cut):
-    choice, middle = Choice(RATIOS, [0, 50], 9, 7), start + int(length * cut)
+    choice, middle = SubsetSchedule(RATIOS, [0, 50], 9, 7), start + int(length * cut)
     pieces = [choice.subsets(start, middle), choice.subsets(middle, start + length)]
     np.testing.assert_array_equal(np.concatenate(pieces), choice.subsets(start, start + length))
 
@@ -122,7 +121,7 @@ def test_numbers_that_must_not_change():
 
 
 def test_the_millionth_step_is_near():
-    one = Mixture(COUNTS, RATIOS, [0, 5000], 0, 64)
+    one = MixtureSampler(COUNTS, RATIOS, [0, 5000], 0, 64)
     assert one.draws(10**5)[0].number == 64 * 10**5
     assert sum(one.position(10**5)["drawn"].values()) == 64 * 10**5
 

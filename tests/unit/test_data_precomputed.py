@@ -16,20 +16,19 @@ import numpy as np
 import pytest
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.latents.precompute import precompute
-from rflow_jax.data.latents.prepare import Job, ahead
-from rflow_jax.data.latents.source import COMPLETE, PrecomputeConfig, open_latents
-from rflow_jax.data.make_genref import make_genref
-from rflow_jax.data.open import open_loader
-from rflow_jax.data.tar.source import open_tars
+from rflow_jax.data.sources.latents import COMPLETE, PrecomputeConfig, open_latents
+from rflow_jax.data.sources.open import open_loader
+from rflow_jax.data.sources.tar import open_tars
 from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.training.feed import put_pixels
-from rflow_jax.training.latents import make_encode_latents, put_latents, require_latents_of
-from rflow_jax.training.step import Recipe, Shape, make_encode
-from rflow_jax.weights.bundle import Bundle, load_bundle
+from rflow_jax.precompute.precompute import Job, ahead, precompute
+from rflow_jax.testing.make_genref import make_genref
+from rflow_jax.training.corrector.latents import make_encode_latents, put_latents, require_latents_of
+from rflow_jax.training.corrector.step import StepSpec, TokenShape, make_encode
+from rflow_jax.training.prefetch import put_pixels
+from rflow_jax.weights.flux import FluxModel, load_flux
 from tests.kit.genref_tars import flat, keys_of, tar_bytes
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "pipeline")
@@ -77,12 +76,12 @@ def made(one_device, tmp_path_factory) -> Made:
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle(MODEL, lora=None, lora_alpha=None, dtype="float32", mesh=make_mesh(MeshConfig(), MESH))
+def bundle() -> FluxModel:
+    return load_flux(MODEL, lora=None, lora_alpha=None, dtype="float32", mesh=make_mesh(MeshConfig(), MESH))
 
 
 MESH = jax.devices()[:1]
-RECIPE = Recipe(5, jnp.float32, Shape(LENGTH, (2, 2), (1, 1)))
+RECIPE = StepSpec(5, jnp.float32, TokenShape(LENGTH, (2, 2), (1, 1)))
 
 
 def batches(config: DataConfig, count: int, start: int = 0, position=None) -> list:
@@ -125,7 +124,7 @@ def test_a_run_goes_on_where_it_stood_and_two_processes_see_what_one_sees(made):
 
 
 def test_an_interrupted_command_goes_on(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("rflow_jax.data.latents.source.RECORDS_IN_FILE", 3)
+    monkeypatch.setattr("rflow_jax.data.sources.latents.RECORDS_IN_FILE", 3)
     config = replace(made.config, out=str(tmp_path / "out"))
     precompute(config, show=False)
     out = Path(config.out)
@@ -154,7 +153,7 @@ def test_what_does_not_fit_is_refused(made, bundle, tmp_path):
     with pytest.raises(InputError, match="made with dtype float32, not bfloat16"):
         require_latents_of(made.config.out, bundle, replace(RECIPE, dtype=jnp.bfloat16))
     with pytest.raises(InputError, match="made with text_length 12, not 16"):
-        require_latents_of(made.config.out, bundle, replace(RECIPE, shape=Shape(16, (2, 2), (1, 1))))
+        require_latents_of(made.config.out, bundle, replace(RECIPE, shape=TokenShape(16, (2, 2), (1, 1))))
     other = replace(bundle, weights=bundle.weights | {"vae": jax.tree.map(lambda x: x + 1, bundle.weights["vae"])})
     with pytest.raises(InputError, match="made with identity"):
         require_latents_of(made.config.out, other, RECIPE)
@@ -192,12 +191,12 @@ def test_a_dead_worker_is_an_error():
 
 
 def test_workers_do_not_import_jax():
-    script = "import sys; import rflow_jax.data.latents.prepare; assert 'jax' not in sys.modules"
+    script = "import sys; import rflow_jax.precompute.precompute; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_the_command_says_what_is_missing():
-    command = [sys.executable, "-m", "rflow_jax.data.convert", "precompute", "--data.shards", "nowhere", "out"]
+    command = [sys.executable, "-m", "rflow_jax.commands.dataset", "precompute", "--data.shards", "nowhere", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -18,13 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.data.storage import http
-from rflow_jax.data.storage.patience import Patience, Trouble, brisk, patiently, public
-from rflow_jax.data.storage.ranges import RangeFile, read_range
-from rflow_jax.data.storage.shards import Shard, expand
+from rflow_jax.data.storage.retry import RetryPolicy, TransientError, enforce_min_throughput, public, with_retries
+from rflow_jax.data.storage.shards import RangeFile, Shard, expand, read_range
 from rflow_jax.errors import InputError
 from tests.kit.file_server import Faults, FileServer
 
-QUICK = Patience(timeout=0.5, max_retries=3, longest_pause=0.02)
+QUICK = RetryPolicy(timeout=0.5, max_retries=3, max_backoff=0.02)
 CONTENT = bytes(range(256)) * 2000
 
 
@@ -230,22 +229,22 @@ def test_a_slow_sender_is_given_up():
             time.sleep(0.01)
             yield b"x"
 
-    with pytest.raises(Trouble, match="too slow"):
-        list(brisk(drip(), 0.05))
-    assert len(list(brisk(drip(), 30.0))) == 100
+    with pytest.raises(TransientError, match="too slow"):
+        list(enforce_min_throughput(drip(), 0.05))
+    assert len(list(enforce_min_throughput(drip(), 30.0))) == 100
 
 
 def test_a_server_says_how_long_to_wait(monkeypatch):
     pauses = []
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=pauses.append))
-    left = [Trouble("busy", 1e9), Trouble("busy", 70.0), Trouble("busy")]
+    left = [TransientError("busy", 1e9), TransientError("busy", 70.0), TransientError("busy")]
 
     def attempt():
         if left:
             raise left.pop()
         return 3
 
-    assert patiently(attempt, "x", Patience(max_retries=3)) == 3
+    assert with_retries(attempt, "x", RetryPolicy(max_retries=3)) == 3
     assert pauses[0] <= 0.5
     assert pauses[1:] == [70.0, 300.0]
 
@@ -280,11 +279,11 @@ def test_what_is_sent_to_workers_is_small_and_plain():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("timeout", 0.0), ("timeout", math.nan), ("max_retries", -1), ("longest_pause", math.nan)],
+    [("timeout", 0.0), ("timeout", math.nan), ("max_retries", -1), ("max_backoff", math.nan)],
 )
 def test_bad_patience(name, value):
     with pytest.raises(InputError, match=f"^patience.{name} is {value}: give "):
-        Patience(**{name: value})
+        RetryPolicy(**{name: value})
 
 
 def test_addresses_of_the_hub(monkeypatch):
@@ -332,7 +331,7 @@ def test_the_hub():
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     code = """if True:
         from rflow_jax.data.storage.shards import expand
-        from rflow_jax.data.storage.ranges import read_range
+        from rflow_jax.data.storage.shards import read_range
         shards = expand("hf://datasets/o/n/data/*.tar")
         named = expand("hf://datasets/o/n/data/{001..002}.tar")
         print([(s.url, s.size, s.version) for s in shards] , named == shards[1:], read_range(shards[1], 10, 10))
@@ -346,6 +345,6 @@ def test_the_hub():
 
 def test_importing_is_quick():
     heavy = ("httpx", "fsspec", "huggingface_hub", "jax", "tenacity")
-    code = f"import sys, rflow_jax.data.tar.source; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, rflow_jax.data.sources.tar; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

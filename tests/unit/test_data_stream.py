@@ -14,20 +14,19 @@ import pytest
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.loader import HostBatch
-from rflow_jax.data.open import open_loader
 from rflow_jax.data.records import SUBSETS
-from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.sources.open import open_loader
+from rflow_jax.data.sources.stream import Buffers, merge_positions
+from rflow_jax.data.sources.stream_shards import ProcessShare, ShardAssignment, Stream, StreamPosition, read_shard
+from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import Shard, expand
-from rflow_jax.data.stream.loader import Buffers, merge_positions
-from rflow_jax.data.stream.route import Place, Route, Share, Stream
-from rflow_jax.data.stream.shards import read_shard
 from rflow_jax.errors import InputError
 from tests.kit.file_server import Faults, FileServer
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
 
 BATCH = 4
 EQUAL = {name: [1.0, 1.0] for name in SUBSETS}
-SOON = Patience(timeout=0.5, max_retries=2, longest_pause=0.01)
+SOON = RetryPolicy(timeout=0.5, max_retries=2, max_backoff=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +98,12 @@ def test_a_position_of_other_shards_or_processes_is_refused(config):
 def test_processes_share_the_stream(config, shards, slots):
     """Also where there are fewer shards than processes."""
     found = expand(str(config.shards))[:shards]
-    shares = [Share.of(own, BATCH) for own in slots]
+    shares = [ProcessShare.of(own, BATCH) for own in slots]
     parts = shares[0].parts
-    routes = [Route(found, share, seed=0) for share in shares]
+    routes = [ShardAssignment(found, share, seed=0) for share in shares]
 
-    def keys(route: Route, epoch: int) -> list[str]:
-        stream, keys = Stream(route, SOON, Place(epoch, 0, 0)), []
+    def keys(route: ShardAssignment, epoch: int) -> list[str]:
+        stream, keys = Stream(route, SOON, StreamPosition(epoch, 0, 0)), []
         while stream.place.epoch == epoch:
             keys += [one[1].key for one in [stream.read()] if one]
         return keys
@@ -134,8 +133,8 @@ def test_two_processes_resume_from_one_merged_position(config):
 def test_a_scarce_subset_neither_blocks_nor_fills_the_memory(config, tmp_path):
     keys = {f"k{i:03d}": "rule" if i % 40 == 7 else "editing" for i in range(160)}
     (tmp_path / "000.tar").write_bytes(tar_bytes(flat(keys)))
-    share = Share.of(range(1), 1)
-    route = Route(expand(str(tmp_path)), share, seed=0)
+    share = ProcessShare.of(range(1), 1)
+    route = ShardAssignment(expand(str(tmp_path)), share, seed=0)
     buffers = Buffers(Stream(route, SOON), route, ("rule", "editing"), 6, seed=0)
     drawn = Counter(buffers.draw("rule", number).raw.key for number in range(40))
     assert set(drawn) == {key for key, subset in keys.items() if subset == "rule"}
@@ -193,7 +192,7 @@ def test_replacements_do_not_disturb_what_comes_later(damaged):
 
 @pytest.mark.parametrize("faults", [{"cut": 2}, {"status": 2}, {"dead": 2}, {"stall": 1, "seconds": 2.0}])
 def test_a_server_that_fails_is_asked_again(config, faults, monkeypatch):
-    monkeypatch.setattr("rflow_jax.data.storage.patience.SLOWEST", 1 << 30)
+    monkeypatch.setattr("rflow_jax.data.storage.retry.SLOWEST", 1 << 30)
     with FileServer(Path(str(config.shards))) as server:
         (shard,) = expand(f"{server.url}/000.tar")
         server.faults = Faults(**faults)

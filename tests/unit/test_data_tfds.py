@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rflow_jax.data import convert
+from rflow_jax.commands import dataset as convert
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.open import open_loader
 from rflow_jax.data.records import SUBSETS, RecordError
-from rflow_jax.data.tar.source import TarSource, open_tars
-from rflow_jax.data.tfds.source import open_tfds
+from rflow_jax.data.sources.open import open_loader
+from rflow_jax.data.sources.tar import TarSource, open_tars
+from rflow_jax.data.sources.tfds import open_tfds
 from rflow_jax.errors import InputError
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
 
 pytest.importorskip("tensorflow_datasets")
-from rflow_jax.data.tfds.builder import write_tfds
+from rflow_jax.precompute.tfds_builder import write_tfds
 
 
 class Made:
@@ -88,7 +88,7 @@ def test_batches_are_those_of_the_shards(made, workers):
 
 
 def test_the_order_holds_over_several_files(made, monkeypatch, tmp_path):
-    monkeypatch.setattr("rflow_jax.data.tfds.builder.RECORDS_IN_FILE", 3)
+    monkeypatch.setattr("rflow_jax.precompute.tfds_builder.RECORDS_IN_FILE", 3)
     folder = write_tfds(made.source, tmp_path, show=False)
     assert (folder / "genref-rule.array_record-00003-of-00004").exists()
     assert everything(open_tfds(str(tmp_path))) == everything(made.source)
@@ -130,7 +130,7 @@ def test_a_damaged_description_is_one_line(made, tmp_path):
 
 def test_tensorflow_is_not_imported_and_the_command_says_what_it_wrote(made, tmp_path):
     script = (
-        "import sys; from rflow_jax.data.convert import main; main(); "
+        "import sys; from rflow_jax.commands.dataset import main; main(); "
         "assert not {'tensorflow', 'jax'} & set(sys.modules)"
     )
     places = [str(made.tars / "000.tar"), str(made.tars / "001.tar"), str(tmp_path / "out")]

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from rflow_jax.data import workers as workers_module
-from rflow_jax.data.slabs import Slabs, fill
-from rflow_jax.data.workers import Workers
+from rflow_jax.data.workers import SharedBufferPool, Workers, write_pieces
 from tests.kit.made import die, fail, make_arrays
 
 SIZES = [0, 1, 5_000_000, 3, 700, 5_000_000, 12_000_000]
@@ -87,10 +86,10 @@ with workers.Workers(time.sleep, 0) as some:
 
 
 def test_memory_is_used_again_once_nothing_lies_in_it():
-    slabs = Slabs()
+    slabs = SharedBufferPool()
     slab = slabs.take()
-    fill(slab.path, [memoryview(b"abc"), memoryview(b"defg")])
-    first, second = slabs.lend(slab, [3, 4])
+    write_pieces(slab.path, [memoryview(b"abc"), memoryview(b"defg")])
+    first, second = slabs.views(slab, [3, 4])
     assert bytes(first) == b"abc"
     assert bytes(second) == b"defg"
     assert slabs.take() is not slab

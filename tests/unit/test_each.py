@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.chat import CLOSED
-from rflow_jax.each import BATCHES_AT_ONCE, do_each
 from rflow_jax.errors import InputError
-from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.openai_client import CLOSED
+from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.utils.batching import BATCHES_AT_ONCE, map_batched
 
 
 @given(st.lists(st.integers(-5, 5), max_size=60), st.integers(1, 4))
@@ -33,7 +33,7 @@ def test_one_result_an_item_in_order_and_reasons_for_the_others(items, batch_siz
         seen.extend(ready)
         return [10 * item for item in ready]
 
-    found = do_each(items, prepare, work, batch_size=batch_size)
+    found = map_batched(items, prepare, work, batch_size=batch_size)
     assert [str(one) if isinstance(one, InputError) else one for one in found] == [
         10 * item if item >= 0 else f"{item} is negative" for item in items
     ]
@@ -47,7 +47,7 @@ def test_once_closed_nothing_more_is_begun():
         closed.set()
         return ready
 
-    found = do_each(range(20), lambda item: item, work, batch_size=2, closed=closed)
+    found = map_batched(range(20), lambda item: item, work, batch_size=2, closed=closed)
     assert found[: 2 * BATCHES_AT_ONCE] == list(range(2 * BATCHES_AT_ONCE))
     assert [str(one) for one in found[2 * BATCHES_AT_ONCE :]] == [CLOSED] * (20 - 2 * BATCHES_AT_ONCE)
 
@@ -65,7 +65,7 @@ def test_items_are_prepared_while_the_ones_before_are_worked_on():
         assert next_prepared.wait(20)
         return ready
 
-    assert do_each(range(2 * step), prepare, work, batch_size=1) == list(range(2 * step))
+    assert map_batched(range(2 * step), prepare, work, batch_size=1) == list(range(2 * step))
 
 
 def test_no_more_than_two_parts_are_in_memory():
@@ -86,7 +86,7 @@ def test_no_more_than_two_parts_are_in_memory():
             alive -= len(ready)
         return ready
 
-    do_each(range(100 * BATCHES_AT_ONCE), prepare, work, batch_size=1)
+    map_batched(range(100 * BATCHES_AT_ONCE), prepare, work, batch_size=1)
     assert most <= 2 * BATCHES_AT_ONCE
 
 
@@ -95,13 +95,13 @@ def test_a_bug_is_no_error_of_an_item():
         return 1 // item
 
     with pytest.raises(ZeroDivisionError):
-        do_each([1, 0], prepare, list, batch_size=1)
+        map_batched([1, 0], prepare, list, batch_size=1)
     with pytest.raises(ValueError, match="zip"):
-        do_each([1, 2], lambda item: item, lambda ready: [], batch_size=1)
+        map_batched([1, 2], lambda item: item, lambda ready: [], batch_size=1)
 
 
 def test_nothing_is_worked_on_without_items():
-    assert do_each([], lambda item: item, pytest.fail, batch_size=1) == []
+    assert map_batched([], lambda item: item, pytest.fail, batch_size=1) == []
 
 
 def test_threads_may_share_a_tokenizer(golden, tmp_path):
@@ -115,6 +115,6 @@ def test_threads_may_share_a_tokenizer(golden, tmp_path):
     texts = [f"two red apples and {k} benches " * 50 for k in range(200)]
     want = [len(QwenTokenizer(folder).encode(text)) for text in texts[:1]]
     tokenizer = QwenTokenizer(tmp_path / "base")
-    found = do_each(texts, tokenizer.encode, list, batch_size=8)
+    found = map_batched(texts, tokenizer.encode, list, batch_size=8)
     assert len(found[0]) == want[0]
     assert all(np.array_equal(one, tokenizer.encode(text)) for one, text in zip(found, texts, strict=True))

@@ -10,9 +10,9 @@ from flax import nnx
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder
 from rflow_jax.models.t5 import T5Config, T5Encoder
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names import autoencoder, clip, t5
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings import autoencoder, text_encoders
 
 # Counted on PyTorch's modules; tests/parity counts them again.
 REAL = {
@@ -22,8 +22,8 @@ REAL = {
 }
 TABLES = {
     AutoencoderKL: (autoencoder.DIFFUSERS, autoencoder.bfl(4)),
-    T5Encoder: (t5.TRANSFORMERS, t5.UNSHARED),
-    ClipTextEncoder: (clip.TRANSFORMERS, clip.TRANSFORMERS_5),
+    T5Encoder: (text_encoders.T5, text_encoders.T5_UNSHARED),
+    ClipTextEncoder: (text_encoders.CLIP_TEXT, text_encoders.CLIP_TEXT_5),
 }
 
 

@@ -15,9 +15,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.pickles import open_pickle
-from rflow_jax.weights.writing import PARTIAL, need_space, save_tensors, whole, write_safetensors
+from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
+from rflow_jax.weights.saving import PARTIAL, atomic_output, need_space, save_tensors, write_safetensors
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -150,24 +149,24 @@ class TestFolders:
 
 class TestWhole:
     def test_a_file_and_a_folder(self, tmp_path):
-        with whole(tmp_path / "sub" / "file") as partial:
+        with atomic_output(tmp_path / "sub" / "file") as partial:
             partial.write_text("x")
             assert not (tmp_path / "sub" / "file").exists()
         assert (tmp_path / "sub" / "file").read_text() == "x"
-        with whole(tmp_path / "folder") as partial:
+        with atomic_output(tmp_path / "folder") as partial:
             partial.mkdir()
             (partial / "inside").touch()
         assert (tmp_path / "folder" / "inside").is_file()
 
     def test_nothing_is_overwritten(self, tmp_path):
         (tmp_path / "file").write_text("old")
-        with pytest.raises(InputError, match="exists already"), whole(tmp_path / "file"):
+        with pytest.raises(InputError, match="exists already"), atomic_output(tmp_path / "file"):
             pass
         assert (tmp_path / "file").read_text() == "old"
 
     def test_a_failure_leaves_nothing(self, tmp_path):
         def interrupted():
-            with whole(tmp_path / "folder") as partial:
+            with atomic_output(tmp_path / "folder") as partial:
                 partial.mkdir()
                 raise KeyboardInterrupt
 
@@ -179,12 +178,15 @@ class TestWhole:
         left = tmp_path / f"folder{PARTIAL}"
         left.mkdir()
         (left / "old").touch()
-        with whole(tmp_path / "folder") as partial:
+        with atomic_output(tmp_path / "folder") as partial:
             partial.mkdir()
         assert list((tmp_path / "folder").iterdir()) == []
 
     def test_a_full_disk_is_one_line(self, tmp_path):
-        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'x'}'"), whole(tmp_path / "x"):
+        with (
+            pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'x'}'"),
+            atomic_output(tmp_path / "x"),
+        ):
             raise OSError(errno.ENOSPC, "No space left on device")
         with pytest.raises(InputError, match=r"needs 1e\+09 GB"):
             need_space(tmp_path / "a" / "b", 10**18)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import condition_delta, image_ids, pack, rope_for, unpack
-from rflow_jax.flow.sampler import euler, guided
-from rflow_jax.flow.schedule import Schedule
+from rflow_jax.flow.sampler import Schedule, euler, guided
 from rflow_jax.models.flux.config import FluxConfig
 
 SIDES = st.integers(1, 5)

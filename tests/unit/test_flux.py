@@ -12,8 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.models.attention import attend
-from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
-from rflow_jax.models.flux.cost import forward_flops
+from rflow_jax.models.flux.config import ConditionFlags, FluxConfig, forward_flops
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.lora import init_lora, without_condition_effect
 from tests.kit.compare import relative_error

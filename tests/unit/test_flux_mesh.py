@@ -10,8 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.graph import FluxGraph
-from rflow_jax.models.flux.transformer import FluxTransformer
+from rflow_jax.models.flux.transformer import FluxGraph, FluxTransformer
 from rflow_jax.models.lora import init_lora
 from rflow_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, traced_on
 from rflow_jax.parallel.sharding import sharding_for

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.images import condition_pixels, decoded, image_in
+from rflow_jax.utils.images import condition_pixels, decoded, image_in
 
 LEVELS = np.arange(24).reshape(4, 6) * 2849  # 0 to 65527
 

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from rflow_jax.chat import CLOSED, png_bytes
 from rflow_jax.errors import InputError
-from rflow_jax.language import REFINE_PROMPT, REFLECTION_PROMPT, make_writer
-from rflow_jax.language.base import Case, Past, Writer
-from rflow_jax.language.http import HttpWriter, WriterConfig
-from rflow_jax.usage import Meter
+from rflow_jax.openai_client import CLOSED, png_bytes
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, sentence_of
+from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
+from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
+from rflow_jax.writers.http import HttpTextGenerator, TextGeneratorConfig
 from tests.kit.asking import pictures
-from tests.kit.openai_server import Chaos, Fault, OpenAIServer, sentence_of
 
 
-def cases(count: int) -> list[Case]:
+def cases(count: int) -> list[WriterInput]:
     return [
-        Case(
+        WriterInput(
             image=image,
             prompt=f"original {number}",
             current_prompt=f"current {number}",
@@ -28,8 +28,8 @@ def cases(count: int) -> list[Case]:
 
 
 def write(server, asked, default=REFLECTION_PROMPT, meter=None, **more):
-    config = WriterConfig(base_url=server.base_url, **({"max_retries": 1, "timeout": 10.0} | more))
-    writer = HttpWriter(config, default, meter)
+    config = TextGeneratorConfig(base_url=server.base_url, **({"max_retries": 1, "timeout": 10.0} | more))
+    writer = HttpTextGenerator(config, default, meter)
     try:
         return writer.write(asked)
     finally:
@@ -57,7 +57,7 @@ def test_texts_come_in_order_and_follow_from_image_and_case(default):
 @pytest.mark.parametrize("default", [REFLECTION_PROMPT, REFINE_PROMPT])
 def test_the_history_comes_first_oldest_first_each_text_before_its_picture(default):
     first, second = pictures(2, seed=7)
-    history = (Past(first, "", "too dark"), Past(second, "lighten it", "too light"))
+    history = (PastImage(first, "", "too dark"), PastImage(second, "lighten it", "too light"))
     (case,) = [replace(case, history=history) for case in cases(1)]
     with OpenAIServer() as server:
         write(server, [case], default)
@@ -79,7 +79,7 @@ def test_the_history_comes_first_oldest_first_each_text_before_its_picture(defau
 def test_a_lasting_fault_hits_its_own_case_only():
     asked = cases(3)
     victim = png_bytes(asked[1].image)
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer([Fault("refusal", when=lambda call: call.image == victim)]) as server:
         texts = write(server, asked, meter=meter)
     assert texts[0].text
@@ -100,7 +100,7 @@ def test_chaos_changes_no_text():
 
 def test_instructions_can_be_replaced(tmp_path):
     path = tmp_path / "mine.md"
-    (case,) = [replace(case, history=(Past(case.image, "r", "e"),)) for case in cases(1)]
+    (case,) = [replace(case, history=(PastImage(case.image, "r", "e"),)) for case in cases(1)]
     for text, told in (
         ("Be brief.\n---\n$prompt / $unknown / $$", "Earlier attempt 1 of 1, painted after this reflection: r\n"),
         ("Be brief.\n--- \n$number: $reflection\n---\n$prompt / $unknown / $$\n", "1: r\n"),
@@ -113,9 +113,9 @@ def test_instructions_can_be_replaced(tmp_path):
     for text in ("no divider", "a\n---\nb\n---\nc\n---\nd"):
         path.write_text(text)
         with pytest.raises(InputError, match=r"mine\.md: a line ---"):
-            HttpWriter(WriterConfig(base_url="http://localhost", prompt_file=str(path)), REFINE_PROMPT)
+            HttpTextGenerator(TextGeneratorConfig(base_url="http://localhost", prompt_file=str(path)), REFINE_PROMPT)
     with pytest.raises(InputError, match="cannot read"):
-        HttpWriter(WriterConfig(base_url="http://localhost", prompt_file="/none.md"), REFINE_PROMPT)
+        HttpTextGenerator(TextGeneratorConfig(base_url="http://localhost", prompt_file="/none.md"), REFINE_PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,10 @@ def test_a_text_is_one_line_without_quotation_marks_around_it(said, kept):
 
 def test_it_follows_the_protocol_and_gives_up_when_closed():
     with OpenAIServer() as server:
-        writer = make_writer(WriterConfig(base_url=server.base_url, concurrency=5, model="m"), REFINE_PROMPT)
-        assert isinstance(writer, Writer)
+        writer = make_text_generator(
+            TextGeneratorConfig(base_url=server.base_url, concurrency=5, model="m"), REFINE_PROMPT
+        )
+        assert isinstance(writer, TextGenerator)
         assert (writer.name, writer.concurrency, writer.batch_size) == ("http m", 5, 1)
         writer.close()
         assert [written.error for written in writer.write(cases(2))] == [CLOSED, CLOSED]

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import rflow_jax.language
+import rflow_jax.writers
 from rflow_jax.errors import InputError
-from rflow_jax.language.base import Case, Past, Writer
-from rflow_jax.language.qwen import QwenWriter, _written
-from rflow_jax.models.qwen2.generate import Prompts, _tokens_of, penalised
-from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig, question_key
+from rflow_jax.models.qwen2.generation import Prompts, _tokens_of, penalised
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig, question_key
 from rflow_jax.weights.qwen import repetition_penalty
+from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
+from rflow_jax.writers.qwen import QwenTextGenerator, _written
 
-PROMPTS = Path(rflow_jax.language.__file__).parent / "prompts"
+PROMPTS = Path(rflow_jax.writers.__file__).parent / "prompts"
 REFLECTION, REFINE = PROMPTS / "reflection.md", PROMPTS / "refine.md"
 
 
@@ -30,9 +30,9 @@ def picture(width, height):
 
 
 CASES = (
-    Case(picture(120, 80), "a photo of a bench", "a photo of a bench", "Overall: 3\nno bench"),
-    Case(picture(64, 140), "two clocks", "two clocks on a wall", "Overall: 7", "Add a second clock."),
-    Case(picture(90, 90), "x", "x", ""),
+    WriterInput(picture(120, 80), "a photo of a bench", "a photo of a bench", "Overall: 3\nno bench"),
+    WriterInput(picture(64, 140), "two clocks", "two clocks on a wall", "Overall: 7", "Add a second clock."),
+    WriterInput(picture(90, 90), "x", "x", ""),
 )
 
 
@@ -58,8 +58,8 @@ def drawn(config) -> QwenChat:
 
 
 def test_both_roles_share_a_model(greedy):
-    reflector, refiner = QwenWriter(greedy, REFLECTION), QwenWriter(greedy, REFINE)
-    assert isinstance(reflector, Writer)
+    reflector, refiner = QwenTextGenerator(greedy, REFLECTION), QwenTextGenerator(greedy, REFINE)
+    assert isinstance(reflector, TextGenerator)
     assert (reflector.name, reflector.concurrency, reflector.batch_size) == ("qwen base", 1, 4)
     one, other = reflector.write(CASES), refiner.write(CASES)
     assert all(written.text for written in one + other)
@@ -70,15 +70,15 @@ def test_both_roles_share_a_model(greedy):
 def test_a_text_depends_on_its_case_alone(request, config, name):
     """Not on the batch, on the order, or on the padding; drawn ones neither."""
     chat = request.getfixturevalue(name)
-    writer = QwenWriter(chat, REFLECTION)
+    writer = QwenTextGenerator(chat, REFLECTION)
     want = [written.text for written in writer.write(CASES)]
     assert [written.text for written in writer.write(CASES[::-1])][::-1] == want
-    alone = QwenWriter(QwenChat(replace(chat.config, batch_size=1)), REFLECTION)
+    alone = QwenTextGenerator(QwenChat(replace(chat.config, batch_size=1)), REFLECTION)
     assert [alone.write([case])[0].text for case in CASES] == want
 
 
 def test_seeds(drawn, config):
-    question = Question("Be brief.", ("What is it?", picture(60, 60)))
+    question = ChatQuery("Be brief.", ("What is it?", picture(60, 60)))
     assert np.any(question_key(question, 3) != question_key(question, 4))
     assert np.any(question_key(question, 3) != question_key(replace(question, instructions=None), 3))
     other = QwenChat(replace(drawn.config, seed=4))
@@ -86,7 +86,7 @@ def test_seeds(drawn, config):
 
 
 def test_one_bad_case_is_its_own_error(greedy):
-    writer = QwenWriter(greedy, REFLECTION)
+    writer = QwenTextGenerator(greedy, REFLECTION)
     broken = replace(CASES[0], image=picture(1, 400)), replace(CASES[1], evaluation="word " * 5000)
     written = writer.write([CASES[0], *broken, CASES[2]])
     assert [one.text for one in (written[0], written[3])] == [one.text for one in writer.write([CASES[0], CASES[2]])]
@@ -96,14 +96,14 @@ def test_one_bad_case_is_its_own_error(greedy):
     assert writer.write([]) == []
 
 
-HISTORY = (Past(picture(60, 90), "", "too dark"), Past(picture(90, 60), "Lighten it.", "too light"))
+HISTORY = (PastImage(picture(60, 90), "", "too dark"), PastImage(picture(90, 60), "Lighten it.", "too light"))
 CHAINS = (CASES[0], replace(CASES[1], history=HISTORY[:1]), replace(CASES[2], history=HISTORY), CASES[2])
 
 
 def test_earlier_images_come_first_each_behind_its_text(greedy, monkeypatch):
     asked = []
     monkeypatch.setattr(greedy, "answer", lambda questions: asked.extend(questions) or ["x"] * len(questions))
-    QwenWriter(greedy, REFLECTION).write(CHAINS)
+    QwenTextGenerator(greedy, REFLECTION).write(CHAINS)
     parts = asked[2].parts
     assert [type(part) is str for part in parts] == [True, False] * 3
     assert list(parts[1::2]) == [HISTORY[0].image, HISTORY[1].image, CASES[2].image]
@@ -117,7 +117,7 @@ def test_earlier_images_come_first_each_behind_its_text(greedy, monkeypatch):
 
 def test_texts_with_a_history_depend_on_their_case_alone(greedy):
     """Cases with more and with fewer pictures share a batch."""
-    writer = QwenWriter(greedy, REFLECTION)
+    writer = QwenTextGenerator(greedy, REFLECTION)
     want = [written.text for written in writer.write(CHAINS)]
     assert all(want)
     assert want[2] != want[3]
@@ -129,7 +129,7 @@ def test_a_prompt_file_without_a_part_about_earlier_images_takes_the_shipped_one
     (tmp_path / "own.md").write_text("Be brief.\n---\nWhat now, $prompt?")
     asked = []
     monkeypatch.setattr(greedy, "answer", lambda questions: asked.extend(questions) or ["x"] * len(questions))
-    QwenWriter(greedy, REFLECTION, tmp_path / "own.md").write(CHAINS[1:2])
+    QwenTextGenerator(greedy, REFLECTION, tmp_path / "own.md").write(CHAINS[1:2])
     assert asked[0].instructions == "Be brief."
     assert asked[0].parts[0].startswith("Earlier attempt 1 of 1")
     assert asked[0].parts[2] == "What now, two clocks?"
@@ -143,9 +143,9 @@ def test_texts_are_cleaned():
 
 def test_texts_without_pictures(greedy):
     """A batch of text alone, and one with several pictures in a question."""
-    (text,) = greedy.answer([Question(None, ("Say something.",))])
+    (text,) = greedy.answer([ChatQuery(None, ("Say something.",))])
     several, again = greedy.answer(
-        [Question(None, ("Compare", picture(60, 60), picture(90, 40))), Question(None, ("Hi",))]
+        [ChatQuery(None, ("Compare", picture(60, 60), picture(90, 40))), ChatQuery(None, ("Hi",))]
     )
     assert all(isinstance(answer, str) and answer for answer in (text, several, again))
 
@@ -153,9 +153,9 @@ def test_texts_without_pictures(greedy):
 def test_what_is_not_usable(tmp_path, greedy, config):
     (tmp_path / "prompt.md").write_text("no divider")
     with pytest.raises(InputError, match="a line --- must divide"):
-        QwenWriter(greedy, REFLECTION, tmp_path / "prompt.md")
+        QwenTextGenerator(greedy, REFLECTION, tmp_path / "prompt.md")
     with pytest.raises(InputError, match="cannot read this prompt file"):
-        QwenWriter(greedy, REFLECTION, tmp_path / "none.md")
+        QwenTextGenerator(greedy, REFLECTION, tmp_path / "none.md")
     with pytest.raises(InputError, match=r"config\.json: no such file"):
         QwenChat(replace(config, model=str(tmp_path)))
 
@@ -218,9 +218,9 @@ def test_a_repetition_penalty_is_the_files_or_the_options(golden, tmp_path, conf
 def test_penalised_texts_depend_on_their_case_alone(greedy, config):
     """Padding and neighbours do not count as repeated; the question and the answer do."""
     penalised = QwenChat(replace(config, repetition_penalty=1.6))
-    writer = QwenWriter(penalised, REFLECTION)
+    writer = QwenTextGenerator(penalised, REFLECTION)
     want = [written.text for written in writer.write(CASES)]
-    assert want != [written.text for written in QwenWriter(greedy, REFLECTION).write(CASES)]
+    assert want != [written.text for written in QwenTextGenerator(greedy, REFLECTION).write(CASES)]
     assert [writer.write([case])[0].text for case in CASES] == want
 
 

@@ -18,12 +18,13 @@ from rflow_jax.models import lora as lora_module
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.layers import ALL_ROWS, Linear
-from rflow_jax.models.lora import REFLECTION_FLOW, Adapter, attach, init_lora, linear_shapes, select
-from rflow_jax.weights.files import TensorFiles
+from rflow_jax.models.lora import Adapter, attach, init_lora, linear_shapes, select
+from rflow_jax.models.options import CORRECTOR_TARGET_MODULES
 from rflow_jax.weights.lora.export import export_lora, save_lora
-from rflow_jax.weights.lora.files import read_lora
-from rflow_jax.weights.names.flux import BFL, DIFFUSERS
-from rflow_jax.weights.writing import save_tensors
+from rflow_jax.weights.lora.read import read_lora
+from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.saving import save_tensors
 from tests.kit.lora import TINY, effect, keyed, module_shapes, random_lora
 
 KOHYA = {"a": "lora_down.weight", "b": "lora_up.weight"}
@@ -57,9 +58,9 @@ def write(tmp_path):
 class TestNetwork:
     def test_the_originals_linears(self, golden):
         """As many as the original trains, and on the recorded model exactly those of its file."""
-        assert len(select(linear_shapes(abstract_flux(FluxConfig())), REFLECTION_FLOW)) == 343
+        assert len(select(linear_shapes(abstract_flux(FluxConfig())), CORRECTOR_TARGET_MODULES)) == 343
         config = FluxConfig.from_json(json.loads((golden / "pipeline/transformer/config.json").read_text()))
-        chosen = select(linear_shapes(abstract_flux(config)), REFLECTION_FLOW)
+        chosen = select(linear_shapes(abstract_flux(config)), CORRECTOR_TARGET_MODULES)
         keys = json.loads((golden / "golden/lora_keys.json").read_text())
         modules = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in keys}
         assert {DIFFUSERS.module(path)[1] for path in chosen} == modules
@@ -71,7 +72,7 @@ class TestNetwork:
     def test_fresh_adapters_change_nothing(self):
         model = init_lora(FluxTransformer(TINY, rngs=nnx.Rngs(0)), 4, alpha=2.0, rngs=nnx.Rngs(1))
         adapters = lora_module.adapters_of(model)
-        assert adapters.keys() == select(LINEARS, REFLECTION_FLOW).keys()
+        assert adapters.keys() == select(LINEARS, CORRECTOR_TARGET_MODULES).keys()
         assert {(a.rank, a.alpha) for a in adapters.values()} == {(4, 2.0)}
         assert not any(adapter.b.any() for adapter in adapters.values())
         everything = np.concatenate([adapter.a.ravel() for adapter in adapters.values()])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.files import TensorFiles
-from tests.kit import flux_layout as layout
-from tests.kit import make_flux as kit
+from rflow_jax.testing import flux_layout as layout
+from rflow_jax.testing import make_flux as kit
+from rflow_jax.weights.safetensors_io import TensorFiles
 
 
 def parameters(shapes: layout.Shapes) -> int:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rflow_jax.commands.filter import FilterConfig, best_of_first, filter_nfe
 from rflow_jax.errors import InputError
-from rflow_jax.search.nfe import FilterConfig, best_of_first, filter_nfe
+from rflow_jax.search.prompt_folder import read_records
 from rflow_jax.search.run_folder import CONFIG
-from rflow_jax.search.store import read_records
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.searching import drive, models, prompt_run
 

@@ -12,16 +12,14 @@ import pytest
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.images import levels_in
-from rflow_jax.models.nvila.config import NvilaConfig
-from rflow_jax.models.nvila.message import Marks, ask, chat, lay_out, message
-from rflow_jax.models.nvila.tiling import Tiling
+from rflow_jax.models.nvila import Marks, NvilaConfig, Tiling, ask, chat, lay_out, message
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
-from rflow_jax.verifiers.nvila_programs import NvilaPrograms, Question, padded_length
-from rflow_jax.verify.nvila import pattern
+from rflow_jax.parity.nvila import pattern
+from rflow_jax.tokenizers.nvila import NvilaTokenizer
+from rflow_jax.utils.images import levels_in
+from rflow_jax.vlm.nvila_programs import NvilaPrograms, NvilaQuery, padded_length
 from rflow_jax.weights.nvila import load_nvila, read_nvila_config
-from rflow_jax.weights.nvila_tokenizer import NvilaTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def edge_questions(meta, tokenizer):
         counts = iter([len(some) for some in pictures])
         text = chat(message([next(counts) if part.startswith("<PIL ") else part for part in case["parts"]]))
         together = np.concatenate(pictures) if pictures else np.zeros((0, 112, 112, 3), np.uint8)
-        made[name] = (text, Question(together, tokenizer.layout(text, 9)))
+        made[name] = (text, NvilaQuery(together, tokenizer.layout(text, 9)))
     return made
 
 

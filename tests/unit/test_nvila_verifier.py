@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert_weights.__main__ import main
-from rflow_jax.chat import CLOSED
-from rflow_jax.each import BATCHES_AT_ONCE
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client import CLOSED
+from rflow_jax.parity.nvila import pattern
+from rflow_jax.utils.batching import BATCHES_AT_ONCE
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
-from rflow_jax.verify.nvila import pattern
 from rflow_jax.weights.nvila import load_nvila
 
 PATTERN = {"a": 3, "b": 1, "p1": 97, "d": 2, "p2": 61, "s": 16, "p3": 127}

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import rflow_jax.verifiers.reward as reward_module
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers import VerifierConfig, make_verifier
-from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
 from tests.kit.asking import pictures
 from tests.kit.clip import make_clip
 
@@ -76,7 +76,7 @@ def made(folders):
 def results(model, pairs):
     """(score or text, reason) of each image."""
     if isinstance(model, QwenChat):
-        answers = model.answer([Question(None, (item["prompt"], image)) for image, item in pairs])
+        answers = model.answer([ChatQuery(None, (item["prompt"], image)) for image, item in pairs])
         return [(None, str(a)) if isinstance(a, InputError) else (a, None) for a in answers]
     images, items = zip(*pairs, strict=True)
     return [(verdict.score, verdict.error) for verdict in model.score(images, items)]

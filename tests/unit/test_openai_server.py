@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from rflow_jax.chat import Endpoint, look_and_say
-from rflow_jax.chat.wire import request
+from rflow_jax.openai_client import Endpoint, vision_messages
+from rflow_jax.openai_client.protocol import request
+from rflow_jax.testing.openai_answers import Call
+from rflow_jax.testing.openai_server import KEY, Chaos, OpenAIServer
 from tests.kit.asking import pictures, question
-from tests.kit.openai_answers import Call
-from tests.kit.openai_server import KEY, Chaos, OpenAIServer
 
 ROOT = Path(__file__).parents[2]
 
 
 def body(number: int, **more) -> dict:
     image = pictures(1, number)[0]
-    return {"model": "m", "messages": look_and_say("Be brief.", f"question {number}", image), **more}
+    return {"model": "m", "messages": vision_messages("Be brief.", f"question {number}", image), **more}
 
 
 def call(number: int, attempt: int = 0, **more) -> Call:
@@ -93,7 +93,17 @@ sys.exit(7)
 
 def launch(*options: str, **more) -> dict:
     fields = json.dumps(request(Endpoint(), question(), "text") | more)
-    command = [sys.executable, "-m", "tests.kit.openai_server", *options, "--", sys.executable, "-c", ASKS, fields]
+    command = [
+        sys.executable,
+        "-m",
+        "rflow_jax.testing.openai_server",
+        *options,
+        "--",
+        sys.executable,
+        "-c",
+        ASKS,
+        fields,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 7, done.stderr
@@ -112,5 +122,5 @@ def test_the_launcher_hands_its_options_on_and_the_commands_status_back():
 
 @pytest.mark.parametrize("options", [["--fault", "flood"], ["--refuse", "xml"], ["--chaos", "much"]])
 def test_wrong_options_are_refused(options):
-    command = [sys.executable, "-m", "tests.kit.openai_server", *options, "--", "true"]
+    command = [sys.executable, "-m", "rflow_jax.testing.openai_server", *options, "--", "true"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 2

@@ -6,14 +6,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from rflow_jax.chat import png_bytes
+from rflow_jax.commands.pairs import PairsConfig, pairs, read_pairs
 from rflow_jax.errors import InputError
-from rflow_jax.pairs import PairsConfig, pairs, read_pairs
-from rflow_jax.settings import Settings
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.openai_client import png_bytes
 from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import files
 
-SETTINGS = Settings(height=32, width=32, condition_size=16, batch_size=2)
+SETTINGS = SamplingConfig(height=32, width=32, condition_size=16, batch_size=2)
 
 
 @pytest.fixture
@@ -194,9 +194,9 @@ def test_a_random_crop_follows_from_the_seed(pipe, folder):
 
 def test_settings_that_do_not_fit_are_said(folder):
     with pytest.raises(InputError, match="pairs are squares"):
-        pairs(config(folder), Settings(height=32, width=16))
+        pairs(config(folder), SamplingConfig(height=32, width=16))
     with pytest.raises(InputError, match="the LoRA acts on condition tokens only"):
-        pairs(config(folder), Settings(height=32, width=32, union_cond_attn=False))
+        pairs(config(folder), SamplingConfig(height=32, width=32, union_cond_attn=False))
     with pytest.raises(InputError, match="seed is -1"):
         config(folder, seed=-1)
 

@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rflow_jax import InputError, Settings, load_pipeline
-from rflow_jax.images import condition_pixels, fit_to_grid
+from rflow_jax import InputError, SamplingConfig, load_pipeline
+from rflow_jax.generation.pipeline import Pipeline, Request
+from rflow_jax.generation.sampling import PerturbedSeed, StaticArgs, draw_noise, noise_draws, sample_keys
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import Adapter, linear_shapes
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
-from rflow_jax.pipeline import Pipeline, Request
-from rflow_jax.prompts import Tokenizers, t5_prompt
-from rflow_jax.sampling import Near, Program, draw_noise, noise_draws, sample_keys
-from rflow_jax.weights import bundle
+from rflow_jax.tokenizers.flux import Tokenizers, t5_prompt
+from rflow_jax.utils.images import condition_pixels, fit_to_grid
+from rflow_jax.weights import flux as bundle
 from rflow_jax.weights.components import TRANSFORMER
 from rflow_jax.weights.lora.export import save_lora
 
-SMALL = Settings(height=32, width=48, num_inference_steps=2, condition_size=32, batch_size=3, max_sequence_length=24)
+SMALL = SamplingConfig(
+    height=32, width=48, num_inference_steps=2, condition_size=32, batch_size=3, max_sequence_length=24
+)
 PROMPTS = ["a cat", "two dogs", "a red cup"]
 
 
@@ -202,12 +204,14 @@ def test_a_batch_can_be_sent_on_its_way(pipe, reference):
 
 
 def _noise(*seeds) -> np.ndarray:
-    program = Program(256, 256, None, 16, ConditionFlags(), False, False)
+    program = StaticArgs(256, 256, None, 16, ConditionFlags(), False, False)
     return np.asarray(draw_noise(program, (32, 32, 16), noise_draws(seeds)), np.float64)
 
 
 def test_neighbours_lie_at_their_angle_and_are_standard_normal():
-    origin, near, further, other = _noise((1, 0), Near(((1, 0), (1, 1)), 0.9), Near(((1, 0), (1, 1), (1, 2)), 0.9), 5)
+    origin, near, further, other = _noise(
+        (1, 0), PerturbedSeed(((1, 0), (1, 1)), 0.9), PerturbedSeed(((1, 0), (1, 1), (1, 2)), 0.9), 5
+    )
 
     def cosine(a, b):
         return (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
@@ -221,10 +225,10 @@ def test_neighbours_lie_at_their_angle_and_are_standard_normal():
 
 
 def test_the_noise_of_a_seed_is_the_same_beside_neighbours():
-    alone, near = _noise(3), Near((3, 4, 5), 0.95)
+    alone, near = _noise(3), PerturbedSeed((3, 4, 5), 0.95)
     np.testing.assert_array_equal(_noise(3, near)[:1], alone)
-    np.testing.assert_array_equal(_noise(near)[:1], _noise(Near((3, 4), 0.5), near)[1:])
-    np.testing.assert_array_equal(_noise(Near((3,), 0.5)), alone)
+    np.testing.assert_array_equal(_noise(near)[:1], _noise(PerturbedSeed((3, 4), 0.5), near)[1:])
+    np.testing.assert_array_equal(_noise(PerturbedSeed((3,), 0.5)), alone)
 
 
 def test_nothing_to_do(pipe):
@@ -232,7 +236,7 @@ def test_nothing_to_do(pipe):
 
 
 def test_sizes_follow_the_models_own_grid(pipe, monkeypatch):
-    monkeypatch.setattr(bundle.Bundle, "token_pixels", 32)
+    monkeypatch.setattr(bundle.FluxModel, "token_pixels", 32)
     with pytest.raises(InputError, match=r"width is 48: .*pipeline makes images in multiples of 32 pixels"):
         _generate(pipe)
 

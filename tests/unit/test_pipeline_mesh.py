@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 
 from rflow_jax import load_pipeline
+from rflow_jax.commands.generate import GenerateConfig, generate
 from rflow_jax.errors import InputError
-from rflow_jax.generate import GenerateConfig, generate
+from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.parallel.mesh import make_mesh, mesh_of_first
-from rflow_jax.settings import Settings
 
-SETTINGS = Settings(height=64, width=32, num_inference_steps=2, condition_size=32, max_sequence_length=16, batch_size=4)
+SETTINGS = SamplingConfig(
+    height=64, width=32, num_inference_steps=2, condition_size=32, max_sequence_length=16, batch_size=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_generate_takes_a_mesh(golden, tmp_path, capsys):
         dtype="float32",
         mesh=MeshConfig(data=1, fsdp=2, sequence=2),
     )
-    assert generate(config, Settings(height=32, width=32, num_inference_steps=1, max_sequence_length=16)) == 0
+    assert generate(config, SamplingConfig(height=32, width=32, num_inference_steps=1, max_sequence_length=16)) == 0
     assert json.loads((tmp_path / "seed_0.json").read_text())["seed"] == 0
     with pytest.raises(InputError, match="16 devices are asked for, and this process has 8"):
         mesh_of_first(MeshConfig(data=1, tensor=16))

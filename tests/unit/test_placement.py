@@ -14,18 +14,18 @@ import qwix
 from flax import nnx
 from PIL import Image
 
+from rflow_jax.commands import search as command
 from rflow_jax.errors import InputError
-from rflow_jax.language.config import WriterConfig
-from rflow_jax.local_models import claimed_devices
 from rflow_jax.models import attention
 from rflow_jax.models.lora import linears
-from rflow_jax.parallel.placement import on_devices, on_mesh_of, pick, unclaimed
-from rflow_jax.search import command
+from rflow_jax.parallel.sharding import on_devices, on_mesh_of, pick, unclaimed
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.factory import claimed_devices
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
-from rflow_jax.vlm.qwen_chat import Question, QwenChat, QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
+from rflow_jax.writers.base import TextGeneratorConfig
 
 PROMPTS = ("a photo of a bench", "two red apples")
 ITEMS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -111,7 +111,7 @@ def test_scores_are_the_same_by_the_kernels_of_tpus(make, images, kind, flash):
 
 def test_answers_are_the_same_by_the_kernels_of_tpus(golden, images, flash):
     config = QwenChatConfig(str(golden / "qwen" / "base"), dtype="float32", batch_size=2, max_new_tokens=6)
-    questions = [Question(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
+    questions = [ChatQuery(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
     want = QwenChat(config).answer(questions)
     ran = flash()
     assert QwenChat(replace(config, devices=(1, 2, 6, 7))).answer(questions) == want
@@ -148,7 +148,7 @@ def test_nvila_in_8_bits_scores_nearly_as_before(make, images):
 
 def test_answers_are_the_same_on_devices_of_its_own(golden, images):
     config = {"dtype": "float32", "batch_size": 2, "max_new_tokens": 6}
-    questions = [Question(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
+    questions = [ChatQuery(None, (image, prompt)) for image, prompt in zip(images, PROMPTS, strict=True)]
     base = str(golden / "qwen" / "base")
     want = QwenChat(QwenChatConfig(base, **config)).answer(questions)
     for devices in ((2,), (1, 2), (0, 3, 4, 7)):
@@ -221,7 +221,9 @@ def test_claims_of_an_ensemble_are_found():
 )
 def test_a_search_generates_on_the_devices_that_no_model_took(monkeypatch, devices, left):
     seen = SimpleNamespace(mesh=None)
-    monkeypatch.setattr("rflow_jax.pipeline.load_pipeline", lambda *_, mesh, **__: setattr(seen, "mesh", mesh))
+    monkeypatch.setattr(
+        "rflow_jax.generation.pipeline.load_pipeline", lambda *_, mesh, **__: setattr(seen, "mesh", mesh)
+    )
     verifier = VerifierConfig(name="nvila", options={"devices": devices})
     command._load("noise", SearchConfig(model="nowhere", verifier=verifier))
     found = None if seen.mesh is None else sorted(device.id for device in seen.mesh.devices.flat)
@@ -230,12 +232,12 @@ def test_a_search_generates_on_the_devices_that_no_model_took(monkeypatch, devic
 
 @pytest.mark.parametrize(("kind", "left"), [("noise", [0, 1, 3]), ("noise-prompt", [0, 1]), ("reflect", [0])])
 def test_the_generator_takes_the_devices_of_roles_that_a_search_does_not_have(kind, left, monkeypatch):
-    monkeypatch.setattr("rflow_jax.pipeline.load_pipeline", lambda model, **given: given["mesh"])
+    monkeypatch.setattr("rflow_jax.generation.pipeline.load_pipeline", lambda model, **given: given["mesh"])
     config = SearchConfig(
         model="m",
         verifier=VerifierConfig(name="nvila", model="v", options={"devices": [2, 4, 5, 6, 7]}),
-        reflector=WriterConfig(name="qwen", model="w", options={"devices": [1]}),
-        refiner=WriterConfig(name="qwen", model="w", options={"devices": [3]}),
+        reflector=TextGeneratorConfig(name="qwen", model="w", options={"devices": [1]}),
+        refiner=TextGeneratorConfig(name="qwen", model="w", options={"devices": [3]}),
     )
     mesh = command._load(kind, config)
     used = jax.devices()[:1] if mesh is None else mesh.devices.flatten().tolist()

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rflow_jax import InputError, Settings, load_pipeline
+from rflow_jax import InputError, SamplingConfig, load_pipeline
+from rflow_jax.generation.sampling import NOISE, sample_keys
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.sampling import NOISE, sample_keys
 from tests.kit.programs import products, traced
 
-SMALL = Settings(height=32, width=32, num_inference_steps=1, condition_size=32, max_sequence_length=16)
+SMALL = SamplingConfig(height=32, width=32, num_inference_steps=1, condition_size=32, max_sequence_length=16)
 BAD = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 OTHER = Image.fromarray(255 - np.asarray(BAD))
 PINNED_KEYS = [[2607350393, 2391420132], [1513106063, 4237746388]]

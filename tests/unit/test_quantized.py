@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import Linear
 from rflow_jax.models.lora import linears
-from rflow_jax.models.quantized import quantize
+from rflow_jax.models.quantization import quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.models.qwen2.decoder import Qwen2
+from rflow_jax.models.qwen2.model import Qwen2
 
 # The largest error of a number as a part of the largest in its column: half a step of 127; of fp8's numbers, which
 # have three bits after the first, half of 1/8 of the number itself.

@@ -12,15 +12,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.images import levels_in
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig
-from rflow_jax.models.qwen2_5_vl.layout import layout_of, patch_positions, window_count
-from rflow_jax.models.qwen2_5_vl.positions import rope_positions
-from rflow_jax.vlm.buckets import bucket
-from rflow_jax.vlm.qwen_images import ImageRules, fit_size, fitted, limited, normalised, patches_of
-from rflow_jax.vlm.qwen_inputs import Sample, Sizes, batch_of
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import IMAGE, QwenTokenizer, expand_images, question
+from rflow_jax.models.qwen2_5_vl.layout import layout_of, patch_positions, rope_positions, window_count
+from rflow_jax.tokenizers.qwen import IMAGE, QwenTokenizer, expand_images, question
+from rflow_jax.utils.images import levels_in
+from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of, bucket
+from rflow_jax.vlm.qwen_processing import (
+    ImageProcessorConfig,
+    QwenProcessor,
+    fit_size,
+    fitted,
+    limited,
+    normalised,
+    patches_of,
+    read_image_processor_config,
+)
 from rflow_jax.weights.qwen import read_qwen_config
 
 VISION = VisionConfig()
@@ -54,7 +60,7 @@ def test_patches_of_a_unit_are_neighbours():
 
 
 def test_patches_are_the_pixels():
-    rules = ImageRules(patch_size=2, merge_size=2)
+    rules = ImageProcessorConfig(patch_size=2, merge_size=2)
     pixels = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
     patches, grid = patches_of(pixels, rules)
     assert grid == (1, 2, 4)
@@ -96,16 +102,16 @@ def test_shapes_of_pictures():
     with pytest.raises(InputError, match="at most 200 times"):
         fit_size(3, 1000, 28, 3136, 10**6)
     assert limited(Image.new("L", (1000, 500)), 76_800).size == (364, 168)
-    assert fitted(Image.new("RGBA", (100, 50)), ImageRules()).shape == (56, 112, 3)
+    assert fitted(Image.new("RGBA", (100, 50)), ImageProcessorConfig()).shape == (56, 112, 3)
 
 
 def test_a_batch_has_few_sizes():
     config = Qwen25VLConfig(image_token_id=9)
-    own = [Sample(np.full(length, 1, np.int32)) for length in (3, 70)]
-    assert Sizes.few(own, config, 8) == Sizes(8, 72)
+    own = [QwenSample(np.full(length, 1, np.int32)) for length in (3, 70)]
+    assert Sizes.bucketed(own, config, 8) == Sizes(8, 72)
     patches = np.zeros((16, 588), np.uint8)
-    own.append(Sample(np.asarray([1, 9, 9, 9, 9], np.int32), ((patches, (1, 4, 4)),)))
-    sizes = Sizes.few(own, config, 4)
+    own.append(QwenSample(np.asarray([1, 9, 9, 9, 9], np.int32), ((patches, (1, 4, 4)),)))
+    sizes = Sizes.bucketed(own, config, 4)
     assert sizes == Sizes(4, 72, 4, 64, 1)
     inputs = batch_of(own, config, pad=0, sizes=sizes)
     np.testing.assert_array_equal(inputs.live, [True, True, True, False])
@@ -147,10 +153,10 @@ def test_a_folder_that_is_not_whole(golden, tmp_path):
         QwenTokenizer(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
     with pytest.raises(InputError, match="patch_size is 16, the vision tower has 14"):
-        read_rules(tmp_path, read_qwen_config(base))
+        read_image_processor_config(tmp_path, read_qwen_config(base))
     (tmp_path / "preprocessor_config.json").write_text('{"do_resize": false}')
     with pytest.raises(InputError, match="do_resize is false"):
-        read_rules(tmp_path, read_qwen_config(base))
+        read_image_processor_config(tmp_path, read_qwen_config(base))
 
 
 def changed(source, path, keys, value):
@@ -219,13 +225,13 @@ def test_rules_that_are_none(golden, tmp_path, key, value, message):
     base, path = golden / "qwen" / "base", tmp_path / "preprocessor_config.json"
     changed(base / path.name, path, [key], value)
     with pytest.raises(InputError) as error:
-        read_rules(tmp_path, read_qwen_config(base))
+        read_image_processor_config(tmp_path, read_qwen_config(base))
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
 
 
 def test_one_mean_for_all_channels():
-    one, three = (ImageRules.from_json({"image_mean": mean}) for mean in (0.5, [0.5] * 3))
+    one, three = (ImageProcessorConfig.from_json({"image_mean": mean}) for mean in (0.5, [0.5] * 3))
     np.testing.assert_array_equal(one.levels, three.levels)
     assert hash(one) != hash(three)
 
@@ -233,7 +239,10 @@ def test_one_mean_for_all_channels():
 def test_pixels_are_normalised_as_other_verifiers_do(golden):
     """Level by level, to the last bit."""
     base = golden / "qwen" / "base"
-    rules, patches = read_rules(base, read_qwen_config(base)), np.arange(588, dtype=np.int64).reshape(1, 1, 588) % 256
+    rules, patches = (
+        read_image_processor_config(base, read_qwen_config(base)),
+        np.arange(588, dtype=np.int64).reshape(1, 1, 588) % 256,
+    )
     want = levels_in(json.loads((base / "preprocessor_config.json").read_text()), "here")
     frames = np.asarray(normalised(jnp.asarray(patches, jnp.uint8), rules)).reshape(3, 2, 196)
     for channel, pixels in enumerate(patches.reshape(3, 196)):
@@ -266,14 +275,20 @@ def test_rules_of_newer_folders(golden, tmp_path):
     base = golden / "qwen" / "base"
     config, rules = read_qwen_config(base), json.loads((base / "preprocessor_config.json").read_text())
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": rules}))
-    assert read_rules(tmp_path, config) == read_rules(base, config) == ImageRules(max_pixels=1_003_520)
+    assert (
+        read_image_processor_config(tmp_path, config)
+        == read_image_processor_config(base, config)
+        == ImageProcessorConfig(max_pixels=1_003_520)
+    )
 
 
 @pytest.fixture(scope="module")
-def prepare(golden) -> Preparation:
+def prepare(golden) -> QwenProcessor:
     base = golden / "qwen" / "base"
     config = read_qwen_config(base)
-    return Preparation(QwenTokenizer(base), read_rules(base, config), config, context=200, max_pixels=76_800)
+    return QwenProcessor(
+        QwenTokenizer(base), read_image_processor_config(base, config), config, context=200, max_pixels=76_800
+    )
 
 
 def test_what_a_chat_cannot_be(prepare, tmp_path):

@@ -8,11 +8,10 @@ import math
 import pytest
 
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
-from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
-from rflow_jax.models.qwen2_5_vl.reward import abstract_reward_model
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names.qwen2_5_vl import reward_table, table_for
-from rflow_jax.weights.tables import plan
+from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl, abstract_reward_model
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping, reward_mapping
 
 _7B = Qwen25VLConfig()
 _3B = Qwen25VLConfig(
@@ -38,11 +37,11 @@ def test_real_sizes(name):
     model = abstract_qwen2_5_vl(config)
     shapes = parameter_shapes(model)
     assert sum(map(math.prod, shapes.values())) == parameters
-    assert len(plan(table_for((), head=model.language.head is not None), shapes).entries) == tensors
+    assert len(plan(qwen2_5_vl_mapping((), head=model.language.head is not None), shapes).entries) == tensors
 
 
 def test_reward_models_have_no_language_head():
     shapes = parameter_shapes(abstract_reward_model(_7B, 1))
     head = math.prod((_7B.language.vocab_size, _7B.language.hidden_size))
     assert sum(map(math.prod, shapes.values())) == REAL["7B"][1] - head + _7B.language.hidden_size
-    assert plan(reward_table(), shapes).entries["rm_head.weight"]
+    assert plan(reward_mapping(), shapes).entries["rm_head.weight"]

@@ -7,16 +7,14 @@ import pytest
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.language import REFINE_PROMPT, WriterConfig, make_writer
-from rflow_jax.language.base import Written
-from rflow_jax.language.config import WRITERS
-from rflow_jax.options import read_options
-from rflow_jax.registry import find
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.run_folder import public_section
-from rflow_jax.usage import Meter
+from rflow_jax.utils.plugins import load_class, parse_options
 from rflow_jax.verifiers import VERIFIERS, VerifierConfig, make_verifier
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import EnsembleOptions
+from rflow_jax.writers import REFINE_PROMPT, TextGeneratorConfig, make_text_generator
+from rflow_jax.writers.base import WRITERS, WriterOutput
 
 
 class Mine:
@@ -31,7 +29,7 @@ class Mine:
         return [Verdict(1.0) for _ in images]
 
     def write(self, cases):
-        return [Written("text") for _ in cases]
+        return [WriterOutput("text") for _ in cases]
 
     def close(self):
         pass
@@ -43,16 +41,16 @@ OWN = f"{__name__}:Mine"
 def test_every_known_name_has_a_class():
     for kind, table in (("verifier", VERIFIERS), ("writer", WRITERS)):
         for name in table:
-            assert callable(find(kind, name, table))
+            assert callable(load_class(kind, name, table))
     assert make_verifier(VerifierConfig(name="none")) is None
 
 
 def test_a_class_of_ones_own_gets_the_config_and_the_meter():
-    meter = Meter()
+    meter = UsageTracker()
     config = VerifierConfig(name=OWN)
     assert make_verifier(config, meter).given == (config, meter)
-    config = WriterConfig(name=OWN)
-    assert make_writer(config, REFINE_PROMPT, meter).given == (config, REFINE_PROMPT, meter)
+    config = TextGeneratorConfig(name=OWN)
+    assert make_text_generator(config, REFINE_PROMPT, meter).given == (config, REFINE_PROMPT, meter)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +70,7 @@ def test_a_class_of_ones_own_that_lacks_something_is_named(monkeypatch, lacks, s
     with pytest.raises(InputError, match=f"verifier {OWN}: {said}"):
         make_verifier(VerifierConfig(name=OWN))
     with pytest.raises(InputError, match=f"writer {OWN}: {said}"):
-        make_writer(WriterConfig(name=OWN), REFINE_PROMPT)
+        make_text_generator(TextGeneratorConfig(name=OWN), REFINE_PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,7 @@ def test_an_unknown_name_is_bad_input_and_the_nearest_is_named(wrong, near):
     with pytest.raises(InputError, match=f"unknown verifier '{wrong}': did you mean {near}"):
         VerifierConfig(name=wrong)
     with pytest.raises(InputError, match="unknown writer 'htp': did you mean http"):
-        WriterConfig(name="htp")
+        TextGeneratorConfig(name="htp")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_the_examples_of_the_documentation_are_configurations():
     configs = [VerifierConfig(**section["verifier"]) for section in sections if "verifier" in section]
     assert {config.name for config in configs} == {"openai", "yesno", "nvila", "reward", "clip", "ensemble"}
     assert len(sections) == len(configs) + 1
-    assert WriterConfig(**sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"
+    assert TextGeneratorConfig(**sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"
 
 
 def test_an_error_in_options_repeats_no_text_that_may_be_secret():
@@ -115,7 +113,7 @@ def test_an_error_in_options_repeats_no_text_that_may_be_secret():
         ({"weights": 3}, "x: weights is 3: "),
     ):
         with pytest.raises(InputError) as caught:
-            read_options(EnsembleOptions, given, "x")
+            parse_options(EnsembleOptions, given, "x")
         assert str(caught.value).startswith(words)
         assert "secret" not in str(caught.value)
 
@@ -126,8 +124,8 @@ def test_an_error_in_options_repeats_no_text_that_may_be_secret():
         (VerifierConfig, {"name": "nvila", "template": "raw"}, "template: nvila .*: give options.template"),
         (VerifierConfig, {"name": "reward", "prompts": "mine"}, "prompts: reward .*: give options.prompt_file"),
         (VerifierConfig, {"name": "clip", "temperature": 0.0}, "temperature: clip asks no endpoint .*: leave it out"),
-        (WriterConfig, {"name": "qwen", "temperature": 0.9}, "temperature: qwen .*: give options.temperature"),
-        (WriterConfig, {"name": "qwen", "max_tokens": 7}, "max_tokens: qwen .*: give options.max_new_tokens"),
+        (TextGeneratorConfig, {"name": "qwen", "temperature": 0.9}, "temperature: qwen .*: give options.temperature"),
+        (TextGeneratorConfig, {"name": "qwen", "max_tokens": 7}, "max_tokens: qwen .*: give options.max_new_tokens"),
         (
             VerifierConfig,
             {"name": "ensemble", "options": {"members": [{"name": "clip", "template": "raw"}]}},
@@ -146,13 +144,13 @@ def test_sections_that_a_run_has_published_are_read_again():
         VerifierConfig(name="reward", model="m", timeout=20.0, max_retries=3),
         VerifierConfig(name="ensemble", options=ensemble),
         VerifierConfig(name=OWN, temperature=0.5, template="mine"),
-        WriterConfig(name="qwen", model="m", concurrency=2),
+        TextGeneratorConfig(name="qwen", model="m", concurrency=2),
     ):
         assert type(config)(**public_section(config)) == config
 
 
 def test_only_a_key_that_is_near_is_suggested():
     with pytest.raises(InputError, match="unknown key weight: did you mean weights"):
-        read_options(EnsembleOptions, {"weight": []}, "x")
+        parse_options(EnsembleOptions, {"weight": []}, "x")
     with pytest.raises(InputError, match="unknown key devices: known are members, weights"):
-        read_options(EnsembleOptions, {"devices": [0]}, "x")
+        parse_options(EnsembleOptions, {"devices": [0]}, "x")

@@ -12,8 +12,9 @@ from urllib.parse import unquote
 import pytest
 from rich.console import Console
 
+from rflow_jax.commands.report import ReportConfig, report
 from rflow_jax.errors import InputError
-from rflow_jax.report import ReportConfig, report, summary_table, write_report
+from rflow_jax.report import summary_table, write_report
 from rflow_jax.report.curves import OVERALL, curve
 from rflow_jax.report.runs import read_run, read_runs
 from tests.kit.scenes import ENTRIES

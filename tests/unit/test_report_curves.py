@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.report.charts import NARROW, SMALL, WIDE, Series, chart, ticks
-from rflow_jax.report.curves import OVERALL, UNTAGGED, curve, numbers_of_images, tags
-from rflow_jax.report.names import duration, names
+from rflow_jax.report.curves import OVERALL, UNTAGGED, curve, duration, names, numbers_of_images, tags
 from rflow_jax.report.runs import Picture, Prompt, Run
 from rflow_jax.verifiers.base import Verdict
 

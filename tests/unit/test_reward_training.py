@@ -13,17 +13,18 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from rflow_jax.data.jsonl.preferences import INVALID, TIE, A, B, PairFile
 from rflow_jax.data.records import RecordError
+from rflow_jax.data.sources.preferences import INVALID, TIE, A, B, PairFile
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig
-from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
-from rflow_jax.training.model import dotted
+from rflow_jax.training.checkpoints import Checkpoints
+from rflow_jax.training.config import CheckpointConfig
+from rflow_jax.training.partition import dotted
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.reward.config import PairDataConfig, PairValidationConfig, RewardRunConfig, RewardTaskConfig
 from rflow_jax.training.reward.task import Reward, open_checked
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
+from rflow_jax.weights.reward import SPECIAL_TOKEN
 from tests.kit.preferences import make_pairs
 from tests.kit.reward import RewardRun, reward_config
 

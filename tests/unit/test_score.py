@@ -14,20 +14,20 @@ import PIL.Image
 import pytest
 import yaml
 
-import infer
 import tests.kit.searching as kit
-from rflow_jax import cli
-from rflow_jax.chat import png_bytes
+from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
-from rflow_jax.images import read_image
-from rflow_jax.score import judging
-from rflow_jax.score.key import scores_follow_from
-from rflow_jax.score.results import Found, Results
-from rflow_jax.score.targets import Target
+from rflow_jax.openai_client import png_bytes
+from rflow_jax.scoring import judging
+from rflow_jax.scoring.judging import scores_follow_from
+from rflow_jax.scoring.results import Found, Results
+from rflow_jax.scoring.targets import Target
+from rflow_jax.testing.openai_server import OpenAIServer, score_of
+from rflow_jax.utils import cli
+from rflow_jax.utils.images import read_image
 from rflow_jax.verifiers import VerifierConfig
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.asking import pictures
-from tests.kit.openai_server import OpenAIServer, score_of
 from tests.kit.searching import HashVerifier
 
 HASH = "--verifier.name=tests.kit.searching:config_verifier"
@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 
 def call(*argv):
-    return cli.run(lambda: cli.dispatch(infer.COMMANDS, "", ["score", *map(str, argv)]))
+    return cli.run(lambda: main(["score", *map(str, argv)]))
 
 
 def lines(capsys):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from rflow_jax.search import accounts as module
-from rflow_jax.search.accounts import Accounts
-from rflow_jax.search.live import BusyClock, Live
-from rflow_jax.usage import Usage
+from rflow_jax.openai_client.usage import Usage
+from rflow_jax.search import budget as module
+from rflow_jax.search.budget import Budget
+from rflow_jax.search.progress import BusyClock, SearchProgress
 
 ROLES = ("verifier", "refiner")
 
@@ -25,8 +25,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("rflow_jax.search.accounts.time", clock)
-    monkeypatch.setattr("rflow_jax.search.live.time", clock)
+    monkeypatch.setattr("rflow_jax.search.budget.time", clock)
+    monkeypatch.setattr("rflow_jax.search.progress.time", clock)
     return clock
 
 
@@ -36,7 +36,7 @@ def read(path):
 
 def test_totals_go_on_where_an_earlier_start_ended(tmp_path, clock):
     for start in range(1, 4):
-        accounts = Accounts(tmp_path, 0, ROLES, None)
+        accounts = Budget(tmp_path, 0, ROLES, None)
         accounts.meters["verifier"].add(Usage(calls=2, attempts=3, prompt_tokens=10, in_flight=1, cost=0.25))
         accounts.meters["refiner"].add(Usage(calls=1, failures=1, cost=0.5))
         clock.now += 60
@@ -54,13 +54,13 @@ def test_totals_go_on_where_an_earlier_start_ended(tmp_path, clock):
 
 def test_each_process_of_a_run_has_a_file_of_its_own(tmp_path):
     for place in (0, 1, 2):
-        Accounts(tmp_path, place, ROLES, None).write(place, None)
+        Budget(tmp_path, place, ROLES, None).write(place, None)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["usage.json", "usage_1.json", "usage_2.json"]
     assert read(tmp_path / "usage_2.json")["images"] == 2
 
 
 def test_it_is_written_now_and_then(tmp_path, clock):
-    accounts = Accounts(tmp_path, 0, ROLES, None)
+    accounts = Budget(tmp_path, 0, ROLES, None)
     accounts.write(1, None, now=False)
     assert not (tmp_path / "usage.json").exists()
     clock.now += module.EVERY
@@ -72,27 +72,27 @@ def test_it_is_written_now_and_then(tmp_path, clock):
 
 
 def test_a_budget_counts_all_roles_and_all_starts(tmp_path):
-    accounts = Accounts(tmp_path, 0, ROLES, 1.0)
+    accounts = Budget(tmp_path, 0, ROLES, 1.0)
     assert accounts.over_budget() is None
     accounts.meters["verifier"].add(Usage(cost=0.6))
     assert accounts.over_budget() is None
     accounts.write(0, None)
-    again = Accounts(tmp_path, 0, ROLES, 1.0)
+    again = Budget(tmp_path, 0, ROLES, 1.0)
     again.meters["refiner"].add(Usage(cost=0.4))
     assert again.over_budget() == "the budget of $1 is spent ($1.00)"
     again.write(0, None)
-    assert Accounts(tmp_path, 0, ROLES, 2.0).over_budget() is None
-    assert Accounts(tmp_path, 0, ROLES, None).over_budget() is None
+    assert Budget(tmp_path, 0, ROLES, 2.0).over_budget() is None
+    assert Budget(tmp_path, 0, ROLES, None).over_budget() is None
 
 
 def test_a_file_that_cannot_be_read_is_a_new_beginning(tmp_path):
     for content in ("", "{half", "[1]", '{"roles": {"verifier": {"calls": 1, "of_the_future": 2}}}'):
         (tmp_path / "usage.json").write_text(content)
-        assert Accounts(tmp_path, 0, ROLES, None).total().calls == content.count("future")
+        assert Budget(tmp_path, 0, ROLES, None).total().calls == content.count("future")
 
 
 def test_an_unknown_price_is_no_price(tmp_path):
-    accounts = Accounts(tmp_path, 0, ROLES, 1.0)
+    accounts = Budget(tmp_path, 0, ROLES, 1.0)
     accounts.meters["verifier"].add(Usage(calls=1, cost=None))
     accounts.write(0, None)
     assert read(tmp_path / "usage.json")["cost"] is None
@@ -127,7 +127,7 @@ def test_busy_time_is_counted_since_the_programs_are_compiled(clock):
 
 def test_the_live_view_says_what_happens(clock):
     usage = Usage(calls=3, in_flight=2, cost=0.255)
-    live = Live(10, BusyClock(), lambda: usage)
+    live = SearchProgress(10, BusyClock(), lambda: usage)
     live.made(3)
     live.spared(2)
     live.judged(None)
@@ -140,8 +140,8 @@ def test_the_live_view_says_what_happens(clock):
 
 
 def test_without_a_terminal_it_prints_lines(monkeypatch, capsys):
-    monkeypatch.setattr("rflow_jax.search.live.LINE_EVERY", 0.01)
-    live = Live(4, BusyClock(), Usage)
+    monkeypatch.setattr("rflow_jax.search.progress.LINE_EVERY", 0.01)
+    live = SearchProgress(4, BusyClock(), Usage)
     with live:
         live.made(1)
         live._ended.wait(0.1)

@@ -7,7 +7,7 @@ from itertools import cycle, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.search.chains import (
+from rflow_jax.search.lineage import (
     Sample,
     ancestors,
     best_first,

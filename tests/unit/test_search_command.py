@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import infer
-import rflow_jax.pipeline
-from rflow_jax import cli
+import rflow_jax.generation.pipeline
+from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
 from rflow_jax.search.config import RunConfig, SearchConfig
-from rflow_jax.search.journal import JOURNAL
-from rflow_jax.search.store import read_records
+from rflow_jax.search.prompt_folder import JOURNAL, read_records
+from rflow_jax.utils import cli
 from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import PRICE, files
 
@@ -47,7 +46,7 @@ def given(tmp_path):
 
 def call(command: str, given: tuple[Path, Path], out: Path, *flags: str) -> int:
     argv = [command, f"--config={given[0]}", f"--prompts={given[1]}", f"--out={out}", *flags]
-    return cli.run(lambda: cli.dispatch(infer.COMMANDS, "", argv))
+    return cli.run(lambda: main(argv))
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -143,7 +142,7 @@ def test_another_setting_is_named_before_a_model_is_loaded(pipe, given, tmp_path
     assert call("noise", given, out, "--end=1") == 0
     before = files(out)
     capsys.readouterr()
-    monkeypatch.setattr(rflow_jax.pipeline, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(rflow_jax.generation.pipeline, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     assert call("noise", given, out, "--seed=5") == 2
     assert "seed is 0 there and 5 now" in capsys.readouterr().err
     assert call("reflect", given, out) == 2
@@ -214,9 +213,9 @@ def test_what_does_not_fit_a_search_is_said(kind, changes, message):
 
 
 def config(verifier=ASKED["name"], writer=WRITES["name"], method="random", branches=2, lora: str | None = "l", **more):
-    from rflow_jax.language.config import WriterConfig
     from rflow_jax.search.config import NoiseStage, ReflectStage
     from rflow_jax.verifiers.config import VerifierConfig
+    from rflow_jax.writers.base import TextGeneratorConfig
 
     return SearchConfig(
         "m",
@@ -224,8 +223,8 @@ def config(verifier=ASKED["name"], writer=WRITES["name"], method="random", branc
         noise=NoiseStage(1, 2, method=method),
         reflect=ReflectStage(1, branches),
         verifier=VerifierConfig(name=verifier),
-        reflector=WriterConfig(name=writer),
-        refiner=WriterConfig(name=writer),
+        reflector=TextGeneratorConfig(name=writer),
+        refiner=TextGeneratorConfig(name=writer),
         **more,
     )
 

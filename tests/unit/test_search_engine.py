@@ -12,16 +12,16 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client import png_bytes
+from rflow_jax.openai_client.usage import Usage
 from rflow_jax.search import engine as module
 from rflow_jax.search.config import NoiseStage, ReflectStage
 from rflow_jax.search.engine import Engine, Models
-from rflow_jax.search.live import BusyClock, Live
-from rflow_jax.usage import Usage
+from rflow_jax.search.progress import BusyClock, SearchProgress
+from rflow_jax.testing.openai_server import score_of
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.fake_pipeline import FakePipeline
-from tests.kit.openai_server import score_of
 from tests.kit.searching import (
     CONFIG,
     ENTRIES,
@@ -204,7 +204,7 @@ def test_an_exception_in_a_models_thread_ends_the_run_with_it_and_the_next_run_g
 
 def test_a_disk_that_is_full_ends_the_run_and_the_next_one_goes_on(tmp_path, ran, monkeypatch):
     left = [5]
-    write = module.PromptRun.place
+    write = module.PromptSearch.place
 
     def place(self, work):
         left[0] -= 1
@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_ends_the_run_and_the_next_one_goes_on(tmp_path, ran
             raise OSError(28, "No space left on device", "x.png")
         return write(self, work)
 
-    monkeypatch.setattr(module.PromptRun, "place", place)
+    monkeypatch.setattr(module.PromptSearch, "place", place)
     with pytest.raises(OSError, match="No space left"):
         search(tmp_path)
     monkeypatch.undo()
@@ -383,7 +383,7 @@ def test_prompts_that_are_done_are_let_go(tmp_path):
             del run
             most = max(most, len(alive))
 
-    live = Live(48, BusyClock(), Usage)
+    live = SearchProgress(48, BusyClock(), Usage)
     Engine(FakePipeline(), models(concurrency=1), config.settings, 2, live, BusyClock()).run(prompts())
     assert live.scored == 48
     # Those in flight, and one that each thread has had in hand last.

@@ -7,14 +7,13 @@ import zlib
 import pytest
 import yaml
 
-import infer
-from rflow_jax import cli
+from rflow_jax.commands.filter import FilterConfig, filter_nfe
+from rflow_jax.commands.main import main
 from rflow_jax.report.runs import read_run
-from rflow_jax.search.journal import JOURNAL
-from rflow_jax.search.nfe import FilterConfig, filter_nfe
-from rflow_jax.search.store import read_records
+from rflow_jax.search.prompt_folder import JOURNAL, read_records
+from rflow_jax.utils import cli
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, read_verdict
-from rflow_jax.verifiers.ranking import best_first, rated
+from rflow_jax.verifiers.ranking import best_first, with_ensemble_scores
 from tests.kit.ensemble import MADE, own
 from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import HashVerifier, drive, models, prompt_run
@@ -40,7 +39,7 @@ def test_every_choice_of_a_search_goes_by_the_ensemble(tmp_path):
     records = read_records(folder)
     verdicts = [read_verdict(record["verdict"]) for record in records]
     assert all(isinstance(verdict, EnsembleVerdict) for verdict in verdicts)
-    assert rated(verdicts) == verdicts
+    assert with_ensemble_scores(verdicts) == verdicts
     content = [(folder / record["file"]).read_bytes() for record in records]
     assert (folder / "samples_best/00000.png").read_bytes() == content[best_first(verdicts)[0]]
     # The parents of the first corrections: the two best of the four noise images.
@@ -79,7 +78,7 @@ def given(tmp_path, monkeypatch):
 
 def call(given, out, *flags):
     argv = ["reflect", f"--config={given / 'config.yaml'}", f"--prompts={given / 'prompts.jsonl'}", f"--out={out}"]
-    return cli.run(lambda: cli.dispatch(infer.COMMANDS, "", [*argv, *flags]))
+    return cli.run(lambda: main([*argv, *flags]))
 
 
 def results(out):
@@ -126,7 +125,7 @@ def test_score_ranks_the_images_of_each_prompt(given, tmp_path, capsys):
     file = tmp_path / "o.jsonl"
     argv = ["score", str(out), "--samples=midimg", f"--config={given / 'config.yaml'}", f"--out={file}"]
     for _ in range(2):
-        assert cli.run(lambda: cli.dispatch(infer.COMMANDS, "", argv)) == 0
+        assert cli.run(lambda: main(argv)) == 0
         printed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert [line[2] for line in printed] == [line["image"] for line in lines]

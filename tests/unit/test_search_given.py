@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.search.given import given_images
+from rflow_jax.search.inputs import given_images
 
 ENTRIES = {0: {"prompt": "a"}, 2: {"prompt": "b"}}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.search.journal import Journal, json_line
+from rflow_jax.search.prompt_folder import Journal, json_line
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(["a\u2028b", "\x85", "\n", "\x1c\x0b"])
 notes = st.lists(

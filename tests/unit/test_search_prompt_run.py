@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rflow_jax.chat import png_bytes
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.sampling import Near
+from rflow_jax.generation.sampling import PerturbedSeed
+from rflow_jax.openai_client import png_bytes
 from rflow_jax.search.config import NoiseStage, ReflectStage
-from rflow_jax.search.journal import JOURNAL
-from rflow_jax.search.store import read_records
+from rflow_jax.search.prompt_folder import JOURNAL, read_records
+from rflow_jax.testing.openai_server import score_of
 from rflow_jax.verifiers.base import Verdict
-from tests.kit.openai_server import score_of
 from tests.kit.searching import CONFIG, HashVerifier, HashWriter, answer, drive, files, models, prompt_run
 
 SMALL = replace(CONFIG, noise=NoiseStage(2, 2), reflect=ReflectStage(2, 2, history=1))
@@ -195,7 +194,7 @@ def test_what_an_image_is_made_from(tmp_path):
 
 
 def test_a_neighbours_noise_is_near_its_pivots(tmp_path):
-    config = replace(SMALL, noise=NoiseStage(4, 2, method="zero_order", closeness=0.8))
+    config = replace(SMALL, noise=NoiseStage(4, 2, method="zero_order", noise_similarity=0.8))
     run = prompt_run(tmp_path, config=config, kind="noise")
     paths = {}
     todo = run.begin()
@@ -211,8 +210,8 @@ def test_a_neighbours_noise_is_near_its_pivots(tmp_path):
             assert paths[position] == sample.seed
         else:
             before = paths[sample.parent]
-            before = before.path if isinstance(before, Near) else (before,)
-            assert paths[position] == Near((*before, sample.seed), 0.8)
+            before = before.path if isinstance(before, PerturbedSeed) else (before,)
+            assert paths[position] == PerturbedSeed((*before, sample.seed), 0.8)
     assert [record["noise_path"] for record in read_records(tmp_path / "00005")][2][-1] == [9, 5, 1, 0]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.search.prompts import read_prompts, slice_prompts
+from rflow_jax.search.inputs import read_prompts, slice_prompts
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rflow_jax import cli
 from rflow_jax.search.config import RunConfig, SearchConfig
+from rflow_jax.utils import cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "noise" in yaml.safe_load(path.read_text())]
@@ -20,9 +20,9 @@ def test_the_recipes_are_there():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_read_and_fits(recipe):
     read = []
-    command = cli.Command("", (SearchConfig, RunConfig), lambda *configs: read.append(configs))
+    command = cli.Command((SearchConfig, RunConfig), lambda *configs: read.append(configs))
     flags = [f"--config={recipe}", "--prompts=x", "--out=y"]
-    cli.dispatch({"reflect": command}, "", ["reflect", *flags])
+    cli.run_command(command, flags)
     ((config, _),) = read
     config.require_fit("reflect", given=False)
     images = config.strategy("reflect").images()

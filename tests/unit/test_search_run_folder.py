@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rflow_jax import files
 from rflow_jax.errors import InputError
 from rflow_jax.search import run_folder
-from rflow_jax.search.run_folder import claim, decisive, require_same, require_usable
+from rflow_jax.search.run_folder import claim, require_same, require_usable, result_affecting
+from rflow_jax.utils import atomic_io as files
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -198,7 +198,9 @@ def test_what_changes_no_score_of_a_local_model_may_change():
 
     for name in ("nvila", "reward", "clip"):
         one, other = section(name, batch_size=1, rank="x"), section(name, devices=[1], batch_size=2, rank="x")
-        assert decisive(one) == decisive(other) == section(name, rank="x")
-        assert decisive(section("ensemble", members=[one])) == decisive(section("ensemble", members=[other]))
+        assert result_affecting(one) == result_affecting(other) == section(name, rank="x")
+        assert result_affecting(section("ensemble", members=[one])) == result_affecting(
+            section("ensemble", members=[other])
+        )
     own = section("package.module:Class", members=["a", 3], batch_size=2, devices=[1])
-    assert decisive(own) == own
+    assert result_affecting(own) == own

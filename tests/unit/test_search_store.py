@@ -9,11 +9,10 @@ import PIL.Image
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import beginning_of, remove_beginnings
-from rflow_jax.search import store
-from rflow_jax.search.journal import JOURNAL
-from rflow_jax.search.store import PromptFolder, check_entry, is_done, link, read_image, read_records
-from tests.kit.openai_server import score_of
+from rflow_jax.search import prompt_folder as store
+from rflow_jax.search.prompt_folder import JOURNAL, PromptFolder, check_entry, is_done, link, read_image, read_records
+from rflow_jax.testing.openai_server import score_of
+from rflow_jax.utils.atomic_io import remove_beginnings, temporary_path
 from tests.kit.searching import drive, files, models, prompt_run
 
 IMAGE = PIL.Image.new("RGB", (4, 4), "red")
@@ -167,8 +166,8 @@ def test_without_links_it_is_a_copy(pair, monkeypatch):
 
 def test_processes_of_the_same_number_write_under_different_names(pair):
     """In a container every process may have the same number."""
-    assert len({beginning_of(pair / "target") for _ in range(100)}) == 100
-    left = beginning_of(pair / "target")
+    assert len({temporary_path(pair / "target") for _ in range(100)}) == 100
+    left = temporary_path(pair / "target")
     os.link(pair / "a", left)
     link(pair / "b", pair / "target")
     remove_beginnings(pair, "target")

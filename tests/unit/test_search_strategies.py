@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.search.chains import Sample, best_first, chains
+from rflow_jax.search.lineage import Sample, best_first, chains
 from rflow_jax.search.strategies import (
     Corrections,
-    Draft,
     FreshNoise,
-    Given,
+    GivenImages,
+    PlannedImage,
     RefinedPrompts,
     Stage,
     Strategy,
@@ -28,7 +28,7 @@ verdicts = st.builds(
 )
 first_stages = st.one_of(
     *(st.builds(kind, sizes, sizes) for kind in (FreshNoise, ZeroOrder, RefinedPrompts)),
-    st.builds(Given, st.just(1), sizes),
+    st.builds(GivenImages, st.just(1), sizes),
 )
 rows = st.one_of(
     st.tuples(first_stages), st.tuples(first_stages, st.builds(Corrections, sizes, sizes)), st.tuples(first_stages)
@@ -46,7 +46,7 @@ class Searched:
     """What came of a strategy: its samples, and what it planned each time it was asked."""
 
     samples: list[Sample]
-    plans: list[tuple[Draft, ...]]
+    plans: list[tuple[PlannedImage, ...]]
 
     def of(self, stage: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.stage == stage]
@@ -182,7 +182,7 @@ def test_each_branch_refines_its_own_image(how, answers):
             assert (parent.round, parent.branch) == (sample.round - 1, sample.branch)
 
 
-@given(of_stages(st.builds(Given, st.just(1), sizes), st.builds(Corrections, sizes, sizes)), answers)
+@given(of_stages(st.builds(GivenImages, st.just(1), sizes), st.builds(Corrections, sizes, sizes)), answers)
 def test_given_images_come_first_cost_nothing_and_are_corrected_also_where_they_are_few(how, answers):
     strategy = Strategy(**how)
     found = searched(strategy, answers)
@@ -196,13 +196,13 @@ def test_given_images_come_first_cost_nothing_and_are_corrected_also_where_they_
 
 
 def test_all_given_images_are_there_whatever_the_budget():
-    strategy = Strategy((Given(1, 5), Corrections(3, 2)), max_images=3)
+    strategy = Strategy((GivenImages(1, 5), Corrections(3, 2)), max_images=3)
     found = searched(strategy, [Verdict(1.0)])
     assert [len(drafts) for drafts in found.plans] == [5, 2, 1]
 
 
 def test_given_images_that_are_good_enough_are_not_corrected():
-    strategy = Strategy((Given(1, 2), Corrections(3, 2)), stop_score=9.0)
+    strategy = Strategy((GivenImages(1, 2), Corrections(3, 2)), stop_score=9.0)
     assert [len(d) for d in searched(strategy, [Verdict(9.0)]).plans] == [2]
 
 

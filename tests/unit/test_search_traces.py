@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rflow_jax.search.chains import Sample, best_first
+from rflow_jax.search.lineage import Sample, best_first
 from tests.kit.search_replay import (
     SPOILS_DECISIONS,
     SPOILS_TEXTS,

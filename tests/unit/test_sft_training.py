@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from rflow_jax.data.jsonl.chats import ChatFile
-from rflow_jax.data.make_chats import ChatsConfig, make_chats
-from rflow_jax.data.make_genref import make_genref
+from rflow_jax.commands.dataset import ChatsConfig, make_chats
+from rflow_jax.data.sources.chats import ChatFile
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig
+from rflow_jax.testing.make_genref import make_genref
+from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.sft.config import ChatDataConfig, ChatValidationConfig
-from rflow_jax.vlm.qwen_text import QwenTokenizer
 from rflow_jax.weights.lora.peft import attach_adapter
 from rflow_jax.weights.qwen import load_qwen, published_table
 from tests.kit import chats as kit

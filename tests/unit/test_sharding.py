@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from rflow_jax import load_pipeline
+from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.layers import abstract
@@ -19,10 +20,9 @@ from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
 from rflow_jax.models.t5 import T5Config, T5Encoder
 from rflow_jax.parallel.sharding import fit, sharding_for, whole_parameters
-from rflow_jax.settings import Settings
-from rflow_jax.weights.load import parameter_shapes
+from rflow_jax.weights.loading import parameter_shapes
 
-SETTINGS = Settings(
+SETTINGS = SamplingConfig(
     height=32, width=32, num_inference_steps=2, condition_size=32, max_sequence_length=16, latent_lora=True
 )
 MESHES = {"fsdp": (8, 1), "tensor": (1, 8), "both": (4, 2)}

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names.flux import BFL, BFL_PREFIX, DIFFUSERS, bfl_config, bfl_table
-from rflow_jax.weights.tables import LEAVES, Rule, Table, plan
+from rflow_jax.weights.key_mapping import LEAVES, KeyMapping, Rule, plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings.flux import BFL, BFL_PREFIX, DIFFUSERS, bfl_config, bfl_mapping
 from tests.kit.lora import TINY
 
-TABLE = Table(
+TABLE = KeyMapping(
     "toy",
     (
         Rule(r"a\.q", "a.qkv"),
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_does_not_fit(change, message):
 @pytest.mark.parametrize("rules", [(), (Rule("a", "x"), Rule(r"[ab]", "y"))])
 def test_a_table_must_speak_of_a_module_once(rules):
     with pytest.raises(LookupError, match="rules match our module 'a'"):
-        plan(Table("bad", rules), {"a.kernel": (1, 1)})
+        plan(KeyMapping("bad", rules), {"a.kernel": (1, 1)})
 
 
 @pytest.mark.parametrize("table", [DIFFUSERS, BFL], ids=["diffusers", "bfl"])
@@ -151,7 +151,7 @@ class TestBlackForestLabs:
         assert bfl_config(shapes, "file") == config
         # A file that holds the whole pipeline.
         others = {"vae.encoder.conv_in.weight": (1,), "text_encoders.clip_l.x": (1,)} if prefix else {}
-        plan(bfl_table(shapes), parameter_shapes(abstract_flux(config))).check(shapes | others, "file")
+        plan(bfl_mapping(shapes), parameter_shapes(abstract_flux(config))).check(shapes | others, "file")
 
     def test_more_input_than_output_channels(self):
         shapes = self.shapes(TINY) | {"img_in.weight": (TINY.width, 384)}

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.training.objective import noisy
-from rflow_jax.training.optimizers import OptimizerConfig, make_optimizer, prodigy_numbers
+from rflow_jax.training.config import OptimizerConfig
+from rflow_jax.training.corrector.loss import noisy
+from rflow_jax.training.optimizers import make_optimizer, prodigy_numbers
 
 
 def _minimise(config: OptimizerConfig, steps: int):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from rflow_jax.errors import InputError
+from rflow_jax.parallel.distributed import allgather_strings, raise_on_all
 from rflow_jax.parallel.layout import DistributedConfig
-from rflow_jax.parallel.processes import agreed, gather_texts
-from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
-from rflow_jax.training.folder import LOCK, open_folder, write_config
-from rflow_jax.training.update import State
+from rflow_jax.training.checkpoints import Checkpoints
+from rflow_jax.training.config import CheckpointConfig
+from rflow_jax.training.run_folder import LOCK, open_folder, write_config
+from rflow_jax.training.train_state import TrainState
 
 CONFIG = {"train.seed": 0, "data.split_ratios.general": [0.5, 0.5], "data.split_ratios.editing": [0.5, 0.5]}
 
@@ -32,8 +33,8 @@ class Nothing:
 EXPORTS_NOTHING = Nothing()
 
 
-def state(step: int, size: int = 3) -> State:
-    return State(jnp.asarray(step, jnp.int32), {"a": jnp.arange(size) + 1.0 * step}, {"mu": jnp.zeros(size)})
+def state(step: int, size: int = 3) -> TrainState:
+    return TrainState(jnp.asarray(step, jnp.int32), {"a": jnp.arange(size) + 1.0 * step}, {"mu": jnp.zeros(size)})
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capl
     def refused(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("rflow_jax.files.fcntl.flock", refused)
+    monkeypatch.setattr("rflow_jax.utils.atomic_io.fcntl.flock", refused)
     with caplog.at_level(logging.WARNING), open_folder(tmp_path, resume=False):
         pass
     assert "cannot be locked" in caplog.text
@@ -191,17 +192,17 @@ def test_what_another_process_found_is_raised_here(monkeypatch):
             return np.stack([rows, [other.size]])
         return np.stack([rows, np.pad(other, (0, rows.size - other.size))])
 
-    monkeypatch.setattr("rflow_jax.parallel.processes.process_allgather", gathered)
-    assert gather_texts("größer") == ["größer", "no such shard"]
-    with pytest.raises(InputError, match="no such shard"), agreed():
+    monkeypatch.setattr("rflow_jax.parallel.distributed.process_allgather", gathered)
+    assert allgather_strings("größer") == ["größer", "no such shard"]
+    with pytest.raises(InputError, match="no such shard"), raise_on_all():
         pass
-    with pytest.raises(InputError, match="mine"), agreed():
+    with pytest.raises(InputError, match="mine"), raise_on_all():
         raise InputError("mine")
 
 
 def test_alone_only_its_own_errors_count():
-    with agreed():
+    with raise_on_all():
         pass
-    with pytest.raises(InputError, match="mine"), agreed():
+    with pytest.raises(InputError, match="mine"), raise_on_all():
         raise InputError("mine")
-    assert json.loads(gather_texts(json.dumps({"a": 1}))[0]) == {"a": 1}
+    assert json.loads(allgather_strings(json.dumps({"a": 1}))[0]) == {"a": 1}

@@ -8,8 +8,8 @@ import pytest
 
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
-from rflow_jax.training.checkpoints import CheckpointConfig, Checkpoints
-from rflow_jax.training.model import TrainableConfig
+from rflow_jax.training.checkpoints import Checkpoints
+from rflow_jax.training.config import CheckpointConfig, TrainableConfig
 from tests.kit.training import TrainingRun
 
 

@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 
-from rflow_jax import cli
 from rflow_jax.errors import InputError
-from rflow_jax.training.config import CommonConfig, RunConfig
-from rflow_jax.training.folder import CONFIG, write_config
+from rflow_jax.training.config import DEFAULT_TASK, TASKS, CommonConfig, RunConfig, config_class
 from rflow_jax.training.reward.config import RewardRunConfig
+from rflow_jax.training.run_folder import CONFIG, write_config
 from rflow_jax.training.sft.config import SftRunConfig
-from rflow_jax.training.task import DEFAULT, TASKS, config_of
+from rflow_jax.utils import cli
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "configs").glob("reward_*.yaml"), *(ROOT / "configs").glob("sft_*.yaml")])
 LIGHT = """
 import sys
-import rflow_jax.training.reward.batches, rflow_jax.training.sft.batches
+import rflow_jax.training.reward.loss, rflow_jax.training.sft.loss
 from jax._src import xla_bridge
 print(len(xla_bridge._backends), "torch" in sys.modules)
 """
@@ -30,8 +29,8 @@ print(len(xla_bridge._backends), "torch" in sys.modules)
 
 def read(file: Path) -> CommonConfig:
     found: list[Any] = []
-    config = config_of(cli.early_value(["--config", str(file)], "task", DEFAULT))
-    cli.run_command(cli.Command("", (config,), found.append), ["--config", str(file)])
+    config = config_class(cli.early_value(["--config", str(file)], "task", DEFAULT_TASK))
+    cli.run_command(cli.Command((config,), found.append), ["--config", str(file)])
     return found[0]
 
 
@@ -58,7 +57,7 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
 )
 def test_a_word_where_a_section_belongs(argv, message):
     with pytest.raises(InputError) as caught:
-        cli.run_command(cli.Command("", (RunConfig,), print), ["--model=m", "--data.shards=s", "--out=o", argv])
+        cli.run_command(cli.Command((RunConfig,), print), ["--model=m", "--data.shards=s", "--out=o", argv])
     assert str(caught.value) == message
 
 
@@ -74,7 +73,7 @@ def test_a_value_where_a_file_should_hold_a_section(tmp_path, text, message):
     (tmp_path / "wrong.yaml").write_text(text)
     argv = ["--data.shards=s", "--config", str(tmp_path / "wrong.yaml"), "--model=m", "--out=o"]
     with pytest.raises(InputError) as caught:
-        cli.run_command(cli.Command("", (RunConfig,), print), argv)
+        cli.run_command(cli.Command((RunConfig,), print), argv)
     assert str(caught.value) == message
 
 
@@ -84,7 +83,7 @@ def test_the_task_of_a_command_line(tmp_path):
     files = [str(tmp_path / f"{number}.yaml") for number in range(5)]
 
     def task(*argv: str) -> str:
-        return cli.early_value(argv, "task", DEFAULT)
+        return cli.early_value(argv, "task", DEFAULT_TASK)
 
     assert task() == "corrector"
     assert task("--config", files[0]) == "sft"
@@ -97,13 +96,13 @@ def test_the_task_of_a_command_line(tmp_path):
 
 
 def test_every_task_has_settings_of_its_own():
-    assert {name: config_of(name) for name in TASKS} == {
+    assert {name: config_class(name) for name in TASKS} == {
         "corrector": RunConfig,
         "reward": RewardRunConfig,
         "sft": SftRunConfig,
     }
     with pytest.raises(InputError, match="did you mean reward"):
-        config_of("rewrad")
+        config_class("rewrad")
 
 
 def test_what_workers_import_takes_no_device():

@@ -17,28 +17,28 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from rflow_jax import cli
 from rflow_jax.data import workers
 from rflow_jax.errors import InputError
-from rflow_jax.training.config import RunConfig
-from rflow_jax.training.feed import feed
-from rflow_jax.training.folder import CONFIG, write_config
-from rflow_jax.training.optimizers import OptimizerConfig, learning_rate
+from rflow_jax.training.config import LoggingConfig, OptimizerConfig, RunConfig
+from rflow_jax.training.metrics import METRICS, SKIPPED_SHOWN, MetricWriter, known_tflops, peak_flops
+from rflow_jax.training.optimizers import learning_rate
+from rflow_jax.training.prefetch import prefetch_to_device
 from rflow_jax.training.qwen.config import QwenTrainableConfig
-from rflow_jax.training.watch import METRICS, SKIPPED_SHOWN, Watch, WatchConfig, known_tflops, peak_flops
+from rflow_jax.training.run_folder import CONFIG, write_config
+from rflow_jax.utils import cli
 
 ROOT = Path(__file__).parents[2]
 
 
-def tell(watch: Watch, steps: range, skipped: list[str] | None = None) -> None:
+def tell(watch: MetricWriter, steps: range, skipped: list[str] | None = None) -> None:
     for step in steps:
         report = SimpleNamespace(loss=np.float32(step), gradient_norm=np.float32(0.5), d=None)
         watch.step(step, report, SimpleNamespace(skipped=skipped or [], waited=0.0, digest=f"{step}"), {"rule": step})
 
 
-def watch(out: Path, resumed: int = 0, **how) -> Watch:
-    config = WatchConfig(every=2, peak_tflops=1.0, **how)
-    return Watch(out, config, steps=5, batch_size=4, flops=1e9, resumed=resumed)
+def watch(out: Path, resumed: int = 0, **how) -> MetricWriter:
+    config = LoggingConfig(every=2, peak_tflops=1.0, **how)
+    return MetricWriter(out, config, steps=5, batch_size=4, flops=1e9, resumed=resumed)
 
 
 def lines(out: Path) -> list[dict]:
@@ -73,8 +73,8 @@ def test_a_validation_that_an_earlier_start_made_is_known(tmp_path):
     for step in (0, 2, 4):
         tell(first, range(step - 1, step + 1) if step else range(0))
         first.validated(step, {"validation/all": 1.0})
-    assert [step for step in range(6) if watch(tmp_path, resumed=3, tensorboard=False).tried(step)] == [0, 2]
-    assert not watch(tmp_path, resumed=1, tensorboard=False).tried(2)
+    assert [step for step in range(6) if watch(tmp_path, resumed=3, tensorboard=False).was_validated(step)] == [0, 2]
+    assert not watch(tmp_path, resumed=1, tensorboard=False).was_validated(2)
 
 
 def test_skipped_records_are_named_up_to_a_number_and_all_counted(tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_what_is_done_aside_is_no_training_time(tmp_path, monkeypatch):
     one = watch(tmp_path, tensorboard=False)
     for step in (1, 2):
         now[0] += 2
-        with one.aside():
+        with one.paused():
             now[0] += 50
         tell(one, range(step, step + 1))
     assert lines(tmp_path)[-1]["samples_per_s"] == pytest.approx(2 * 4 / 4)
@@ -122,8 +122,8 @@ def test_what_is_done_aside_is_no_training_time(tmp_path, monkeypatch):
 def test_peaks_are_those_of_the_card(kind, tflops, monkeypatch):
     assert known_tflops(kind) == tflops
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
-    assert peak_flops(WatchConfig(), "float32") is None
-    assert peak_flops(WatchConfig(peak_tflops=2.0), "float32") == 2e12 * jax.device_count()
+    assert peak_flops(LoggingConfig(), "float32") is None
+    assert peak_flops(LoggingConfig(peak_tflops=2.0), "float32") == 2e12 * jax.device_count()
 
 
 def test_tensorboard_leaves_out_what_came_after_the_checkpoint(tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_an_interrupted_run_does_not_wait_for_a_server(monkeypatch):
         yield SimpleNamespace(_replace=lambda waited: waited)
         answered.wait(600)
 
-    with closing(feed(batches(), lambda _: np.zeros(1))) as fed:
+    with closing(prefetch_to_device(batches(), lambda _: np.zeros(1))) as fed:
         next(fed)
         begin = time.monotonic()
     assert time.monotonic() - begin < 5
@@ -233,7 +233,7 @@ def test_a_schedule_needs_its_end():
 def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setting, value):
     argv = ["--model=m", "--data.shards=s", "--out=o", f"--{setting}={value}"]
     with pytest.raises(InputError, match=rf"^{setting} is (-?[\d.]+|nan|inf|empty): "):
-        cli.run_command(cli.Command("", (RunConfig,), lambda _: None), argv)
+        cli.run_command(cli.Command((RunConfig,), lambda _: None), argv)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
@@ -253,5 +253,5 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
 
 def read(file: Path) -> RunConfig:
     found: list[RunConfig] = []
-    cli.run_command(cli.Command("", (RunConfig,), found.append), ["--config", str(file)])
+    cli.run_command(cli.Command((RunConfig,), found.append), ["--config", str(file)])
     return found[0]

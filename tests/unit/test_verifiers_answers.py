@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.chat import Answer, UnusableAnswer
+from rflow_jax.openai_client import Answer, UnusableAnswer
 from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig
 from tests.kit.asking import pictures, prompt_folder
 

@@ -5,21 +5,21 @@ import time
 
 import pytest
 
-from rflow_jax.chat import CLOSED, png_bytes
 from rflow_jax.errors import InputError, RunError
+from rflow_jax.openai_client import CLOSED, png_bytes
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
-from rflow_jax.usage import Meter
+from rflow_jax.testing.openai_server import Fault, OpenAIServer, decision_of, score_of
 from rflow_jax.verifiers import VerifierConfig, make_verifier
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.ensemble import EnsembleVerifier
 from tests.kit.asking import items, pictures, wait_until
 from tests.kit.ensemble import MADE, OWN, config, own
-from tests.kit.openai_server import Fault, OpenAIServer, decision_of, score_of
 
 
 def test_it_is_a_verifier_and_counts_for_all():
-    meter = Meter()
+    meter = UsageTracker()
     verifier = make_verifier(config(own("a", batch_size=4), own("b", batch_size=3)), meter)
     assert isinstance(verifier, EnsembleVerifier)
     assert isinstance(verifier, Verifier)

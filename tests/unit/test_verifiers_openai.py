@@ -4,15 +4,14 @@ import json
 
 import pytest
 
-from rflow_jax.chat import CLOSED, png_bytes
 from rflow_jax.errors import InputError
-from rflow_jax.usage import Meter
+from rflow_jax.openai_client import CLOSED, png_bytes
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.testing.openai_server import KEY, Chaos, Fault, OpenAIServer, score_of
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.metadata import excluded, required
-from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig
+from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig, excluded, required
 from tests.kit.asking import TAGS, items, pictures, prompt_folder
-from tests.kit.openai_server import KEY, Chaos, Fault, OpenAIServer, score_of
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +116,7 @@ def test_a_lasting_fault_leaves_exactly_its_own_image_unscored(fault, reason):
 def test_a_server_without_schemas_is_asked_in_another_way_from_then_on(refused):
     images = pictures(6)
     formats = ["json_schema", "json_object", "text"][: len(refused) + 1]
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer(refuse=refused) as server:
         verdicts = score(server, images, meter, concurrency=1, max_retries=0)
         asked = [call.format for call in server.calls]
@@ -170,7 +169,7 @@ def test_only_a_complaint_about_the_form_changes_it(status):
 
 def test_chaos_loses_no_score_and_mixes_none_up():
     images = pictures(60)
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer(chaos=Chaos(0.3, hang=5), spread=0.05) as server:
         verdicts = score(server, images, meter, max_retries=12, timeout=1.0, concurrency=30)
         struck = len(server.calls) - 60

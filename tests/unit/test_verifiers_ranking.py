@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.search.journal import json_line
+from rflow_jax.search.prompt_folder import json_line
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, read_verdict
-from rflow_jax.verifiers.ranking import best_first, rated
+from rflow_jax.verifiers.ranking import best_first, with_ensemble_scores
 
 few = st.sampled_from([0.0, 1.0, 2.0, 3.0])
 plain = st.builds(Verdict, st.one_of(st.none(), few, st.just(math.nan)), st.sampled_from([None, "yes", "no"]))
@@ -56,7 +56,7 @@ def with_verdict(image, member, verdict):
 def test_plain_verdicts_go_by_their_own_rank_and_stay_as_they_are(found):
     ranks = [verdict.rank if verdict else (0, 0.0) for verdict in found]
     assert best_first(found) == sorted(range(len(found)), key=lambda k: ranks[k], reverse=True)
-    assert all(new is old for new, old in zip(rated(found), found, strict=True))
+    assert all(new is old for new, old in zip(with_ensemble_scores(found), found, strict=True))
 
 
 @given(st.lists(plain, min_size=1, max_size=8), st.sampled_from([0.3, 1.0, 7.0]))
@@ -70,7 +70,7 @@ def test_the_order_of_the_images_changes_no_place(drawn, random):
     images = ensembles(drawn)
     places = list(range(len(images)))
     random.shuffle(places)
-    before, after = rated(images), rated([images[k] for k in places])
+    before, after = with_ensemble_scores(images), with_ensemble_scores([images[k] for k in places])
     assert after == [before[k] for k in places]
     order = best_first([images[k] for k in places])
     assert [before[places[k]].score for k in order] == [before[k].score for k in best_first(images)]
@@ -79,7 +79,7 @@ def test_the_order_of_the_images_changes_no_place(drawn, random):
 @given(sets())
 def test_equals_keep_their_order_and_the_unscored_are_last(drawn):
     images = ensembles(drawn)
-    order, scores = best_first(images), [verdict.score for verdict in rated(images)]
+    order, scores = best_first(images), [verdict.score for verdict in with_ensemble_scores(images)]
     for earlier, later in pairwise(order):
         if scores[earlier] is None:
             assert scores[later] is None
@@ -160,7 +160,7 @@ def scores(*columns, by=None):
 def test_the_weighted_mean_of_ranks_decides():
     assert best_first(scores([3, 2, 1], [1, 3, 2])) == [1, 0, 2]
     assert best_first(scores([3, 2, 1], [1, 3, 2], by=[3.0, 1.0])) == [0, 1, 2]
-    assert [verdict.score for verdict in rated(scores([3, 2, 2, 1]))] == [7 / 8, 1 / 2, 1 / 2, 1 / 8]
+    assert [verdict.score for verdict in with_ensemble_scores(scores([3, 2, 2, 1]))] == [7 / 8, 1 / 2, 1 / 2, 1 / 8]
 
 
 def test_equal_means_are_equal_whatever_numbers_the_weights_are():
@@ -170,13 +170,16 @@ def test_equal_means_are_equal_whatever_numbers_the_weights_are():
 
 
 def test_a_member_that_failed_for_an_image_puts_it_in_its_middle():
-    found = [verdict.score for verdict in rated(scores([9, 8, 7], [1, None, 2]))]
+    found = [verdict.score for verdict in with_ensemble_scores(scores([9, 8, 7], [1, None, 2]))]
     assert found == pytest.approx([(5 / 6 + 1 / 4) / 2, (1 / 2 + 1 / 2) / 2, (1 / 6 + 3 / 4) / 2], rel=1e-12)
     # Neither helped: by the other member alone it would be before one that both like ...
     assert best_first(scores([4, 3, 2, 1], [None, 3, 2, 1])) == [1, 0, 2, 3]
     # ... nor harmed: as the last of that member's it would be no better than the others.
     assert best_first(scores([1, 3, 2], [3, None, 1])) == [1, 0, 2]
-    assert rated(scores([1, 3, 2], [3, 0, 1]))[1].score == rated(scores([1, 3, 2], [3, 0, 1]))[0].score
+    assert (
+        with_ensemble_scores(scores([1, 3, 2], [3, 0, 1]))[1].score
+        == with_ensemble_scores(scores([1, 3, 2], [3, 0, 1]))[0].score
+    )
 
 
 def test_a_member_that_scored_nothing_does_not_count():
@@ -186,13 +189,13 @@ def test_a_member_that_scored_nothing_does_not_count():
 def test_images_without_any_verdict_are_last():
     images = [None, *scores([None, 2], [None, 1]), Verdict(None, error="gone")]
     assert best_first(images) == [2, 0, 1, 3]
-    assert [verdict and verdict.score for verdict in rated(images)] == [None, None, 1 / 2, None]
+    assert [verdict and verdict.score for verdict in with_ensemble_scores(images)] == [None, None, 1 / 2, None]
 
 
 @given(sets())
 def test_verdicts_are_read_again_from_what_is_stored(drawn):
     images = ensembles(drawn)
-    for image in rated(images):
+    for image in with_ensemble_scores(images):
         back = read_verdict(json.loads(json_line(asdict(image))))
         assert repr(back) == repr(image)  # NaN is not itself
 
@@ -214,4 +217,4 @@ def test_a_cycle_is_no_matter():
     """Condorcet's paradox: each is preferred to another by most; by mean ranks they are equal."""
     order = best_first(scores([3, 2, 1], [1, 3, 2], [2, 1, 3]))
     assert order == [0, 1, 2]
-    assert {verdict.score for verdict in rated(scores([3, 2, 1], [1, 3, 2], [2, 1, 3]))} == {0.5}
+    assert {verdict.score for verdict in with_ensemble_scores(scores([3, 2, 1], [1, 3, 2], [2, 1, 3]))} == {0.5}

@@ -15,10 +15,9 @@ from safetensors.numpy import load_file, save_file
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig, read_template
-from rflow_jax.weights.convert_qwen import convert_qwen
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN, RewardCheckpoint
-from rflow_jax.weights.reward.config import RewardConfig
-from rflow_jax.weights.save import ORBAX_FOLDER
+from rflow_jax.weights.convert import convert_qwen
+from rflow_jax.weights.model_folder import ORBAX_FOLDER
+from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint, RewardConfig
 
 PROMPTS = ("a photo of a bench", "two red apples on a small table, left of a cup", "x", "three clocks")
 SIZES = ((170, 130), (90, 110), (64, 64), (200, 90))

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.chat import UnusableAnswer, png_bytes
 from rflow_jax.errors import InputError
-from rflow_jax.usage import Meter
+from rflow_jax.openai_client import UnusableAnswer, png_bytes
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, decision_of, score_of
 from rflow_jax.verifiers import VerifierConfig, make_verifier
 from rflow_jax.verifiers.base import Verdict, Verifier
 from rflow_jax.verifiers.yesno import YesNoVerifier, decide
 from tests.kit.asking import items, pictures
-from tests.kit.openai_server import Chaos, Fault, OpenAIServer, decision_of, score_of
 
 
 def score(server, images, meter=None, **more):
@@ -94,7 +94,7 @@ def test_the_evaluation_is_words():
 def test_what_decides_nothing_is_asked_again_and_then_an_error(kind, reason):
     images = pictures(2)
     victim = png_bytes(images[0])
-    meter = Meter()
+    meter = UsageTracker()
     with OpenAIServer([Fault(kind, when=lambda call: call.image == victim)]) as server:
         first, second = score(server, images, meter, max_retries=1)
     assert first == Verdict(None, error=reason)

@@ -1,4 +1,4 @@
-"""``convert_weights verify`` on the recordings of the original, and on recordings that were tampered with."""
+"""``rflow parity`` on the recordings of the original, and on recordings that were tampered with."""
 
 import json
 import shutil
@@ -6,12 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from convert_weights.verify import main
+from rflow_jax.commands.parity import ParityConfig, compare
 from rflow_jax.errors import InputError
-from rflow_jax.verify.measure import Moved, judge_of, measure, movement_tolerance
-from rflow_jax.verify.recording import Recording
-from rflow_jax.verify.report import Line, lines, summary
-from rflow_jax.verify.run import CHECKS, verify
+from rflow_jax.parity.measure import Line, Moved, Recording, judge_of, lines, measure, movement_tolerance, summary
+from rflow_jax.parity.run import CHECKS, verify
 
 TOLERANCES = json.loads("""{"uint8 images": "at most 1 level, in at most 0.5 % of the values", "module stages": 2e-05,
     "generate (07) latents and images": 0.0001, "qwen, nvila": 0.0001}""")
@@ -79,9 +77,9 @@ def _change(folder, **arrays):
 
 
 def test_the_command_line(one_file, capsys):
-    assert main(str(one_file)) == 0
+    assert compare(ParityConfig(str(one_file))) == 0
     _change(one_file, sigmas_1024_4=np.linspace(1, 0, 5, dtype=np.float32), mystery=np.zeros(2, np.float32))
-    assert main(str(one_file)) == 1
+    assert compare(ParityConfig(str(one_file))) == 1
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in out if line.endswith("FAIL")] == [["06_scheduler", "sigmas_1024_4"]]
     assert "06_scheduler mystery - - not covered" in out

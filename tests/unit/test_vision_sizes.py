@@ -6,16 +6,14 @@ import math
 
 import pytest
 
-from rflow_jax.models.clip import ClipTextConfig
-from rflow_jax.models.clip_vision import Clip, ClipConfig, ClipVisionConfig
+from rflow_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from rflow_jax.models.layers import abstract
-from rflow_jax.models.nvila.config import NvilaConfig
-from rflow_jax.models.nvila.network import Nvila, abstract_nvila
+from rflow_jax.models.nvila import Nvila, NvilaConfig, abstract_nvila
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig, SiglipVisionTower
-from rflow_jax.weights.load import parameter_shapes
-from rflow_jax.weights.names import clip, nvila, qwen2, siglip
-from rflow_jax.weights.tables import plan
+from rflow_jax.weights.key_mapping import plan
+from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.mappings import nvila, qwen, text_encoders
 
 NVILA_LITE = NvilaConfig(
     SiglipVisionConfig(),
@@ -41,7 +39,7 @@ REAL = {
     Nvila: (NVILA_LITE, 413_327_088 + 43_533_696 + 1_543_276_544, 437 + 10 + 338),
     Clip: (CLIP_L, 427_616_513 - 1, 590 - 1),  # its scale is no parameter of ours
 }
-TABLES = {SiglipVisionTower: (siglip.TRANSFORMERS, siglip.TRANSFORMERS_5), Clip: (clip.WHOLE,)}
+TABLES = {SiglipVisionTower: (nvila.SIGLIP, nvila.SIGLIP_5), Clip: (text_encoders.CLIP_WHOLE,)}
 
 
 @pytest.mark.parametrize("network", REAL)
@@ -57,9 +55,9 @@ def test_real_sizes(network):
 def test_names_of_the_parts_of_nvila():
     network = abstract_nvila(NVILA_LITE)
     parts = {
-        network.tower: (siglip.TRANSFORMERS, "vision_model.encoder.layers.26.mlp.fc1.weight", (4304, 1152)),
+        network.tower: (nvila.SIGLIP, "vision_model.encoder.layers.26.mlp.fc1.weight", (4304, 1152)),
         network.projector: (nvila.PROJECTOR, "layers.2.weight", (3456, 10_368)),
-        network.language: (qwen2.table_for(head=False), "model.layers.27.mlp.up_proj.weight", (8960, 1536)),
+        network.language: (qwen.qwen2_mapping(head=False), "model.layers.27.mlp.up_proj.weight", (8960, 1536)),
     }
     for part, (table, key, shape) in parts.items():
         assert plan(table, parameter_shapes(part)).their_shape(key) == shape

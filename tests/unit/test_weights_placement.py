@@ -20,12 +20,11 @@ from jax.sharding import PartitionSpec as P
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.parallel.mesh import make_mesh
-from rflow_jax.weights.conversion import Conversion
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import Arriving, place, put
-from rflow_jax.weights.save import save
-from rflow_jax.weights.tables import Rule, Table, Target, plan
-from rflow_jax.weights.writing import write_safetensors
+from rflow_jax.weights.key_mapping import KeyMapping, Rule, TensorTarget, plan
+from rflow_jax.weights.loading import Arriving, place, put
+from rflow_jax.weights.model_folder import save
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.saving import Conversion, write_safetensors
 
 LINEARS, WIDTH = 40, 2048  # 8 MiB each in bfloat16
 TENSOR_BYTES = 2 * WIDTH**2
@@ -40,10 +39,10 @@ from rflow_jax.models.layers import Linear, abstract
 from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.parallel.mesh import make_mesh
 from rflow_jax.parallel.sharding import sharding_for
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.load import load_into
-from rflow_jax.weights.stored import load_stored
-from rflow_jax.weights.tables import Rule, Table
+from rflow_jax.weights.safetensors_io import TensorFiles
+from rflow_jax.weights.loading import load_into
+from rflow_jax.weights.model_folder import load_stored
+from rflow_jax.weights.key_mapping import Rule, Table
 
 folder, storage, fsdp, tensor, dtype = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5]
 count, width, window = map(int, sys.argv[6:])
@@ -82,7 +81,7 @@ print(resident("VmHWM") - before - shards)
 def checkpoints(tmp_path_factory) -> Iterator[Path]:
     """A folder with a network of one linear and of many, in every storage; gone after the tests."""
     root = tmp_path_factory.mktemp("checkpoints")
-    table = Table("network", (Rule(r"blocks\.(\d+)", r"layers.\1"),))
+    table = KeyMapping("network", (Rule(r"blocks\.(\d+)", r"layers.\1"),))
     tensor = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(ml_dtypes.bfloat16)
     for count in (1, LINEARS):
         infos = {f"layers.{k}.weight": (tensor.dtype, tensor.shape) for k in range(count)}
@@ -127,8 +126,8 @@ MESH = {"fsdp": 2, "tensor": 2}  # and two copies along data
 @pytest.mark.parametrize("dtype", [None, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("large", [0, 2**20])
 def test_every_device_gets_its_slice(monkeypatch, spec, via, dtype, large):
-    monkeypatch.setattr("rflow_jax.weights.load.ONE_BY_ONE", large)
-    target = Target("a.kernel", (16, 8), via)
+    monkeypatch.setattr("rflow_jax.weights.loading.ONE_BY_ONE", large)
+    target = TensorTarget("a.kernel", (16, 8), via)
     rows = np.random.default_rng(0).standard_normal(target.their_shape).astype(np.float32)
     sharding = NamedSharding(make_mesh(MeshConfig(**MESH)), spec)
     placed, want = place(target, rows, dtype, sharding), target.to_ours(rows).astype(dtype or np.float32)
@@ -139,7 +138,7 @@ def test_every_device_gets_its_slice(monkeypatch, spec, via, dtype, large):
 
 
 def test_a_slice_that_several_devices_hold_is_cast_once(monkeypatch):
-    monkeypatch.setattr("rflow_jax.weights.load.ONE_BY_ONE", 0)
+    monkeypatch.setattr("rflow_jax.weights.loading.ONE_BY_ONE", 0)
     sizes = []
 
     class Watched(np.ndarray):
@@ -193,7 +192,7 @@ def test_tensors_read_ahead_stay_below_the_limit(tmp_path):
 
 
 def test_a_large_tensor_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("rflow_jax.weights.files._PIECE", 1000)
+    monkeypatch.setattr("rflow_jax.weights.safetensors_io._PIECE", 1000)
     value = np.random.default_rng(0).standard_normal((61, 17)).astype(np.float32)
     write_safetensors(tmp_path / "a.safetensors", {"a": (value.dtype, value.shape)}, iter([("a", value)]))
     files = TensorFiles.open(tmp_path / "a.safetensors")

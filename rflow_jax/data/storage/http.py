@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from rflow_jax.data.storage.patience import Patience, Trouble, brisk, patiently, public
+from rflow_jax.data.storage.retry import RetryPolicy, TransientError, enforce_min_throughput, public, with_retries
 from rflow_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Probe(NamedTuple):
     ranges: bool
 
 
-def probe_http(url: str, patience: Patience) -> Probe:
+def probe_http(url: str, patience: RetryPolicy) -> Probe:
     """Asks for the first byte, which tells more than HEAD does and works with addresses signed for GET.
 
     Raises:
@@ -54,10 +54,10 @@ def probe_http(url: str, patience: Patience) -> Probe:
             total = _content_range(response)[2]
             return Probe(total, version, True)
 
-    return patiently(attempt, url, patience)
+    return with_retries(attempt, url, patience)
 
 
-def http_range(url: str, start: int, length: int, size: int | None, patience: Patience) -> bytes:
+def http_range(url: str, start: int, length: int, size: int | None, patience: RetryPolicy) -> bytes:
     """Exactly the ``length`` bytes from ``start``.
 
     Args:
@@ -78,21 +78,23 @@ def http_range(url: str, start: int, length: int, size: int | None, patience: Pa
             if size is not None and total is not None and total != size:
                 raise InputError(f"{public(url)}: {total} bytes, {size} when it was indexed; start again to index it")
             if (first, last) != (start, start + length - 1):
-                raise Trouble(f"bytes {first}-{last} came instead of {start}-{start + length - 1}")
+                raise TransientError(f"bytes {first}-{last} came instead of {start}-{start + length - 1}")
             data = b"".join(chunks)
         if len(data) != length:
-            raise Trouble(f"{len(data)} bytes came instead of {length}")
+            raise TransientError(f"{len(data)} bytes came instead of {length}")
         return data
 
-    return patiently(attempt, url, patience)
+    return with_retries(attempt, url, patience)
 
 
 @contextmanager
-def http_get(url: str, headers: dict[str, str], patience: Patience) -> Iterator[tuple[httpx.Response, Iterator[bytes]]]:
+def http_get(
+    url: str, headers: dict[str, str], patience: RetryPolicy
+) -> Iterator[tuple[httpx.Response, Iterator[bytes]]]:
     """One GET: the response (status 200, 206 or 416) and its body, chunk by chunk.
 
     Raises:
-        Trouble: another attempt may help.
+        TransientError: another attempt may help.
         InputError: none will.
     """
     import httpx
@@ -105,13 +107,13 @@ def http_get(url: str, headers: dict[str, str], patience: Patience) -> Iterator[
         with _client().stream("GET", address, headers=headers, timeout=patience.timeout) as response:
             if response.status_code not in (200, 206, 416) and moved:
                 _moved.pop(url, None)
-                raise Trouble(f"status {response.status_code} where it was redirected to")
+                raise TransientError(f"status {response.status_code} where it was redirected to")
             _check_status(url, response)
             if response.history and not moved:
                 _moved[url] = (str(response.url), time.monotonic() + _MOVED_FOR)
-            yield response, brisk(response.iter_raw(), patience.timeout)
+            yield response, enforce_min_throughput(response.iter_raw(), patience.timeout)
     except httpx.TransportError as error:
-        raise Trouble(f"{error or 'no answer'} ({type(error).__name__})") from error
+        raise TransientError(f"{error or 'no answer'} ({type(error).__name__})") from error
     except httpx.InvalidURL as error:
         raise InputError(f"{public(url)}: not a valid address ({error})") from error
 
@@ -151,7 +153,7 @@ def _check_status(url: str, response: httpx.Response) -> None:
     status = response.status_code
     if status in _BUSY or status >= 500:
         wait = response.headers.get("Retry-After", "")
-        raise Trouble(f"status {status}", float(wait) if wait.isdecimal() else 0.0)
+        raise TransientError(f"status {status}", float(wait) if wait.isdecimal() else 0.0)
     if status in (401, 403):
         hint = "set HF_TOKEN" if url.startswith("hf://") else "the address needs a password or a signature"
         raise InputError(f"{public(url)}: access is refused (status {status}); {hint}")
@@ -164,6 +166,6 @@ def _check_status(url: str, response: httpx.Response) -> None:
 def _content_range(response: httpx.Response) -> tuple[int, int, int | None]:
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match is None:
-        raise Trouble(f"status {response.status_code} without a usable Content-Range")
+        raise TransientError(f"status {response.status_code} without a usable Content-Range")
     first, last, total = match.groups()
     return int(first or 0), int(last or -1), None if total == "*" else int(total)

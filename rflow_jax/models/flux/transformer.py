@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.attention import AttentionImpl
-from rflow_jax.models.flux.blocks import Context, DoubleBlock, DoubleModulation, Modulation, SingleBlock, modulate
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
-from rflow_jax.models.flux.embeddings import TIME_FEATURES, MLPEmbedder, Rope, time_features
+from rflow_jax.models.flux.layers import (
+    TIME_FEATURES,
+    Context,
+    DoubleBlock,
+    DoubleModulation,
+    MLPEmbedder,
+    Modulation,
+    Rope,
+    SingleBlock,
+    modulate,
+    time_features,
+)
 from rflow_jax.models.layers import Linear, abstract
+from rflow_jax.models.lora import linears, set_adapter
+from rflow_jax.models.options import AttentionImpl, Remat
 from rflow_jax.models.partitioning import BATCH, TOKENS, constrain
-from rflow_jax.models.remat import Remat
-from rflow_jax.models.stack import blocks_of, over_blocks
+from rflow_jax.models.stack import blocks_of, of_some_blocks, over_blocks, stack_blocks
 from rflow_jax.typing import Array, Float
 
 CONDITION_GUIDANCE = 1.0  # the guidance the condition's modulation vector is made with
@@ -87,7 +99,7 @@ class FluxTransformer(nnx.Module):
             c_t: the condition's time.
             condition_scale: strength of the attention between the condition and the rest; None is 1.
             flags, attention: see their classes.
-            remat: what training computes again to save memory, see :data:`rflow_jax.models.remat.Remat`.
+            remat: what training computes again to save memory, see :data:`rflow_jax.models.stack.Remat`.
 
         Raises:
             InputError: flags that exclude each other, or that don't fit the number of tokens.
@@ -219,3 +231,65 @@ def _as_tokens(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
 def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32, *, scan_blocks: bool = False) -> FluxTransformer:
     """The network without numbers, to be filled by a loader or counted."""
     return abstract(lambda rngs: FluxTransformer(config, rngs=rngs, dtype=dtype, scan_blocks=scan_blocks))
+
+
+@dataclass(frozen=True)
+class FluxGraph:
+    """A transformer without parameters.
+
+    Attributes:
+        graph: NNX's part of it.
+        config: its sizes.
+        scan_blocks: whether blocks are stacked. Parameters may be given by block all the same.
+    """
+
+    graph: Any
+    config: FluxConfig
+    scan_blocks: bool = False
+
+    @classmethod
+    def of(cls, network: FluxTransformer, *, scan_blocks: bool) -> FluxGraph:
+        """The structure of a network with its adapters.
+
+        Args:
+            network: with blocks in lists.
+            scan_blocks: whether those of the result are stacked.
+        """
+        config = network.config
+        if not scan_blocks:
+            return cls(nnx.graphdef(network), config)
+        stacked = abstract_flux(config, scan_blocks=True)
+        state = jax.eval_shape(lambda state: stack_blocks(state, block_counts(config)), nnx.state(network))
+        modules = linears(stacked)
+        adapters: dict[str, dict[str, Any]] = {}
+        for path, variable in nnx.to_flat_state(state):
+            if str(path[-1]).startswith("lora_"):
+                adapters.setdefault(".".join(map(str, path[:-1])), {})[str(path[-1])] = variable.get_value()
+        for path, values in adapters.items():
+            set_adapter(modules[path], values)
+        return cls(nnx.graphdef(stacked), config, True)
+
+    def merge(self, *states: nnx.State) -> FluxTransformer:
+        """The network with these parameters, by block or stacked."""
+        return nnx.merge(self.graph, *(self.stacked(state) for state in states))
+
+    def require_stackable(self, chosen: nnx.State) -> None:
+        """Raises InputError for parameters to be trained that only some of the blocks to be stacked have."""
+        if self.scan_blocks and (path := of_some_blocks(chosen, block_counts(self.config))):
+            raise InputError(
+                f"trainable.parameters names {path} of some blocks only, and stacked blocks move together: set "
+                "train.scan_blocks to false"
+            )
+
+    def stack_loaded(self, state: nnx.State) -> nnx.State:
+        """The same for parameters on devices, outside of any program; those given are used up."""
+        return stack_blocks(state, block_counts(self.config), free=True) if self.scan_blocks else state
+
+    def stacked(self, state: nnx.State) -> nnx.State:
+        """Parameters in the form that the network has them."""
+        return stack_blocks(state, block_counts(self.config)) if self.scan_blocks else state
+
+
+def block_counts(config: FluxConfig) -> dict[str, int]:
+    """Numbers of blocks by the name of the list that holds them."""
+    return {"double_blocks": config.num_layers, "single_blocks": config.num_single_layers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.config import Qwen2Config
@@ -163,3 +163,6 @@ def end_tokens_in(content: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(type(token) is int and token >= 0 for token in tokens):
         raise InputError(f"eos_token_id is {ends!r}; expected a whole number from 0, or a list of such")
     return tuple(tokens)
+
+
+RewardToken = Literal["last", "mean", "special"]

@@ -1,17 +1,147 @@
-"""Records -> batches of arrays: read, decoded, tokenized and cut into patches by workers, then stacked."""
+"""Samples -> arrays of one fixed size, one row a sample: one program, and rows that any device can take."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 
-from rflow_jax.data.loader import Loader, LoaderConfig, Made
+from rflow_jax.data.loader import ItemRef, Loader, LoaderConfig, ShuffledSampler, WorkerResult
 from rflow_jax.data.records import RecordError, first_held_out
-from rflow_jax.data.shuffle import Job, ShuffledPlan
 from rflow_jax.errors import InputError
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig
+from rflow_jax.models.qwen2_5_vl.layout import VisionLayout, image_places, layout_of, rope_positions, window_count
+from rflow_jax.typing import Array, Int, UInt8
+from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample
+from rflow_jax.vlm.qwen_processing import ImageProcessorConfig
+
+
+class Rows(NamedTuple):
+    """A batch; every array begins with the rows.
+
+    Attributes:
+        positions: multimodal rotary positions.
+        places: for every token the one of its row's picture tokens that takes its place, or -1.
+        patches: of each row's pictures, each padded; None: no pictures.
+        layout: of these pictures, its arrays with the rows in front.
+    """
+
+    ids: Int[Array | np.ndarray, "b t"]
+    lengths: Int[Array | np.ndarray, " b"]
+    positions: Int[Array | np.ndarray, "b 3 t"]
+    places: Int[Array | np.ndarray, "b t"] | None
+    patches: UInt8[Array | np.ndarray, "b i p f"] | None
+    layout: Any
+
+
+class RowSizes(NamedTuple):
+    """What every row is padded to.
+
+    Attributes:
+        pictures: of a row.
+        patches, windows: of a picture.
+    """
+
+    tokens: int
+    pictures: int
+    patches: int
+    windows: int
+
+    @classmethod
+    def of(
+        cls,
+        vision: VisionConfig,
+        rules: ImageProcessorConfig,
+        *,
+        tokens: int,
+        pictures: int,
+        max_pixels: int,
+        max_ratio: float,
+    ) -> RowSizes:
+        """Sizes that hold every picture of at most so many pixels and so unequal sides."""
+        units = max(max_pixels, rules.min_pixels) // rules.factor**2 + 1
+        side = vision.window_units
+        windows = max(
+            math.ceil(rows / side) * math.ceil(units // rows / side)
+            for rows in range(1, math.isqrt(units) + 1)
+            # Sides are rounded to whole units, so a picture at the limit may be a unit longer.
+            if units // rows <= max_ratio * rows + 1
+        )
+        return cls(tokens, pictures, units * vision.unit, windows)
+
+    def require(self, sample: QwenSample, config: Qwen25VLConfig, key: str) -> QwenSample:
+        """The sample; raises RecordError where it does not fit in."""
+        if len(sample.ids) > self.tokens:
+            raise RecordError(f"{key}: {len(sample.ids)} tokens, more than data.max_tokens ({self.tokens})")
+        if len(sample.pictures) > self.pictures:
+            raise RecordError(f"{key}: {len(sample.pictures)} pictures, more than data.max_images ({self.pictures})")
+        for _, grid in sample.pictures:
+            if grid[1] * grid[2] > self.patches or window_count(grid, config.vision) > self.windows:
+                raise RecordError(f"{key}: a picture of {grid[1]} x {grid[2]} patches is beyond data.max_ratio")
+        return sample
+
+
+def rows_of(samples: Sequence[QwenSample], config: Qwen25VLConfig, *, pad: int, sizes: RowSizes) -> Rows:
+    """Pads samples, each a row.
+
+    Args:
+        pad: the token of padding.
+    """
+    b, unit = len(samples), config.vision.unit
+    ids = np.full((b, sizes.tokens), pad, np.int32)
+    for row, sample in zip(ids, samples, strict=True):
+        row[: len(sample.ids)] = sample.ids
+    lengths = np.asarray([len(sample.ids) for sample in samples], np.int32)
+    positions, _ = rope_positions(ids, lengths, [sample.grids for sample in samples], config)
+    text = Rows(ids, lengths, positions.transpose(1, 0, 2), None, None, None)
+    if not sizes.pictures:
+        return text
+    grids = [[*sample.grids, *[(0, 0, 0)] * (sizes.pictures - len(sample.grids))] for sample in samples]
+    layout = layout_of(list(chain.from_iterable(grids)), config.vision, patches=sizes.patches, windows=sizes.windows)
+    tokens = [[grid[1] * grid[2] // unit for grid in sample.grids] for sample in samples]
+    places = [
+        image_places(ids[k : k + 1], lengths[k : k + 1], [own], config, padded=sizes.patches // unit)
+        for k, own in enumerate(tokens)
+    ]
+    return text._replace(
+        places=np.concatenate(places),
+        patches=_patches(samples, config, sizes),
+        layout=VisionLayout(*(x.reshape(b, sizes.pictures, *x.shape[1:]) for x in layout)),
+    )
+
+
+def inputs_of(rows: Rows, unit: int) -> QwenInputs:
+    """The batch as the network takes it, all pictures one after another; on the device.
+
+    Args:
+        unit: patches of a token.
+    """
+    ids, lengths = jnp.asarray(rows.ids), jnp.asarray(rows.lengths)
+    live, following = jnp.ones_like(lengths, dtype=bool), jnp.zeros_like(lengths)
+    text = QwenInputs(ids, lengths, live, jnp.moveaxis(jnp.asarray(rows.positions), 1, 0), following, None, None, None)
+    if rows.patches is None or rows.places is None:
+        return text
+    b, pictures = rows.patches.shape[:2]
+    layout = VisionLayout(*(jnp.asarray(x).reshape(b * pictures, *x.shape[2:]) for x in rows.layout))
+    patches = jnp.asarray(rows.patches).reshape(b * pictures, *rows.patches.shape[2:])
+    of_a_row = pictures * patches.shape[1] // unit
+    first = of_a_row * jnp.arange(b, dtype=jnp.int32)[:, None]
+    places = jnp.where(jnp.asarray(rows.places) < 0, -1, rows.places + first)
+    return text._replace(places=places, patches=patches, layout=layout)
+
+
+def _patches(samples: Sequence[QwenSample], config: Qwen25VLConfig, sizes: RowSizes) -> np.ndarray:
+    values = config.vision.patch_values // config.vision.temporal_patch_size
+    out = np.zeros((len(samples), sizes.pictures, sizes.patches, values), np.uint8)
+    for row, sample in zip(out, samples, strict=True):
+        for place, (patches, _) in zip(row, sample.pictures, strict=False):
+            place[: len(patches)] = patches
+    return out
 
 
 @runtime_checkable
@@ -33,7 +163,7 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Maker(Protocol):
+class Collator(Protocol):
     """Makes what the network is given. It can be pickled, too."""
 
     def example(self, record: Any, /) -> Any:
@@ -64,20 +194,20 @@ class MakeExample:
     """Reads the record that a job names, and prepares it; runs in a worker."""
 
     source: Source
-    maker: Maker
+    maker: Collator
 
-    def __call__(self, job: Job) -> Made:
+    def __call__(self, job: ItemRef) -> WorkerResult:
         try:
             record = self.source.read(job.index)
-            return Made(self.maker.example(record), self.maker.digest(record))
+            return WorkerResult(self.maker.example(record), self.maker.digest(record))
         except RecordError as error:
-            return Made(None, b"", str(error))
+            return WorkerResult(None, b"", str(error))
 
 
 class ArrayLoader(Loader):
     """Batches of arrays."""
 
-    def __init__(self, plan: ShuffledPlan, source: Source, maker: Maker, config: LoaderConfig, start: int):
+    def __init__(self, plan: ShuffledSampler, source: Source, maker: Collator, config: LoaderConfig, start: int):
         super().__init__(plan, MakeExample(source, maker), config, start)
         self._maker = maker
 
@@ -87,19 +217,19 @@ class ArrayLoader(Loader):
 
 def open_array_loader(
     source: Source,
-    maker: Maker,
+    maker: Collator,
     config: LoaderConfig,
     *,
     start: int,
     position: Mapping[str, Any] | None,
     **how: Any,
 ) -> ArrayLoader:
-    """Batches from a step on; ``how`` as in :class:`~rflow_jax.data.shuffle.ShuffledPlan`."""
-    plan = ShuffledPlan(len(source), fingerprint=source.fingerprint, position=position, **how)
+    """Batches from a step on; ``how`` as in :class:`~rflow_jax.data.loader.ShuffledSampler`."""
+    plan = ShuffledSampler(len(source), fingerprint=source.fingerprint, position=position, **how)
     return ArrayLoader(plan, source, maker, config, start)
 
 
-def first_usable(source: Source, maker: Maker, count: int) -> list[Any]:
+def first_usable(source: Source, maker: Collator, count: int) -> list[Any]:
     """The examples of the first usable records.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rflow_jax.errors import InputError
-from rflow_jax.settings import require_least, require_pattern, require_positive
+from rflow_jax.utils.checks import require_least, require_pattern, require_positive
 
 # The linears of the language model's blocks.
 LANGUAGE_LINEARS = r"language\.blocks\.\d+\.(attn\.(q|k|v|out)|ff\.(gate|up|down))"

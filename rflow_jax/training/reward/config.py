@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rflow_jax.data.storage.patience import Patience
+from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
-from rflow_jax.models.qwen2_5_vl.reward import RewardToken
-from rflow_jax.settings import require_least
+from rflow_jax.models.qwen2_5_vl.config import RewardToken
 from rflow_jax.training.config import CommonConfig
 from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
-from rflow_jax.training.reward.losses import LossName
+from rflow_jax.utils.checks import require_least
+
+LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PairDataConfig(QwenDataConfig):
     shards: str | list[str] | None = None
     format: Literal["tar", "tfds"] = "tar"
     cache: str | None = None
-    patience: Patience = Patience()
+    patience: RetryPolicy = RetryPolicy()
     max_pixels: int = 240 * 320
 
     def __post_init__(self) -> None:

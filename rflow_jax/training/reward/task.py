@@ -1,8 +1,9 @@
-"""The image verifier as a task: a reward model on a Qwen2.5-VL, trained on pairs of pictures."""
+"""What reward training leaves: the original's checkpoint, for the verifier ``reward``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,38 +13,58 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from rflow_jax.chat.prompt_file import read_prompt
-from rflow_jax.data.jsonl.preferences import PairSource, open_pairs
+from rflow_jax.data.sources.preferences import PairSource, open_pairs
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import init_kernel
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
-from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
-from rflow_jax.models.qwen2_5_vl.reward import RewardModel, reward_model_of
+from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, RewardModel, reward_model_of
 from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
-from rflow_jax.training.feed import slots_here
-from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, open_array_loader
+from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.training.partition import dotted
+from rflow_jax.training.prefetch import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, RowSizes, open_array_loader
 from rflow_jax.training.qwen.config import QwenTrainableConfig
-from rflow_jax.training.qwen.rows import RowSizes
-from rflow_jax.training.qwen.trained import Parts, first_key, flops_of_sample, take_apart
-from rflow_jax.training.reward.batches import PairInputs, PairMaker
+from rflow_jax.training.qwen.model import ParamPartition, first_key, flops_of_sample, partition_params
 from rflow_jax.training.reward.config import RewardRunConfig
-from rflow_jax.training.reward.losses import NEED_LABELS, NEED_SCORES
-from rflow_jax.training.reward.objective import PairObjective
-from rflow_jax.training.reward.trained import TrainedReward
+from rflow_jax.training.reward.loss import NEED_LABELS, NEED_SCORES, PairInputs, PairMaker, PairObjective
 from rflow_jax.training.reward.validation import PairValidation
-from rflow_jax.training.task import TakeStep
-from rflow_jax.training.update import Report, State, compile_step, make_update
+from rflow_jax.training.task import TrainStep
+from rflow_jax.training.train_state import StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.verifiers.reward import read_template
-from rflow_jax.vlm.qwen import Scoring
-from rflow_jax.vlm.qwen_images import ImageRules
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, QwenProcessor, read_image_processor_config
+from rflow_jax.vlm.qwen_programs import Scoring
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.qwen import load_qwen
-from rflow_jax.weights.reward.checkpoint import SPECIAL_TOKEN
-from rflow_jax.weights.reward.config import RewardConfig
-from rflow_jax.weights.reward.export import RewardExport
+from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardConfig, RewardExport, export_reward
+from rflow_jax.writers.prompt_template import read_prompt
+
+
+@dataclass
+class TrainedReward:
+    """A reward model in two parts; an :class:`~rflow_jax.training.checkpoints.Exporter`.
+
+    Attributes:
+        measure: parameters -> mean and deviation of rewards, to normalise scores by; None: they stay as they are.
+    """
+
+    parts: ParamPartition
+    what: RewardExport
+    tokenizer: QwenTokenizer
+    measure: Callable[[Any], tuple[float, float]] | None = None
+    exports = "reward/checkpoint-{step}"
+
+    def export(self, trainable: Any, folder: Path | None) -> None:
+        """Writes ``reward/checkpoint-N``, and ``reward/model_config.json`` beside it."""
+        what = self.what
+        if self.measure is not None:
+            mean, std = self.measure(trainable)
+            what = replace(what, config=replace(what.config, mean=mean, std=std))
+        model = self.parts.merged(trainable)
+        if folder is not None:
+            moved = {dotted(path) for path, leaf in nnx.to_flat_state(trainable) if not isinstance(leaf, nnx.LoRAParam)}
+            export_reward(model, moved, what, self.tokenizer.save, folder)
+
 
 HEAD = r"reward\.kernel|language\.embed\.special"
 _FROM_FILE = "file"  # what an export calls a wording of the run's own
@@ -74,13 +95,13 @@ class Reward:
 
         dtype = jnp.dtype(config.train.dtype)
         base = load_qwen(folder, dtype=dtype, sharding_for=sharding_for(mesh))
-        parts = take_apart(
+        parts = partition_params(
             begin(base, special, config.train.seed, dtype), config.trainable, mesh, seed=config.train.seed, also=HEAD
         )
-        sizes, rules = base.config, read_rules(folder, base.config)
+        sizes, rules = base.config, read_image_processor_config(folder, base.config)
         self._sizes = row_sizes(config, sizes, rules)
         context = min(config.data.max_tokens, sizes.language.max_position_embeddings)
-        prepare = Preparation(tokenizer, rules, sizes, context, config.data.max_pixels)
+        prepare = QwenProcessor(tokenizer, rules, sizes, context, config.data.max_pixels)
         self._maker = PairMaker(prepare, template, self._sizes, special)
         self._objective = make_objective(config, parts.graph, sizes, rules, special)
         file = config.reward.prompt_file
@@ -96,11 +117,11 @@ class Reward:
         parts, config = self.trained.parts, self._maker.prepare.config
         return 2 * flops_of_sample(parts, config, tokens=sizes.tokens, patches=sizes.patches, pictures=1)
 
-    def to_saved(self, state: State) -> State:
+    def to_saved(self, state: TrainState) -> TrainState:
         """The state as it is."""
         return state
 
-    def to_running(self, state: State) -> State:
+    def to_running(self, state: TrainState) -> TrainState:
         """The state as it is."""
         return state
 
@@ -115,12 +136,12 @@ class Reward:
         """Pairs on the mesh."""
         return put_batch(self._mesh, batch.inputs)
 
-    def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
+    def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
         """Scores both pictures of each pair, then moves the parameters."""
         step = compile_pair_step(self._config, self._objective, optimizer, shardings, self._mesh)
         frozen = self.trained.parts.frozen
 
-        def take(state: State, inputs: PairInputs) -> tuple[State, Report]:
+        def take(state: TrainState, inputs: PairInputs) -> tuple[TrainState, StepMetrics]:
             return step(state, frozen, inputs)
 
         return take
@@ -153,7 +174,7 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
     )
 
 
-def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageRules) -> RowSizes:
+def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageProcessorConfig) -> RowSizes:
     """What a picture and its prompt are padded to."""
     data = config.data
     limits = {"max_pixels": data.max_pixels, "max_ratio": data.max_ratio}
@@ -161,7 +182,7 @@ def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageRules)
 
 
 def make_objective(
-    config: RewardRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageRules, special: int | None
+    config: RewardRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig, special: int | None
 ) -> PairObjective:
     """What is minimised, of a model with this graph."""
     scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
@@ -198,5 +219,5 @@ def open_checked(config: RewardRunConfig, pairs: str | None, shards: str | list[
     return source
 
 
-def _moves_vision(parts: Parts) -> bool:
+def _moves_vision(parts: ParamPartition) -> bool:
     return any(path[0] == "vision" for path, _ in nnx.to_flat_state(parts.trainable))

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rflow_jax.data.jsonl.preferences import PairSource
+from rflow_jax.data.sources.preferences import PairSource
 from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
 from rflow_jax.training.qwen.batches import first_usable
-from rflow_jax.training.reward.batches import PairInputs, PairMaker
-from rflow_jax.training.reward.config import PairValidationConfig
-from rflow_jax.training.reward.losses import LossName, pair_accuracy, pair_losses
-from rflow_jax.training.reward.objective import PairObjective
+from rflow_jax.training.reward.config import LossName, PairValidationConfig
+from rflow_jax.training.reward.loss import PairInputs, PairMaker, PairObjective, pair_accuracy, pair_losses
 
 
 class PairValidation:

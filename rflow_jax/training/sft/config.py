@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.settings import require_least
 from rflow_jax.training.config import CommonConfig
 from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+from rflow_jax.utils.checks import require_least
 
 
 @dataclass(frozen=True)

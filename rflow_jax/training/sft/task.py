@@ -1,8 +1,9 @@
-"""Supervised fine-tuning as a task: a Qwen2.5-VL learns the answers of chats."""
+"""What fine-tuning leaves: PEFT's adapter, or a whole folder of Transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,57 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rflow_jax.data.jsonl.chats import ChatFile
+from rflow_jax.data.sources.chats import ChatFile
+from rflow_jax.models.lora import adapters_of
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
-from rflow_jax.training.feed import slots_here
-from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, open_array_loader
-from rflow_jax.training.qwen.rows import RowSizes
-from rflow_jax.training.qwen.trained import flops_of_sample, take_apart
-from rflow_jax.training.sft.batches import ChatInputs, ChatMaker
+from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.training.prefetch import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, RowSizes, open_array_loader
+from rflow_jax.training.qwen.model import ParamPartition, flops_of_sample, partition_params
 from rflow_jax.training.sft.config import SftRunConfig
-from rflow_jax.training.sft.objective import ChatObjective, weighed
-from rflow_jax.training.sft.trained import TrainedChat
+from rflow_jax.training.sft.loss import ChatInputs, ChatMaker, ChatObjective, weighed
 from rflow_jax.training.sft.validation import ChatValidation
-from rflow_jax.training.task import TakeStep
-from rflow_jax.training.update import Report, State, compile_step, make_update
-from rflow_jax.vlm.qwen_images import ImageRules
-from rflow_jax.vlm.qwen_prepare import Preparation, read_rules
-from rflow_jax.vlm.qwen_text import QwenTokenizer
+from rflow_jax.training.task import TrainStep
+from rflow_jax.training.train_state import StepMetrics, TrainState, compile_step, make_update
+from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, QwenProcessor, read_image_processor_config
 from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.qwen import load_qwen
+from rflow_jax.weights.lora.peft import export_adapter, merged
+from rflow_jax.weights.qwen import export_qwen, load_qwen, nested_table
+from rflow_jax.weights.saving import atomic_output
+
+
+@dataclass(frozen=True)
+class TrainedChat:
+    """A Qwen2.5-VL in two parts; an :class:`~rflow_jax.training.checkpoints.Exporter`.
+
+    Attributes:
+        base: the folder it began with.
+        name: that of the base for other programs: a folder or a Hub id.
+        merge: write a whole folder of Transformers.
+    """
+
+    parts: ParamPartition
+    base: Path
+    name: str
+    merge: bool
+
+    @property
+    def exports(self) -> str:
+        return "model/{step}" if self.merge else "adapter/{step}"
+
+    def export(self, trainable: Any, folder: Path | None) -> None:
+        """Writes ``adapter/{step}``, or ``model/{step}`` with everything."""
+        model = self.parts.merged(trainable)
+        if folder is None:
+            return
+        with atomic_output(folder) as partial:
+            if self.merge:
+                export_qwen(merged(model), self.base, partial)
+            else:
+                partial.mkdir()
+                export_adapter(adapters_of(model), nested_table(model), self.name, partial, task_type="CAUSAL_LM")
 
 
 class Sft:
@@ -51,10 +83,10 @@ class Sft:
 
         how, data = config.train, config.data
         base = load_qwen(folder, dtype=jnp.dtype(how.dtype), sharding_for=sharding_for(mesh))
-        sizes, rules = base.config, read_rules(folder, base.config)
-        parts = take_apart(base, config.trainable, mesh, seed=how.seed)
+        sizes, rules = base.config, read_image_processor_config(folder, base.config)
+        parts = partition_params(base, config.trainable, mesh, seed=how.seed)
         self._sizes = row_sizes(config, sizes, rules)
-        prepare = Preparation(tokenizer, rules, sizes, self._sizes.tokens, data.max_pixels)
+        prepare = QwenProcessor(tokenizer, rules, sizes, self._sizes.tokens, data.max_pixels)
         self._maker = ChatMaker(prepare, self._sizes)
         self._objective = make_objective(config, parts.graph, sizes, rules)
         name = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
@@ -69,11 +101,11 @@ class Sft:
         how = {"tokens": sizes.tokens, "patches": sizes.patches, "pictures": sizes.pictures}
         return flops_of_sample(self.trained.parts, config, **how)
 
-    def to_saved(self, state: State) -> State:
+    def to_saved(self, state: TrainState) -> TrainState:
         """The state as it is."""
         return state
 
-    def to_running(self, state: State) -> State:
+    def to_running(self, state: TrainState) -> TrainState:
         """The state as it is."""
         return state
 
@@ -88,12 +120,12 @@ class Sft:
         """Chats on the mesh."""
         return put_batch(self._mesh, batch.inputs)
 
-    def make_step(self, optimizer: Any, shardings: Any) -> TakeStep:
+    def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
         """Predicts the answers' tokens, then moves the parameters."""
         step = compile_chat_step(self._config, self._objective, optimizer, shardings, self._mesh)
         frozen = self.trained.parts.frozen
 
-        def take(state: State, inputs: ChatInputs) -> tuple[State, Report]:
+        def take(state: TrainState, inputs: ChatInputs) -> tuple[TrainState, StepMetrics]:
             return step(state, frozen, inputs)
 
         return take
@@ -109,7 +141,7 @@ class Sft:
         )
 
 
-def row_sizes(config: SftRunConfig, sizes: Qwen25VLConfig, rules: ImageRules) -> RowSizes:
+def row_sizes(config: SftRunConfig, sizes: Qwen25VLConfig, rules: ImageProcessorConfig) -> RowSizes:
     """What a chat is padded to."""
     data = config.data
     tokens = min(data.max_tokens, sizes.language.max_position_embeddings)
@@ -117,7 +149,9 @@ def row_sizes(config: SftRunConfig, sizes: Qwen25VLConfig, rules: ImageRules) ->
     return RowSizes.of(sizes.vision, rules, tokens=tokens, pictures=data.max_images, **limits)
 
 
-def make_objective(config: SftRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageRules) -> ChatObjective:
+def make_objective(
+    config: SftRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig
+) -> ChatObjective:
     """What is minimised, of a model with this graph."""
     return ChatObjective(graph, rules, sizes.vision.unit, config.train.attention, config.train.remat)
 
@@ -129,7 +163,7 @@ def compile_chat_step(
     parts = config.train.accumulation
     update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
 
-    def whole(state: State, frozen: Any, chats: ChatInputs) -> tuple[State, Report]:
+    def whole(state: TrainState, frozen: Any, chats: ChatInputs) -> tuple[TrainState, StepMetrics]:
         return update(state, frozen, weighed(chats, parts))
 
     return compile_step(whole, shardings, mesh)

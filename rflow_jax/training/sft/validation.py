@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rflow_jax.data.jsonl.chats import ChatFile
+from rflow_jax.data.sources.chats import ChatFile
 from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
 from rflow_jax.training.qwen.batches import first_usable
-from rflow_jax.training.sft.batches import ChatInputs, ChatMaker
 from rflow_jax.training.sft.config import ChatValidationConfig
-from rflow_jax.training.sft.objective import ChatObjective
+from rflow_jax.training.sft.loss import ChatInputs, ChatMaker, ChatObjective
 from rflow_jax.typing import Array
 
 

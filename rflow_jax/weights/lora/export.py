@@ -15,10 +15,9 @@ from flax import nnx
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter, adapters_of
-from rflow_jax.weights.lora.alpha import METADATA_KEY
-from rflow_jax.weights.lora.files import LORA_FILE, OUR_FILE
-from rflow_jax.weights.names.flux import DIFFUSERS
-from rflow_jax.weights.writing import save_tensors, whole
+from rflow_jax.weights.lora.read import LORA_FILE, METADATA_KEY, OUR_FILE
+from rflow_jax.weights.mappings.flux import DIFFUSERS
+from rflow_jax.weights.saving import atomic_output, save_tensors
 
 COMPONENT = "transformer"
 Source = Mapping[str, Adapter] | nnx.Module
@@ -115,6 +114,6 @@ def _adapters(source: Source) -> Mapping[str, Adapter]:
 
 def _write(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], dst: Path, name: str) -> Path:
     file = dst if dst.suffix == ".safetensors" else dst / name
-    with whole(file) as partial:
+    with atomic_output(file) as partial:
         save_tensors(partial, tensors, metadata)
     return file

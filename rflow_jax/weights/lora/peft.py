@@ -13,16 +13,15 @@ import numpy as np
 from flax import nnx
 
 from rflow_jax.errors import InputError
-from rflow_jax.files import write_file
 from rflow_jax.models.lora import Adapter, attach, detach, linear_shapes, linears
 from rflow_jax.parallel.sharding import put_by
-from rflow_jax.weights.components import read_object
-from rflow_jax.weights.files import TensorFiles
-from rflow_jax.weights.layered import LayeredFiles
-from rflow_jax.weights.load import ShardingFor
+from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.json_files import read_object
+from rflow_jax.weights.key_mapping import KeyMapping
+from rflow_jax.weights.loading import ShardingFor
 from rflow_jax.weights.lora.export import peft_config
-from rflow_jax.weights.tables import Table
-from rflow_jax.weights.writing import save_tensors
+from rflow_jax.weights.safetensors_io import LayeredFiles, TensorFiles
+from rflow_jax.weights.saving import save_tensors
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -50,7 +49,7 @@ def common_name(key: str) -> str | None:
 
 
 def find_adapters(
-    files: LayeredFiles, model: nnx.Module, table: Table, *, rank: int, alpha: float, rslora: bool, said_by: str
+    files: LayeredFiles, model: nnx.Module, table: KeyMapping, *, rank: int, alpha: float, rslora: bool, said_by: str
 ) -> dict[str, Adapter]:
     """Our dotted path -> adapter, for every LoRA of the files.
 
@@ -95,7 +94,7 @@ def merged(model: Model) -> Model:
     return detach(model)
 
 
-def attach_adapter(model: Model, folder: Path, table: Table, *, sharding_for: ShardingFor | None = None) -> Model:
+def attach_adapter(model: Model, folder: Path, table: KeyMapping, *, sharding_for: ShardingFor | None = None) -> Model:
     """Attaches the adapter in a folder that PEFT wrote.
 
     Args:
@@ -125,7 +124,7 @@ def attach_adapter(model: Model, folder: Path, table: Table, *, sharding_for: Sh
     return attach(model, find_adapters(files, model, table, **how), where=files.where, put=put)
 
 
-def export_adapter(adapters: Mapping[str, Adapter], table: Table, base: str, folder: Path, **config: Any) -> None:
+def export_adapter(adapters: Mapping[str, Adapter], table: KeyMapping, base: str, folder: Path, **config: Any) -> None:
     """Writes adapters as PEFT does.
 
     Args:
@@ -143,7 +142,7 @@ def export_adapter(adapters: Mapping[str, Adapter], table: Table, base: str, fol
     write_file(folder / ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def _modules(model: nnx.Module, table: Table) -> Mapping[str, dict[str, int]]:
+def _modules(model: nnx.Module, table: KeyMapping) -> Mapping[str, dict[str, int]]:
     """The checkpoint's module -> our linears in it, in row order, with the rows of each."""
     found: dict[str, list[tuple[int, str, int]]] = {}
     for path, (_, rows) in linear_shapes(model).items():

@@ -1,0 +1,215 @@
+"""``rflow convert``: PyTorch's checkpoints to ours, and LoRA both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rflow_jax.utils.cli import Command
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Format = Literal["safetensors", "orbax"]
+
+
+@dataclass(frozen=True)
+class QwenConversion:
+    """A Qwen2.5-VL: a folder of Transformers, or a Hub id, to a folder of ours.
+
+    Attributes:
+        src: what to read.
+        dst: what to write; must not exist.
+        format: how to store parameters.
+        dtype: of all parameters; without it each keeps its own.
+    """
+
+    src: str
+    dst: str
+    format: Format = "safetensors"
+    dtype: Dtype | None = None
+
+
+@dataclass(frozen=True)
+class NvilaConversion:
+    """NVILA: a published checkpoint (llm, vision_tower, mm_projector) to a folder of ours.
+
+    Attributes:
+        src: what to read.
+        dst: what to write; must not exist.
+        format: how to store parameters.
+        dtype: of all parameters; without it each keeps its own.
+        allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
+    """
+
+    src: str
+    dst: str
+    format: Format = "safetensors"
+    dtype: Dtype | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class FluxConversion(NvilaConversion):
+    """A FLUX model: a diffusers folder, a Hub id or Black Forest Labs' single files to a folder of ours.
+
+    Attributes:
+        src: what to read.
+        dst: what to write; must not exist.
+        format: how to store parameters.
+        dtype: of all parameters; without it each keeps its own.
+        allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
+        ae: for single files: ae.safetensors.
+        text: for single files: a diffusers folder with text encoders and tokenizers.
+    """
+
+    ae: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class LoraConversion:
+    """A LoRA file of any common format to ours.
+
+    Attributes:
+        src: what to read.
+        dst: what to write; must not exist.
+        alpha: where the file does not say it; the rank without this.
+        ignore_text_encoder: leave out what is for a text encoder.
+        allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
+    """
+
+    src: str
+    dst: str
+    alpha: float | None = None
+    ignore_text_encoder: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class LoraExport(LoraConversion):
+    """A LoRA of any common format to diffusers' ``pytorch_lora_weights.safetensors``.
+
+    Attributes:
+        src: what to read.
+        dst: what to write; must not exist.
+        alpha: where the file does not say it; the rank without this.
+        ignore_text_encoder: leave out what is for a text encoder.
+        allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
+        fold_alpha: multiply alpha / rank into B, for readers that ignore the file's header.
+    """
+
+    fold_alpha: bool = False
+
+
+def command(name: str, argv: Sequence[str]) -> Command:
+    """The conversion of this name."""
+    config, run = _CONVERSIONS[name]
+    return Command((config,), run, ("src", "dst"))
+
+
+def flux(config: FluxConversion) -> None:
+    """Converts a FLUX model."""
+    from rflow_jax.weights.convert import Options, convert_flux
+    from rflow_jax.weights.hub import resolve
+
+    options = Options(
+        storage=config.format,
+        dtype=_numpy_dtype(config.dtype),
+        allow_pickle=config.allow_pickle,
+        ae=Path(config.ae) if config.ae else None,
+        text=Path(config.text) if config.text else None,
+    )
+    src = resolve(config.src)
+    with _Progress() as progress:
+        convert_flux(src, Path(config.dst), options, progress)
+    print(f"{config.dst}: converted")
+
+
+def nvila(config: NvilaConversion) -> None:
+    """Converts an NVILA checkpoint."""
+    from rflow_jax.weights.convert import Options
+    from rflow_jax.weights.hub import resolve
+    from rflow_jax.weights.nvila import WANTED, convert_nvila
+
+    options = Options(storage=config.format, dtype=_numpy_dtype(config.dtype), allow_pickle=config.allow_pickle)
+    src = resolve(config.src, WANTED)
+    with _Progress() as progress:
+        convert_nvila(src, Path(config.dst), options, progress)
+    print(f"{config.dst}: converted")
+
+
+def qwen(config: QwenConversion) -> None:
+    """Converts a Qwen2.5-VL."""
+    from rflow_jax.weights.convert import convert_qwen
+    from rflow_jax.weights.hub import resolve_vlm
+
+    src, dtype = resolve_vlm(config.src), _numpy_dtype(config.dtype)
+    with _Progress() as progress:
+        convert_qwen(src, Path(config.dst), storage=config.format, dtype=dtype, on_progress=progress)
+    print(f"{config.dst}: converted")
+
+
+def lora(config: LoraConversion) -> None:
+    """Converts a LoRA to our format."""
+    from rflow_jax.weights.lora.export import save_lora
+
+    adapters = _read_lora(config)
+    file = save_lora(adapters, Path(config.dst))
+    ranks = sorted({adapter.rank for adapter in adapters.values()})
+    print(f"{file}: {len(adapters)} linears, rank {', '.join(map(str, ranks))}")
+
+
+def export_lora(config: LoraExport) -> None:
+    """Writes a LoRA as diffusers does."""
+    from rflow_jax.weights.lora.export import export_lora as export
+
+    adapters = _read_lora(config)
+    file = export(adapters, Path(config.dst), fold_alpha=config.fold_alpha)
+    print(f"{file}: {2 * len(adapters)} tensors")
+
+
+_CONVERSIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "convert flux": (FluxConversion, flux),
+    "convert qwen": (QwenConversion, qwen),
+    "convert nvila": (NvilaConversion, nvila),
+    "convert lora": (LoraConversion, lora),
+    "convert export-lora": (LoraExport, export_lora),
+}
+
+
+def _numpy_dtype(name: Dtype | None) -> Any:
+    """numpy's dtype; None: each tensor keeps its own."""
+    import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by its name once this is imported)
+    import numpy as np
+
+    return None if name is None else np.dtype(name)
+
+
+def _read_lora(config: LoraConversion) -> Any:
+    from rflow_jax.weights.lora.read import read_lora
+
+    return read_lora(
+        config.src,
+        alpha=config.alpha,
+        ignore_text_encoder=config.ignore_text_encoder,
+        allow_pickle=config.allow_pickle,
+    )
+
+
+class _Progress:
+    """A bar in bytes on standard error."""
+
+    def __enter__(self) -> _Progress:
+        from rflow_jax.utils.progress import byte_progress
+
+        self._bar = byte_progress()
+        self._bar.start()
+        self._task = self._bar.add_task("reading")
+        return self
+
+    def __call__(self, network: str, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=f"converting {network}")
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,194 @@
+"""``infer.py generate``: images of one prompt, each with a record of how it was made."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.generation.config import SamplingConfig, require_lora_effect
+from rflow_jax.openai_client import png_bytes
+from rflow_jax.parallel.layout import MeshConfig
+from rflow_jax.utils.atomic_io import use_folder, write_file
+from rflow_jax.utils.checks import require_dtype, require_text
+from rflow_jax.utils.cli import Command
+from rflow_jax.utils.images import read_image
+from rflow_jax.utils.progress import count_progress
+
+Seed = int | tuple[int, ...]
+
+log = logging.getLogger(__name__)
+_DECIDED_BY_THE_MODEL = ("num_inference_steps", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Images of one prompt.
+
+    Attributes:
+        model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
+        prompt: what the images show.
+        out: folder for the images and their records.
+        lora: the corrector's LoRA file or folder.
+        lora_alpha: its alpha, for files that do not say; null is the rank.
+        dtype: number type of the weights and activations, bfloat16 or float32.
+        condition: the image to correct.
+        reflection: what to change in it.
+        refined_prompt: a more detailed prompt for T5; CLIP keeps the prompt.
+        seed: a number, or a search's seed as it stands in its file names, such as 0-12-3-1.
+        num_images: images with seeds seed, seed + 1, ...
+        mesh: how the first devices of this machine are laid out; each axis 1: one device.
+        scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
+            time; null: on TPU.
+    """
+
+    model: str
+    prompt: str
+    out: str
+    lora: str | None = None
+    lora_alpha: float | None = None
+    dtype: str = "bfloat16"
+    condition: str | None = None
+    reflection: str = ""
+    refined_prompt: str = ""
+    seed: int | str = 0
+    num_images: int = 1
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    scan_blocks: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InputError("prompt is empty")
+        for name in ("prompt", "reflection", "refined_prompt"):
+            require_text(getattr(self, name), name)
+        if self.num_images < 1:
+            raise InputError(f"num_images is {self.num_images}: give at least 1")
+        require_dtype(self.dtype)
+        if self.lora_alpha is not None and self.lora is None:
+            raise InputError("lora_alpha is given without a lora")
+        if self.reflection and self.condition is None:
+            raise InputError("reflection says what to change in a condition: give one, or put it into refined_prompt")
+
+
+def command(name: str, argv: Sequence[str]) -> Command:
+    """The command."""
+    return Command((GenerateConfig, SamplingConfig), generate)
+
+
+def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
+    """Writes ``seed_{seed}.png`` and ``seed_{seed}.json`` for each image; returns the exit status.
+
+    Raises:
+        InputError: an input is not usable, or a file of that name was made otherwise.
+    """
+    if config.lora is not None:
+        require_lora_effect(settings, with_condition=config.condition is not None)
+    elif config.condition is not None:
+        log.warning("a condition without a lora: FLUX itself has not learned to correct an image")
+    names = [f"seed_{_seed_text(seed)}" for seed in _seeds(config)]
+    condition = None if config.condition is None else read_image(Path(config.condition))
+    out = Path(config.out)
+    records = [_record(config, settings, seed) for seed in _seeds(config)]
+    for name, record in zip(names, records, strict=True):
+        _require_free(out / name, record)
+    if out.is_file():
+        raise InputError(f"{out}: is a file; give a folder as --out")
+    use_folder(out)
+
+    from rflow_jax.generation.pipeline import load_pipeline
+    from rflow_jax.parallel.mesh import mesh_of_first
+
+    how: dict[str, Any] = {"dtype": config.dtype}
+    if (mesh := mesh_of_first(config.mesh)) is not None:
+        how["mesh"] = mesh
+    if config.scan_blocks is not None:
+        how["scan_blocks"] = config.scan_blocks
+    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **how)
+    used = asdict(pipe.resolve(settings))
+    count = config.num_images
+    with count_progress() as bar:
+        task = bar.add_task("compiling and generating", total=count)
+
+        def on_images(first: int, images: list[Image]) -> None:
+            for number, image in enumerate(images, first):
+                _write(out / names[number], image, records[number] | {"settings": used})
+            bar.update(task, advance=len(images), description="generating")
+
+        pipe.generate(
+            [config.prompt] * count,
+            seeds=_seeds(config),
+            conditions=None if condition is None else [condition] * count,
+            reflections=[config.reflection or None] * count,
+            refined_prompts=[config.refined_prompt or None] * count,
+            settings=settings,
+            on_images=on_images,
+        )
+    print(f"{count} image{'s' if count > 1 else ''} in {out}")
+    return 0
+
+
+def _write(base: Path, image: Image, record: dict[str, Any]) -> None:
+    """The record comes first: an image is never without one."""
+    picture = base.with_name(f"{base.name}.png")
+    text = json.dumps(record | {"file": picture.name}, ensure_ascii=False, indent=2)
+    write_file(base.with_name(f"{base.name}.json"), text + "\n")
+    write_file(picture, png_bytes(image))
+
+
+def _seeds(config: GenerateConfig) -> list[Seed]:
+    """The seeds; the last number of a search's seed counts up."""
+    if not re.fullmatch(r"\d+(-\d+)*", str(config.seed)):
+        raise InputError(f"seed is {config.seed}: give a number from 0, or numbers joined by - such as 0-12-3-1")
+    *front, last = (int(part) for part in str(config.seed).split("-"))
+    return [(*front, last + number) if front else last + number for number in range(config.num_images)]
+
+
+def _seed_text(seed: Seed) -> str:
+    return str(seed) if isinstance(seed, int) else "-".join(map(str, seed))
+
+
+def _record(config: GenerateConfig, settings: SamplingConfig, seed: Seed) -> dict[str, Any]:
+    digest = None
+    if config.condition is not None:
+        digest = hashlib.sha256(Path(config.condition).read_bytes()).hexdigest()
+    return {
+        "prompt": config.prompt,
+        "refined_prompt": config.refined_prompt or None,
+        "reflection": config.reflection or None,
+        "seed": seed if isinstance(seed, int) else list(seed),
+        "condition": config.condition,
+        "condition_sha256": digest,
+        "model": config.model,
+        "lora": config.lora,
+        "lora_alpha": config.lora_alpha,
+        "dtype": config.dtype,
+        "settings": asdict(settings),
+    }
+
+
+def _require_free(base: Path, record: Mapping[str, Any]) -> None:
+    """Nothing of this name, or what this very command would write again."""
+    if not base.with_name(f"{base.name}.png").exists() and not base.with_name(f"{base.name}.json").exists():
+        return
+    try:
+        made = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
+        other = _differences(made, record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        other = ["unknown settings"]
+    if other:
+        raise InputError(
+            f"{base}.png exists, made with another {', '.join(other)}: give another --out or --seed, or remove the file"
+        )
+
+
+def _differences(made: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    plain = [key for key in record if key not in ("settings", "condition") and made[key] != record[key]]
+    wanted = record["settings"].items()
+    left_open = [key for key, value in wanted if value is None and key in _DECIDED_BY_THE_MODEL]
+    return plain + [key for key, value in wanted if key not in left_open and made["settings"][key] != value]

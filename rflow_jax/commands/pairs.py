@@ -1,0 +1,215 @@
+"""``infer.py pairs``: corrections of known bad images, beside the good ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL.Image import Image, fromarray
+
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.records import Record, RecordError
+from rflow_jax.data.transforms import pictures, uniforms
+from rflow_jax.errors import InputError
+from rflow_jax.generation.config import SamplingConfig, require_lora_effect
+from rflow_jax.openai_client import png_bytes
+from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.checks import require_dtype, require_text
+from rflow_jax.utils.cli import Command
+from rflow_jax.utils.images import read_image, side_by_side
+from rflow_jax.utils.progress import count_progress
+
+# What to change, by the names that data sets give it; the first that is there counts.
+REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_list")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which pairs are corrected, with what.
+
+    Attributes:
+        file: a JSON list, or JSON lines, of {"bad_image", "good_image", "prompt", "reflection"}; paths from the file's
+            folder.
+        out: folder for the pictures; those that are there already are not made again.
+        model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
+        lora: the corrector's LoRA file or folder.
+        lora_alpha: its alpha, for files that do not say; null is the rank.
+        dtype: number type of the weights and activations, bfloat16 or float32.
+        seed: with the number of a pair it gives the noise.
+        crop: the square that is cut from pictures that are none: "center", or "random" by the seed.
+    """
+
+    file: str
+    out: str
+    model: str
+    lora: str
+    lora_alpha: float | None = None
+    dtype: str = "bfloat16"
+    seed: int = 0
+    crop: Literal["center", "random"] = "center"
+
+    def __post_init__(self) -> None:
+        require_dtype(self.dtype)
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}: give a number from 0")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One entry of the file."""
+
+    number: int
+    bad_image: Path
+    good_image: Path
+    prompt: str
+    reflection: str
+    name: Any
+
+
+def command(name: str, argv: Sequence[str]) -> Command:
+    """The command."""
+    return Command((PairsConfig, SamplingConfig), pairs, ("file",))
+
+
+def pairs(config: PairsConfig, settings: SamplingConfig) -> int:
+    """Writes ``{number}.png`` (bad, good, generated), ``generated/{number}.png`` and ``{number}.json``.
+
+    Returns:
+        The exit status: 1 if a picture could not be read; the others are made.
+
+    Raises:
+        InputError: the file, the model or the folder is not usable.
+    """
+    if settings.height != settings.width:
+        raise InputError(f"pairs are squares: give one number as height and width, not {settings.height} and "
+                         f"{settings.width}")  # fmt: skip
+    require_lora_effect(settings, with_condition=True)
+    out = Path(config.out)
+    listed = read_pairs(Path(config.file))
+    todo = [pair for pair in listed if not _file(out, pair).exists()]
+    if not todo:
+        print(f"{out}: all {len(listed)} pairs are done; nothing to do")
+        return 0
+    (out / "generated").mkdir(parents=True, exist_ok=True)
+
+    from rflow_jax.generation.pipeline import load_pipeline
+
+    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
+    failed = 0
+    with count_progress() as bar:
+        task = bar.add_task("compiling and correcting", total=len(todo))
+        for first in range(0, len(todo), settings.batch_size):
+            chunk = todo[first : first + settings.batch_size]
+            ready = list(_readable(chunk, config, settings))
+            failed += len(chunk) - len(ready)
+            images = pipe.generate(
+                [pair.prompt for pair, _, _ in ready],
+                seeds=[(config.seed, pair.number) for pair, _, _ in ready],
+                conditions=[bad for _, bad, _ in ready],
+                reflections=[pair.reflection for pair, _, _ in ready],
+                settings=settings,
+            )
+            for (pair, bad, good), image in zip(ready, images, strict=True):
+                _write(out, pair, [bad, good, image], _record(config, pair, asdict(pipe.resolve(settings))))
+            bar.update(task, advance=len(chunk), description="correcting")
+    print(f"{len(todo) - failed} pairs in {out}" + (f"; {failed} could not be read" if failed else ""))
+    return 1 if failed else 0
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The entries of a file, in order.
+
+    Raises:
+        InputError: it is no such file, or an entry lacks something; says which.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the list of pairs ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text") from error
+    found = [_pair(entry, number, path) for number, entry in enumerate(_entries(text, path))]
+    if not found:
+        raise InputError(f"{path}: holds no pairs")
+    return found
+
+
+def _entries(text: str, path: Path) -> Iterator[Any]:
+    try:
+        if text.lstrip().startswith("["):
+            yield from json.loads(text)
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: no JSON object ({error.msg})") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: no JSON ({error.msg})") from error
+
+
+def _pair(entry: Any, number: int, path: Path) -> Pair:
+    where = f"{path}: pair {number}"
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected an object with bad_image, good_image, prompt and reflection")
+    reflection = next((entry[key] for key in REFLECTIONS if entry.get(key)), None)
+    if isinstance(reflection, list):  # a history of prompts: the last one says what is wanted
+        reflection = reflection[-1]
+    texts = {"bad_image": entry.get("bad_image"), "good_image": entry.get("good_image"), "prompt": entry.get("prompt")}
+    for key, value in {**texts, "reflection": reflection}.items():
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(f"{where}: {key} must be a text that is not empty")
+        require_text(value, f"{where}: {key}")
+    bad, good = (path.parent / entry[key] for key in ("bad_image", "good_image"))
+    for file in (bad, good):
+        if not file.is_file():
+            raise InputError(f"{where}: {file}: no such file")
+    assert isinstance(reflection, str)
+    return Pair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
+
+
+def _readable(chunk: list[Pair], config: PairsConfig, settings: SamplingConfig) -> Iterator[tuple[Pair, Image, Image]]:
+    """(pair, bad picture as the condition, good picture) of those that can be read; the others are told."""
+    sizes = DataConfig("", target_size=settings.height, condition_size=settings.condition_size, crop=config.crop)
+    for pair in chunk:
+        place = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
+        try:
+            # Upright and in 8 bits, as other images of users; what is trained on is read as the original reads it.
+            files = [png_bytes(read_image(path)) for path in (pair.good_image, pair.bad_image)]
+            record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *files)
+            good, bad = pictures(record, sizes, *place)
+        except (InputError, RecordError) as error:
+            print(f"left out: pair {pair.number}: {error}", file=sys.stderr)
+            continue
+        yield pair, fromarray(bad), fromarray(good)
+
+
+def _record(config: PairsConfig, pair: Pair, settings: dict[str, Any]) -> dict[str, Any]:
+    own = {
+        "number": pair.number,
+        "image_id": pair.name,
+        "bad_image": str(pair.bad_image),
+        "good_image": str(pair.good_image),
+        "prompt": pair.prompt,
+        "reflection": pair.reflection,
+        "seed": [config.seed, pair.number],
+    }
+    made_with = {key: getattr(config, key) for key in ("model", "lora", "lora_alpha", "dtype", "crop")}
+    return own | made_with | {"settings": settings}
+
+
+def _write(out: Path, pair: Pair, images: list[Image], record: dict[str, Any]) -> None:
+    """The row comes last: it is the sign that the pair is done."""
+    file = _file(out, pair)
+    write_file(file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    write_file(out / "generated" / file.name, png_bytes(images[-1]))
+    write_file(file, png_bytes(side_by_side(images)))
+
+
+def _file(out: Path, pair: Pair) -> Path:
+    return out / f"{pair.number:05d}.png"

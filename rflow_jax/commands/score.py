@@ -1,0 +1,140 @@
+"""``infer.py score``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rflow_jax.openai_client.usage import Usage, UsageTracker
+from rflow_jax.scoring.judging import judge, scores_follow_from
+from rflow_jax.scoring.results import Found, Results, shown
+from rflow_jax.scoring.targets import ScoreConfig, Target, find_targets
+from rflow_jax.search.config import RunConfig, SearchConfig
+from rflow_jax.utils.cli import Command
+from rflow_jax.utils.progress import count_progress
+from rflow_jax.verifiers import make_verifier
+from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.ranking import with_ensemble_scores
+
+NONE = "-"  # stands for no score and no label
+
+
+def command(name: str, argv: Sequence[str]) -> Command:
+    """The command; of a search's YAML file it takes the verifier."""
+    return Command((ScoreConfig,), score, ("images",), (SearchConfig, RunConfig))
+
+
+def score(config: ScoreConfig) -> int:
+    """Prints a line an image: score, label, path, and what went wrong; then a summary on standard error.
+
+    Returns:
+        The exit status: 1 if an image could not be scored.
+
+    Raises:
+        InputError: an image or a prompt that is named and not there, a verifier or a file that is not usable.
+    """
+    began = time.monotonic()
+    targets = find_targets(config)
+    out = None if config.out is None else Path(config.out)
+    with Results(out, {} if out is None else scores_follow_from(config.verifier)) as results:
+        meter = UsageTracker()
+        found = _rated(_scored(config, targets, results, meter))
+        results.finish(found)
+    if config.verifier.members:
+        _Lines(targets).print(dict(enumerate(found)))
+    unscored = sum(not one.verdict.scored for one in found)
+    print(_summary(found, unscored, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
+    return 1 if unscored else 0
+
+
+def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, meter: UsageTracker) -> list[Found]:
+    found = {} if config.again or not results else dict(_known(targets, results))
+    todo = {k: target for k, target in enumerate(targets) if k not in found}
+    # The scores of an ensemble are known when all are. Else the lines show how far it is, if they go to a terminal.
+    at_end = bool(config.verifier.members)
+    lines = _Lines(() if at_end else targets)
+    with count_progress(show=at_end or not sys.stdout.isatty()) as progress:
+        task = progress.add_task("score", total=len(targets), completed=len(found))
+        lines.print(found)
+        for k, one in _judged(config, todo, results, meter):
+            results.add(one)
+            found[k] = one
+            progress.advance(task)
+            lines.print(found)
+    return [found[k] for k in range(len(targets))]
+
+
+def _judged(
+    config: ScoreConfig, todo: Mapping[int, Target], results: Results, meter: UsageTracker
+) -> Iterator[tuple[int, Found]]:
+    rest = {k: target for k, target in todo.items() if target.error is None}
+    verifier = make_verifier(config.verifier, meter) if rest else None
+    results.begin()  # only now: a verifier that cannot be made leaves no file
+    for k in todo.keys() - rest.keys():
+        yield k, Found(todo[k], None, Verdict(None, error=todo[k].error))
+    if verifier is not None:
+        yield from judge(verifier, rest)
+
+
+def _known(targets: Sequence[Target], results: Results) -> Iterator[tuple[int, Found]]:
+    for k, target in enumerate(targets):
+        try:
+            sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
+        except (OSError, ValueError):
+            continue  # said when it is its turn
+        if (found := results.known(target, sha256)) is not None:
+            yield k, found
+
+
+def _rated(found: Sequence[Found]) -> list[Found]:
+    """With the scores that verdicts of an ensemble have among the images of the same prompt."""
+    prompts: dict[str, list[int]] = {}
+    for k, one in enumerate(found):
+        prompts.setdefault(json.dumps(one.target.item, sort_keys=True), []).append(k)
+    verdicts = [one.verdict for one in found]
+    for places in prompts.values():
+        for k, verdict in zip(places, with_ensemble_scores([verdicts[k] for k in places]), strict=True):
+            verdicts[k] = verdict or verdicts[k]
+    return [replace(one, verdict=verdict) for one, verdict in zip(found, verdicts, strict=True)]
+
+
+class _Lines:
+    """Prints the images in their order, each as soon as those before it are known."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._out = sys.stdout  # a progress bar puts something else in its place
+        self._count, self._next = len(targets), 0
+
+    def print(self, found: Mapping[int, Found]) -> None:
+        while self._next < self._count and self._next in found:
+            print(_line(found[self._next]), file=self._out, flush=True)
+            self._next += 1
+
+
+def _line(found: Found) -> str:
+    verdict = found.verdict
+    number = f"{verdict.score:.6g}" if verdict.scored else NONE
+    why = [" ".join(verdict.error.split())] if verdict.error else []
+    return "\t".join([number, verdict.label or NONE, shown(found.target.path), *why])
+
+
+def _summary(found: Sequence[Found], unscored: int, usage: Usage, seconds: float) -> str:
+    scored = [one.verdict for one in found if one.verdict.scored]
+    counts = [f"{len(scored)} of {len(found)} images scored"]
+    if scored:
+        counts.append(f"mean {sum(verdict.score or 0.0 for verdict in scored) / len(scored):.4g}")
+    if labels := [verdict.label for verdict in scored if verdict.label in ("yes", "no")]:
+        counts.append(f"{labels.count('yes') / len(labels):.0%} yes")
+    if partly := sum(verdict.error is not None for verdict in scored):
+        counts.append(f"{partly} not by all members")
+    if unscored:
+        counts.append(f"{unscored} could not be scored (their lines say why)")
+    if tokens := usage.prompt_tokens + usage.completion_tokens:
+        cost = f" (${usage.cost:.4f})" if usage.cost else ""
+        counts.append(f"{usage.calls} questions, {tokens:,} tokens{cost}")
+    return f"{', '.join(counts)}; {seconds:.1f} s"

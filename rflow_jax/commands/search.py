@@ -1,0 +1,20 @@
+"""``rflow noise``, ``noise-prompt`` and ``reflect``: a search over images of many prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from rflow_jax.search.config import Kind, RunConfig, SearchConfig
+from rflow_jax.utils.cli import Command
+
+
+def command(name: str, argv: Sequence[str]) -> Command:
+    """The search of this name."""
+    return Command((SearchConfig, RunConfig), lambda config, where: _search(cast(Kind, name), config, where))
+
+
+def _search(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
+    from rflow_jax.search.run import search  # imports JAX, for which --help need not wait
+
+    return search(kind, config, where)

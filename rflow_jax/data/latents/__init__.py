@@ -1,1 +1,0 @@
-"""GenRef as the encoders see it."""

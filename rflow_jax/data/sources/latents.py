@@ -1,0 +1,344 @@
+"""GenRef as the encoders see it, kept in files: latents and text embeddings, so that training runs no encoder.
+
+::
+
+    settings.json                       what it was made with
+    shared.safetensors                  a black condition, and T5 without a text
+    {subset}-{first:08d}.safetensors    64 records: {number}.good_mean and so on; their texts are in the header
+    complete.json                       how many records there are; written last, without it there is no data set
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.loader import Loader, RecordSampler, WorkerResult, texts_of
+from rflow_jax.data.records import SUBSETS, RecordError
+from rflow_jax.data.sampling import SampleRef
+from rflow_jax.data.transforms import SHORTEST_REFLECTION, Drops, draw_drops, t5_text
+from rflow_jax.errors import InputError
+from rflow_jax.utils.checks import require_least
+from rflow_jax.weights.safetensors_io import TensorFiles
+
+SETTINGS, SHARED, COMPLETE = "settings.json", "shared.safetensors", "complete.json"
+RECORDS_IN_FILE = 64  # about 0.7 GB of FLUX.1-dev's in bfloat16
+FORMAT = 1
+_KEPT_HEADERS = 256
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """What is encoded, and by which model.
+
+    Attributes:
+        model: the pipeline whose encoders are used: a converted or diffusers-layout folder, or a Hub id.
+        out: folder; a command that was interrupted goes on when it is given again.
+        data: the records, tar or tfds, and their sizes; its crop must be ``center``, unless all pictures are square.
+        dtype: of the encoders, and of what is kept; training must use the same.
+        batch_size: records that are encoded together, rounded up to a multiple of the devices.
+        max_sequence_length: T5 tokens; null takes the model's own.
+    """
+
+    model: str
+    out: str
+    data: DataConfig
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    batch_size: int = 8
+    max_sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        require_least(self, "", batch_size=1, max_sequence_length=1)
+
+
+@dataclass(frozen=True)
+class LatentMetadata:
+    """What latents and embeddings were made with.
+
+    Attributes:
+        model: name of the model, for messages.
+        identity: of its encoders.
+        text_length: T5's tokens.
+        dtype: of the encoders and of what is kept.
+        fingerprint: of the records and their order.
+    """
+
+    model: str
+    identity: str
+    target_size: int
+    condition_size: int
+    crop: str
+    text_length: int
+    dtype: str
+    fingerprint: str
+    format: int = FORMAT
+
+
+class Entry(NamedTuple):
+    """A record's texts.
+
+    Attributes:
+        trouble: why the record cannot be used; empty if it can.
+    """
+
+    key: str
+    prompt: str
+    reflection: str
+    trouble: str = ""
+
+    @property
+    def has_reflection(self) -> bool:
+        """Whether there is one to be told to T5."""
+        return len(self.reflection.strip()) >= SHORTEST_REFLECTION
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """T5's with the reflection, and without it."""
+        told = Drops(text=False, image=False, reflection=not self.has_reflection)
+        alone = told._replace(reflection=True)
+        return t5_text(self.prompt, self.reflection, told), t5_text(self.prompt, self.reflection, alone)
+
+
+class Latents(NamedTuple):
+    """A sample after the encoders, on the host. Numbers are of the number type in which they were kept.
+
+    Attributes:
+        good, bad: (mean, log variance) of the autoencoder's posterior, [y, x, z] each.
+        pooled: [p].
+        text: [t, e].
+    """
+
+    good: tuple[np.ndarray, np.ndarray]
+    bad: tuple[np.ndarray, np.ndarray]
+    pooled: np.ndarray
+    text: np.ndarray
+
+
+class LatentExample(NamedTuple):
+    """One training example: its latents, and what they were made from."""
+
+    latents: Latents
+    prompt: str
+    t5_text: str
+    key: str
+    subset: str
+
+
+class LatentBatch(NamedTuple):
+    """This process's samples of one optimizer step, as ``HostBatch`` in all but the pictures.
+
+    Attributes:
+        latents: with a first axis of samples.
+    """
+
+    step: int
+    numbers: np.ndarray
+    latents: Latents
+    prompts: list[str]
+    t5_texts: list[str]
+    subsets: list[str]
+    skipped: list[str]
+    waited: float
+    digest: str
+
+
+class LatentSource:
+    """The files of a folder, with random access. It can be pickled.
+
+    Raises:
+        InputError: there is none, or it is not whole.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings = read_settings(folder)
+        self.counts: Mapping[str, int] = _read_counts(folder)
+        shared = TensorFiles.open(folder / SHARED)
+        self._black = (shared.read("black_mean"), shared.read("black_logvar"))
+        self._empty_text = shared.read("empty_text")
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the records it was made from: a run may go on with either."""
+        return self.settings.fingerprint
+
+    def entry(self, subset: str, index: int) -> Entry:
+        """The texts of a record.
+
+        Raises:
+            InputError: its file is gone or damaged.
+            IndexError: the subset has no such record.
+        """
+        if not 0 <= index < self.counts[subset]:
+            raise IndexError(f"{subset} {index}: there are {self.counts[subset]} records")
+        return _open_file(self.folder / file_name(subset, index))[1][index % RECORDS_IN_FILE]
+
+    def read(self, subset: str, index: int, drops: Drops) -> Latents:
+        """A record's latents, with what is dropped left out.
+
+        Raises:
+            RecordError: it could not be used when the latents were made.
+            InputError: its file is gone or damaged.
+        """
+        entry = self.entry(subset, index)
+        if entry.trouble:
+            raise RecordError(entry.trouble)
+        files, _ = _open_file(self.folder / file_name(subset, index))
+        place = index % RECORDS_IN_FILE
+
+        def kept(name: str) -> np.ndarray:
+            return files.read(f"{place}.{name}")
+
+        def text() -> np.ndarray:
+            if drops.text:
+                return self._empty_text
+            return kept("text" if drops.reflection or not entry.has_reflection else "text_with_reflection")
+
+        bad = self._black if drops.image else (kept("bad_mean"), kept("bad_logvar"))
+        return Latents((kept("good_mean"), kept("good_logvar")), bad, kept("pooled"), text())
+
+
+@dataclass(frozen=True)
+class MakeFromLatents:
+    """Reads what a draw names, less what is dropped."""
+
+    source: LatentSource
+    config: DataConfig
+    seed: int
+
+    def __call__(self, draw: SampleRef) -> WorkerResult:
+        entry = self.source.entry(draw.subset, draw.index)
+        drops = draw_drops(self.config, self.seed, draw.number, draw.subset, entry.reflection)
+        try:
+            latents = self.source.read(draw.subset, draw.index, drops)
+        except RecordError as error:
+            return WorkerResult(None, b"", str(error))
+        text = t5_text(entry.prompt, entry.reflection, drops)
+        example: Any = LatentExample(latents, entry.prompt, text, entry.key, draw.subset)
+        # The numbers follow from these, and are too many to be hashed at each step.
+        told = "\0".join([entry.key, draw.subset, entry.prompt, text, str(drops.image)])
+        return WorkerResult(example, hashlib.sha256(told.encode()).digest())
+
+
+class LatentLoader(Loader):
+    """Batches of a plan; read by a thread, since there is nothing to decode."""
+
+    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
+        found: list[Latents] = [example.latents for example in examples]
+        latents = Latents(
+            _stack_pairs([one.good for one in found]),
+            _stack_pairs([one.bad for one in found]),
+            np.stack([one.pooled for one in found]),
+            np.stack([one.text for one in found]),
+        )
+        return LatentBatch(numbers=numbers, latents=latents, **texts_of(examples), **told)
+
+
+def open_latents(folder: str | list[str]) -> LatentSource:
+    """Opens what ``python -m rflow_jax.commands.dataset precompute`` wrote.
+
+    Raises:
+        InputError: there is none, or it is not whole.
+    """
+    if not isinstance(folder, str):
+        raise InputError("data.shards: give one folder with data.format precomputed, not a list")
+    return LatentSource(Path(folder).expanduser().absolute())
+
+
+def open_latent_loader(
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    slots: Sequence[int],
+    start: int = 0,
+    position: Mapping[str, Any] | None = None,
+) -> LatentLoader:
+    """The batches from step ``start`` on: the samples that are drawn from tars, too.
+
+    Raises:
+        InputError: the files are not usable, not made with these sizes, or not the records of the position.
+    """
+    source = open_latents(config.shards)
+    kept = source.settings
+    require_same(
+        source.folder, kept, {name: getattr(config, name) for name in ("target_size", "condition_size", "crop")}
+    )
+    plan = RecordSampler(source, config, seed=seed, batch_size=batch_size, slots=slots, position=position)
+    return LatentLoader(plan, MakeFromLatents(source, config, seed), replace(config, workers=0), start)
+
+
+def require_same(folder: Path, kept: LatentMetadata, wanted: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the first, if latents were made with other settings than these."""
+    for name, value in wanted.items():
+        if (made := getattr(kept, name)) != value:
+            raise InputError(f"{folder}: made with {name} {made}, not {value}; set it alike, or precompute again")
+
+
+def file_name(subset: str, index: int) -> str:
+    """The file that holds a record."""
+    return f"{subset}-{index // RECORDS_IN_FILE * RECORDS_IN_FILE:08d}.safetensors"
+
+
+def read_settings(folder: Path) -> LatentMetadata:
+    """What a folder was made with.
+
+    Raises:
+        InputError: it was not made by us, or not by this version.
+    """
+    content = _read_json(folder / SETTINGS)
+    try:
+        settings = LatentMetadata(**content)
+    except TypeError as error:
+        raise InputError(f"{folder / SETTINGS}: not the settings of precomputed latents ({error})") from error
+    if settings.format != FORMAT:
+        raise InputError(f"{folder}: of format {settings.format}, this version reads {FORMAT}; precompute again")
+    return settings
+
+
+def settings_text(settings: LatentMetadata) -> str:
+    """What ``settings.json`` holds."""
+    return json.dumps(asdict(settings), indent=1)
+
+
+def _read_counts(folder: Path) -> dict[str, int]:
+    if not (folder / COMPLETE).exists():
+        raise InputError(f"{folder}: not all records are encoded yet; give the same precompute command again")
+    counts = _read_json(folder / COMPLETE)
+    return {name: int(counts.get(name, 0)) for name in SUBSETS}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); python -m rflow_jax.commands.dataset precompute writes it"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged (no object)")
+    return content
+
+
+@lru_cache(_KEPT_HEADERS)
+def _open_file(path: Path) -> tuple[TensorFiles, list[Entry]]:
+    files = TensorFiles.open(path)
+    try:
+        return files, [Entry(*entry) for entry in json.loads(files.metadata["entries"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); remove it and precompute again") from error
+
+
+def _stack_pairs(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    first, second = (np.stack(one) for one in zip(*pairs, strict=True))
+    return first, second

@@ -1,0 +1,174 @@
+"""Pairs of pictures of one prompt, and which of the two is preferred: JSON lines, or records of GenRef."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.records import RecordSource, read_image
+from rflow_jax.data.sources.open import open_source
+from rflow_jax.errors import InputError
+from rflow_jax.utils.json_files import fingerprint_of, read_lines, text_of
+
+# The original's numbers for what is preferred.
+A, B, TIE, INVALID = 1, -1, 0, 22
+LABELS = {"A": A, "B": B, "same": TIE}
+NO_SCORE = 0.0  # the original's, too
+log = logging.getLogger(__name__)
+
+
+class Pair(NamedTuple):
+    """Two encoded pictures of one prompt.
+
+    Attributes:
+        key: what to call the pair in messages.
+        label: A, B, TIE or INVALID.
+        score_a, score_b: what people gave the pictures; 0 where nobody did.
+    """
+
+    key: str
+    prompt: str
+    image_a: bytes
+    image_b: bytes
+    label: int
+    score_a: float = NO_SCORE
+    score_b: float = NO_SCORE
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """Random access to pairs. It can be pickled, to be read in worker processes.
+
+    Attributes:
+        fingerprint: of the pairs and their order.
+        labels: those that there are.
+        has_scores: whether any picture has a score.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def labels(self) -> frozenset[int]: ...
+
+    @property
+    def has_scores(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pair:
+        """Reads one pair; raises RecordError where it cannot be used."""
+        ...
+
+
+class _Line(NamedTuple):
+    where: str
+    prompt: str
+    image_a: str
+    image_b: str
+    label: int
+    scores: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """The pairs of a file of JSON lines: ``prompt``, ``image_a`` and ``image_b`` (relative to the file), ``label``.
+
+    ``label`` is ``A``, ``B`` or ``same``, or anything else where nobody knows; ``score_a`` and ``score_b`` may be
+    missing.
+    """
+
+    folder: Path
+    lines: tuple[_Line, ...]
+    fingerprint: str
+
+    @classmethod
+    def open(cls, path: Path) -> PairFile:
+        """Reads the lines, and none of the pictures.
+
+        Raises:
+            InputError: a line is not usable; names it.
+        """
+        lines = tuple(_line(where, record) for where, record in read_lines(path))
+        if without := sum(line.label == INVALID for line in lines):
+            log.warning("%s: %d of %d lines have no label A, B or same", path, without, len(lines))
+        return cls(path.parent, lines, fingerprint_of(path))
+
+    @property
+    def labels(self) -> frozenset[int]:
+        return frozenset(line.label for line in self.lines)
+
+    @property
+    def has_scores(self) -> bool:
+        return any(any(line.scores) for line in self.lines)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def read(self, index: int) -> Pair:
+        line = self.lines[index]
+        a, b = (read_image(self.folder / name, line.where) for name in (line.image_a, line.image_b))
+        return Pair(line.where, line.prompt, a, b, line.label, *line.scores)
+
+
+@dataclass(frozen=True)
+class GenRefPairs:
+    """The records of GenRef, whose good picture is A and preferred to the bad one."""
+
+    source: RecordSource
+    labels = frozenset({A})
+    has_scores = False
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def __len__(self) -> int:
+        return sum(self.source.counts.values())
+
+    def read(self, index: int) -> Pair:
+        for subset, count in self.source.counts.items():
+            if index < count:
+                record = self.source.read(subset, index)
+                return Pair(record.key, record.prompt, record.good_image, record.bad_image, A)
+            index -= count
+        raise IndexError(index)
+
+
+def open_pairs(pairs: str | None, shards: str | list[str] | None, **how: Any) -> PairSource:
+    """The pairs of a file of JSON lines, or of shards of GenRef.
+
+    Args:
+        how: fields of :class:`~rflow_jax.data.config.DataConfig` that say how the shards are read.
+
+    Raises:
+        InputError: they are not usable, or there are none.
+    """
+    if pairs is not None:
+        return PairFile.open(Path(pairs).expanduser())
+    assert shards is not None
+    found = GenRefPairs(open_source(DataConfig(shards, **how)))
+    if not len(found):
+        raise InputError(f"{shards}: hold no record")
+    return found
+
+
+def _line(where: str, record: Mapping[str, Any]) -> _Line:
+    label = LABELS.get(str(record.get("label")), INVALID)
+    prompt, image_a, image_b = (text_of(dict(record), key, where) for key in ("prompt", "image_a", "image_b"))
+    scores = _score(record, "score_a", where), _score(record, "score_b", where)
+    return _Line(where, prompt, image_a, image_b, label, scores)
+
+
+def _score(record: Mapping[str, Any], key: str, where: str) -> float:
+    value = record.get(key)
+    if value is None:
+        return NO_SCORE
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{where}: {key} is {value!r}: give a number")
+    return float(value)

@@ -1,0 +1,133 @@
+"""GenRef in tar shards, with random access: one ranged read for each record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rflow_jax.data.records import SUBSETS, Record
+from rflow_jax.data.sources.tar_index import MEMBERS, ShardIndex, default_cache, index_shards, make_record
+from rflow_jax.data.storage.retry import RetryPolicy
+from rflow_jax.data.storage.shards import Shard, expand, read_range
+from rflow_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Members are read together if no more than this lies between them: a second request costs more.
+_LARGEST_GAP = 1 << 16
+
+
+class TarSource:
+    """The records of indexed shards; a ``RecordSource``.
+
+    The records of a subset are in the order of the shards and of the samples in them.
+
+    Attributes:
+        unusable: samples that were left out; a warning has named some.
+
+    Raises:
+        InputError: there is no usable sample.
+    """
+
+    def __init__(self, shards: Sequence[Shard], indexes: Sequence[ShardIndex], patience: RetryPolicy = RetryPolicy()):
+        self._shards, self._indexes, self._patience = list(shards), list(indexes), patience
+        self._ends = np.cumsum([len(index) for index in indexes], dtype=np.int64)
+        subsets = np.concatenate([index.subsets for index in indexes]) if indexes else np.zeros(0, np.uint8)
+        self._rows = {name: np.flatnonzero(subsets == number) for number, name in enumerate(SUBSETS)}
+        self.unusable = sum(index.troubles.samples for index in indexes)
+        self._report()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Records of each subset."""
+        return {name: len(rows) for name, rows in self._rows.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """The same wherever the shards lie: of their names, sizes, samples and order."""
+        pairs = zip(self._shards, self._indexes, strict=True)
+        identity = [[shard.name, shard.size, len(index)] for shard, index in pairs]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+    def read(self, subset: str, index: int) -> Record:
+        """Reads one record.
+
+        Raises:
+            RecordError: a text or picture of it cannot be used.
+            InputError: its shard changed, is gone or does not answer.
+            IndexError: the subset has no such record.
+        """
+        rows = self._rows[subset]
+        if not 0 <= index < len(rows):
+            raise IndexError(f"{subset} {index}: there are {len(rows)} records")
+        number = int(np.searchsorted(self._ends, rows[index], side="right"))
+        found = self._indexes[number]
+        row = int(rows[index] - self._ends[number]) + len(found)
+        members = self._members(self._shards[number], found.offsets[row].tolist(), found.sizes[row].tolist())
+        return make_record(found.key(row), subset, members)
+
+    def _members(self, shard: Shard, offsets: list[int], sizes: list[int]) -> list[bytes]:
+        members = [b""] * len(MEMBERS)
+        for group in _neighbours(offsets, sizes):
+            start = offsets[group[0]]
+            length = max(offsets[i] + sizes[i] for i in group) - start
+            data = read_range(shard, start, length, self._patience)
+            for i in group:
+                members[i] = data[offsets[i] - start : offsets[i] - start + sizes[i]]
+        return members
+
+    def _report(self) -> None:
+        named = []
+        for shard, index in zip(self._shards, self._indexes, strict=True):
+            if index.troubles.damage:
+                log.warning("%s: %s; %d samples before it", shard.shown, index.troubles.damage, len(index))
+            named += [f"{shard.shown}: {one}" for one in index.troubles.named]
+        total = sum(self.counts.values())
+        if total == 0:
+            raise InputError(named[0] if named else "the shards hold no sample (KEY.good_image.jpg and its fellows)")
+        if named:
+            log.warning(
+                "%d of %d samples cannot be used: %s", self.unusable, self.unusable + total, "; ".join(named[:5])
+            )
+
+
+def open_tars(
+    patterns: str | Sequence[str],
+    *,
+    cache: Path | None = None,
+    patience: RetryPolicy = RetryPolicy(),
+    threads: int = 16,
+    show: bool = True,
+) -> TarSource:
+    """Looks up shards, indexes what is not in the cache, and gives access to their records.
+
+    Args:
+        patterns: as in :func:`~rflow_jax.data.storage.shards.expand`.
+        cache: folder of the indexes; None takes :func:`~rflow_jax.data.sources.tar_index.default_cache`.
+        threads: shards indexed at once.
+        show: draw a progress bar.
+
+    Raises:
+        InputError: no shard matches, one cannot be read, or none holds a usable sample.
+    """
+    shards = expand(patterns, allow_shell=True, patience=patience)  # a pipe is refused below, and never run
+    indexes = index_shards(shards, cache or default_cache(), patience=patience, threads=threads, show=show)
+    return TarSource(shards, indexes, patience)
+
+
+def _neighbours(offsets: list[int], sizes: list[int]) -> list[list[int]]:
+    """Members in the order in which they lie, in groups that are worth one read each."""
+    groups: list[list[int]] = []
+    end = 0
+    for i in sorted(range(len(offsets)), key=offsets.__getitem__):
+        if groups and offsets[i] - end <= _LARGEST_GAP:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+        end = max(end, offsets[i] + sizes[i])
+    return groups

@@ -1,0 +1,374 @@
+"""The members of a tar of GenRef, grouped to samples the way WebDataset does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tarfile import ReadError, TarFile, TarInfo
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from rflow_jax.data.records import SUBSETS, Record, RecordError
+from rflow_jax.data.storage.retry import RetryPolicy
+from rflow_jax.data.storage.shards import RangeFile, Shard
+from rflow_jax.errors import InputError
+from rflow_jax.utils.progress import count_progress
+
+T = TypeVar("T")
+
+MEMBERS = ("good_image", "bad_image", "prompt.txt", "reflection.txt", "subset.txt")
+GOOD, BAD, PROMPT, REFLECTION, SUBSET = range(len(MEMBERS))
+_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
+# The same split as webdataset.tariterators.base_plus_ext: the key ends at the first dot of the base name.
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+
+# A plain TarFile takes these for the end of the archive. They are not in the type stubs.
+_BAD_HEADERS: tuple[type[Exception], ...] = tuple(
+    getattr(tarfile, name) for name in ("InvalidHeaderError", "TruncatedHeaderError", "EmptyHeaderError")
+)
+
+
+class DamagedTar(Exception):
+    """A tar that cannot be read on from here; says why."""
+
+
+@dataclass
+class Sample(Generic[T]):
+    """Members that follow each other and share a key.
+
+    Attributes:
+        found: for each of :data:`MEMBERS` what was found; None where there is none.
+        trouble: why it cannot be used; empty if it can.
+    """
+
+    key: str
+    found: list[T | None]
+    trouble: str = ""
+
+    def check(self) -> Sample[T]:
+        """Itself, with its trouble said if a member is missing."""
+        missing = [name for name, one in zip(MEMBERS, self.found, strict=True) if one is None]
+        if missing and not self.trouble:
+            self.trouble = f"has no {' and no '.join(missing)}"
+        return self
+
+
+class _Header(TarInfo):
+    """A header that is not taken for the end of the tar when it is damaged or cut."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: TarFile) -> TarInfo:
+        try:
+            return super().fromtarfile(tarfile)
+        except _BAD_HEADERS as error:
+            raise ReadError(f"{error or 'no end mark'} at byte {vars(tarfile)['offset']}") from None
+
+
+def open_tar(file: Any, *, stream: bool) -> TarFile:
+    """A tar whose damage shows as an error.
+
+    Args:
+        file: seekable, unless it is a stream, which may be compressed too.
+
+    Raises:
+        DamagedTar: it does not begin like a tar.
+    """
+    try:
+        return tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_Header)
+    except tarfile.TarError as error:
+        raise DamagedTar(f"not a tar file ({error})") from error
+
+
+def headers(tar: TarFile) -> Iterator[TarInfo]:
+    """The regular files of a tar, one after the other; memory does not grow.
+
+    Raises:
+        DamagedTar: the tar is damaged or cut here.
+    """
+    try:
+        while (header := tar.next()) is not None:
+            vars(tar)["members"] = []  # it would keep them all
+            if header.isreg() and not header.issparse():
+                yield header
+    except (tarfile.TarError, EOFError) as error:
+        raise DamagedTar(str(error)) from error
+
+
+def samples(members: Iterable[tuple[str, T]]) -> Iterator[Sample[T]]:
+    """Groups members that follow each other; those of other data sets and lone files are left out.
+
+    Args:
+        members: name in the tar, and what stands for its content.
+    """
+    current: Sample[T] | None = None
+    for name, content in members:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        key, member = match[1], _member(match[2].lower())
+        if current is not None and key != current.key:
+            yield current.check()
+            current = None
+        if member is None:
+            continue
+        if current is None:
+            current = Sample(key, [None] * len(MEMBERS))
+        if current.found[member] is not None:
+            current.trouble = f"has two of {MEMBERS[member]}"
+        current.found[member] = content
+    if current is not None:
+        yield current.check()
+
+
+def subset_of(text: bytes) -> int | None:
+    """The place in :data:`~rflow_jax.data.records.SUBSETS` of what a ``subset.txt`` says; None if not there."""
+    name = text.decode("utf-8", "replace").strip()
+    return SUBSETS.index(name) if name in SUBSETS else None
+
+
+def make_record(key: str, subset: str, members: list[bytes]) -> Record:
+    """A record from the contents of its members.
+
+    Raises:
+        RecordError: a text is no UTF-8, or a picture is empty.
+    """
+    for member in (GOOD, BAD):
+        if not members[member]:
+            raise RecordError(f"{key}: {MEMBERS[member]} is empty")
+    try:
+        prompt, reflection = members[PROMPT].decode(), members[REFLECTION].decode()
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{key}: a text is not UTF-8 ({error})") from error
+    return Record(key, subset, prompt, reflection, members[GOOD], members[BAD])
+
+
+def _member(rest: str) -> int | None:
+    """Which member it is, of what follows the key; None for one that is none of ours."""
+    stem, _, extension = rest.rpartition(".")
+    name = stem if extension in _EXTENSIONS else rest
+    return MEMBERS.index(name) if name in MEMBERS else None
+
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_LONGEST_SUBSET = 64
+_NAMED = 5  # samples that are named, of those that cannot be used
+_BUFFER = 8192
+
+
+@dataclass
+class Troubles:
+    """What cannot be used of a shard.
+
+    Attributes:
+        samples: how many samples.
+        named: the first of them, and why.
+        damage: why the shard cannot be read to its end; empty if it can.
+    """
+
+    samples: int = 0
+    named: list[str] = field(default_factory=list)
+    damage: str = ""
+
+    def add(self, sample: Sample[Any]) -> None:
+        """Counts a sample, and names it if it is one of the first."""
+        self.samples += 1
+        if len(self.named) < _NAMED:
+            self.named.append(f"{sample.key} {sample.trouble}")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of one shard, n of them.
+
+    Attributes:
+        keys: their names, one after the other in UTF-8.
+        key_ends: [n] int64; where each ends in ``keys``.
+        offsets: [n, 5] int64; the first byte of each member, in the order of ``MEMBERS``.
+        sizes: [n, 5] int64; bytes of each member.
+        subsets: [n] uint8; places in ``SUBSETS``.
+        troubles: what was left out.
+    """
+
+    keys: np.ndarray
+    key_ends: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    subsets: np.ndarray
+    troubles: Troubles
+
+    def __len__(self) -> int:
+        return len(self.subsets)
+
+    def key(self, row: int) -> str:
+        """The name of one sample."""
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
+
+
+_File = BinaryIO | RangeFile
+
+
+class _Place(NamedTuple):
+    start: int
+    size: int
+    subset: int | None = None
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/rflow_jax/genref``, or the same under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rflow_jax" / "genref"
+
+
+def index_shards(
+    shards: Sequence[Shard], cache: Path, *, patience: RetryPolicy = RetryPolicy(), threads: int = 16, show: bool = True
+) -> list[ShardIndex]:
+    """An index of each shard: from the cache, or else from the shard's headers.
+
+    Args:
+        cache: folder of the kept indexes, one file a shard; a damaged one is made anew.
+        threads: shards read at once.
+        show: draw a progress bar.
+
+    Raises:
+        InputError: a shard is no tar, is gone, does not answer, or cannot be read by range.
+    """
+    with count_progress(show) as progress, ThreadPoolExecutor(threads) as pool:
+        task = progress.add_task("Indexing shards", total=len(shards))
+
+        def index(shard: Shard) -> ShardIndex:
+            found = _indexed(shard, cache, patience)
+            progress.advance(task)
+            return found
+
+        futures = [pool.submit(index, shard) for shard in shards]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _indexed(shard: Shard, cache: Path, patience: RetryPolicy) -> ShardIndex:
+    if shard.is_pipe:
+        raise InputError(f"{shard.shown}: a pipe cannot be indexed; stream it")
+    identity = json.dumps([_FORMAT, shard.url, shard.size, shard.version])
+    file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    kept = _load(file)
+    if kept is not None:
+        return kept
+    made = build_index(shard, patience)
+    _save(file, made)
+    return made
+
+
+def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> ShardIndex:
+    """Reads the headers and ``subset.txt`` of each sample, and no picture.
+
+    Raises:
+        InputError: as :func:`index_shards`.
+    """
+    with _open(shard, patience) as file:
+        try:
+            tar = open_tar(file, stream=False)
+        except DamagedTar as error:
+            raise InputError(f"{shard.shown}: {error}; fetch it again, or stream it if it is compressed") from error
+        troubles = Troubles()
+        return _pack(_usable(samples(_places(tar, file, troubles)), troubles), troubles)
+
+
+def _open(shard: Shard, patience: RetryPolicy) -> _File:
+    if not shard.is_local:
+        return RangeFile(shard, patience)
+    try:
+        file = open(shard.url, "rb", buffering=_BUFFER)  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise InputError(f"{shard.url}: cannot be read ({error.strerror})") from error
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch the pictures
+    return file
+
+
+def _places(tar: tarfile.TarFile, file: _File, troubles: Troubles) -> Iterator[tuple[str, _Place]]:
+    """Name and place of each member, up to where the tar is damaged."""
+    total = file.seek(0, os.SEEK_END)
+    try:
+        for header in headers(tar):
+            if header.offset_data + header.size > total:
+                raise DamagedTar(f"cut at byte {total}")
+            subset = None
+            if header.name.lower().endswith(MEMBERS[SUBSET]) and header.size <= _LONGEST_SUBSET:
+                file.seek(header.offset_data)
+                subset = subset_of(file.read(header.size))
+            yield header.name, _Place(header.offset_data, header.size, subset)
+    except DamagedTar as error:
+        troubles.damage = str(error)
+
+
+def _usable(found: Iterable[Sample[_Place]], troubles: Troubles) -> Iterator[Sample[_Place]]:
+    for sample in found:
+        place = sample.found[SUBSET]
+        if not sample.trouble and place is not None and place.subset is None:
+            sample.trouble = "has an unknown subset"
+        if not sample.trouble:
+            yield sample
+        elif not (troubles.damage and "has no" in sample.trouble):  # the one at the cut is the damage
+            troubles.add(sample)
+
+
+def _pack(usable: Iterable[Sample[_Place]], troubles: Troubles) -> ShardIndex:
+    keys, offsets, sizes, subsets = [], [], [], []
+    for sample in usable:
+        places = [place or _Place(0, 0) for place in sample.found]
+        keys.append(sample.key.encode("utf-8", "surrogateescape"))
+        offsets.append([place.start for place in places])
+        sizes.append([place.size for place in places])
+        subsets.append(places[SUBSET].subset)
+    return ShardIndex(
+        np.frombuffer(b"".join(keys), np.uint8),
+        np.cumsum([len(key) for key in keys], dtype=np.int64),
+        np.asarray(offsets, np.int64).reshape(-1, len(MEMBERS)),
+        np.asarray(sizes, np.int64).reshape(-1, len(MEMBERS)),
+        np.asarray(subsets, np.uint8),
+        troubles,
+    )
+
+
+def _load(file: Path) -> ShardIndex | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            troubles = Troubles(**json.loads(arrays["troubles"].tobytes()))
+            return ShardIndex(**{name: arrays[name] for name in arrays.files if name != "troubles"}, troubles=troubles)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s: damaged, so the shard is indexed again (%s)", file, error)
+        return None
+
+
+def _save(file: Path, index: ShardIndex) -> None:
+    arrays = {name: value for name, value in vars(index).items() if name != "troubles"}
+    arrays["troubles"] = np.frombuffer(json.dumps(asdict(index.troubles)).encode(), np.uint8)
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as out:
+            temporary = out.name
+            np.savez(out, **arrays)
+        os.replace(temporary, file)
+    except OSError as error:  # a full or read-only disk costs time at the next start, no more
+        log.warning("%s: the index is not kept (%s)", file, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""How long a server is waited for: time-outs, and attempts with growing, jittered pauses."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from rflow_jax.errors import InputError
+from rflow_jax.utils.checks import require_least, require_positive
+
+if TYPE_CHECKING:
+    import tenacity
+
+T = TypeVar("T")
+
+SLOWEST = 64 * 1024  # bytes per second; what comes slower than this for a whole time-out is asked for again
+_LONGEST_RETRY_AFTER = 300.0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a server is waited for.
+
+    Attributes:
+        timeout: seconds without a byte, and the seconds by which an answer may lag behind 64 KiB/s.
+        max_retries: further attempts after a time-out, a broken connection, or a busy or failing server.
+        max_backoff: seconds between two attempts, at most (unless the server asks for more).
+    """
+
+    timeout: float = 30.0
+    max_retries: int = 6
+    max_backoff: float = 20.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "patience", "timeout")
+        require_least(self, "patience", max_retries=0, max_backoff=0)
+
+
+class TransientError(Exception):
+    """An attempt that failed in a way that another may not."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+def is_http(url: str) -> bool:
+    """Whether the file comes over HTTP: http(s) addresses and those of the Hub."""
+    return url.startswith(("http://", "https://", "hf://"))
+
+
+def public(url: str) -> str:
+    """An address without what may be secret in it: user, password and query."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url.partition("?")[0]) if is_http(url) else url
+
+
+def with_retries(attempt: Callable[[], T], url: str, patience: RetryPolicy) -> T:
+    """The result of ``attempt``, which is called again after each :class:`TransientError`.
+
+    Raises:
+        InputError: it never succeeded.
+    """
+    import tenacity
+
+    jitter = tenacity.wait_random_exponential(multiplier=0.5, max=patience.max_backoff)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(jitter(state), min(getattr(error, "retry_after", 0.0), _LONGEST_RETRY_AFTER))
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(patience.max_retries + 1),
+        wait=pause,
+        retry=tenacity.retry_if_exception_type(TransientError),
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except TransientError as error:
+        attempts = patience.max_retries + 1
+        raise InputError(
+            f"{public(url)}: {error} ({attempts} attempts); check the address and the network, or raise max_retries"
+        ) from error
+
+
+def enforce_min_throughput(chunks: Iterable[bytes], timeout: float) -> Iterator[bytes]:
+    """The chunks, as long as they come fast enough; time that the consumer takes does not count.
+
+    Raises:
+        TransientError: the sender lags ``timeout`` seconds behind the slowest speed that is put up with.
+    """
+    waited, got, source = 0.0, 0, iter(chunks)
+    while True:
+        began = time.monotonic()
+        chunk = next(source, None)
+        waited += time.monotonic() - began
+        if chunk is None:
+            return
+        got += len(chunk)
+        if waited > timeout + got / SLOWEST:
+            raise TransientError(f"too slow: {got} bytes in {waited:.0f} s")
+        yield chunk

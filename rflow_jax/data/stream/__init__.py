@@ -1,1 +1,0 @@
-"""GenRef in shards that are read once, from beginning to end."""

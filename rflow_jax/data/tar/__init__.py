@@ -1,1 +1,0 @@
-"""GenRef in tar shards with random access."""

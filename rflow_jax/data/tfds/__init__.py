@@ -1,1 +1,0 @@
-"""GenRef as a data set of TensorFlow Datasets."""

@@ -1,0 +1,189 @@
+"""A record -> what the model is trained on: one crop of both pictures, two texts, and what is left out."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rflow_jax.data.config import DataConfig
+from rflow_jax.data.records import Record, RecordError
+from rflow_jax.data.sampling import random_words
+from rflow_jax.tokenizers.flux import t5_prompt
+
+try:
+    from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+except ImportError:  # it is not built for this machine
+    _resizer = None
+else:
+    _resizer = Resizer()
+    _CATMULL_ROM = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))  # the cubic that Pillow has, too
+
+EXAMPLE = 5  # the stream of random bits, beside those of choice.py
+SHORTEST_REFLECTION = 5  # letters; the original takes less for none
+NEVER_BLACK = "editing"
+# Longer edge to shorter, at most: a picture is resized as a whole before it is cut. At a target of 1024 pixels this is
+# 25 MB, and a strip of 8 by 4000 would be 1.6 GB.
+LONGEST_RATIO = 8.0
+BICUBIC = Image.Resampling.BICUBIC
+
+
+class Example(NamedTuple):
+    """One training example on the host.
+
+    Attributes:
+        good, bad: uint8 [y, y, 3] and [v, v, 3], squares of ``target_size`` and ``condition_size`` pixels.
+        prompt: CLIP's text.
+        t5_text: T5's text.
+    """
+
+    good: np.ndarray
+    bad: np.ndarray
+    prompt: str
+    t5_text: str
+    key: str
+    subset: str
+
+
+class Drops(NamedTuple):
+    """What is left out of a sample.
+
+    Attributes:
+        text: T5 gets no text.
+        image: the condition is black.
+        reflection: T5 gets the prompt alone.
+    """
+
+    text: bool
+    image: bool
+    reflection: bool
+
+
+def uniforms(seed: int, number: int) -> list[float]:
+    """Five numbers in [0, 1) of a sample: two for its crop, and one for each drop."""
+    return ((random_words(seed, EXAMPLE, (number, 0), 5) >> np.uint64(11)) * 2.0**-53).tolist()
+
+
+def draw_drops(config: DataConfig, seed: int, number: int, subset: str, reflection: str) -> Drops:
+    """What is left out of a sample; a black condition has nothing that could be reflected on."""
+    *_, text, image, reflected = uniforms(seed, number)
+    black = subset != NEVER_BLACK and image < config.drop_image_prob
+    short = len(reflection.strip()) < SHORTEST_REFLECTION
+    return Drops(text < config.drop_text_prob, black, black or short or reflected < config.drop_reflection_prob)
+
+
+def t5_text(prompt: str, reflection: str, drops: Drops) -> str:
+    """What T5 is told."""
+    if drops.text:
+        return ""
+    return t5_prompt(prompt, None if drops.reflection else reflection)
+
+
+def make_example(record: Record, config: DataConfig, seed: int, number: int) -> Example:
+    """The example of a sample; all its randomness follows from the seed and the sample's number.
+
+    Raises:
+        RecordError: a picture cannot be decoded, or is too long a strip.
+    """
+    drops = draw_drops(config, seed, number, record.subset, record.reflection)
+    down, right = uniforms(seed, number)[:2] if config.crop == "random" else (None, None)
+    good, bad = pictures(record, config, down, right)
+    if drops.image:
+        bad = np.zeros_like(bad)
+    text = t5_text(record.prompt, record.reflection, drops)
+    return Example(good, bad, record.prompt, text, record.key, record.subset)
+
+
+def pictures(
+    record: Record, config: DataConfig, down: float | None = None, right: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(good, bad), uint8 [y, y, 3] and [v, v, 3]: the same square of both, the bad one made smaller.
+
+    Args:
+        down, right: where the square lies in what there is room for, in [0, 1); None takes the middle.
+
+    Raises:
+        RecordError: a picture cannot be decoded, or is too long a strip.
+    """
+    good = decode(record.good_image, f"{record.key}: good_image", LONGEST_RATIO)
+    bad = decode(record.bad_image, f"{record.key}: bad_image", LONGEST_RATIO)
+    try:
+        return _cut(good, bad, config, down, right)
+    except MemoryError as error:
+        raise RecordError(f"{record.key}: not enough memory to resize its pictures") from error
+
+
+def _cut(
+    good: Image.Image, bad: Image.Image, config: DataConfig, down: float | None, right: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    bad = _resize(bad, good.size)
+    size = _shorter_edge(good.size, config.target_size)
+    box = _square(size, config.target_size, down, right)
+    bad = _resize_square(_crop(_resize(bad, size), box), config.condition_size)
+    return np.asarray(_crop(_resize(good, size), box)), np.asarray(bad)
+
+
+def decode(content: bytes, name: str, longest_ratio: float = math.inf) -> Image.Image:
+    """A picture in RGB.
+
+    Args:
+        longest_ratio: of its edges, longer to shorter; beyond it the picture is not decoded.
+
+    Raises:
+        RecordError: it is none, is cut, too large or too long a strip.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if max(image.size) > longest_ratio * min(image.size):
+                width, height = image.size
+                raise RecordError(f"{name} is {width}x{height}: an edge is over {longest_ratio:g} times the other")
+            if image.mode == "RGB":
+                image.load()
+                return image
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise RecordError(f"{name} cannot be decoded (no image of a known format)") from error
+    except RecordError:
+        raise
+    except MemoryError as error:
+        raise RecordError(f"{name} cannot be decoded (not enough memory)") from error
+    except Exception as error:  # Pillow's decoders raise errors of many kinds, struct.error among them
+        raise RecordError(f"{name} cannot be decoded ({' '.join(str(error).split())[:100]})") from error
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, BICUBIC)
+
+
+def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+def _resize_square(image: Image.Image, side: int) -> Image.Image:
+    """Pillow's bicubic to 1/255: every sample of a training goes through here, and Pillow takes six times as long."""
+    # To a half, a third and so on: between those the faster one's rounded weights are off by 2/255 now and then.
+    if _resizer is None or image.width <= side or image.width % side:
+        return _resize(image, (side, side))
+    # Width first, then height, rounded between, as Pillow does: in one call the rounding differs by far more than 1.
+    for size in ((side, image.height), (side, side)):
+        smaller = Image.new("RGB", size)
+        _resizer.resize_pil(image, smaller, _CATMULL_ROM)
+        image = smaller
+    return image
+
+
+def _shorter_edge(size: tuple[int, int], target: int) -> tuple[int, int]:
+    """(width, height) with the shorter one ``target``; rounds down, as torchvision does."""
+    width, height = size
+    return (target, target * height // width) if width <= height else (target * width // height, target)
+
+
+def _square(size: tuple[int, int], side: int, down: float | None, right: float | None) -> tuple[int, int, int, int]:
+    def start(room: int, place: float | None) -> int:
+        return round(room / 2) if place is None else int(place * (room + 1))
+
+    left, top = start(size[0] - side, right), start(size[1] - side, down)
+    return left, top, left + side, top + side

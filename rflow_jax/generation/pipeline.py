@@ -1,0 +1,350 @@
+"""Prompt (and an image to correct) -> image: batched, jitted, the same for a sample wherever it lies in a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.generation.config import SamplingConfig, require_lora_effect
+from rflow_jax.generation.sampling import (
+    DynamicArgs,
+    Inputs,
+    PerturbedSeed,
+    Seed,
+    StaticArgs,
+    draw_noise,
+    noise_draws,
+    prepare,
+    sample,
+    sample_keys,
+)
+from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.models.lora import without_condition_effect
+from rflow_jax.models.options import AttentionImpl
+from rflow_jax.models.partitioning import DATA
+from rflow_jax.parallel.mesh import traced_on
+from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
+from rflow_jax.tokenizers.flux import t5_prompt
+from rflow_jax.typing import Array
+from rflow_jax.utils.images import condition_pixels
+from rflow_jax.weights.flux import FluxModel, load_flux
+
+log = logging.getLogger(__name__)
+OnImages = Callable[[int, list[Image.Image]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one image is made from.
+
+    Attributes:
+        prompt: CLIP is told this, and T5 too where nothing else is said.
+        seed: a number, a tuple such as (seed, prompt, round, branch), or a place near the noise of another seed.
+        condition: the image to correct.
+        reflection: what to change, told to T5.
+        refined_prompt: told to T5 in place of the prompt.
+    """
+
+    prompt: str
+    seed: Seed | PerturbedSeed
+    condition: Image.Image | None = None
+    reflection: str | None = None
+    refined_prompt: str | None = None
+
+    @property
+    def t5_text(self) -> str:
+        """What T5 is told."""
+        return t5_prompt(self.refined_prompt or self.prompt, self.reflection)
+
+    @property
+    def key_seed(self) -> Seed:
+        """What the draws beside the noise follow from."""
+        return self.seed.path[-1] if isinstance(self.seed, PerturbedSeed) else self.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A batch on its way: the devices may still be at work on it."""
+
+    count: int
+    pixels: Array
+
+    def images(self) -> list[Image.Image]:
+        """Waits for the images."""
+        # With several processes the devices hold it in parts, which no process has all of.
+        whole = self.pixels
+        if not whole.is_fully_addressable:
+            whole = multihost_utils.process_allgather(whole, tiled=True)
+        return [Image.fromarray(array) for array in np.asarray(whole)[: self.count]]
+
+
+class Pipeline:
+    """A loaded model; make one with :func:`load_pipeline`.
+
+    With a mesh whose axis ``data`` has several devices, a batch is ``batch_size`` images on each of them, and every
+    device computes its own as if it were alone.
+
+    Attributes:
+        prepare, sample: the compiled programs, see :mod:`rflow_jax.generation.sampling`.
+    """
+
+    def __init__(self, bundle: FluxModel, *, attention: AttentionImpl = "auto", mesh: jax.sharding.Mesh | None = None):
+        self.bundle = bundle
+        self.attention: AttentionImpl = attention
+        self.mesh = mesh
+        self._told_idle = False
+        self._draw = jax.jit(draw_noise, static_argnums=(0, 1))
+        self.prepare = jax.jit(self._on_each(prepare, 1), static_argnums=0)
+        # The noise is donated: its buffer becomes the sample's.
+        self.sample = jax.jit(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
+
+    def _on_each(self, function: Callable, batched: int) -> Callable:
+        """The function, run by every device of the axis ``data`` on its own rows of ``batched`` arguments."""
+        function = partial(function, self.bundle.graphs, self.bundle.dtype)
+        if self.replicas == 1:
+            return traced_on(self.mesh, function)
+        mesh, rows, whole = self.mesh, PartitionSpec(DATA), PartitionSpec()
+
+        def spread(program: StaticArgs, weights: Any, *rest: Any) -> Any:
+            specs = (whole, *[rows] * batched, *[whole] * (len(rest) - batched))
+            local = partial(function, program)
+            how = {"in_specs": specs, "out_specs": rows, "axis_names": {DATA}, "check_vma": False}
+            return jax.shard_map(local, **how)(weights, *rest)
+
+        return traced_on(mesh, spread)
+
+    @property
+    def replicas(self) -> int:
+        """Devices that each make images of their own."""
+        return 1 if self.mesh is None else self.mesh.shape.get(DATA, 1)
+
+    def images_at_once(self, settings: SamplingConfig) -> int:
+        """Images of one batch, over all devices."""
+        return settings.batch_size * self.replicas
+
+    def without_lora(self) -> Pipeline:
+        """The base model alone; shares the weights of this pipeline. The same object each time: it compiles once."""
+        return self._bare if self.bundle.has_lora else self
+
+    @cached_property
+    def _bare(self) -> Pipeline:
+        return Pipeline(self.bundle.without_lora(), attention=self.attention, mesh=self.mesh)
+
+    def resolve(self, settings: SamplingConfig) -> SamplingConfig:
+        """The settings with the model's own number of steps and T5 tokens where they leave these open."""
+        return dataclasses.replace(
+            settings,
+            num_inference_steps=settings.num_inference_steps or self.bundle.default_steps,
+            max_sequence_length=settings.max_sequence_length or self.bundle.default_t5_length,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[Seed | PerturbedSeed],
+        conditions: Sequence[Image.Image | None] | None = None,
+        reflections: Sequence[str | None] | None = None,
+        refined_prompts: Sequence[str | None] | None = None,
+        settings: SamplingConfig = SamplingConfig(),
+        on_images: OnImages | None = None,
+    ) -> list[Image.Image]:
+        """Makes one image for each prompt.
+
+        An image depends on its own prompt, seed, condition and the settings alone. At one batch size it is equal
+        bit for bit in any place with any neighbours; between batch sizes it is equal to rounding.
+
+        Args:
+            prompts: CLIP is told these, and T5 too where nothing else is said.
+            seeds: one a prompt; a tuple such as (seed, prompt, round, branch) is a seed as well.
+            conditions: the images to correct, one a prompt; None: plain generation of all.
+            reflections: what to change, told to T5.
+            refined_prompts: told to T5 in place of the prompt.
+            settings: sizes, steps, scales; ``batch_size`` images are made at a time.
+            on_images: called after each batch with the index of its first image and its images.
+
+        Raises:
+            InputError: lists of different lengths, settings that don't fit the model, or a LoRA that could have no
+                effect (it acts on condition tokens alone, and there are none, or none of its linears sees them).
+        """
+        requests = _requests(prompts, seeds, conditions, reflections, refined_prompts)
+        self._check(requests, settings)
+        images: list[Image.Image] = []
+        for batch in self._batches(requests, settings):
+            if on_images:
+                on_images(len(images), batch)
+            images += batch
+        return images
+
+    def start(self, requests: Sequence[Request], settings: SamplingConfig) -> Pending:
+        """Sends one batch on its way and returns at once; fewer requests than it has places cost as much.
+
+        Raises:
+            InputError: as :meth:`generate`.
+        """
+        self._check(requests, settings)
+        places = self.images_at_once(settings)
+        if not 0 < len(requests) <= places:
+            raise ValueError(f"a batch has 1 to {places} requests, not {len(requests)}")
+        padded = [*requests, *[requests[-1]] * (places - len(requests))]
+        settings = self.resolve(settings)
+        program = self.program_of(settings, requests[0].condition is not None)
+        inputs, scales = self._inputs(padded, settings), self._scales(settings)
+        factor = self.bundle.vae_config.factor
+        grid = settings.height // factor, settings.width // factor, self.bundle.vae_config.latent_channels
+        with reproducible(self.bundle.dtype):
+            noise = self._draw(program, grid, self._put(noise_draws([request.seed for request in padded])))
+            given = self.prepare(program, self.bundle.weights, self._put(inputs))
+            return Pending(len(requests), self.sample(program, self.bundle.weights, noise, given, scales)[1])
+
+    def _put(self, rows: Any) -> Any:
+        """Arrays with a row for each image, each device's on it."""
+        if self.replicas == 1:
+            return rows
+        assert self.mesh is not None
+        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec(DATA)))
+
+    def _check(self, requests: Sequence[Request], settings: SamplingConfig) -> None:
+        self._require_sizes(settings)
+        without = sum(request.condition is None for request in requests)
+        if 0 < without < len(requests):
+            raise InputError(f"generate: {without} of {len(requests)} prompts have no condition; generate these apart")
+        if requests and self.bundle.has_lora:
+            self._require_lora_effect(settings, with_condition=not without)
+
+    def _require_sizes(self, settings: SamplingConfig) -> None:
+        unit = self.bundle.token_pixels
+        for name in ("height", "width", "condition_size"):
+            if (size := getattr(settings, name)) % unit:
+                raise InputError(f"{name} is {size}: {self.bundle.name} makes images in multiples of {unit} pixels")
+
+    def _require_lora_effect(self, settings: SamplingConfig, with_condition: bool) -> None:
+        require_lora_effect(settings, with_condition)
+        if settings.latent_lora:
+            return
+        paths = self.bundle.lora_paths
+        idle, unread = without_condition_effect(paths, self.bundle.flux_config.num_single_layers)
+        if len(idle) + len(unread) == len(paths):
+            raise InputError(
+                f"the LoRA acts on condition tokens only, and its {len(paths)} adapters, such as {paths[0]}, change "
+                "nothing there that the image sees: set latent_lora, or leave the LoRA out"
+            )
+        if idle and not self._told_idle:
+            self._told_idle = True
+            log.warning(
+                "%d of the LoRA's %d adapters have no effect without latent_lora: no condition token passes through "
+                "their linears, such as %s",
+                *(len(idle), len(paths), idle[0]),
+            )
+
+    def _batches(self, requests: list[Request], settings: SamplingConfig) -> Iterator[list[Image.Image]]:
+        """The images of each batch; the next batch is already on its way when one is handed out."""
+        size = self.images_at_once(settings)
+        waiting: Pending | None = None
+        for first in range(0, len(requests), size):
+            started = self.start(requests[first : first + size], settings)
+            if waiting:
+                yield waiting.images()
+            waiting = started
+        if waiting:
+            yield waiting.images()
+
+    def program_of(self, settings: SamplingConfig, with_condition: bool) -> StaticArgs:
+        """What the compiled programs depend on, for settings that :meth:`resolve` gave."""
+        return StaticArgs(
+            settings.height,
+            settings.width,
+            settings.condition_size if with_condition else None,
+            self.bundle.token_pixels,
+            ConditionFlags(settings.union_cond_attn, settings.add_cond_attn, settings.latent_lora),
+            use_image_guidance=with_condition and settings.image_guidance_scale != 1.0,
+            use_condition_scale=with_condition and settings.condition_scale != 1.0,
+            tiled=settings.vae_tiling,
+            attention=self.attention,
+        )
+
+    def _inputs(self, samples: list[Request], settings: SamplingConfig) -> Inputs:
+        bundle, size = self.bundle, settings.condition_size
+        assert settings.max_sequence_length is not None
+        has_condition = samples[0].condition is not None
+        return Inputs(
+            jnp.asarray(bundle.tokenizers.clip([s.prompt for s in samples], bundle.clip_length)),
+            jnp.asarray(bundle.tokenizers.t5([s.t5_text for s in samples], settings.max_sequence_length)),
+            sample_keys([s.key_seed for s in samples]),
+            jnp.asarray(np.stack([condition_pixels(s.condition, size) for s in samples if s.condition]))
+            if has_condition
+            else None,
+        )
+
+    def _scales(self, settings: SamplingConfig) -> DynamicArgs:
+        tokens = (settings.height // self.bundle.token_pixels) * (settings.width // self.bundle.token_pixels)
+        assert settings.num_inference_steps is not None
+        numbers = settings.guidance_scale, settings.condition_scale, settings.image_guidance_scale
+        return DynamicArgs(
+            jnp.asarray(self.bundle.schedule.sigmas(settings.num_inference_steps, tokens)),
+            *(jnp.float32(number) for number in numbers),
+        )
+
+
+def load_pipeline(
+    model: str,
+    *,
+    lora: str | None = None,
+    lora_alpha: float | None = None,
+    dtype: str = "bfloat16",
+    attention: AttentionImpl = "auto",
+    mesh: jax.sharding.Mesh | None = None,
+    scan_blocks: bool | None = None,
+    progress: bool = True,
+) -> Pipeline:
+    """Loads a model, and a LoRA onto its transformer.
+
+    Args:
+        model: a converted folder, a folder in diffusers' layout, or the id of one on the Hub.
+        lora: a LoRA file of any common format, a converted one, a folder that holds one, or the id of one on the Hub.
+        lora_alpha: the LoRA's alpha where its file does not say it; the rank if None.
+        dtype: of weights and activations: ``bfloat16`` or ``float32``.
+        attention: see :func:`rflow_jax.models.attention.attend`.
+        mesh: devices to spread the weights (axes ``fsdp``, ``tensor``), the images (``data``) and the tokens of one
+            image (``sequence``) over; None: all on the first device.
+        scan_blocks: stack the transformer's blocks, which compiles in a fraction of the time; None: on TPU.
+        progress: show a bar while the weights are read.
+
+    Raises:
+        InputError: nothing there, not a model, a truncated file, a LoRA for another network.
+    """
+    use_compilation_cache()
+    how = {"dtype": dtype, "mesh": mesh, "scan_blocks": scan_blocks, "progress": progress}
+    bundle = load_flux(model, lora=lora, lora_alpha=lora_alpha, **how)
+    return Pipeline(bundle, attention=attention, mesh=mesh)
+
+
+def _requests(
+    prompts: Sequence[str],
+    seeds: Sequence[Seed | PerturbedSeed],
+    conditions: Sequence[Image.Image | None] | None,
+    reflections: Sequence[str | None] | None,
+    refined_prompts: Sequence[str | None] | None,
+) -> list[Request]:
+    nothing = [None] * len(prompts)
+    columns = {
+        "seeds": seeds,
+        "conditions": nothing if conditions is None else conditions,
+        "reflections": nothing if reflections is None else reflections,
+        "refined_prompts": nothing if refined_prompts is None else refined_prompts,
+    }
+    for name, column in columns.items():
+        if len(column) != len(prompts):
+            raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
+    return [Request(*row) for row in zip(prompts, *columns.values(), strict=True)]

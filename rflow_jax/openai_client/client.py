@@ -1,0 +1,156 @@
+"""The client of one endpoint."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rflow_jax.openai_client.endpoint import Endpoint, Secrets
+from rflow_jax.openai_client.messages import CLOSED, ChatError, ChatRequest, UnusableAnswer
+from rflow_jax.openai_client.protocol import FORMATS, read_answer, read_body, read_usage, request
+from rflow_jax.openai_client.retry import backoff, is_retryable, reason, refuses_form
+from rflow_jax.openai_client.usage import Usage, UsageTracker
+
+_LONGEST_REASON = 300
+
+
+class Chat:
+    """Asks one endpoint; may be used by several threads at once.
+
+    One budget of retries covers whatever may pass: timeouts, broken connections, replies that are cut, the
+    statuses 408, 409, 429 and 5xx, and answers that cannot be used. ``Retry-After`` is honoured.
+
+    Args:
+        endpoint: where and how to ask.
+        meter: counts what is used.
+
+    Raises:
+        InputError: no key for OpenAI's own address, or no usable address.
+    """
+
+    def __init__(self, endpoint: Endpoint, meter: UsageTracker | None = None) -> None:
+        import openai
+
+        self.endpoint = endpoint
+        self._meter = meter or UsageTracker()
+        key, address = endpoint.api_key(), endpoint.address()
+        self._secrets = Secrets(key, address)
+        # Retries and time limits are kept here, where unusable answers are seen as well.
+        self._client = openai.AsyncOpenAI(api_key=key, base_url=address, timeout=None, max_retries=0)
+        self._format = 0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured)
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._asking: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._closing = threading.Lock()
+        self._closed = False
+        # A daemon: an interrupted process does not wait for answers.
+        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="chat", daemon=True)
+        self._thread.start()
+        # The client's own log lines name every request; a run of thousands has a progress bar instead.
+        for name in ("httpx", "httpx2"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    def ask_all(self, questions: Sequence[ChatRequest]) -> list[Any]:
+        """The parsed answers in the order of the questions; a ``ChatError`` where there is no usable one.
+
+        At most ``concurrency`` requests are in flight, over all callers. After ``close``, and for what waits at that
+        moment, the error is ``CLOSED``.
+        """
+        with self._closing:
+            if self._closed:
+                return [ChatError(CLOSED) for _ in questions]
+            answers = asyncio.run_coroutine_threadsafe(self._gather(questions), self._loop)
+        return answers.result()
+
+    def close(self) -> None:
+        """Gives up what is waiting, in any thread; called when a run ends."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+
+    async def _gather(self, questions: Sequence[ChatRequest]) -> list[Any]:
+        tasks = [asyncio.create_task(self._ask(question)) for question in questions]
+        self._asking.update(tasks)
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        self._asking.difference_update(tasks)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ChatError | asyncio.CancelledError):
+                raise answer
+        return [ChatError(CLOSED) if isinstance(answer, asyncio.CancelledError) else answer for answer in answers]
+
+    async def _stop(self) -> None:
+        for task in self._asking:
+            task.cancel()
+        # Those who gather the answers go first, so that they can hand them over.
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await self._client.close()
+
+    async def _ask(self, question: ChatRequest) -> Any:
+        import openai
+        import tenacity
+
+        self._meter.add(Usage(calls=1))
+        retry = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.endpoint.max_retries + 1),
+            wait=backoff,
+            retry=tenacity.retry_if_exception(is_retryable),
+            reraise=True,
+        )
+        try:
+            return await retry(self._attempt, question)
+        except (UnusableAnswer, TimeoutError, openai.OpenAIError) as error:
+            self._meter.add(Usage(failures=1))
+            return ChatError(self._reason(error, retry.statistics["attempt_number"]))
+
+    async def _attempt(self, question: ChatRequest) -> Any:
+        async with self._slots:
+            body = await self._exchange(question)
+        answer = read_answer(body)
+        return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
+
+    async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:
+        """A question and its reply; asks in a looser way where the server does not take the form."""
+        import openai
+
+        format = self._format
+        while True:
+            try:
+                body = await self._send(request(self.endpoint, question, FORMATS[format]))
+                break
+            except openai.APIStatusError as error:
+                looser = self.endpoint.structured == "auto" and format < len(FORMATS) - 1
+                if not (question.form and looser and refuses_form(error)):
+                    raise
+                format += 1
+        # Remembered only now: a refusal for another reason must not loosen the questions that follow.
+        self._format = max(self._format, format)
+        return body
+
+    async def _send(self, fields: dict[str, Any]) -> Mapping[str, Any]:
+        self._meter.add(Usage(attempts=1, in_flight=1))
+        try:
+            async with asyncio.timeout(self.endpoint.timeout):
+                reply = await self._client.chat.completions.with_raw_response.create(**fields)
+        finally:
+            self._meter.add(Usage(in_flight=-1))
+        body = read_body(reply.content)
+        self._meter.add(read_usage(body, self.endpoint))
+        return body
+
+    def _reason(self, error: BaseException, attempts: int) -> str:
+        # Hidden before it is cut: a cut key is not recognised.
+        text = self._secrets.hide(reason(error, self.endpoint))
+        if len(text) > _LONGEST_REASON:
+            text = text[: _LONGEST_REASON - 3] + "..."
+        return f"{text} ({attempts} attempt{'s' if attempts > 1 else ''})"
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()

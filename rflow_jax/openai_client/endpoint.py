@@ -1,0 +1,173 @@
+"""Keeps keys out of what is shown and stored, also where a server repeats them."""
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from rflow_jax.errors import InputError
+
+HIDDEN = "***"
+_MASKED = re.compile(r"\*\*|\.\.\.|…")
+_PART = 8  # so many characters of a key in a row are no accident
+_MASKED_PART = 3
+_SHORTEST = 8  # a shorter key keeps nobody out, and words of an answer may look like it
+
+
+class Secrets:
+    """The key and what is secret in an address.
+
+    Args:
+        key: of the API.
+        address: of the API; its user, password and query count as secret.
+    """
+
+    def __init__(self, key: str, address: str | None) -> None:
+        parts = urlsplit(address or "")
+        inside = {parts.password or parts.username or "", *re.split("[&=]", parts.query)}
+        held = {key, *inside, *map(unquote, inside)} - {"", NO_KEY}
+        self._secrets = sorted(held, key=len, reverse=True)
+
+    def blank(self, text: str) -> str:
+        """An answer without the secrets themselves."""
+        for secret in self._secrets:
+            if len(secret) >= _SHORTEST:
+                text = text.replace(secret, HIDDEN)
+        return text
+
+    def hide(self, text: str) -> str:
+        """An error's text without the words that hold a secret or a part of one.
+
+        Servers like to say which key they refuse, with stars in its middle.
+        """
+        return "".join(HIDDEN if self._betrays(word) else word for word in re.split(r"(\s+)", text))
+
+    def _betrays(self, word: str) -> bool:
+        window = _MASKED_PART if _MASKED.search(word) else _PART
+        return any(part in word for secret in self._secrets for part in _parts(secret, window))
+
+
+def _parts(secret: str, window: int) -> list[str]:
+    window = min(window, len(secret))
+    return [secret[start : start + window] for start in range(len(secret) - window + 1)]
+
+
+DEFAULT_MODEL = "gpt-4o"
+NO_KEY = "none"  # what is sent to a server that wants no key; the client library insists on one
+STRUCTURED = ("auto", "json_schema", "json_object", "text")
+
+
+OF_ANSWERS = ("temperature", "max_tokens", "structured")
+"""Fields that what a model answers follows from; the others say where, when and for how much it is asked."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is asked, and how patiently.
+
+    Attributes:
+        base_url: address of an OpenAI-compatible API; null takes OPENAI_BASE_URL, then OpenAI's own.
+        model: name of the model; null takes OPENAI_MODEL, then gpt-4o.
+        api_key_env: name of the environment variable that holds the key (never the key itself).
+        temperature: sampling temperature; null leaves it to the server.
+        max_tokens: longest answer in tokens; null leaves it to the server.
+        timeout: seconds to wait for one answer.
+        concurrency: requests in flight at once.
+        max_retries: further attempts after a timeout, a broken connection, a busy or failing server, and
+            after an answer that cannot be used.
+        structured: how the server is asked for JSON: json_schema, json_object, text (in words only), or auto, which
+            begins with json_schema and takes the next one when the server refuses.
+        price_input: USD per million tokens read; null: the cost is not known (a server of your own costs 0).
+        price_output: USD per million tokens written.
+    """
+
+    base_url: str | None = field(default=None, repr=False)  # it may hold a password
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float | None = None
+    max_tokens: int | None = None
+    timeout: float = 60.0
+    concurrency: int = 8
+    max_retries: int = 5
+    structured: str = "auto"
+    price_input: float | None = None
+    price_output: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            # The value is not repeated: it may be a key pasted into the wrong place.
+            raise InputError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
+        if self.base_url is not None:
+            _require_address(self.base_url, "base_url")
+        if not _between(self.timeout, 1e-3) or self.concurrency < 1 or self.max_retries < 0:
+            raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
+        if self.temperature is not None and not _between(self.temperature, 0.0):
+            raise InputError(f"temperature is {self.temperature}: give 0 or more, or null")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"max_tokens is {self.max_tokens}: give at least 1, or null")
+        if self.structured not in STRUCTURED:
+            raise InputError(f"structured is {self.structured!r}: give one of {', '.join(STRUCTURED)}")
+        if (self.price_input is None) != (self.price_output is None):
+            raise InputError("give both price_input and price_output, or neither; 0 is a price")
+        if not all(price is None or _between(price, 0.0) for price in (self.price_input, self.price_output)):
+            raise InputError("price_input and price_output must be USD per million tokens, 0 or more")
+
+    @property
+    def model_name(self) -> str:
+        """The model that is asked: from the config, else from the environment, else gpt-4o."""
+        return self.model or os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
+
+    def address(self) -> str | None:
+        """Where it is asked: from the config, else from the environment; None is OpenAI's own.
+
+        Raises:
+            InputError: OPENAI_BASE_URL holds no address.
+        """
+        if self.base_url:
+            return self.base_url
+        address = os.environ.get("OPENAI_BASE_URL") or None
+        if address:
+            _require_address(address, "the environment variable OPENAI_BASE_URL")
+        return address
+
+    def api_key(self) -> str:
+        """The key from the environment; a local server needs none.
+
+        Raises:
+            InputError: no key, and the address is OpenAI's own; or what is there cannot be a key.
+        """
+        key = os.environ.get(self.api_key_env, "").strip()
+        if key and not re.fullmatch(r"[!-~]+", key):
+            raise InputError(f"the environment variable {self.api_key_env} holds characters that no key has")
+        if key:
+            return key
+        if self.address():
+            return NO_KEY
+        raise InputError(f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server")
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """USD for so many tokens read and written; None where the prices are not known."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
+
+
+def public_url(url: str) -> str:
+    """An address without what may be secret in it: user, password and query."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _require_address(url: str, what: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"{what} must be an address such as http://localhost:8000/v1")
+
+
+def _between(value: float, least: float) -> bool:
+    return math.isfinite(value) and value >= least

@@ -1,0 +1,145 @@
+"""What is asked, and what comes back."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+CLOSED = "closed while the answer was awaited"
+
+
+class ChatError(Exception):
+    """A question that got no usable answer within its retries; the message is the reason, in one line.
+
+    The message is ``CLOSED`` where the chat was closed before: asking again later may well succeed.
+    """
+
+
+class UnusableAnswer(Exception):
+    """An answer that arrived but cannot be used; asking again may help."""
+
+
+@dataclass(frozen=True)
+class ResponseSchema:
+    """The JSON object that an answer must be.
+
+    Servers may ignore it, so the question also says it in words.
+
+    Attributes:
+        name: what the object is called.
+        schema: its JSON schema, in the subset that strict servers take.
+    """
+
+    name: str
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        text: its words; may be empty.
+        cut: it ended at the limit of tokens.
+        tokens: the likeliest first tokens with their log-probabilities, where they were asked for.
+    """
+
+    text: str
+    cut: bool = False
+    tokens: tuple[tuple[str, float], ...] = ()
+
+    def require_text(self) -> str:
+        """The text of a whole answer.
+
+        Raises:
+            UnusableAnswer: it is empty, or was cut.
+        """
+        if self.cut:
+            raise UnusableAnswer("the answer was cut at the limit of tokens; raise max_tokens")
+        if not self.text.strip():
+            raise UnusableAnswer("the answer is empty")
+        return self.text
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What is asked.
+
+    Attributes:
+        messages: the chat so far.
+        parse: turns the answer into a value, or raises ``UnusableAnswer``.
+        form: the form that the answer must have.
+        options: further fields of the request; they win over the endpoint's settings.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    parse: Callable[[Answer], Any]
+    form: ResponseSchema | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def png_bytes(image: Image) -> bytes:
+    """The image as a PNG file; the same bytes are stored and sent."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates: JSON may hold them, but no file and no request takes them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def words(text: str) -> dict[str, Any]:
+    """A text as a part of a message."""
+    return {"type": "text", "text": encodable(text)}
+
+
+def image_part(image: Image) -> dict[str, Any]:
+    """An image as a part of a message."""
+    url = "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def vision_messages(
+    system: str, text: str, image: Image, earlier: Sequence[tuple[str, Image]] = ()
+) -> list[dict[str, Any]]:
+    """Chat messages: instructions, then earlier texts with their images, then a text with an image."""
+    parts = [part for said, shown in (*earlier, (text, image)) for part in (words(said), image_part(shown))]
+    return [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+
+
+def only_object(text: str) -> dict[str, Any]:
+    """The one JSON object in a text; a code fence or prose around it is put up with.
+
+    Raises:
+        UnusableAnswer: there is none or more than one, or it is cut, repeats a key or holds a number that is none.
+    """
+    start = text.find("{")
+    if start < 0:
+        raise UnusableAnswer("the answer holds no JSON object")
+    try:
+        found, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise UnusableAnswer(f"the answer is not valid JSON ({error})") from error
+    if set("{}") & {*text[:start], *text[end:]}:
+        raise UnusableAnswer("the answer holds more than one JSON object")
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats, parse_constant=_no_number)

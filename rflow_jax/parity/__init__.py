@@ -1,0 +1,1 @@
+"""Holds this package against recordings of the original: ``rflow parity DIR``."""

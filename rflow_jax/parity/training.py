@@ -1,0 +1,195 @@
+"""Recordings 08: loss, gradients, and what a few steps of each optimizer do to the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from rflow_jax.flow.latents import image_ids, text_ids
+from rflow_jax.models.flux.layers import Rope, rope_table
+from rflow_jax.parity.encoders import embed, image_tokens
+from rflow_jax.parity.measure import INPUT, PARAMETERS, Moved, Recording
+from rflow_jax.training.config import OptimizerConfig
+from rflow_jax.training.corrector.loss import TRAINING_GUIDANCE, Examples, flow_matching_loss, noisy, predict
+from rflow_jax.training.optimizers import make_optimizer, prodigy_numbers
+from rflow_jax.typing import Array
+from rflow_jax.weights.mappings.flux import DIFFUSERS
+from rflow_jax.weights.safetensors_io import TensorFiles
+
+STEP, GRADIENTS, OPTIMIZERS = "08_train", "08_grads", "08_optim"
+Result = tuple[str, Any]
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The recorded batch, with the loss as a function of the LoRA's state."""
+
+    examples: Examples
+    rope: Rope
+    t: Array
+    x_1: Array
+    lora: Any
+    network: Callable[[Any], Any]
+
+    def loss(self, lora: Any) -> Array:
+        return flow_matching_loss(self.network(lora), self.examples, self.t, self.x_1, self.rope)
+
+
+def make_problem(recording: Recording) -> Problem:
+    """Encodes the recorded pictures and texts with the recorded draws."""
+    z, meta = recording.arrays(STEP), recording.json("train_meta")
+    bundle = recording.pipeline.bundle
+    vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
+    clip_ids = bundle.tokenizers.clip(meta["original_prompt (CLIP)"], bundle.clip_length)
+    (prompts,) = (texts for key, texts in meta.items() if key.startswith("description"))
+    t5_ids = bundle.tokenizers.t5(prompts, z["prompt_embeds"].shape[1])
+    _, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
+    text = embed(nnx.merge(bundle.graphs.t5, bundle.weights["t5"]), jnp.asarray(t5_ids))
+    x_0 = image_tokens(vae, z["in_image_uint8"], z["in_vae_noise_image"])
+    condition = image_tokens(vae, z["in_condition_uint8"], z["in_vae_noise_condition"])
+    corrector = recording.corrector
+    graph, lora, rest = nnx.split(corrector, nnx.LoRAParam, ...)
+    ids = np.concatenate([text_ids(text.shape[1]), _ids(z["in_image_uint8"], bundle), condition_ids(recording)])
+    config = bundle.flux_config
+    return Problem(
+        Examples(x_0, condition, text, pooled),
+        rope_table(ids, config.axes_dims_rope, config.rope_theta),
+        jax.nn.sigmoid(jnp.asarray(z["in_t_logit"])),
+        jnp.asarray(z["in_x1"]),
+        lora,
+        lambda lora: nnx.merge(graph, lora, rest),
+    )
+
+
+def condition_ids(recording: Recording) -> np.ndarray:
+    """Positions of the condition's tokens, moved by the recorded delta."""
+    z = recording.arrays(STEP)
+    row, column = (int(x) for x in z["in_position_delta"])
+    return _ids(z["in_condition_uint8"], recording.pipeline.bundle, (row, column))
+
+
+def _ids(pictures: np.ndarray, bundle: Any, delta: tuple[int, int] = (0, 0)) -> np.ndarray:
+    rows, columns = (side // bundle.token_pixels for side in pictures.shape[1:3])
+    return image_ids(rows, columns, delta)
+
+
+def step(recording: Recording) -> Iterator[Result]:
+    """08_train: everything on the way to the loss, and the gradients' norms."""
+    problem = make_problem(recording)
+    examples, t = problem.examples, problem.t
+    x_t = noisy(examples.x_0, problem.x_1, t)
+    yield "x_0", examples.x_0
+    yield "x_t", x_t
+    yield "condition_latents", examples.condition
+    yield "condition_ids", condition_ids(recording)
+    yield "prompt_embeds", examples.text
+    yield "pooled", examples.pooled
+    yield "guidance", np.full(t.shape, TRAINING_GUIDANCE, np.float32)
+    yield "pred", predict(problem.network(problem.lora), examples, x_t, t, problem.rope)
+    loss, gradients = jax.jit(jax.value_and_grad(problem.loss))(problem.lora)
+    yield "loss", loss
+    named = _named(gradients)
+    norms = {name: np.linalg.norm(gradient.astype(np.float64).ravel()) for name, gradient in named.items()}
+    yield "grad_norms", np.asarray([norms[name] for name in recording.json("lora_keys")])
+    yield "grad_norm_total", np.linalg.norm(list(norms.values()))
+
+
+def gradients(recording: Recording) -> Iterator[Result]:
+    """08_grads: the gradient of every LoRA tensor."""
+    problem = make_problem(recording)
+    yield from _named(jax.jit(jax.grad(problem.loss))(problem.lora)).items()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recorded optimization: the arrays it gives and the files of parameters it passes through."""
+
+    prefix: str
+    config: OptimizerConfig
+    steps: int
+    parameters: dict[int, str]  # after so many steps -> file
+
+
+def runs(recording: Recording) -> list[Run]:
+    """The recorded runs, with the settings of the metadata."""
+    meta = recording.meta
+    prodigy, big, clip2 = meta["prodigy"], meta["prodigy_bigd"], meta["prodigy_clip2"]
+    if prodigy["growth_rate"] != "inf" or not prodigy["use_bias_correction"] or prodigy["beta3"] is not None:
+        raise ValueError("recordings of Prodigy with a growth rate, a beta3 or without bias correction")
+    common = {"clip": meta["gradient_clip"]}
+    base = OptimizerConfig("prodigy", **_settings(prodigy), **common)
+    small = float(recording.arrays(OPTIMIZERS)["clip2"])
+    adamw = OptimizerConfig("adamw", **_settings(meta["adamw"]), **common)
+    adamw_file = f"{PARAMETERS}adamw{meta['adamw']['steps']}"
+    files = {steps: f"{PARAMETERS}prodigy{steps}" for steps in prodigy["steps"]}
+    replaced = {**_settings(prodigy), "d0": big["d0"]}
+    return [
+        Run("adamw", adamw, meta["adamw"]["steps"], {meta["adamw"]["steps"]: adamw_file}),
+        Run("prodigy", base, max(prodigy["steps"]), files),
+        Run("prodigy_clip2", OptimizerConfig("prodigy", **_settings(prodigy), clip=small), clip2["steps"], {}),
+        Run(
+            "prodigy_bigd",
+            OptimizerConfig("prodigy", **replaced, **common),
+            big["steps"],
+            {big["steps"]: f"{PARAMETERS}prodigy_bigd{big['steps']}"},
+        ),
+    ]
+
+
+def _settings(meta: dict[str, Any]) -> dict[str, Any]:
+    known = {key: meta[key] for key in OptimizerConfig.__dataclass_fields__ if key in meta}
+    return known | {"betas": tuple(known["betas"])}
+
+
+def optimizers(recording: Recording) -> Iterator[Result]:
+    """08_optim and 08_params_*: by ``file/array``, since a run has something to say in several files."""
+    problem = make_problem(recording)
+    start = {key: tensor for key, tensor in TensorFiles.open(recording.lora_path).stream() if ".lora_" in key}
+    yield f"{OPTIMIZERS}/clip2", INPUT
+    for run in runs(recording):
+        yield from _follow(problem, run, start)
+
+
+def _follow(problem: Problem, run: Run, start: Tensors) -> Iterator[Result]:
+    optimizer = make_optimizer(run.config)
+
+    @jax.jit
+    def advance(lora: Any, state: Any) -> tuple[Any, Any, Array, Array]:
+        loss, gradient = jax.value_and_grad(problem.loss)(lora)
+        updates, state = optimizer.update(gradient, state, lora)
+        return optax.apply_updates(lora, updates), state, loss, optax.tree.norm(gradient)
+
+    lora, state = problem.lora, optimizer.init(problem.lora)
+    losses, norms, numbers = [], [], []
+    for taken in range(1, run.steps + 1):
+        lora, state, loss, norm = advance(lora, state)
+        losses.append(loss)
+        norms.append(norm)
+        if (found := prodigy_numbers(state, run.config.d_coef)) is not None:
+            numbers.append(jnp.stack(found))
+        if taken in run.parameters:
+            for name, value in _named(lora).items():
+                yield f"{run.parameters[taken]}/{name}", Moved(value, start[name])
+    yield f"{OPTIMIZERS}/{run.prefix}_losses", jnp.stack(losses)
+    yield f"{OPTIMIZERS}/{run.prefix}_grad_norms", jnp.stack(norms)
+    if numbers:
+        yield f"{OPTIMIZERS}/{run.prefix}_d", jnp.stack(numbers)
+
+
+def _named(lora: Any) -> Tensors:
+    """The LoRA's state (or its gradient) under diffusers' names and in their layout."""
+    tensors: Tensors = {}
+    for path, variable in nnx.to_flat_state(lora):
+        *module, leaf = map(str, path)
+        name = DIFFUSERS.module(".".join(module))[1]
+        value = np.asarray(variable.get_value())
+        tensors[f"transformer.{name}.{'lora_A' if leaf == 'lora_a' else 'lora_B'}.weight"] = value.T
+    return tensors

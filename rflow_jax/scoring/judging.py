@@ -1,0 +1,134 @@
+"""Many images before one verifier: as many at once, and as full batches, as it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import PIL.Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.scoring.results import Found
+from rflow_jax.scoring.targets import Target
+from rflow_jax.search.run_folder import public_section, result_affecting
+from rflow_jax.utils.images import image_in
+from rflow_jax.utils.worker_pool import BatchingPool, wait_for
+from rflow_jax.verifiers.base import Verdict, Verifier, normalize_verdict, score_images
+from rflow_jax.verifiers.config import REWARD, VerifierConfig
+from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.reward import find_step
+
+Chunk = list[tuple[int, Target]]
+PIXELS_AT_ONCE = 2**27  # of the images that a thread holds, beyond a batch: 400 MB in RGB
+
+
+def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[int, Found]]:
+    """Each image's verdict as it comes, with the key of its target; the verifier is closed in the end.
+
+    Images are read by a thread more than the verifier takes calls, so that it need not wait for the disk.
+    """
+    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    turn, ended = threading.Semaphore(verifier.concurrency), threading.Event()
+    call = partial(_call, verifier, turn, ended)
+    calls = BatchingPool("score", call, verifier.concurrency + 1, 1, lambda _, found: heard.put(found), heard.put)
+    works = list(targets.items())
+    # Those in this process take several batches, to prepare the next while the device works; others just one.
+    size = verifier.batch_size * getattr(verifier, "batches_a_call", 1)
+    try:
+        for start in range(0, len(works), size):
+            calls.submit(works[start : start + size])
+        left = len(works)
+        while left:
+            found = heard.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield from found
+            left -= len(found)
+    finally:
+        ended.set()
+        calls.close()
+        verifier.close()
+        wait_for(calls)
+
+
+def _call(
+    verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunks: Sequence[Chunk]
+) -> list[list[tuple[int, Found]]]:
+    return [_score(verifier, turn, ended, chunk) for chunk in chunks]
+
+
+def _score(
+    verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunk: Chunk
+) -> list[tuple[int, Found]]:
+    found: dict[int, Found] = {}
+    for part in _parts(chunk, verifier.batch_size):
+        images = {k: one.image for k, one in part.items() if isinstance(one.image, PIL.Image.Image)}
+        with turn:
+            if ended.is_set():  # nobody waits for these
+                return []
+            items = [part[k].target.item for k in images]
+            verdicts = score_images(verifier, list(images.values()), items) if images else []
+        judged = dict(zip(images, map(normalize_verdict, verdicts), strict=True))
+        for k, (target, sha256, reason) in part.items():
+            found[k] = Found(target, sha256, judged.get(k) or Verdict(None, error=str(reason)), verifier.name)
+    return list(found.items())
+
+
+class _Read(NamedTuple):
+    """An image that was read, or why it could not be."""
+
+    target: Target
+    sha256: str | None
+    image: PIL.Image.Image | str
+
+
+def _parts(chunk: Chunk, batch_size: int) -> Iterator[dict[int, _Read]]:
+    """A chunk bit by bit: full batches, and no more of them than there is room for."""
+    part: dict[int, _Read] = {}
+    count = pixels = 0
+    for k, target in chunk:
+        part[k] = read = _read(target)
+        if isinstance(read.image, PIL.Image.Image):
+            count, pixels = count + 1, pixels + read.image.width * read.image.height
+            if pixels >= PIXELS_AT_ONCE and count % batch_size == 0:
+                yield part
+                part, count, pixels = {}, 0, 0
+    if part:
+        yield part
+
+
+def _read(target: Target) -> _Read:
+    digest = None
+    try:
+        content = target.path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        return _Read(target, digest, image_in(content))
+    except InputError as error:
+        return _Read(target, digest, str(error))
+    except (OSError, ValueError) as error:
+        return _Read(target, None, f"cannot read the file ({getattr(error, 'strerror', None) or error})")
+
+
+def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
+    """The settings of a verifier, and of an ensemble's members, with the checkpoints that they mean now.
+
+    Raises:
+        InputError: a reward model's checkpoint is not there.
+    """
+    return _resolved(result_affecting(public_section(config)), config)
+
+
+def _resolved(section: Mapping[str, Any], config: VerifierConfig) -> dict[str, Any]:
+    options = dict(section.get("options", {}))
+    model = config.model or options.get("model")
+    if config.name == REWARD and options.get("step") is None and isinstance(model, str):
+        options["step"], _ = find_step(resolve_vlm(model, reward=True))
+    elif config.members:
+        options["members"] = [_resolved(*pair) for pair in zip(options["members"], config.members, strict=True)]
+    else:
+        return dict(section)
+    return {**section, "options": options}

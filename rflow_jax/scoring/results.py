@@ -1,0 +1,211 @@
+"""The file of verdicts: JSON lines that are added as they come, so that a killed run has lost none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rflow_jax.errors import InputError
+from rflow_jax.scoring.targets import Target
+from rflow_jax.search.prompt_folder import json_line
+from rflow_jax.utils.atomic_io import (
+    append_line,
+    read_lines,
+    remove_beginnings,
+    truncate_partial_line,
+    try_lock,
+    write_file,
+)
+from rflow_jax.verifiers.base import EnsembleVerdict, Verdict, read_verdict
+
+# A line of this file to any of its characters; a list of images and prompts begins alike.
+_BEGINNING = re.compile(rb'\{"image": "(?:[^"\\]|\\.)*(?:\\?|"(?P<rest>.*))', re.DOTALL)
+_START, _REST = b'{"image": "', b', "item": {'
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found about an image.
+
+    Attributes:
+        sha256: of the file's bytes; None if it could not be read.
+        verifier: the name of who judged; None where nobody did, or an older file does not say.
+    """
+
+    target: Target
+    sha256: str | None
+    verdict: Verdict
+    verifier: str | None = None
+
+
+class Results:
+    """The file, and what stands in it; a context manager that keeps other processes out meanwhile.
+
+    A file that is not there yet is made by :meth:`begin`.
+
+    Args:
+        path: of the file; None keeps nothing.
+        verifier: the settings that scores follow from.
+
+    Raises:
+        InputError: the file cannot be used, holds something else, or another process writes into it.
+    """
+
+    def __init__(self, path: Path | None, verifier: Mapping[str, Any]) -> None:
+        self._path = path
+        self._settings = hashlib.sha256(json.dumps(verifier, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self._lines: dict[str, dict[str, Any]] = {}
+        self._scored: dict[str, tuple[Verdict, str | None]] = {}
+        self._held: IO[bytes] | None = None
+        if path is not None:
+            self._path = path = Path(os.path.realpath(path))  # a link stays one when the file is replaced
+            if path.exists():
+                self.begin()
+            else:
+                _require_place(path)
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._held is not None:
+            self._held.close()
+
+    def begin(self) -> None:
+        """Makes the file if it is not there yet, and keeps other processes out from now on.
+
+        Raises:
+            InputError: as the class.
+        """
+        if self._path is None or self._held is not None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._held = _claimed(self._path)
+        try:
+            self._read(self._path)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __bool__(self) -> bool:
+        """Whether any score is known."""
+        return bool(self._scored)
+
+    def known(self, target: Target, sha256: str) -> Found | None:
+        """What this verifier found about these bytes and this prompt, if it is a score."""
+        kept = self._scored.get(_key(sha256, self._settings, target.item))
+        return kept and Found(target, sha256, *kept)
+
+    def add(self, found: Found) -> None:
+        """Writes a verdict down, whole or not at all."""
+        self.begin()
+        if self._path is not None:
+            append_line(self._path, json_line(self._line(found)))
+
+    def finish(self, all_found: Iterable[Found]) -> None:
+        """Brings the file into order: what else it held, then one line for each of these images."""
+        self.begin()
+        if self._path is None:
+            return
+        for found in all_found:
+            line = self._line(found)
+            place = _place(line)
+            self._lines.pop(place, None)
+            self._lines[place] = line
+        write_file(self._path, "".join(map(json_line, self._lines.values())))
+
+    def _line(self, found: Found) -> dict[str, Any]:
+        return {
+            "image": shown(found.target.path),
+            "item": dict(found.target.item),
+            "verifier": found.verifier,
+            "settings": self._settings,
+            "sha256": found.sha256,
+            "verdict": asdict(found.verdict),
+        }
+
+    def _read(self, path: Path) -> None:
+        lines, torn = read_lines(path)
+        for number, line in enumerate(lines, 1):
+            self._remember(line, f"{path}:{number}")
+        if not torn:
+            return
+        if not lines and not _begins(torn):
+            raise InputError(f"{path}:1: no line of infer.py score; give another file as --out")
+        truncate_partial_line(path, torn)  # only now: another's file stays as it is
+
+    def _remember(self, text: str, where: str) -> None:
+        try:
+            line = json.loads(text)
+            verdict, place = read_verdict(line["verdict"]), _place(line)
+            key = _key(line["sha256"], line["settings"], line["item"])
+            _require_kinds(verdict)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{where}: no line of infer.py score; give another file as --out") from error
+        self._lines[place] = line
+        if verdict.scored:
+            self._scored[key] = verdict, line.get("verifier")
+
+
+def shown(path: Path) -> str:
+    """A path as text of one line, whatever bytes it is made of."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:
+    return json.dumps([sha256, settings, item], sort_keys=True)
+
+
+def _place(line: Mapping[str, Any]) -> str:
+    """Lines about the same image, prompt and verifier: a later one replaces the earlier."""
+    return _key(line["image"], line["settings"], line["item"])
+
+
+def _require_kinds(verdict: Verdict) -> None:
+    """Raises TypeError for a verdict that was edited into something else."""
+    number, text = (int, float, type(None)), (str, type(None))
+    if not isinstance(verdict.score, number) or isinstance(verdict.score, bool):
+        raise TypeError("score")
+    if not all(isinstance(value, text) for value in (verdict.label, verdict.error, verdict.explanation)):
+        raise TypeError("label, error or explanation")
+    for member in verdict.members if isinstance(verdict, EnsembleVerdict) else ():
+        if not isinstance(member.weight, (int, float)):
+            raise TypeError("weight")
+        _require_kinds(member.verdict)
+
+
+def _begins(torn: bytes) -> bool:
+    """Whether this can be the beginning of a line that was cut."""
+    if len(torn) <= len(_START):
+        return _START.startswith(torn)
+    match = _BEGINNING.fullmatch(torn)
+    rest = match and (match["rest"] or b"")
+    return rest is not None and (rest.startswith(_REST) or _REST.startswith(rest))
+
+
+def _require_place(path: Path) -> None:
+    """Said before anything expensive begins, though the file is made after it."""
+    there = next(parent for parent in path.parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {there} is no folder that can be written to; give another file as --out")
+
+
+def _claimed(path: Path) -> IO[bytes]:
+    """The file, held open and locked."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file; give another as --out")
+    held = try_lock(path)
+    if held is None:
+        raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out")
+    remove_beginnings(path.parent, path.name)
+    return held

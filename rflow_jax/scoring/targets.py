@@ -1,0 +1,162 @@
+"""What ``infer.py score`` is told."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rflow_jax.errors import InputError
+from rflow_jax.search.inputs import image_files
+from rflow_jax.search.prompt_folder import METADATA
+from rflow_jax.utils.checks import require_text
+from rflow_jax.verifiers.config import NONE, VerifierConfig
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Which images are scored, against which prompts, by whom.
+
+    Attributes:
+        images: image files, or folders. With ``prompt`` a folder's own images are scored; without, a folder is one
+            of a search or laid out like GenEval's, and every image is scored against its prompt's metadata.jsonl.
+        prompt: of all images.
+        prompts: JSON lines of {"image", "prompt", ...} instead of both; paths from the file's folder.
+        samples: which images of each prompt in a folder: samples, midimg (all of a search), samples_best, nfe4, ...
+        out: JSON lines with the whole verdicts. Images whose scores it holds, of the same bytes, prompt and verifier,
+            are not scored again.
+        again: score all of them again.
+        verifier: who scores.
+    """
+
+    images: list[str] = field(default_factory=list)
+    prompt: str | None = None
+    prompts: str | None = None
+    samples: str = "samples"
+    out: str | None = None
+    again: bool = False
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+
+    def __post_init__(self) -> None:
+        if self.prompts is None and not self.images:
+            raise InputError("no images: give files with --prompt, the folder of a search, or --prompts FILE")
+        if self.prompts is not None and (self.images or self.prompt is not None):
+            raise InputError("prompts names images and their prompts: leave out the other images and prompt")
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError("prompt is empty")
+        require_text(self.prompt or "", "prompt")
+        if self.prompts is not None and self.out and os.path.realpath(self.out) == os.path.realpath(self.prompts):
+            raise InputError("out is the list of prompts: give another file")
+        if self.verifier.name == NONE:
+            raise InputError("verifier.name is none: name one that scores")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One image to score.
+
+    Attributes:
+        item: the metadata of its prompt, as verifiers take it.
+        error: why it cannot be scored, if that is known without looking at it.
+    """
+
+    path: Path
+    item: Mapping[str, Any]
+    error: str | None = None
+
+
+def find_targets(config: ScoreConfig) -> list[Target]:
+    """The images, in the order in which they are named; those of a folder in the order in which they were made.
+
+    Raises:
+        InputError: no such file or folder, none that matches, no image at all, or a file without a prompt.
+    """
+    if config.prompts is not None:
+        return list(_listed(Path(config.prompts)))
+    found = [target for word in config.images for path in _matching(word) for target in _under(path, config)]
+    if not found:
+        raise InputError(f"{', '.join(config.images)}: no image there")
+    return found
+
+
+def _matching(word: str) -> list[Path]:
+    """A path, or what a pattern that no shell has expanded matches."""
+    if Path(word).exists():
+        return [Path(word)]
+    matching = sorted(glob.glob(word, recursive=True))
+    if not matching:
+        raise InputError(f"{word}: no such file or folder")
+    return [Path(match) for match in matching]
+
+
+def _under(path: Path, config: ScoreConfig) -> Iterator[Target]:
+    if config.prompt is not None:
+        files = image_files(path) if path.is_dir() else [path]
+        yield from (Target(file, {"prompt": config.prompt}) for file in files)
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: no prompt to score it against; give --prompt, or --prompts FILE")
+    folders = sorted(sub for sub in path.iterdir() if sub.name.isdecimal() and sub.is_dir())
+    if not folders:
+        raise InputError(f"{path}: no prompts (00000/{METADATA}, ...) there; for a folder of images give --prompt")
+    for folder in folders:
+        files = image_files(folder / config.samples)
+        item, error = _metadata(folder / METADATA) if files else ({}, None)
+        yield from (Target(file, item, error) for file in files)
+
+
+def _metadata(path: Path) -> tuple[Mapping[str, Any], str | None]:
+    """The entry of a prompt's folder, and why it cannot be used."""
+    try:
+        item = _parsed(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        return {}, f"no prompt: {path}: {error.strerror}"
+    except InputError as error:
+        return {}, f"no prompt: {error}"
+    except (ValueError, RecursionError):
+        return {}, f"no prompt: {path} is not JSON"
+    return _checked(item, str(path))
+
+
+def _parsed(text: str, where: str) -> Any:
+    """What JSON says; raises InputError where UTF-8 cannot hold it."""
+    found = json.loads(text)
+    require_text(json.dumps(found, ensure_ascii=False), where)
+    return found
+
+
+def _checked(item: Any, where: str) -> tuple[Mapping[str, Any], str | None]:
+    item = item if isinstance(item, dict) else {}
+    prompt = item.get("prompt")
+    usable = isinstance(prompt, str) and prompt.strip()
+    return item, None if usable else f"no prompt: {where} has none"
+
+
+def _listed(path: Path) -> Iterator[Target]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the list of images ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text") from error
+    entries = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not entries:
+        raise InputError(f"{path}: names no images")
+    for number, line in entries:
+        where = f"{path}:{number}"
+        try:
+            entry = _parsed(line, where)
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: no JSON object ({getattr(error, 'msg', error)})") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise InputError(f'{where}: expected an object such as {{"image": "a.png", "prompt": "a cat"}}')
+        if "\0" in entry["image"]:
+            raise InputError(f"{where}: image holds a NUL, which no path can")
+        item, problem = _checked({key: value for key, value in entry.items() if key != "image"}, where)
+        yield Target(path.parent / entry["image"], item, problem)

@@ -1,0 +1,84 @@
+"""What a run has used, over all its starts: seconds, images, questions, tokens, dollars."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rflow_jax.openai_client.usage import Usage, UsageTracker
+from rflow_jax.utils.atomic_io import remove_beginnings, write_file
+
+EVERY = 10.0  # seconds between writes
+
+
+class Budget:
+    """A meter for each role, and the file that keeps them: ``usage.json`` (of further processes ``usage_{k}.json``).
+
+    Args:
+        budget: US dollars; None for no limit.
+    """
+
+    def __init__(self, out: Path, place: int, roles: tuple[str, ...], budget: float | None) -> None:
+        self._path = out / (f"usage_{place}.json" if place else "usage.json")
+        self._budget = budget
+        before = _read(self._path)
+        self._seconds = float(before.get("seconds", 0.0))
+        self._images = int(before.get("images", 0))
+        spent = before.get("roles", {})
+        self.meters = {role: UsageTracker(_usage(spent.get(role, {}))) for role in roles}
+        self._began = self._written = time.monotonic()
+        self._owned = False
+
+    def total(self) -> Usage:
+        """All roles together."""
+        return sum((meter.snapshot() for meter in self.meters.values()), Usage())
+
+    def over_budget(self) -> str | None:
+        """Why no further question should be asked, if so."""
+        if self._budget is None:
+            return None
+        cost = self.total().cost
+        if cost is None or cost < self._budget:
+            return None
+        return f"the budget of ${self._budget:g} is spent (${cost:.2f})"
+
+    def write(self, images: int, busy: float | None, now: bool = True) -> None:
+        """Writes the file.
+
+        Args:
+            images: made since this start.
+            busy: part of the time that the generator worked.
+            now: also if it was written a moment ago.
+        """
+        moment = time.monotonic()
+        if not now and moment - self._written < EVERY:
+            return
+        self._written = moment
+        if not self._owned:  # not earlier: until the folder is claimed, another process may be writing there
+            remove_beginnings(self._path.parent, self._path.name)
+            self._owned = True
+        total = self.total()
+        content = {
+            "seconds": round(self._seconds + moment - self._began, 1),
+            "images": self._images + images,
+            "generator_busy": None if busy is None else round(busy, 4),
+            "cost": total.cost,
+            "roles": {role: meter.snapshot().as_dict() for role, meter in self.meters.items()},
+        }
+        write_file(self._path, json.dumps(content, indent=2) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _usage(content: dict[str, Any]) -> Usage:
+    known = {field.name for field in fields(Usage)}
+    return Usage(**{name: value for name, value in content.items() if name in known})

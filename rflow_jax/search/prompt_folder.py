@@ -1,0 +1,204 @@
+"""What has happened to a prompt so far: lines that are only ever added, so that a killed run can go on.
+
+A line that was cut by a kill is dropped when the journal is opened again: what it said happens once more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.openai_client import png_bytes
+from rflow_jax.search.lineage import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
+from rflow_jax.utils.atomic_io import append_line, remove_beginnings, temporary_path, whole_lines, write_file
+from rflow_jax.utils.images import read_image
+from rflow_jax.verifiers.ranking import with_ensemble_scores
+
+JOURNAL = "journal.jsonl"
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of JSON, readable in any script; only ``\\n`` ends it, since a text may hold other separators."""
+    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair is \\ud800 in JSON too
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a number or an array of NumPy, or of anything else that a class of one's own gives."""
+    for convert in ("tolist", "item"):
+        if callable(method := getattr(value, convert, None)):
+            return method()
+    return str(value)
+
+
+class Journal:
+    """The journal of one prompt: what is known of each of its images, by the image's position.
+
+    Args:
+        path: of the file; it is made with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[int, dict[str, Any]] = {}
+        for line in whole_lines(path):
+            self._remember(json.loads(line))
+
+    def known(self, position: int, what: str) -> Any:
+        """What was noted of an image, or None."""
+        return self._known.get(position, {}).get(what)
+
+    def note(self, position: int, what: str, value: Any) -> None:
+        """Adds a line."""
+        entry = {"id": position, what: value}
+        append_line(self._path, json_line(entry))
+        self._remember(entry)
+
+    def remove(self) -> None:
+        """Deletes the file: everything stands in the records."""
+        self._path.unlink(missing_ok=True)
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        self._known.setdefault(entry.pop("id"), {}).update(entry)
+
+
+RECORDS, METADATA = "records.jsonl", "metadata.jsonl"
+SAMPLES, LAST_ROUND, BEST_OF_CHAINS, BEST = "samples", "samples_lastround", "samples_path_bestround", "samples_best"
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+class PromptFolder:
+    """The folder of one prompt.
+
+    Raises:
+        InputError: it holds another prompt.
+    """
+
+    def __init__(self, out: Path, index: int, entry: Mapping[str, Any]) -> None:
+        self.path = folder_of(out, index)
+        self.index = index
+        self.entry = entry
+        remove_beginnings(self.path)
+        if (self.path / METADATA).exists():
+            check_entry(out, index, entry)
+        else:
+            write_file(self.path / METADATA, json_line(entry))
+        self.journal = Journal(self.path / JOURNAL)
+
+    @staticmethod
+    def image_name(round_number: int, seed: Seed) -> str:
+        """Where an image lies in the folder; ``--seed`` of ``generate`` takes the seed as it stands there."""
+        return f"midimg/{round_number}_round@{'-'.join(map(str, seed))}.png"
+
+    def has_image(self, name: str) -> bool:
+        """Whether the image is there, to its last byte."""
+        try:
+            with open(self.path / name, "rb") as file:
+                file.seek(-len(_PNG_END), os.SEEK_END)
+                return file.read() == _PNG_END
+        except OSError:
+            return False
+
+    def read_image(self, name: str) -> Image:
+        """An image that was stored."""
+        return read_image(self.path / name)
+
+    def write_image(self, name: str, image: Image) -> None:
+        """Stores an image as PNG."""
+        write_file(self.path / name, png_bytes(image))
+
+    def finish(
+        self, samples: Sequence[Sample], made_with: Mapping[str, Any], verified: bool, count_first: bool = True
+    ) -> None:
+        """Fills the folders of results and writes the records; they are the sign that the prompt is done."""
+        verdicts = with_ensemble_scores([sample.verdict for sample in samples])
+        samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
+        first = [position for position, sample in enumerate(samples) if not is_correction(sample)]
+        self._place(SAMPLES, samples, first)
+        if chains(samples):
+            self._place(LAST_ROUND, samples, last_round(samples))
+            self._place(BEST_OF_CHAINS, samples, best_of_chains(samples, count_first))
+        if verified:
+            self._place(BEST, samples, [best_of_all(samples, count_first)])
+        lines = (json_line(self._record(samples, position, made_with)) for position in range(len(samples)))
+        write_file(self.path / RECORDS, "".join(lines))
+        self.journal.remove()
+
+    def _place(self, folder: str, samples: Sequence[Sample], chosen: Sequence[int]) -> None:
+        (self.path / folder).mkdir(exist_ok=True)
+        for number, position in enumerate(chosen):
+            link(self.path / samples[position].file, self.path / folder / f"{number:05d}.png")
+
+    def _record(self, samples: Sequence[Sample], position: int, made_with: Mapping[str, Any]) -> dict[str, Any]:
+        sample = samples[position]
+        own = asdict(sample) | {"noise_path": [list(seed) for seed in sample.noise_path], "seed": list(sample.seed)}
+        parent = None if sample.parent is None else samples[sample.parent].file
+        # The base model alone makes what is no correction.
+        lora = {"lora": made_with["lora"] if is_correction(sample) else None}
+        where = {"index": self.index, "id": position, "prompt": self.entry["prompt"]}
+        return where | own | {"parent_file": parent} | dict(made_with) | lora
+
+
+def folder_of(out: Path, index: int) -> Path:
+    """The folder of a prompt."""
+    return out / f"{index:05d}"
+
+
+def is_done(out: Path, index: int) -> bool:
+    """Whether the search of a prompt is finished."""
+    folder = folder_of(out, index)
+    # A kill between the records and the end of the journal leaves both: then it is finished once more.
+    return (folder / RECORDS).exists() and not (folder / JOURNAL).exists()
+
+
+def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
+    """Makes sure that a prompt's folder belongs to this prompt; one that is not there yet does.
+
+    Raises:
+        InputError: it belongs to another one.
+    """
+    path = folder_of(out, index) / METADATA
+    if not path.exists():
+        return
+    try:
+        same = json.loads(path.read_text(encoding="utf-8")) == dict(entry)
+    except ValueError:
+        same = False
+    if not same:
+        raise InputError(f"{path}: another prompt than number {index} of the prompt file; give another --out")
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a prompt that is done, in the order of their images.
+
+    Raises:
+        InputError: a line is no record; says which.
+    """
+    path = folder / RECORDS
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            record = json.loads(line)
+            records.append({**record, "file": record["file"], "round": int(record["round"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: no record of an image ({error})") from error
+    return records
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no links; never half a file."""
+    temporary = temporary_path(target)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # replacing a name by another of the same file leaves both

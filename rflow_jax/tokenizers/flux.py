@@ -1,0 +1,111 @@
+"""What each text encoder is told, and its tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rflow_jax.errors import InputError
+
+REFLECTION_MARK = "[Reflexion]"  # as in the training data of the corrector
+CLIP_TOKENIZER, T5_TOKENIZER = "tokenizer", "tokenizer_2"  # subfolders of a model
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+log = logging.getLogger(__name__)
+
+
+def t5_prompt(prompt: str, reflection: str | None = None) -> str:
+    """T5's text: the (refined) prompt, and the reflection in the format the corrector was trained with."""
+    return f"{prompt} {REFLECTION_MARK} {reflection}" if reflection else prompt
+
+
+class Tokenizers:
+    """The CLIP and the T5 tokenizer of a model folder.
+
+    Args:
+        folder: holds ``tokenizer/`` (CLIP) and ``tokenizer_2/`` (T5), as Transformers writes them.
+
+    Raises:
+        InputError: one of them is missing or cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._clip = load_tokenizer(Path(folder) / CLIP_TOKENIZER)
+        self._t5 = load_tokenizer(Path(folder) / T5_TOKENIZER)
+
+    def clip(self, texts: Sequence[str], max_length: int) -> np.ndarray:
+        """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
+        return _encode(self._clip, texts, max_length, "CLIP")
+
+    def t5(self, texts: Sequence[str], max_length: int) -> np.ndarray:
+        """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
+        return _encode(self._t5, texts, max_length, "T5")
+
+    def lengths(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each text before any cut, [b] int32 each: CLIP's and T5's."""
+        clip, t5 = (np.asarray([len(ids) for ids in _ids(one, texts)], np.int32) for one in (self._clip, self._t5))
+        return clip, t5
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Transformers' tokenizer in a folder; raises InputError where there is none."""
+    # Else it advises everyone to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, so no tokenizer; fetch the whole model folder")
+    ready = folder / "tokenizer.json"
+    try:
+        if not ready.is_file():
+            return warm_up_tokenizer(AutoTokenizer.from_pretrained(folder))
+        # As it was saved: Transformers would build T5's again from its sentencepiece model, and say so each time.
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
+        return warm_up_tokenizer(PreTrainedTokenizerFast(tokenizer_file=str(ready), **special))
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def warm_up_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer after a first call, which puts aside the padding and the limit that its file may ask for.
+
+    Later calls of the same kind only read it, so that threads may share it.
+    """
+    tokenizer("", truncation=False, verbose=False)
+    return tokenizer
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The marks, such as ``<|im_end|>``, that a tokenizer reads as tokens of their own wherever a text holds them."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def require_plain(text: str, marks: Iterable[str]) -> str:
+    """What a user says; raises InputError if it holds one of these marks, which would end or begin a message."""
+    if found := [mark for mark in marks if mark in text]:
+        raise InputError(f"the prompt holds the special token {found[0]}: leave it out")
+    return text
+
+
+def _token(entry: str | dict[str, Any]) -> str:
+    """A special token's text; some versions of Transformers write its properties along."""
+    return entry if isinstance(entry, str) else entry["content"]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) -> np.ndarray:
+    # Tokenized without a limit first, so that a cut is seen and said.
+    for text, ids in zip(texts, _ids(tokenizer, texts), strict=True):
+        if len(ids) > max_length:
+            log.warning("%s sees the first %d of %d tokens of %r", name, max_length, len(ids), text[:60])
+    encoded = tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np")
+    return encoded["input_ids"].astype(np.int32)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]

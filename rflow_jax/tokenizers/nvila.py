@@ -1,0 +1,82 @@
+"""NVILA's tokenizer: texts -> the layout of the language model's input, and the words it answers with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.nvila import IMAGE, NEWLINE, Layout, Marks, lay_out, without_marks
+from rflow_jax.models.qwen2.config import Qwen2Config
+from rflow_jax.tokenizers.flux import load_tokenizer, require_plain, special_tokens
+from rflow_jax.utils.json_files import read_object
+
+LONGEST = 2**31  # Transformers writes an astronomical number where there is no limit
+
+
+class NvilaTokenizer:
+    """The tokenizer in a checkpoint's ``llm`` folder.
+
+    Attributes:
+        marks: ids that the layout depends on.
+        yes, no: ids of the two answers.
+        size: tokens it knows; the network's rows from there on belong to none.
+        context: the longest input, with its answer.
+        end: id that ends an answer.
+        pad: id that fills a batch.
+
+    Raises:
+        InputError: no tokenizer, or one that lacks a token that NVILA needs.
+    """
+
+    def __init__(self, folder: Path, language: Qwen2Config):
+        self._tokenizer: Any = load_tokenizer(folder)
+        self._folder = folder
+        self._marks = special_tokens(self._tokenizer)
+        self.size = len(self._tokenizer)
+        self.end, self.pad = (self._special(name) for name in ("eos_token_id", "pad_token_id"))
+        newline = tuple(self.ids(NEWLINE))
+        self.marks = Marks(self._one(IMAGE), newline, frozenset((self.end, self.pad)))
+        self.yes, self.no = self._one("yes"), self._one("no")
+        self.context = min(_longest(folder), language.max_position_embeddings)
+        if self.size > language.vocab_size:
+            raise InputError(
+                f"{folder}: the tokenizer has {self.size} tokens, the network's vocab_size is {language.vocab_size}"
+            )
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, marks such as ``<|im_end|>`` in it included."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def require_plain(self, text: str) -> None:
+        """Raises InputError if what a user says holds marks other than a picture's, which a message loses anyway."""
+        require_plain(without_marks(text), self._marks)
+
+    def word(self, token: int) -> str:
+        """The text of one token."""
+        return self._tokenizer.decode([token])
+
+    def layout(self, text: str, picture_tokens: int) -> Layout:
+        """The input for a text whose every picture's mark gives ``picture_tokens`` positions and a newline."""
+        return lay_out(self.ids(text), self.marks, picture_tokens)
+
+    def _one(self, word: str) -> int:
+        ids = self.ids(word)
+        if len(ids) != 1:
+            raise InputError(f"{self._folder}: {word!r} is {len(ids)} tokens; NVILA's tokenizer has one for it")
+        return ids[0]
+
+    def _special(self, name: str) -> int:
+        token = getattr(self._tokenizer, name)
+        if token is None:
+            raise InputError(f"{self._folder}: the tokenizer has no {name.removesuffix('_id')}")
+        return token
+
+
+def _longest(folder: Path) -> int:
+    """As VILA takes it: from the network's config if that says it, else from the tokenizer's."""
+    for file in ("config.json", "tokenizer_config.json"):
+        limit = read_object(folder / file).get("model_max_length") if (folder / file).is_file() else None
+        if isinstance(limit, int | float) and limit > 0:
+            return int(min(limit, LONGEST))
+    return LONGEST

@@ -1,0 +1,202 @@
+"""The model that is trained: which of its parameters move, in which number type, and where they live."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rflow_jax.errors import InputError
+from rflow_jax.models.flux.transformer import FluxGraph, FluxTransformer
+from rflow_jax.models.layers import LoRAScale
+from rflow_jax.models.lora import adapters_in, attach, init_lora
+from rflow_jax.models.stack import unstack_blocks
+from rflow_jax.parallel.sharding import put_by, sharding_for
+from rflow_jax.training.config import TrainableConfig
+from rflow_jax.training.corrector.step import INIT
+from rflow_jax.weights.flux import FluxModel, load_flux, scans_blocks
+from rflow_jax.weights.hub import resolve_lora
+from rflow_jax.weights.loading import ShardingFor
+from rflow_jax.weights.lora.export import export_lora
+from rflow_jax.weights.lora.read import read_lora
+
+
+@dataclass(frozen=True)
+class PartitionedModel:
+    """A model in two parts.
+
+    Attributes:
+        bundle: everything that stays as it is, without the transformer's weights.
+        graph: of the transformer, to be merged with both parts.
+        trainable: the parameters that move, float32.
+        frozen: the others, in the bundle's number type.
+        by_block: shapes and shardings of the parameters that move, by block: as they are saved, however the graph has
+            them.
+        scales: of the LoRA, by block; empty where none is trained.
+    """
+
+    bundle: FluxModel
+    graph: FluxGraph
+    trainable: Any
+    frozen: Any
+    by_block: nnx.State
+    scales: nnx.State
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether what moves is a LoRA."""
+        return bool(jax.tree.leaves(self.scales))
+
+    @property
+    def exports(self) -> str | None:
+        return "lora/{step}" if self.is_lora else None
+
+    def to_saved(self, tree: Any) -> Any:
+        """A tree that has the moving parameters, or numbers of an optimizer for each, with these by block."""
+        return self._each_state(lambda state: unstack_blocks(state, self.by_block), tree)
+
+    def to_running(self, tree: Any) -> Any:
+        """A tree as :meth:`to_saved` gives it with its parameters as the graph has them; those given are used up."""
+        return self._each_state(self.graph.stack_loaded, tree)
+
+    def _each_state(self, function: Callable[[nnx.State], nnx.State], tree: Any) -> Any:
+        if not self.graph.scan_blocks:
+            return tree
+
+        def is_state(part: Any) -> bool:
+            return isinstance(part, nnx.State)
+
+        return jax.tree.map(lambda part: function(part) if is_state(part) else part, tree, is_leaf=is_state)
+
+    def export(self, trainable: Any, folder: Path | None) -> None:
+        """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``infer.py``.
+
+        Args:
+            trainable: by block.
+        """
+        trainable = on_host(trainable)
+        if folder is not None:
+            export_lora(adapters_in(trainable, self.scales), folder)
+
+    def bundle_with(self, trainable: Any) -> FluxModel:
+        """The bundle to generate with, the moving parameters as given."""
+        weights = self.bundle.weights | {"transformer": (self.frozen, trainable)}
+        return replace(
+            self.bundle,
+            graphs=self.bundle.graphs._replace(transformer=self.graph),
+            weights=weights,
+            has_lora=self.is_lora,
+        )
+
+
+def load_trainable_model(
+    model: str, config: TrainableConfig, *, seed: int, dtype: str, mesh: Mesh, scan_blocks: bool | None = False
+) -> PartitionedModel:
+    """Loads a model onto the mesh and takes apart what moves and what stays.
+
+    Args:
+        scan_blocks: see :func:`rflow_jax.generation.pipeline.load_pipeline`.
+
+    Raises:
+        InputError: the model, the LoRA or a pattern is not usable.
+    """
+    bundle = load_flux(model, lora=None, lora_alpha=None, dtype=dtype, mesh=mesh)
+    transformer = bundle.graphs.transformer.merge(*bundle.weights.pop("transformer"))
+    if config.parameters is None:
+        _attach(transformer, config, seed, sharding_for(mesh))
+    return partition_params(bundle, transformer, config, scan_blocks=scans_blocks(scan_blocks, mesh))
+
+
+def partition_params(
+    bundle: FluxModel, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool
+) -> PartitionedModel:
+    """What moves of a transformer, and what stays, which is stacked if blocks are to be scanned.
+
+    Raises:
+        InputError: a pattern matches no parameter.
+    """
+    graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
+    trainable, frozen, scales = split_trainable(transformer, config, graph, bundle.name)
+    scales = jax.tree.map(np.asarray, scales)  # copied: they are used up below
+    if config.parameters is not None:
+        # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+        trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    by_block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    return PartitionedModel(bundle, graph, graph.stack_loaded(trainable), graph.stack_loaded(frozen), by_block, scales)
+
+
+def split_trainable(
+    transformer: FluxTransformer, config: TrainableConfig, graph: FluxGraph, name: str
+) -> tuple[Any, ...]:
+    """What moves of a transformer, arrays or shapes, what stays, and the scales of the LoRA that moves, all by block.
+
+    Args:
+        graph: of the transformer.
+        name: of the model, for an error.
+
+    Raises:
+        InputError: a pattern matches no parameter, or some blocks' of those that are stacked.
+    """
+    if config.parameters is None:
+        _, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
+        return trainable, frozen, nnx.state(transformer, LoRAScale)
+    chosen = re.compile(config.parameters)
+    _, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
+    if not jax.tree.leaves(trainable):
+        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {name}")
+    graph.require_stackable(trainable)
+    return trainable, frozen, nnx.State({})
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays of a tree as numpy's, whole; all processes must call it where there are several."""
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable:
+            return jax.device_get(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(fetch, tree)
+
+
+def count_params(state: Any) -> int:
+    """Numbers in a state."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def _attach(transformer: FluxTransformer, config: TrainableConfig, seed: int, choose: ShardingFor) -> None:
+    if config.lora is not None:
+        read = read_lora(resolve_lora(config.lora), alpha=config.alpha)
+        attach(transformer, read.adapters, dtype=jnp.float32, put=put_by(choose), where=read.where)
+        return
+    rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
+    how = {"alpha": config.alpha, "pattern": config.pattern, "sharding_for": choose}
+    init_lora(transformer, config.rank, rngs=rngs, **how)
+
+
+def shard_state(state: Any, put: ShardingFor) -> Any:
+    """The state with every leaf where the rules want it; what already lies there stays."""
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        sharding = put(dotted(path), leaf.shape)
+        if leaf.sharding == sharding:
+            return leaf
+        # By way of the host: the leaf may lie on one device of this process alone.
+        return jax.device_put(jax.device_get(leaf), sharding)
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, variable.replace(place(path, variable.get_value()))) for path, variable in flat])
+
+
+def dotted(path: Any) -> str:
+    """A path in a state with dots between its parts."""
+    return ".".join(map(str, path))

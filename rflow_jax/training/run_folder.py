@@ -1,0 +1,85 @@
+"""The folder of a run.
+
+::
+
+    .lock                           while a run is at work
+    config.yaml                     the resolved configuration, as the newest start had it
+    metrics.jsonl                   one line of numbers every so many steps
+    tensorboard/                    the same for TensorBoard
+    wandb_id                        what wandb knows the run by
+    checkpoints/{step}/             to resume from
+    checksums/{step}.json           of that checkpoint's files
+    lora/{step}/                    pytorch_lora_weights.safetensors, for diffusers, ComfyUI and infer.py (corrector)
+    reward/checkpoint-{step}/       the original's reward checkpoint, for the verifier of that name (reward)
+    adapter/{step}/, model/{step}/  an adapter of PEFT, or a folder of Transformers (sft)
+    validation/{step:07d}/          bad, good and generated image, side by side (corrector)
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import try_lock, use_folder, write_file
+
+CONFIG, LOCK = "config.yaml", ".lock"
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_folder(out: Path, resume: bool) -> Iterator[None]:
+    """Makes sure that this run may write here, before anything expensive begins; other runs are kept out meanwhile.
+
+    Of several processes the first looks after the folder.
+
+    Raises:
+        InputError: another run's files are there and it is not to be resumed, another run is at work, or nothing can be
+            written.
+    """
+    if jax.process_index():
+        yield
+        return
+    use_folder(out)
+    lock = out / LOCK
+    try:
+        held = try_lock(lock)
+    except InputError as error:
+        log.warning("%s; see to it that no other run writes there", error)
+        yield
+        return
+    if held is None:
+        raise InputError(f"{out}: another run is at work in this folder; wait for it, or give another out")
+    try:
+        _require_usable(out, resume)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: it must not be another's by then
+        held.close()
+
+
+def _require_usable(out: Path, resume: bool) -> None:
+    taken = any(path.name != LOCK for path in out.iterdir())
+    if taken and not resume:
+        raise InputError(f"{out}: holds files already; add --resume to go on with that run, or give an empty folder")
+    if taken and not (out / CONFIG).exists():
+        raise InputError(f"{out}: holds files, but no run ({CONFIG} is missing); give another folder")
+
+
+def write_config(out: Path, config: dict[str, Any]) -> None:
+    """Writes the resolved configuration, as YAML that ``--config`` reads again."""
+    if jax.process_index() == 0:
+        write_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, empty: what a killed run left of it is made again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,133 @@
+"""One optimizer step of any objective: differentiate, in parts if need be, clip, move. Compiled over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from rflow_jax.parallel.mesh import BATCH, replicated, traced_on
+from rflow_jax.typing import Array, Float, Int
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        step: steps taken.
+        trainable: parameters, float32.
+        optimizer: the optimizer's state.
+    """
+
+    step: Int[Array, ""]
+    trainable: Any
+    optimizer: Any
+
+
+class MeanMetric(NamedTuple):
+    """A metric as a sum and what it is divided by, so that parts of a batch can be added up."""
+
+    total: Float[Array, ""]
+    of: Float[Array, ""]
+
+
+Metrics = dict[str, MeanMetric]
+# (trainable, frozen, batch) -> the loss, to be averaged over equal parts of a batch, and what else is told.
+Objective = Callable[[Any, Any, Any], tuple[Float[Array, ""], Metrics]]
+
+
+class StepMetrics(NamedTuple):
+    """What a step tells.
+
+    Attributes:
+        gradient_norm: before the clip.
+        d: Prodigy's estimate of the distance; None with other optimizers.
+        metrics: of the objective, besides its loss.
+    """
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    d: Float[Array, ""] | None
+    metrics: Metrics = {}  # noqa: RUF012 (nothing is ever put into it)
+
+
+def make_update(
+    objective: Objective, optimizer: optax.GradientTransformation, *, accumulation: int, mesh: Mesh
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]:
+    """A function of (state, frozen parameters, batch), to be compiled by :func:`compile_step`.
+
+    Args:
+        accumulation: a batch is taken in so many parts, one after the other.
+    """
+
+    def gradients(trainable: Any, frozen: Any, batch: Any) -> tuple[tuple[Array, Metrics], Any]:
+        """Loss, metrics and gradient of the batch, taken in parts."""
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        if accumulation == 1:
+            return differentiate(trainable, frozen, batch)
+        parts = jax.tree.map(partial(_in_parts, parts=accumulation, mesh=mesh), batch)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, differentiate(trainable, frozen, part)), None
+
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+        shapes = jax.eval_shape(differentiate, trainable, frozen, first)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((loss, metrics), gradient), _ = jax.lax.scan(add, zero, parts)
+        loss, gradient = jax.tree.map(lambda x: x / accumulation, (loss, gradient))
+        return (loss, metrics), gradient
+
+    def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
+        (loss, metrics), gradient = gradients(state.trainable, frozen, batch)
+        updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        report = StepMetrics(loss, optax.tree.norm(gradient), optax.tree.get(moved, "estim_lr"), metrics)
+        return TrainState(state.step + 1, trainable, moved), report
+
+    return update
+
+
+def compile_step(step: Callable[..., tuple[TrainState, StepMetrics]], shardings: Any, mesh: Mesh) -> Any:
+    """The jitted step; its first argument, the state, is donated and comes back where ``shardings`` says."""
+    return jax.jit(traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:
+    """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
+
+    def split(rows: Array) -> Array:
+        return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
+
+    return jax.shard_map(split, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))(x)
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Any]:
+    """The state before the first step, and where its leaves live."""
+    shardings = state_shardings(trainable, optimizer, mesh)
+    # Copied: Prodigy remembers the first parameters, and a donated buffer must not be in the state twice.
+    init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=shardings.optimizer)
+    step = jnp.zeros((), jnp.int32, device=replicated(mesh))
+    return TrainState(step, trainable, init(trainable)), shardings
+
+
+def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Where the leaves of a state live: an optimizer's numbers with their parameter.
+
+    Args:
+        trainable: arrays, or their shapes, with shardings.
+    """
+    parameters = jax.tree.map(lambda x: x.sharding, trainable)
+    optimizer_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        parameters,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    step: Any = replicated(mesh)
+    return TrainState(step, parameters, optimizer_shardings)

@@ -1,0 +1,308 @@
+"""What the command lines share: parsers over dataclasses, and errors that are one line.
+
+Exit status: 0 done, 2 bad input (one line, no traceback), 130 interrupted, 1 otherwise. A full disk or an error of a
+device is one line too, and a bug a traceback.
+"""
+
+import errno
+import json
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from rflow_jax.errors import InputError, RunError
+from rflow_jax.utils.checks import nearest
+from rflow_jax.utils.recipes import find_recipe
+
+T = TypeVar("T")
+
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|option |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
+_NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config ('.*?'|".*?") - (.*)""")
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "the disk is full; free some space or name another place",
+    errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
+    errno.EIO: "the device reports an error; look after the disk, or copy the file again",
+}
+_OF_THE_USER = {
+    errno.ENOENT: "no such file or folder",
+    errno.EEXIST: "a file of this name is in the way",
+    errno.ENOTDIR: "a part of this path is a file and no folder",
+    errno.EISDIR: "a folder, where a file is expected",
+    errno.EACCES: "no permission; change its rights or name another place",
+    errno.EPERM: "not permitted; change its rights or name another place",
+    errno.EROFS: "the disk is read-only; name another place",
+    errno.ENAMETOOLONG: "this name is too long",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        configs: dataclasses; their fields are the flags, and nested dataclasses give dotted ones.
+        run: called with an instance of each.
+        words: the flags that take the words without one, such as a folder, in their order; one that is a list takes all
+            but what those after it need.
+        kin: dataclasses of other commands; of a YAML file that is meant for them, the sections that both have are used.
+    """
+
+    configs: tuple[type, ...]
+    run: Callable[..., int | None]
+    words: tuple[str, ...] = ()
+    kin: tuple[type, ...] = ()
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Runs a command line; an error that a user can act on becomes one line on stderr.
+
+    Returns:
+        The exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # a path need not fit the terminal's encoding
+    try:
+        return main() or 0
+    except InputError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python must not try to write the rest of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE | _OF_THE_USER.keys():
+            raise
+        return _fail(_of_files(error), 1 if error.errno in _OF_THE_MACHINE else 2)
+    except Exception as error:
+        # JAX has no exception class of its own for this, only the status in the text.
+        if _OUT_OF_MEMORY not in str(error):
+            raise
+        return _fail("out of accelerator memory: lower batch_size, height and width, or condition_size", 1)
+
+
+def run_command(
+    command: Command, argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> int | None:
+    """Parses a command line and runs its command.
+
+    Args:
+        argv: the words after the command's name; None: those of this process.
+        prog: how the command is called, for its help.
+        description: the first line of its help.
+
+    Raises:
+        InputError: the command line or its YAML file is not usable; for an unknown key it names the nearest.
+    """
+    parser = _parser(command, prog, description)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for step in (_underscored, _named_recipes, _spelled_out_switches, _numbers_in_lists, _named_words, _own_sections):
+        argv = step(argv, command)
+    try:
+        namespace = parser.parse_args(argv)
+        _require_sections(namespace, command.configs)
+    except ArgumentError as error:
+        raise InputError(_explain(error, argv, parser)) from error
+    return _call(command, parser, namespace)
+
+
+def _call(command: Command, parser: ArgumentParser, namespace: Namespace) -> int | None:
+    ready = parser.instantiate(namespace)
+    return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
+
+
+def early_value(argv: Sequence[str], key: str, default: str) -> str:
+    """The value of one key of a command line or of its YAML files, before there is a parser for the others.
+
+    A flag goes before files, and of several files the last one counts; what is wrong with a file the parser will say.
+    """
+    if flags := _values_of(argv, f"--{key}"):
+        return flags[-1][1]
+    for _, file in reversed(_values_of(argv, "--config")):
+        if key in (content := _yaml(find_recipe(file))):
+            return str(content[key])
+    return default
+
+
+def _values_of(argv: Sequence[str], flag: str) -> list[tuple[int, str]]:
+    """Where among the words a flag's values stand, and the values."""
+    alone = [(k + 1, argv[k + 1]) for k, word in enumerate(argv[:-1]) if word == flag]
+    return sorted([*alone, *((k, w.partition("=")[2]) for k, w in enumerate(argv) if w.startswith(f"{flag}="))])
+
+
+def _parser(command: Command, prog: str | None, description: str | None) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags take precedence over it")
+    for config in command.configs:
+        parser.add_class_arguments(config)
+    return parser
+
+
+# What jsonargparse has no setting for is put into its words before it parses; each step takes and gives a command line.
+
+
+def _underscored(argv: Sequence[str], command: Command) -> list[str]:
+    """``--num-images`` means ``--num_images``."""
+    flags = [word.partition("=") for word in argv]
+    return [
+        f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else name + equals + value
+        for name, equals, value in flags
+    ]
+
+
+def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:
+    """``--config debug`` means the recipe of this name, where there is no such file."""
+    result = list(argv)
+    for k, file in _values_of(argv, "--config"):
+        result[k] = f"{'--config=' * result[k].startswith('--')}{find_recipe(file)}"
+    return result
+
+
+def _spelled_out_switches(argv: Sequence[str], command: Command) -> list[str]:
+    """``--latent_lora`` alone means ``--latent_lora true``, also in front of a word that goes by itself."""
+    switches = {f"--{f.name}" for config in command.configs for f in fields(config) if isinstance(f.default, bool)}
+
+    def alone(after: str) -> bool:
+        return after.startswith("--") or (command.words != () and after.lower() not in ("true", "false"))
+
+    following = [*argv, "--"][1:]
+    return [f"{w}=true" if w in switches and alone(after) else w for w, after in zip(argv, following, strict=True)]
+
+
+def _numbers_in_lists(argv: Sequence[str], command: Command) -> list[str]:
+    """``--k 1 2 4`` means ``--k [1,2,4]``."""
+    lists = {f"--{f.name}" for config in command.configs for f in fields(config) if str(f.type) == "list[int]"}
+    result: list[str] = []
+    words = list(argv)
+    while words:
+        result.append(words.pop(0))
+        if result[-1] in lists and words and words[0].isdecimal():
+            count = next((k for k, word in enumerate(words) if not word.isdecimal()), len(words))
+            result.append(f"[{','.join(words[:count])}]")
+            del words[:count]
+    return result
+
+
+def _named_words(argv: Sequence[str], command: Command) -> list[str]:
+    """The words without a flag as the values of the flags ``words``."""
+    bare, rest = _bare_words(argv)
+    kinds = {f.name: str(f.type) for config in command.configs for f in fields(config)}
+    flags = []
+    for k, name in enumerate(command.words):
+        several = "list" in kinds[name]
+        count = max(1, len(bare) - len(command.words[k + 1 :])) if several else 1
+        taken, bare = bare[:count], bare[count:]
+        one = not several or (len(taken) == 1 and "str |" in kinds[name])
+        if taken:
+            flags.append(f"--{name}={taken[0] if one else json.dumps(taken)}")
+    if bare:
+        wanted = " and ".join(f"one {name}" for name in command.words) or "flags only"
+        raise InputError(f"{bare[0]} is too much; give {wanted}")
+    return [*flags, *rest]
+
+
+def _bare_words(argv: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(words that are neither flags nor values of flags, the others)."""
+    bare, rest = [], []
+    takes_value = False
+    for word in argv:
+        (rest if word.startswith("-") or takes_value else bare).append(word)
+        takes_value = word.startswith("--") and "=" not in word  # -h takes none
+    return bare, rest
+
+
+def _own_sections(argv: Sequence[str], command: Command) -> list[str]:
+    """The words, with a YAML file that is meant for another command replaced by those sections of it that this has."""
+    if not command.kin:
+        return list(argv)
+    own = {f.name: is_dataclass(f.default_factory) for config in command.configs for f in fields(config)}
+    foreign = {f.name for config in command.kin for f in fields(config)} - own.keys()
+    result = list(argv)
+    for k, file in _values_of(argv, "--config"):
+        content = _yaml(file)
+        if foreign & content.keys():
+            sections = {key: value for key, value in content.items() if own.get(key)}
+            result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(sections, default=str)}"
+    return result
+
+
+def _yaml(file: str) -> dict[str, Any]:
+    """The keys of a YAML file; none where the parser had better say what is wrong with it."""
+    try:
+        content = yaml.safe_load(Path(file).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _require_sections(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
+    for config in configs:
+        for name, kind in get_type_hints(config).items():
+            if not is_dataclass(kind) or name not in namespace:
+                continue
+            if not isinstance(section := namespace[name], Namespace):
+                raise InputError(f"{prefix}{name}: expected keys with values, got {section!r}")
+            _require_sections(section, [kind], f"{prefix}{name}.")
+
+
+def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser) -> str:
+    text = plain(error)
+    unknown = _UNKNOWN.search(text)
+    if unknown is None or "Parser key" in text:
+        if text.startswith("Unexpected config"):  # repeats the whole file
+            return f"{_config_file(argv)}: expected keys with values"
+        return text.replace('"<unicode string>"', _config_file(argv))
+    # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
+    key = unknown[1]
+    return f"unknown key {key}: did you mean {nearest(key, parser.get_defaults().keys())}?"
+
+
+def plain(error: ArgumentError) -> str:
+    """jsonargparse's message in the words of the command line, on one line."""
+    text = " ".join(str(error.message).split())
+    if required := re.fullmatch(r"the following arguments are required: (.*)", text):
+        names = (name.rpartition(".")[2] for name in required[1].split(", "))
+        return f"missing: {', '.join(names)}"
+    if section := _NO_SECTION.fullmatch(text):
+        key, value, reason = section.groups()
+        # A word may be the name of a YAML file with the section's keys, and then the reason is of its content.
+        if not reason.startswith("Parser key"):
+            return f"{key}: {reason}, got {value}"
+        if "Unable to load config" in reason:
+            return f"{key}: expected keys with values, got {value}"
+    # Only for values that are plain: of a section or a list the message says where in it the mistake is.
+    wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?: Given value type: .*)?(?:Given|Got) value: (.*)', text)
+    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", wrong[2])) if wrong else {}
+    if wrong is None or not kinds or not kinds.keys() <= _KINDS.keys():
+        return text
+    return f"{wrong[1]} is {wrong[3]}: give {' or '.join(_KINDS[kind] for kind in kinds)}"
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    return ", ".join(file for _, file in _values_of(argv, "--config")) or "the command line"
+
+
+def _of_files(error: OSError) -> str:
+    what = (_OF_THE_USER | _OF_THE_MACHINE)[error.errno or 0]
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{where or 'a file'}: {what}"
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

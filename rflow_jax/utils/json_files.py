@@ -1,0 +1,139 @@
+"""JSON and JSON lines: read, and checked, with errors that name file, line and key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from rflow_jax.errors import InputError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises InputError where it is missing, does not parse or holds something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}; expected an object with keys")
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises InputError where it is missing or does not parse."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; give a whole folder of such a model") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def check_types(config: type, content: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError for a key of ``content`` that a field of the dataclass ``config`` cannot be made of.
+
+    Fields that are configurations themselves are not looked at: they have files, or parts of a file, of their own.
+    """
+    for key, kind in get_type_hints(config).items():
+        if kind not in _IS or key not in content or (content[key] is None and key in _MAY_BE_NULL):
+            continue
+        value = content[key]
+        if key == "sample_size" and isinstance(value, list):
+            kind = tuple[int, ...]  # height and width
+        if not _IS[kind](key, value):
+            raise InputError(f"{path}: {key} is {value!r}; expected {_expected(key, kind)}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An InputError that is raised within names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
+
+
+_MAY_BE_NULL = ("shift_factor",)
+
+
+_MAY_BE_ZERO = ("num_layers", "num_single_layers", "eos_token_id", "fullatt_block_indexes")
+
+
+_EXPECTED = {
+    bool: "true or false",
+    str: "a text",
+    int: "a whole number above 0",
+    float: "a number",
+    tuple[int, ...]: "a list of whole numbers above 0",
+}
+
+
+def _expected(key: str, kind: Any) -> str:
+    return _EXPECTED[kind].replace("above 0", "from 0") if key in _MAY_BE_ZERO else _EXPECTED[kind]
+
+
+def _is_count(key: str, value: Any) -> bool:
+    return type(value) is int and value >= (0 if key in _MAY_BE_ZERO else 1)
+
+
+_IS: dict[Any, Callable[[str, Any], bool]] = {
+    bool: lambda key, value: type(value) is bool,
+    str: lambda key, value: type(value) is str,
+    int: _is_count,
+    float: lambda key, value: type(value) in (int, float) and math.isfinite(value),
+    tuple[int, ...]: lambda key, value: (
+        type(value) is list and value != [] and all(_is_count(key, each) for each in value)
+    ),
+}
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:line``, the object of that line) for every line that is not empty.
+
+    Raises:
+        InputError: the file cannot be read, a line is no JSON object, or there is none.
+    """
+    try:
+        # Texts may hold what str.splitlines takes for the end of a line, too.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not in UTF-8") from error
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{path}: holds no line")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        yield f"{path}:{number}", _object(line, f"{path}:{number}")
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not a JSON object, but {line.strip()[:40]!r}")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a character ({error.object[error.start]!r})") from error
+    return record
+
+
+def text_of(record: dict[str, Any], key: str, where: str) -> str:
+    """A text of a record; raises InputError where it is missing or none."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: {key} is {value!r}: give a text")
+    return value
+
+
+def fingerprint_of(path: Path) -> str:
+    """A hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

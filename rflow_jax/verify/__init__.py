@@ -1,1 +1,0 @@
-"""Holds this package against recordings of the original: ``python -m convert_weights verify DIR``."""

@@ -1,0 +1,196 @@
+"""NVILA's compiled programs: one to look at pictures, one for each length of input to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rflow_jax.models.nvila import Layout, Nvila, NvilaConfig
+from rflow_jax.models.partitioning import constrain
+from rflow_jax.models.qwen2.generation import Decoding, GeneratedTokens, Prompts, generate
+from rflow_jax.parallel.sharding import on_mesh_of, whole_beside
+from rflow_jax.typing import Array
+from rflow_jax.weights.nvila import NvilaModel
+
+PICTURES_AT_ONCE = 8
+SHORTEST = 64  # positions
+
+
+@dataclass(frozen=True)
+class NvilaQuery:
+    """One image and what is asked about it.
+
+    Attributes:
+        pictures: uint8 [pictures, y, x, 3].
+        layout: of the language model's input.
+    """
+
+    pictures: np.ndarray
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions side by side, filled up to the batch's size and padded on the right to one length.
+
+    Attributes:
+        ids, feature: int32 [b, t].
+        lengths: int32 [b]; 1 for a row that is only filling.
+        tokens: image tokens of all pictures [i, d].
+        members: index of each row's question, in the order of the call.
+    """
+
+    ids: np.ndarray
+    feature: np.ndarray
+    lengths: np.ndarray
+    tokens: Array
+    members: list[int]
+
+
+class NvilaPrograms:
+    """Runs a model over questions in batches of one size.
+
+    A question's numbers do not depend on its neighbours: pictures go through the tower in groups of fixed size, and a
+    batch is made of questions that are padded to the same length anyway.
+    """
+
+    def __init__(self, model: NvilaModel, batch_size: int):
+        self.model = model
+        self.batch_size = batch_size
+        self._levels = jnp.asarray(model.levels)
+
+    def first_logits(self, questions: Sequence[NvilaQuery]) -> np.ndarray:
+        """float32 [questions, tokens]: how likely each token of the tokenizer begins the answer."""
+        # All batches are under way before the first is waited for.
+        running = [(batch.members, self.answer(batch)) for batch in self.batches(questions)]
+        result = np.zeros((len(questions), self.model.tokenizer.size), np.float32)
+        for members, logits in running:
+            result[members] = np.asarray(logits)[: len(members)]
+        return result
+
+    def answer(self, batch: Batch) -> Array:
+        """float32 [b, tokens]: the logits of the answer's first token."""
+        logits = self._call(answer, *_inputs(batch))
+        return logits[:, : self.model.tokenizer.size]
+
+    def greedy(self, batch: Batch, max_new_tokens: int) -> GeneratedTokens:
+        """The likeliest answer, token by token, with the logits of every step."""
+        tokenizer = self.model.tokenizer
+        decoding = Decoding(
+            max_new_tokens, (tokenizer.end,), tokenizer.pad, vocabulary=tokenizer.size, keep_logits=True
+        )
+        live = np.arange(len(batch.lengths)) < len(batch.members)
+        return self._call(_continue, *_inputs(batch), live, decoding=decoding)
+
+    def embeddings(self, batch: Batch) -> Array:
+        """The language model's input [b, t, d], padded."""
+        return self._call(_embed, batch.ids, batch.feature, batch.tokens)
+
+    def last_states(self, batch: Batch) -> Array:
+        """The last position's hidden state after the last norm [b, d]."""
+        return self._call(_last_state, *_inputs(batch))
+
+    def look(self, pictures: np.ndarray) -> Array:
+        """Image tokens [slots, i, d] of up to as many pictures as a batch can have; the rest is of no meaning."""
+        like = self.model.network.language.embed.embedding[...]
+        tokens = jnp.zeros(token_slots(self.model.config, self.batch_size), like.dtype, device=whole_beside(like))
+        for start in range(0, len(pictures), PICTURES_AT_ONCE):
+            group = _filled(pictures[start : start + PICTURES_AT_ONCE], PICTURES_AT_ONCE)
+            tokens = self._call(look, tokens, group, self._levels, start)
+        return tokens
+
+    def _call(self, program: Callable[..., Any], *inputs: Any, **how: Any) -> Any:
+        with on_mesh_of(self.model.weights):
+            return program(self.model.graph, self.model.weights, *inputs, **how)
+
+    def batches(self, questions: Sequence[NvilaQuery]) -> Iterator[Batch]:
+        """Questions of one padded length together."""
+        context = self.model.tokenizer.context
+        groups: dict[int, list[int]] = {}
+        for k, question in enumerate(questions):
+            groups.setdefault(padded_length(len(question.layout), context), []).append(k)
+        for length, members in groups.items():
+            for start in range(0, len(members), self.batch_size):
+                chosen = members[start : start + self.batch_size]
+                yield self.batch([questions[k] for k in chosen], chosen, length)
+
+    def batch(self, questions: Sequence[NvilaQuery], members: list[int], length: int) -> Batch:
+        """Up to ``batch_size`` questions, padded to ``length``."""
+        ids = np.zeros((self.batch_size, length), np.int32)
+        feature = np.full((self.batch_size, length), -1, np.int32)
+        lengths = np.ones(self.batch_size, np.int32)
+        pictures = 0
+        for row, question in enumerate(questions):
+            layout, size = question.layout, len(question.layout)
+            own = layout.feature + pictures * self.model.config.picture_tokens
+            ids[row, :size] = layout.ids
+            feature[row, :size] = np.where(layout.feature >= 0, own, -1)
+            lengths[row] = size
+            pictures += len(question.pictures)
+        looked = self.look(np.concatenate([question.pictures for question in questions]))
+        return Batch(ids, feature, lengths, looked.reshape(-1, looked.shape[-1]), members)
+
+
+def token_slots(config: NvilaConfig, batch_size: int) -> tuple[int, int, int]:
+    """The shape of the image tokens [slots, i, d] of as many pictures as a batch can have, in whole groups."""
+    groups = -(-batch_size * config.tiling.most // PICTURES_AT_ONCE)
+    return groups * PICTURES_AT_ONCE, config.picture_tokens, config.language.hidden_size
+
+
+def padded_length(length: int, context: int) -> int:
+    """The next of 64, 96, 128, 192, 256, 384 ...: few programs, and at most a third of padding."""
+    padded = SHORTEST
+    while padded < length:
+        padded += padded // 2 if padded & (padded - 1) == 0 else padded // 3
+    return max(length, min(padded, context))
+
+
+def _filled(pictures: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([pictures, np.zeros((size - len(pictures), *pictures.shape[1:]), np.uint8)])
+
+
+def _inputs(batch: Batch) -> tuple[Any, ...]:
+    return batch.ids, batch.feature, batch.tokens, batch.lengths
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def look(graph: Any, weights: Any, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
+    """The image tokens of a group of pictures, in their place among those of all."""
+    seen = nnx.merge(graph, weights).look(pictures, levels)
+    looked = jax.lax.dynamic_update_slice_in_dim(tokens, seen.astype(tokens.dtype), start, 0)
+    return constrain(looked)  # whole as it came, so that the next group takes the same program
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array) -> Array:
+    return nnx.merge(graph, weights).embed(ids, feature, tokens)
+
+
+@partial(jax.jit, static_argnums=0)
+def _last_state(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
+    network: Nvila = nnx.merge(graph, weights)
+    return network.last_state(network.embed(ids, feature, tokens), lengths)
+
+
+@partial(jax.jit, static_argnums=0)
+def answer(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
+    """The logits of the answers' first tokens."""
+    network: Nvila = nnx.merge(graph, weights)
+    return network.language.logits(network.last_state(network.embed(ids, feature, tokens), lengths))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="decoding")
+def _continue(
+    graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array, live: Array, *, decoding: Any
+) -> GeneratedTokens:
+    network: Nvila = nnx.merge(graph, weights)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    prompts = Prompts(network.embed(ids, feature, tokens), positions, lengths, lengths, live)
+    return generate(network.language, prompts, decoding)

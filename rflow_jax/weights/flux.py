@@ -1,0 +1,295 @@
+"""What a path holds: a model of ours, one in diffusers' layout, or Black Forest Labs' single files."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rflow_jax.errors import InputError
+from rflow_jax.flow.latents import PATCH
+from rflow_jax.flow.sampler import Schedule
+from rflow_jax.models.autoencoder import AutoencoderConfig
+from rflow_jax.models.clip import ClipTextConfig
+from rflow_jax.models.flux.config import FluxConfig
+from rflow_jax.models.flux.transformer import FluxGraph, abstract_flux
+from rflow_jax.models.layers import LoRAScale
+from rflow_jax.models.lora import attach, check_fit, linear_shapes
+from rflow_jax.parallel.sharding import put_by, sharding_for
+from rflow_jax.tokenizers.flux import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.progress import byte_progress
+from rflow_jax.weights import components
+from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, Component, read_schedule
+from rflow_jax.weights.hub import resolve, resolve_lora
+from rflow_jax.weights.loading import ShardingFor, load_into
+from rflow_jax.weights.lora.read import read_lora
+from rflow_jax.weights.mappings.flux import is_bfl
+from rflow_jax.weights.model_folder import FORMAT, MODEL_FILE, VERSION, is_stored, load_stored, stored_bytes
+from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle
+from rflow_jax.weights.saving import PARTIAL
+
+Kind = Literal["converted", "diffusers", "bfl"]
+EXPECTED = (
+    f"expected a converted folder ({MODEL_FILE}), a folder in diffusers' layout (model_index.json) "
+    "or a single file of Black Forest Labs (flux1-dev.safetensors)"
+)
+TRANSFORMER_CLASS = "FluxTransformer2DModel"
+
+
+@dataclass(frozen=True)
+class ModelPath:
+    """A model that was found.
+
+    Attributes:
+        components: subfolder's name -> where that network lies (a folder, or a single file).
+        info: content of ``rflow_model.json`` or ``model_index.json``.
+    """
+
+    kind: Kind
+    path: Path
+    components: dict[str, Path]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(path: Path) -> ModelPath:
+    """Says what kind of model lies at ``path``.
+
+    Raises:
+        InputError: nothing there, no model, an interrupted conversion, or one of a newer version.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; {EXPECTED}")
+    if path.name.endswith(PARTIAL):
+        raise InputError(f"{path}: a conversion that was interrupted; convert again")
+    if path.is_file():
+        return _single_file(path)
+    if (path / MODEL_FILE).is_file():
+        return _converted(path)
+    if (path / "model_index.json").is_file():
+        info = read_object(path / "model_index.json")
+        found = {c.folder: path / c.folder for c in COMPONENTS if (path / c.folder / "config.json").is_file()}
+        if TRANSFORMER.folder not in found:
+            raise InputError(f"{path}: has a model_index.json but no transformer/config.json; fetch the whole folder")
+        return ModelPath("diffusers", path, found, info)
+    if _is_transformer(path):
+        return ModelPath("diffusers", path, {TRANSFORMER.folder: path})
+    single = sorted(path.glob("flux1-*.safetensors"))
+    if len(single) == 1:
+        ae = {"vae": path / "ae.safetensors"} if (path / "ae.safetensors").is_file() else {}
+        return ModelPath("bfl", path, {TRANSFORMER.folder: single[0]} | ae)
+    raise InputError(f"{path}: is no model: {EXPECTED}")
+
+
+def _single_file(path: Path) -> ModelPath:
+    # What a pickle holds is not looked at before it is known to be wanted.
+    if not is_pickle(path) and not is_bfl(TensorFiles.open(path)):
+        raise InputError(f"{path}: is no FLUX transformer: {EXPECTED}")
+    return ModelPath("bfl", path, {TRANSFORMER.folder: path})
+
+
+def _converted(path: Path) -> ModelPath:
+    info = read_object(path / MODEL_FILE)
+    if info.get("format") != FORMAT:
+        raise InputError(f"{path / MODEL_FILE}: not written by convert_weights")
+    if info.get("version") != VERSION:
+        raise InputError(f"{path}: format version {info.get('version')}, this program reads {VERSION}; convert again")
+    return ModelPath("converted", path, {name: path / name for name in info.get("components", ())}, info)
+
+
+def _is_transformer(path: Path) -> bool:
+    config = path / "config.json"
+    return config.is_file() and read_object(config).get("_class_name") == TRANSFORMER_CLASS
+
+
+DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
+STEPS, T5_LENGTH = 30, 512  # FLUX.1-dev, as the corrector was trained and evaluated
+
+
+class GraphDefs(NamedTuple):
+    """The networks without their weights."""
+
+    transformer: FluxGraph
+    vae: Any
+    clip: Any
+    t5: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxModel:
+    """A loaded model.
+
+    Attributes:
+        name: what it was loaded from.
+        weights: ``transformer`` -> (base, LoRA), the LoRA's state empty where there is none; ``vae``, ``clip``, ``t5``.
+        dtype: of the activations.
+    """
+
+    name: str
+    graphs: GraphDefs
+    weights: dict[str, Any]
+    tokenizers: Tokenizers
+    schedule: Schedule
+    flux_config: FluxConfig
+    vae_config: AutoencoderConfig
+    clip_config: ClipTextConfig
+    dtype: Any
+    has_lora: bool = False
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels a side of one image token."""
+        return self.vae_config.factor * PATCH
+
+    @property
+    def lora_paths(self) -> list[str]:
+        """Dotted paths of the linears that carry an adapter."""
+        if not self.has_lora:
+            return []
+        states = (nnx.to_flat_state(state) for state in self.weights["transformer"])
+        return [".".join(map(str, path[:-1])) for state in states for path, _ in state if path[-1] == "lora_a"]
+
+    @property
+    def clip_length(self) -> int:
+        return self.clip_config.max_position_embeddings
+
+    @property
+    def default_steps(self) -> int:
+        return STEPS if self.flux_config.guidance_embeds else DISTILLED_STEPS
+
+    @property
+    def default_t5_length(self) -> int:
+        return T5_LENGTH if self.flux_config.guidance_embeds else DISTILLED_T5_LENGTH
+
+    def without_lora(self) -> FluxModel:
+        """The same model without its adapters; shares the weights."""
+        scan_blocks = self.graphs.transformer.scan_blocks
+        graph = FluxGraph.of(abstract_flux(self.flux_config, self.dtype), scan_blocks=scan_blocks)
+        weights = self.weights | {"transformer": (self.weights["transformer"][0], nnx.State({}))}
+        return dataclasses.replace(
+            self, graphs=self.graphs._replace(transformer=graph), weights=weights, has_lora=False
+        )
+
+
+def load_flux(
+    model: str,
+    *,
+    lora: str | None,
+    lora_alpha: float | None,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None = None,
+    scan_blocks: bool | None = False,
+    progress: bool = True,
+) -> FluxModel:
+    """Reads a model folder; see :func:`rflow_jax.generation.pipeline.load_pipeline` for the arguments and errors."""
+    kind: Any = getattr(jnp, require_dtype(dtype))
+    root = resolve(model)
+    places = _folders(model, describe(root))
+    adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
+    configs = {component.folder: component.read_config(root) for component in COMPONENTS}
+    schedule = read_schedule(root)
+    choose = None if mesh is None else sharding_for(mesh)
+    with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds: meanwhile, read weights
+        tokenizers = aside.submit(Tokenizers, root)
+        networks = {component.folder: component.abstract(configs[component.folder], kind) for component in COMPONENTS}
+        transformer: Any = networks[components.TRANSFORMER.folder]
+        if adapters is not None:  # said before gigabytes are read, and not after
+            check_fit(adapters.adapters, linear_shapes(transformer), adapters.where)
+        _load_networks(networks, places, configs, kind, choose, progress)
+    if adapters is not None:
+        put = None if choose is None else put_by(choose)
+        attach(transformer, adapters.adapters, dtype=kind, put=put, where=adapters.where)
+    graph = FluxGraph.of(transformer, scan_blocks=scans_blocks(scan_blocks, mesh))
+    _, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
+    parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}
+    (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = parts.values()
+    return FluxModel(
+        name=model,
+        graphs=GraphDefs(graph, vae_graph, clip_graph, t5_graph),
+        weights={
+            "transformer": (graph.stack_loaded(base), nnx.merge_state(matrices, scales)),
+            "vae": vae,
+            "clip": clip,
+            "t5": t5,
+        },
+        tokenizers=tokenizers.result(),
+        schedule=schedule,
+        flux_config=configs[components.TRANSFORMER.folder],
+        vae_config=configs[components.VAE.folder],
+        clip_config=configs[components.CLIP.folder],
+        dtype=kind,
+        has_lora=lora is not None,
+    )
+
+
+def scans_blocks(wanted: bool | None, mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether blocks are stacked: as wanted; None: on TPU, where a network written out compiles too long."""
+    if wanted is not None:
+        return wanted
+    return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "tpu"
+
+
+def _folders(model: str, found: ModelPath) -> dict[str, Path]:
+    """Where each network lies; raises InputError unless all four are there."""
+    if found.kind == "bfl":
+        raise InputError(f"{model}: a single file; first convert it with python -m convert_weights flux")
+    missing = [component.folder for component in COMPONENTS if component.folder not in found.components]
+    if missing:
+        raise InputError(f"{model}: holds no {', '.join(missing)}; generating needs all four networks of a FLUX model")
+    if missing := [name for name in (CLIP_TOKENIZER, T5_TOKENIZER) if not (found.path / name).is_dir()]:
+        raise InputError(f"{model}: holds no {', '.join(missing)}; fetch the whole folder")
+    return found.components
+
+
+def _load_networks(
+    networks: dict[str, Any],
+    places: dict[str, Path],
+    configs: dict[str, Any],
+    dtype: Any,
+    choose: ShardingFor | None,
+    progress: bool,
+) -> None:
+    """Fills every network with its weights; one bar, in bytes, over all of them."""
+    sources = {folder: Source.open(place) for folder, place in places.items()}
+    with byte_progress(progress) as bar:
+        task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
+        for component in COMPONENTS:
+            name = component.folder
+            bar.update(task, description=f"loading {name}")
+            how = {"dtype": dtype, "sharding_for": choose, "on_bytes": lambda done: bar.advance(task, done)}
+            sources[name].load(networks[name], component, configs[name], **how)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The stored weights of one network, in its own layout or in ours."""
+
+    place: Path
+    nbytes: int
+    files: TensorFiles | None  # None: in our layout
+
+    @classmethod
+    def open(cls, place: Path) -> Source:
+        """Looks at the headers only."""
+        if is_stored(place):
+            return cls(place, stored_bytes(place), None)
+        files = TensorFiles.open(place)
+        return cls(place, files.nbytes, files)
+
+    def load(self, network: nnx.Module, component: Component, config: Any, **how: Any) -> None:
+        """Puts the weights of an abstract network on the devices.
+
+        Args:
+            how: as in :func:`rflow_jax.weights.loading.load_into`.
+        """
+        if self.files is None:
+            load_stored(network, self.place, **how)
+        else:
+            load_into(network, component.table_for(self.files, config), self.files, **how)

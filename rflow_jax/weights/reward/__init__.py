@@ -1,1 +1,0 @@
-"""Checkpoints of the original's image verifier, read and written."""

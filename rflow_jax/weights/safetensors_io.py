@@ -1,0 +1,336 @@
+"""Safetensors files, read tensor by tensor.
+
+The files are read with positioned reads into buffers of their own and never mapped: mapped pages count as resident
+memory, and a 24 GB checkpoint must pass through a machine with less. A few threads read ahead, bounded in bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rflow_jax.errors import InputError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+HEADER_LIMIT = 100 * 2**20  # the format's own limit
+WINDOW = 2**28  # bytes of tensors on the host at once; a tensor that is larger is alone
+_PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
+_PIECES = 4  # threads of one such tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+class TensorFiles(Mapping[str, TensorInfo]):
+    """The tensors of one safetensors file, or of a folder's files, by key.
+
+    Attributes:
+        metadata: the string pairs of the headers.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self.files: tuple[Path, ...] = tuple(files)
+        self.metadata: dict[str, str] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for file in self.files:
+            infos, metadata = _read_header(file)
+            if twice := self._infos.keys() & infos.keys():
+                raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
+            self._infos |= infos
+            self.metadata |= metadata
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TensorFiles:
+        """Opens a ``.safetensors`` file, or a folder: by its index file if there is one, else its only file.
+
+        Raises:
+            InputError: nothing there, a shard that the index names is missing, a truncated or foreign file.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls([path])
+        if not path.is_dir():
+            raise InputError(f"{path}: no such file or folder")
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        if indexes:
+            return cls(_shards_of(indexes[0]))
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise InputError(f"{path}: expected one .safetensors file or an index of shards, found {names}")
+        return cls(found)
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self._infos[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    @property
+    def where(self) -> str:
+        """What to call these tensors in a message: the file, or the folder of several."""
+        first = self.files[0]
+        return str(first if len(self.files) == 1 else first.parent)
+
+    def home_of(self, key: str) -> str:
+        """The file that holds a tensor, for a message."""
+        return str(self._infos[key].file)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: info.shape for key, info in self._infos.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self._infos.values())
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in a buffer of its own."""
+        info = self._infos[key]
+        buffer = np.empty(info.nbytes, np.uint8)
+        view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
+
+        def fill(start: int) -> None:
+            self._fill(key, file.fileno(), view[start : start + _PIECE], info.offset + start)
+
+        with open(info.file, "rb", buffering=0) as file:
+            if info.nbytes <= _PIECE:
+                fill(0)
+            else:
+                with ThreadPoolExecutor(_PIECES, thread_name_prefix="weights") as pool:
+                    list(pool.map(fill, range(0, info.nbytes, _PIECE)))
+        return buffer.view(info.dtype).reshape(info.shape)
+
+    def stream(
+        self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = WINDOW
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(key, tensor) in the order asked for, read ahead by ``threads``.
+
+        Args:
+            ahead: bytes of tensors held here at once, the one that the caller has taken among them if it lets go of it
+                before it asks for the next. A tensor that is larger is alone.
+        """
+        waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
+        in_flight = 0
+        with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+            for key in self._infos if keys is None else keys:
+                size = self._infos[key].nbytes
+                while waiting and in_flight + size > ahead:
+                    taken = self._infos[waiting[0][0]].nbytes
+                    yield _result(*waiting.popleft())
+                    in_flight -= taken
+                waiting.append((key, pool.submit(self.read, key)))
+                in_flight += size
+            while waiting:
+                yield _result(*waiting.popleft())
+
+    def _fill(self, key: str, file: int, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            got = os.preadv(file, [view[done:]], offset + done)
+            if got <= 0:
+                raise InputError(f"{self._infos[key].file}: ended while {key} was read; copy the file again")
+            done += got
+
+
+def _result(key: str, future: Future[np.ndarray]) -> tuple[str, np.ndarray]:
+    """What was read; in a function of its own, for a name in a generator would hold the tensor beyond its turn."""
+    return key, future.result()
+
+
+def _shards_of(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
+    files = [index.parent / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: missing, though {index.name} names it; fetch the whole folder")
+    return files
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The header: 8 bytes of length, then JSON with dtype, shape and byte range of each tensor."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, max(size - 8, 0)):
+            raise InputError(f"{file}: not a safetensors file, or cut short ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            start = 8 + length
+            infos = {key: _info(file, key, entry, start) for key, entry in header.items()}
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: not a safetensors file (its header does not parse: {error})") from error
+    end = max((info.offset + info.nbytes for info in infos.values()), default=start)
+    if end > size:
+        raise InputError(f"{file}: cut short: {size} bytes of {end}; copy or download it again")
+    return infos, metadata
+
+
+def _info(file: Path, key: str, entry: dict, start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    if (name := entry["dtype"]) not in DTYPES:
+        raise InputError(f"{file}: {key} is stored as {name}, which is not read; take a file in BF16 or F32")
+    dtype, shape = DTYPES[name], tuple(entry["shape"])
+    if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise ValueError("byte range and shape disagree")
+    return TensorInfo(file, dtype, shape, start + begin, end - begin)
+
+
+SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether the name is that of a PyTorch file."""
+    return path.suffix in SUFFIXES
+
+
+class PickledTensors(TensorFiles):
+    """The tensors of PyTorch files, under the same interface as safetensors; their pages are mapped."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.files = tuple(files)
+        self.metadata = {}
+        self._infos = {}
+        self._tensors: dict[str, Any] = {}
+        for file in self.files:
+            tensors = _load(file)
+            if twice := self._infos.keys() & tensors.keys():
+                raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
+            self._tensors |= tensors
+            self._infos |= {key: _pickled_info(file, tensor) for key, tensor in tensors.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        tensor = self._tensors[key].detach().contiguous()
+        info = self._infos[key]
+        if info.dtype == ml_dtypes.bfloat16:
+            import torch  # pyright: ignore[reportMissingImports] (an extra)
+
+            return tensor.view(torch.int16).numpy().view(info.dtype)
+        return tensor.numpy()
+
+
+def open_pickle(*files: Path, allow: bool) -> PickledTensors:
+    """Opens one or several PyTorch files.
+
+    Raises:
+        InputError: no such file, ``allow`` is not given, torch is not installed, or a file of something else.
+    """
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: no such file")
+    if not allow:
+        raise InputError(
+            f"{files[0]}: a PyTorch pickle, not read unasked; add --allow_pickle (torch then reads it with "
+            "weights_only, which runs no code), or convert it to safetensors"
+        )
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(f"{files[0]}: reading a PyTorch pickle needs torch: pip install torch")
+    return PickledTensors(files)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import pickle
+
+    import torch  # pyright: ignore[reportMissingImports] (an extra)
+
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{file}: torch cannot read it as weights only ({reason})") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise InputError(f"{file}: expected a dictionary of tensors")
+    return loaded
+
+
+def _is_zip(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _pickled_info(file: Path, tensor: Any) -> TensorInfo:
+    name = str(tensor.dtype).removeprefix("torch.")
+    dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    shape = tuple(tensor.shape)
+    return TensorInfo(file, dtype, shape, 0, dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
+
+
+class LayeredFiles(TensorFiles):
+    """The tensors of several checkpoints under common names.
+
+    Args:
+        layers: checkpoints, the last word last.
+        rename: a checkpoint's key -> the common name; None leaves the tensor out.
+
+    Raises:
+        InputError: two tensors of one checkpoint with the same common name.
+    """
+
+    def __init__(self, layers: Sequence[TensorFiles], rename: Callable[[str], str | None]):
+        self._layers = tuple(layers)
+        self.files = tuple(file for layer in layers for file in layer.files)
+        self.metadata = {}
+        self._infos = {}
+        self._homes: dict[str, tuple[TensorFiles, str]] = {}
+        for layer in layers:
+            own: dict[str, str] = {}
+            for key in layer:
+                if (name := rename(key)) is None:
+                    continue
+                if name in own:
+                    raise InputError(f"{layer.where}: {own[name]} and {key} are both {name}")
+                own[name] = key
+            self._homes |= {name: (layer, key) for name, key in own.items()}
+            self._infos |= {name: replace(layer[key]) for name, key in own.items()}
+
+    @property
+    def where(self) -> str:
+        """What to call these tensors in a message: every checkpoint, the last word last."""
+        return " and ".join(layer.where for layer in self._layers)
+
+    def read(self, key: str) -> np.ndarray:
+        files, name = self._homes[key]
+        return files.read(name)

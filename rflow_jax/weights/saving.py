@@ -1,0 +1,169 @@
+"""Safetensors files written tensor by tensor, and outputs that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rflow_jax.errors import InputError
+from rflow_jax.weights.key_mapping import MappingPlan
+from rflow_jax.weights.safetensors_io import DTYPES, TensorFiles
+
+PARTIAL = ".partial"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGN = 8
+
+
+def write_safetensors(
+    path: Path,
+    infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file; ``tensors`` come in the order of ``infos`` and are held one at a time.
+
+    Args:
+        infos: key -> (dtype, shape), from which the header is made before the first tensor is there.
+        metadata: string pairs for the header.
+    """
+    with open(path, "wb") as file:
+        file.write(_header(infos, metadata))
+        expected = iter(infos.items())
+        for key, tensor in tensors:
+            want_key, (dtype, shape) = next(expected)
+            if (key, tensor.dtype, tensor.shape) != (want_key, dtype, shape):
+                raise ValueError(f"{path}: {key} {tensor.dtype} {tensor.shape} came instead of {want_key}")
+            # Viewed as bytes: numpy's own buffers don't know bfloat16.
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        if left := next(expected, None):
+            raise ValueError(f"{path}: {left[0]} never came")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors that are all in memory, sorted by key."""
+    ordered = dict(sorted(tensors.items()))
+    write_safetensors(path, {k: (v.dtype, v.shape) for k, v in ordered.items()}, ordered.items(), metadata)
+
+
+@contextmanager
+def atomic_output(dst: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path beside ``dst`` to write a file or folder to, which becomes ``dst`` when all is written.
+
+    After an error nothing stays behind; after a crash only ``dst`` with :data:`PARTIAL` at its end, which is
+    no model and is replaced by the next attempt.
+
+    Raises:
+        InputError: ``dst`` exists.
+        OSError: it cannot be written; names ``dst``.
+    """
+    dst = Path(dst)
+    if dst.exists():
+        raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another place")
+    partial = dst.with_name(dst.name + PARTIAL)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        os.replace(partial, dst)
+    except OSError as error:
+        _remove(partial)
+        # A write does not know its file's name, and the partial one is gone.
+        if error.filename is None or str(error.filename).startswith(str(partial)):
+            error.filename = str(dst)
+        raise
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def need_space(dst: Path, nbytes: int) -> None:
+    """Raises InputError if the disk that ``dst`` is to lie on has less than ``nbytes`` free."""
+    there = next(p for p in (dst.absolute(), *dst.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise InputError(f"{dst}: needs {nbytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
+
+
+def _header(infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for key, (dtype, shape) in infos.items():
+        end = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+AHEAD_BYTES = 2**28  # of the checkpoint's tensors read before they are needed
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter to be written: our path, and what it will be in the file."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class Conversion:
+    """A checkpoint seen through a plan: what it will become, and that, one parameter at a time.
+
+    Args:
+        dtype: of the parameters; None keeps each tensor's.
+    """
+
+    def __init__(self, the_plan: MappingPlan, files: TensorFiles, dtype: Any = None):
+        self.plan = the_plan
+        self.files = files
+        self.dtype = None if dtype is None else np.dtype(dtype)
+        self.keys = [key for key in files if key in the_plan.entries]
+
+    def leaves(self) -> list[Leaf]:
+        """Every parameter, in the order of the checkpoint's files."""
+        return [
+            Leaf(target.path, self.dtype or self.files[key].dtype, target.shape)
+            for key in self.keys
+            for target in self.plan.entries[key]
+        ]
+
+    def stream(self, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """(our path, parameter) in the order of :meth:`leaves`; the host holds a few tensors at a time."""
+        for key, tensor in self.files.stream(self.keys, ahead=AHEAD_BYTES):
+            yield from self._ours(key, tensor)
+            if on_bytes:
+                on_bytes(tensor.nbytes)
+
+    def read(self, key: str) -> dict[str, np.ndarray]:
+        """The parameters that one of the checkpoint's tensors holds."""
+        return dict(self._ours(key, self.files.read(key)))
+
+    def _ours(self, key: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        for target, rows in self.plan.split(key, tensor):
+            value = target.to_ours(rows)
+            yield target.path, np.ascontiguousarray(value if self.dtype is None else value.astype(self.dtype))

@@ -1,0 +1,29 @@
+"""What to change in an image, and a better prompt: one protocol, and those who follow it by name."""
+
+from pathlib import Path
+
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.utils.plugins import load_class, require_limits
+from rflow_jax.writers.base import WRITERS, TextGenerator, TextGeneratorConfig
+
+_PROMPTS = Path(__file__).parent / "prompts"
+REFLECTION_PROMPT = _PROMPTS / "reflection.md"
+REFINE_PROMPT = _PROMPTS / "refine.md"
+
+
+def make_text_generator(
+    config: TextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
+) -> TextGenerator:
+    """The writer that a configuration names.
+
+    Args:
+        config: which one.
+        default_prompt: its role: ``REFLECTION_PROMPT`` or ``REFINE_PROMPT``.
+        meter: counts what is used.
+
+    Raises:
+        InputError: the name is unknown, or what the writer needs is missing, or it is no ``TextGenerator``.
+    """
+    writer = load_class("writer", config.name, WRITERS)(config, default_prompt, meter)
+    require_limits("writer", config.name, writer, "write")
+    return writer

@@ -1,0 +1,49 @@
+"""Reflection generator and prompt refiner behind an OpenAI-compatible endpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rflow_jax.openai_client import Answer, Chat, ChatError, ChatRequest, UnusableAnswer, vision_messages
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.writers.base import TextGeneratorConfig, WriterInput, WriterOutput
+from rflow_jax.writers.prompt_template import PromptFile, in_one_line
+
+
+class HttpTextGenerator:
+    """Asks a model for one text a case; serves both roles, which differ in their prompt file.
+
+    Raises:
+        InputError: no key for OpenAI's own address, or the prompt file is not usable.
+    """
+
+    batch_size = 1
+
+    def __init__(self, config: TextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None) -> None:
+        self._parts = PromptFile.of(config.prompt_file, default_prompt)
+        self._chat = Chat(config, meter)
+        self.name = f"http {config.model_name}"
+        self.concurrency = config.concurrency
+
+    def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
+        """One text a case, in order; a case without a usable answer carries the reason."""
+        answers = self._chat.ask_all([self._ask_about(case) for case in cases])
+        return [
+            WriterOutput(None, str(answer)) if isinstance(answer, ChatError) else WriterOutput(answer)
+            for answer in answers
+        ]
+
+    def close(self) -> None:
+        """Gives up what is waiting; those cases have no text, with ``CLOSED`` as the reason."""
+        self._chat.close()
+
+    def _ask_about(self, case: WriterInput) -> ChatRequest:
+        *earlier, (text, image) = self._parts.told(case)
+        return ChatRequest(vision_messages(self._parts.instructions, text, image, earlier), _clean)
+
+
+def _clean(answer: Answer) -> str:
+    """The text of an answer that can be used."""
+    text = in_one_line(answer.require_text())
+    if not text:
+        raise UnusableAnswer("the answer is empty")
+    return text

@@ -1,0 +1,92 @@
+"""Files that hold what a model is told; users can replace them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from PIL.Image import Image
+
+from rflow_jax.errors import InputError
+from rflow_jax.writers.base import WriterInput
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a prompt file.
+
+    Raises:
+        InputError: there is no such file, or it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this prompt file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: this prompt file is not in UTF-8") from error
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """What a prompt file holds."""
+
+    instructions: str
+    past: Template
+    question: Template
+
+    @classmethod
+    def read(cls, path: Path, shipped: "PromptFile | None" = None) -> "PromptFile":
+        """Reads a file.
+
+        Args:
+            shipped: has the middle part, if this file does not.
+
+        Raises:
+            InputError: it cannot be read, or has other parts.
+        """
+        parts = [part.strip() for part in re.split(r"^---\s*$", read_prompt(path), flags=re.MULTILINE)]
+        if len(parts) not in (2, 3):
+            raise InputError(
+                f"{path}: a line --- must divide the instructions from the question; "
+                f"a part about earlier pictures may stand between them"
+            )
+        past = Template(parts[1]) if len(parts) == 3 or shipped is None else shipped.past
+        return cls(parts[0], past, Template(parts[-1]))
+
+    @classmethod
+    def of(cls, own: str | Path | None, default: Path) -> "PromptFile":
+        """A user's own file, if there is one, with the earlier pictures of the default where it says nothing of them.
+
+        Raises:
+            InputError: as :meth:`read`.
+        """
+        shipped = cls.read(default)
+        return cls.read(Path(own), shipped) if own else shipped
+
+    def told(self, case: WriterInput) -> list[tuple[str, Image]]:
+        """What is said and shown of a case: its earlier pictures, the oldest first, and then the one in hand."""
+        earlier = [
+            self.past.safe_substitute(
+                number=number,
+                count=len(case.history),
+                reflection=past.reflection or "none",
+                evaluation=past.evaluation,
+            )
+            for number, past in enumerate(case.history, 1)
+        ]
+        question = self.question.safe_substitute(
+            prompt=case.prompt,
+            current_prompt=case.current_prompt,
+            evaluation=case.evaluation,
+            last_reflection=case.last_reflection or "none",
+            new_reflection=case.reflection or "none",
+        )
+        shown = [past.image for past in case.history]
+        return list(zip([*earlier, question], [*shown, case.image], strict=True))
+
+
+def in_one_line(answer: str) -> str:
+    """The text in one line, without the quotation marks that models like to put around it; it may be empty."""
+    text = " ".join(answer.split())
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1].strip()
+    return text

@@ -1,0 +1,52 @@
+"""Reflection generator and prompt refiner in this process: Qwen2.5-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rflow_jax.errors import InputError
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
+from rflow_jax.writers.base import WriterInput, WriterOutput
+from rflow_jax.writers.prompt_template import PromptFile, in_one_line
+
+
+class QwenTextGenerator:
+    """Writes one text a case; serves both roles, which differ in their prompt file and may share one model.
+
+    Args:
+        chat: the model.
+        default_prompt: its role: ``REFLECTION_PROMPT`` or ``REFINE_PROMPT``.
+        prompt_file: what the model is told instead, as :mod:`rflow_jax.writers.prompt_template` says.
+
+    Raises:
+        InputError: the prompt file is not usable.
+    """
+
+    concurrency = 1
+
+    def __init__(self, chat: QwenChat, default_prompt: Path, prompt_file: str | Path | None = None):
+        self._chat = chat
+        self._parts = PromptFile.of(prompt_file, default_prompt)
+        self.name = f"qwen {Path(chat.config.model).name}"
+        self.batch_size = chat.config.batch_size
+
+    def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
+        """One text a case, in order; a case without a usable answer carries the reason."""
+        answers = self._chat.answer([self._ask_about(case) for case in cases])
+        return [_written(answer) for answer in answers]
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _ask_about(self, case: WriterInput) -> ChatQuery:
+        parts = [part for pair in self._parts.told(case) for part in pair]
+        return ChatQuery(self._parts.instructions, tuple(parts))
+
+
+def _written(answer: str | InputError) -> WriterOutput:
+    """A text, or the reason why there is none."""
+    if isinstance(answer, InputError):
+        return WriterOutput(None, str(answer))
+    text = in_one_line(answer)
+    return WriterOutput(text) if text else WriterOutput(None, "the answer is empty")
