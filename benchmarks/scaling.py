@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--only SUBSTRING] [--out results.json] [--markdown docs/scaling_table.md]
 
-Each row is one call of ``python -m rflow_jax.parallel.aot``; the table has the compiler's memory, what chips send each
+Each row is one call of ``rflow compile``; the table has the compiler's memory, what chips send each
 other in a step, and the least time by published rates. Rows that fill more than 85 % of a chip are compiled again with
 the compiler's default effort, whose program is the one that runs. About an hour on two cores. Nothing runs on a TPU.
 """
@@ -84,7 +84,8 @@ def compiled(row: Row, effort: str = "least") -> dict[str, Any]:
         file = Path(folder) / "result.json"
         words = ["--config", row.recipe, "--topology", row.topology, "--what", row.what, "--slices", str(row.slices)]
         words += ["--effort", effort, "--json", str(file), *row.overrides]
-        run = subprocess.run([sys.executable, "-m", "rflow_jax.parallel.aot", *words], capture_output=True, text=True)
+        command = [sys.executable, "-m", "rflow_jax.commands.main", "compile", *words]
+        run = subprocess.run(command, capture_output=True, text=True)
         if not file.exists():
             return {"row": row.name, "error": (run.stderr.strip().splitlines() or ["no result"])[-1]}
         return {"row": row.name, "recipe": row.recipe, "what": row.what, **json.loads(file.read_text())}

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for accelerators that are not there, and what the compiled programs tell of a run."""
+"""Ahead-of-time compilation for absent accelerators, and memory, traffic and time bounds of the compiled programs."""

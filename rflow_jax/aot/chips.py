@@ -1,4 +1,4 @@
-"""TPU topologies by name, without a TPU: the devices that a program is compiled for."""
+"""Accelerators that need not be present: TPU topologies by name, and published rates of TPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _V4 = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 
 
 def require_topology(name: str) -> None:
-    """Raises InputError for what is no name of a topology."""
+    """Raises InputError unless ``name`` has the form of a topology's name."""
     if not _NAME.fullmatch(name):
         raise InputError(
             f"topology is {name!r}: give a generation and its chips, such as v5p:2x2x1, v5e:4x4 or v6e:8x8"
@@ -28,11 +28,11 @@ def require_topology(name: str) -> None:
 
 
 def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
-    """The devices of a topology; to be called where ``JAX_PLATFORMS`` is ``cpu``.
+    """The devices of a topology; call it where ``JAX_PLATFORMS`` is ``cpu``.
 
     Args:
         name: such as ``v5e:4x4``: chips, not cores.
-        slices: so many of it, joined by the data-centre network.
+        slices: number of such slices, joined by the data-centre network.
 
     Raises:
         InputError: libtpu is missing, does not fit JAX, or knows no such topology.
@@ -40,12 +40,12 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
     from jax.experimental import topologies
 
     require_topology(name)
-    how = _V4 if name.startswith("v4:") else _BOUNDS.get(name, {})
+    options = _V4 if name.startswith("v4:") else _BOUNDS.get(name, {})
     if slices > 1:
-        how = how | {"num_slices": slices}
+        options = options | {"num_slices": slices}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **how).devices
-    except Exception as error:  # libtpu's own, of any class
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:  # libtpu raises errors of any class
         raise InputError(f"topology {name}: libtpu does not make it ({str(error).splitlines()[0][:300]})") from error
 
 
@@ -71,11 +71,11 @@ class Chip:
     """One chip's rates and memory.
 
     Attributes:
-        name: as its maker calls it, in short.
-        kind: JAX's ``device_kind``; of NVIDIA's cards its beginning.
+        name: the maker's name, shortened.
+        kind: JAX's ``device_kind``; for NVIDIA's cards its beginning.
         flops: dense bfloat16 operations a second.
-        hbm_bytes: what a program may use, as the compiler counts; None: not read, the runtime decides.
-        hbm_capacity: what the chip has, as published.
+        hbm_bytes: memory that a program may use, as the compiler counts; None: unknown, the runtime decides.
+        hbm_capacity: published memory.
         hbm_rate: bytes a second to and from that memory.
         link_rate: bytes a second sent over all links (ICI, NVLink) of the chip together, in one direction: half of what
             is published as bidirectional. A collective along one axis of a torus has that axis' links alone, and is
@@ -83,7 +83,7 @@ class Chip:
         dcn_rate: bytes a second sent over the data centre's network, a host's cards shared among its chips; None where
             nothing is published.
         devices: JAX devices a chip, as ``jax.experimental.topologies`` shows them.
-        sources: attribute -> where its figure comes from, and how it is put there.
+        sources: attribute -> the source of its figure, and the figure's wording there.
     """
 
     name: str
@@ -99,23 +99,22 @@ class Chip:
 
     @property
     def hbm_bytes_a_device(self) -> int | None:
-        """What one JAX device's program may use; None where that was not read."""
+        """Memory that one JAX device's program may use; None where unknown."""
         return None if self.hbm_bytes is None else self.hbm_bytes // self.devices
 
     def as_json(self) -> dict[str, Any]:
-        """The figures and their sources."""
         return dict(vars(self))
 
 
 def _tpu_sources(page: str, *, compute: str, memory: str, links: str, network: str, limit: str) -> dict[str, str]:
-    where = _DOCS + page
+    url = _DOCS + page
     return {
-        "flops": f"{where}: {compute}",
+        "flops": f"{url}: {compute}",
         "hbm_bytes": f"{_LIMIT}: {limit}",
-        "hbm_capacity": f"{where}: {memory}",
-        "hbm_rate": f"{where}: {memory}",
-        "link_rate": links if "://" in links else f"{where}: {links}",
-        "dcn_rate": f"{where}: {network}" if network else "not published",
+        "hbm_capacity": f"{url}: {memory}",
+        "hbm_rate": f"{url}: {memory}",
+        "link_rate": links if "://" in links else f"{url}: {links}",
+        "dcn_rate": f"{url}: {network}" if network else "not published",
     }
 
 
@@ -219,13 +218,13 @@ V7X = Chip(
 _HOPPER = "https://glennklockwood.com/garden/processors/h100"
 
 
-def _gpu(name: str, kind: str, where: str, memory: int, rate: float) -> Chip:
+def _gpu(name: str, kind: str, source: str, memory: int, rate: float) -> Chip:
     sources = {
         "flops": f"{_HOPPER}: BF16 989.4 TFLOPS, 1978.9 with sparsity",
         "hbm_bytes": "not read: the runtime's memory pool decides",
-        "hbm_capacity": where,
-        "hbm_rate": where,
-        "link_rate": f"{where}: NVLink 900 GB/s, both directions together, halved",
+        "hbm_capacity": source,
+        "hbm_rate": source,
+        "link_rate": f"{source}: NVLink 900 GB/s, both directions together, halved",
         "dcn_rate": "depends on the server",
     }
     return Chip(name, kind, 989e12, None, memory, rate, 450e9, None, 1, sources)
@@ -241,10 +240,10 @@ CHIPS = (V4, V5E, V5P, V6E, V7X, H100, H200)
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that a ``device_kind`` belongs to; None for one that is not known.
+    """The chip that a ``device_kind`` belongs to; None if unknown.
 
-    "TPU v5" is a v5p and "TPU v5 lite" a v5e. NVIDIA's names go on after the card's; of its cards only the SXM ones are
-    known, not the slower PCIe and NVL ones.
+    "TPU v5" is a v5p and "TPU v5 lite" a v5e. NVIDIA's names continue after the card's; only its SXM cards are known,
+    not the slower PCIe and NVL ones.
     """
     if device_kind.endswith(("PCIe", "NVL")):
         return None

@@ -1,4 +1,4 @@
-"""What ``rflow compile`` is asked for, and the kind of recipe that goes with it."""
+"""The configuration of ``rflow compile``, and the kind of recipe that goes with it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class CompileConfig:
         topology: generation and chips (not cores): v5p:2x2x1, v5e:4x4, v6e:16x16 and so on.
         what: ``train`` (encoders and step), ``sample`` (encoders and images) or ``verifier`` (the models that judge and
             write); null: train for a training recipe, else sample.
-        blocks: D,S: so many double and single blocks of FLUX (D layers of other networks), for a quick check.
-        slices: so many of the topology, joined by the data-centre network.
+        blocks: D,S: numbers of double and single blocks of FLUX (D layers of other networks), for a quick check.
+        slices: number of such slices, joined by the data-centre network.
         effort: of the compiler: ``least`` is quicker and needs more memory, so what fits with it fits; ``default``.
         json: a file for the results.
     """
@@ -56,7 +56,7 @@ class CompileConfig:
 def command_for(words: Sequence[str], run: Callable[..., int | None]) -> cli.Command:
     """The command for the kind of recipe that the words name; ``run`` gets its configurations."""
     what = cli.early_value(words, "what", "") or None
-    trains = _is_training(words)
+    trains = any(cli.early_value(words, key, "") for key in ("task", "train", "data"))
     if what is not None and cli.early_value(words, "model", "") and trains != (what == "train"):
         other = "a training recipe: give train" if trains else "a search's recipe: give sample or verifier"
         raise InputError(f"what is {what}, but this is {other}, or leave it out")
@@ -67,7 +67,3 @@ def command_for(words: Sequence[str], run: Callable[..., int | None]) -> cli.Com
     from rflow_jax.search.config import SearchConfig
 
     return cli.Command((CompileConfig, SearchConfig), run)
-
-
-def _is_training(words: Sequence[str]) -> bool:
-    return any(cli.early_value(words, key, "") for key in ("task", "train", "data"))

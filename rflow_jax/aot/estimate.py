@@ -1,8 +1,8 @@
-"""How long a step takes at least: operations, memory traffic and what links carry, each over a chip's published rate.
+"""Lower bounds on a step's time: operations, memory traffic and link traffic, each over a chip's published rate.
 
-A roofline, and no prediction: no factor is fitted to anything; kernels below their peak, element-wise work and
-latencies are not in it. :func:`compared` says how far the same formula is from steps measured on H100 and H200. No
-step was measured on a TPU: times of TPUs are unverified, and nothing says that their ratio is that of a GPU.
+A roofline, not a prediction: no factor is fitted to anything; kernels below their peak, element-wise work and
+latencies are left out. :func:`compared` gives the ratio of steps measured on H100 and H200 to the same formula. No
+step was measured on a TPU: times of TPUs are unverified, and their ratio need not be that of a GPU.
 
 What passes through a chip's memory (:func:`flux_bytes`) is, for each pass over the blocks, every weight once, and for
 each token and block the operands and results of products and attention once: 12 d + 2 m numbers for a width d and a
@@ -17,24 +17,30 @@ Encoders: convolutions, products and attention; norms, softmax and embeddings ar
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from rflow_jax.aot.chips import H100, H200, Chip
 from rflow_jax.errors import InputError
+from rflow_jax.models.autoencoder import AutoencoderConfig
+from rflow_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, training_flops
 from rflow_jax.models.options import Remat
+from rflow_jax.models.qwen2.config import Qwen2Config
+from rflow_jax.models.qwen2_5_vl.config import VisionConfig
+from rflow_jax.models.siglip import SiglipVisionConfig
+from rflow_jax.models.t5 import T5Config
 
 BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """The bounds of a step, and what they were made of.
+    """The bounds of a step, and their inputs.
 
     Attributes:
         chip: name of a chip.
         flops: operations of all chips together.
-        hbm_bytes, ici_bytes, dcn_bytes: what a chip moves: through its memory, to its slice, to other slices.
+        hbm_bytes, ici_bytes, dcn_bytes: bytes that a chip moves: through its memory, to its slice, to other slices.
         compute_s, memory_s, ici_s, dcn_s: seconds for each.
     """
 
@@ -51,26 +57,24 @@ class StepEstimate:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of each."""
         return {name: getattr(self, f"{name}_s") for name in ("compute", "memory", "ici", "dcn")}
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The part that takes longest."""
         return max(self.parts, key=self.parts.__getitem__)
 
     @property
     def seconds(self) -> float:
-        """With all of it at the same time: no step is faster."""
+        """The time with all parts at once: no step is faster."""
         return max(self.parts.values())
 
     @property
     def seconds_no_overlap(self) -> float:
-        """One after another."""
+        """The time with one part after another."""
         return sum(self.parts.values())
 
     def as_json(self) -> dict[str, Any]:
-        """The inputs and the results."""
         results = {"bound": self.bound, "seconds": self.seconds, "seconds_no_overlap": self.seconds_no_overlap}
         return asdict(self) | results
 
@@ -84,7 +88,7 @@ def estimate(
     ici_bytes: float | int = 0,
     dcn_bytes: float | int = 0,
 ) -> StepEstimate:
-    """The bounds of a step whose arithmetic is spread evenly over chips.
+    """Estimates a step whose arithmetic is spread evenly over chips.
 
     Args:
         chips: chips, not JAX devices (see :attr:`rflow_jax.aot.chips.Chip.devices`).
@@ -127,7 +131,7 @@ def flux_bytes(
     Args:
         tokens: of a sample: text, image and condition.
         samples: a chip computes in a step.
-        parts: over how many chips each weight and each sample's computation is cut (tensor parallelism). FSDP's weights
+        parts: number of chips that share each weight and each sample's computation (tensor parallelism). FSDP's weights
             are gathered, and pass whole: 1.
         width: bytes of a number.
     """
@@ -141,7 +145,7 @@ def flux_bytes(
 def fsdp_bytes(config: FluxConfig, *, devices: int, remat: Remat = "full", width: int = BF16) -> float:
     """What a chip sends in a training step to gather the blocks' weights, once for each pass; gradients are a LoRA's.
 
-    Where there is a compiled program, :func:`rflow_jax.aot.hlo.read_program` says what it really sends.
+    For a compiled program, :func:`rflow_jax.aot.hlo.read_program` gives the actual bytes.
     """
     return width * (2 + (remat != "none")) * block_weights(config) * (devices - 1) / devices
 
@@ -149,127 +153,27 @@ def fsdp_bytes(config: FluxConfig, *, devices: int, remat: Remat = "full", width
 # ---- Encoders and verifiers ----
 
 
-@runtime_checkable
-class T5Sizes(Protocol):
-    """What is read of :class:`rflow_jax.models.t5.T5Config`."""
-
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def d_kv(self) -> int: ...
-    @property
-    def d_ff(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-
-
-@runtime_checkable
-class EncoderSizes(Protocol):
-    """What CLIP's text and vision models and SigLIP's tower have in common."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-
-
-@runtime_checkable
-class PictureSizes(EncoderSizes, Protocol):
-    """What is read of ClipVisionConfig and SiglipVisionConfig."""
-
-    @property
-    def num_channels(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def patch_size(self) -> int: ...
-
-
-@runtime_checkable
-class AutoencoderSizes(Protocol):
-    """What is read of :class:`rflow_jax.models.autoencoder.AutoencoderConfig`."""
-
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def block_out_channels(self) -> tuple[int, ...]: ...
-    @property
-    def layers_per_block(self) -> int: ...
-    @property
-    def latent_channels(self) -> int: ...
-    @property
-    def mid_block_add_attention(self) -> bool: ...
-
-
-@runtime_checkable
-class Qwen2Sizes(Protocol):
-    """What is read of :class:`rflow_jax.models.qwen2.config.Qwen2Config`."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-
-
-@runtime_checkable
-class VisionSizes(Protocol):
-    """What is read of :class:`rflow_jax.models.qwen2_5_vl.config.VisionConfig`."""
-
-    @property
-    def depth(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def patch_values(self) -> int: ...
-    @property
-    def unit(self) -> int: ...
-    @property
-    def window_units(self) -> int: ...
-    @property
-    def out_hidden_size(self) -> int: ...
-    @property
-    def fullatt_block_indexes(self) -> tuple[int, ...]: ...
-
-
-def t5_flops(config: T5Sizes, tokens: int) -> float:
+def t5_flops(config: T5Config, tokens: int) -> float:
     """Operations of T5's encoder for one prompt: four projections, a gated feed-forward, attention."""
     inner = config.num_heads * config.d_kv
     weights = config.d_model * (4 * inner + 3 * config.d_ff)
     return float(config.num_layers * (2 * tokens * weights + 4 * tokens * tokens * inner))
 
 
-def encoder_flops(config: EncoderSizes, tokens: int) -> float:
+def encoder_flops(config: ClipTextConfig | ClipVisionConfig | SiglipVisionConfig, tokens: int) -> float:
     """Operations of a plain transformer encoder's blocks for one sample; CLIP's causal attention is computed whole."""
     d, m = config.hidden_size, config.intermediate_size
     return float(config.num_hidden_layers * (2 * tokens * (4 * d * d + 2 * d * m) + 4 * tokens * tokens * d))
 
 
-def picture_flops(config: PictureSizes, *, class_token: bool) -> float:
+def picture_flops(config: ClipVisionConfig | SiglipVisionConfig, *, class_token: bool) -> float:
     """Operations of CLIP's vision model (which has a class token) or of SigLIP's tower for one picture."""
     patches = (config.image_size // config.patch_size) ** 2
     embedding = 2 * patches * config.num_channels * config.patch_size**2 * config.hidden_size
     return float(embedding) + encoder_flops(config, patches + class_token)
 
 
-def autoencoder_flops(config: AutoencoderSizes, height: int, width: int, *, decode: bool) -> float:
+def autoencoder_flops(config: AutoencoderConfig, height: int, width: int, *, decode: bool) -> float:
     """Operations of the VAE's encoder or decoder for one picture of these pixels: convolutions and the mid attention.
 
     Products with the zeros at the edges are counted, which XLA does not.
@@ -308,7 +212,7 @@ def _resnet(pixels: int, c_in: int, c_out: int) -> int:
     return _conv(pixels, c_in, c_out) + _conv(pixels, c_out, c_out) + shortcut
 
 
-def qwen2_flops(config: Qwen2Sizes, tokens: int, *, past: int = 0, logits: int = 0) -> float:
+def qwen2_flops(config: Qwen2Config, tokens: int, *, past: int = 0, logits: int = 0) -> float:
     """Operations of the language model for one sample.
 
     Args:
@@ -324,7 +228,7 @@ def qwen2_flops(config: Qwen2Sizes, tokens: int, *, past: int = 0, logits: int =
     return float(blocks + 2 * logits * h * config.vocab_size)
 
 
-def qwen_vision_flops(config: VisionSizes, patches: int) -> float:
+def qwen_vision_flops(config: VisionConfig, patches: int) -> float:
     """Operations of Qwen2.5-VL's tower for one picture; a window is counted as full."""
     d = config.hidden_size
     weights = 4 * d * d + 3 * d * config.intermediate_size
@@ -347,15 +251,14 @@ def nvila_projector_flops(vision_width: int, width: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step of FLUX.1-dev that was timed: 1024 px, 512 text tokens, bfloat16, random weights.
+    """A timed step of FLUX.1-dev: 1024 px, 512 text tokens, bfloat16, random weights.
 
     Attributes:
-        condition: whether there was one of 512 px.
+        condition: whether there was a condition of 512 px.
         batch: samples of the step, over all chips.
-        seconds: of the step.
-        training: a LoRA's training step with whole blocks computed again; else a denoising step.
-        conditions: the rest of what matters.
-        source: where the figure stands.
+        training: a LoRA's training step with rematerialised blocks; else a denoising step.
+        conditions: further settings of the measurement.
+        source: the document that has the figure.
     """
 
     name: str
@@ -419,11 +322,10 @@ def estimate_of(row: Measured) -> StepEstimate:
 
 
 def compared() -> list[Comparison]:
-    """Every measured step beside its bound with perfect overlap: the only error of these estimates that is known."""
+    """Every measured step beside its bound with perfect overlap: the only known error of these estimates."""
     rows = []
     for row in MEASURED:
         seconds = estimate_of(row).seconds
-        rows.append(
-            Comparison(f"{row.chips} x {row.chip.name}: {row.name}", seconds, row.seconds, row.seconds / seconds)
-        )
+        name = f"{row.chips} x {row.chip.name}: {row.name}"
+        rows.append(Comparison(name, seconds, row.seconds, row.seconds / seconds))
     return rows

@@ -1,6 +1,6 @@
-"""What a compiled program sends over links, read from its optimised HLO text (``compiled.as_text()``).
+"""The bytes that a compiled program sends over links, read from its optimised HLO text (``compiled.as_text()``).
 
-What a chip sends for a collective over ``n`` chips, by the sizes it works on:
+What a chip sends for a collective over ``n`` chips, by the size of its operands:
 
 ===================  =============================
 all-gather           output * (n - 1) / n
@@ -23,9 +23,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,19 +60,17 @@ _INDEX = re.compile(r"index=(\d+)")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _NUMBER = re.compile(r"constant\((-?\d+)\)")
 
-_CALLING = {"fusion", "call", "async-start", "custom-call", "map"}
 # A collective that runs beside others is written into every fusion that it runs beside; this one begins it.
 _BEGINS, _SPREAD = "AsyncCollectiveStart", ("chain_id=", "async_collective_fusion_config")
-_MEGASCALE_KINDS = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"}
-_MEGASCALE_KINDS |= {"ALL_TO_ALL": "all-to-all"}
+_MEGASCALE_KINDS = {kind.upper().replace("-", "_"): kind for kind in KINDS}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind over as many chips, in a step.
+    """All collectives of one kind and group size, in a step.
 
     Attributes:
-        group: chips that take part together; of a transfer between slices that XLA took apart, slices.
+        group: chips that take part together; for a transfer between slices that XLA took apart, slices.
         count: how often a step runs one.
         ici_bytes, dcn_bytes: what a chip sends in a step, within slices and between them.
     """
@@ -87,11 +84,11 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """What a compiled program holds besides arithmetic, counted over a step.
+    """What a compiled program contains besides arithmetic, counted over a step.
 
     Attributes:
         pallas_calls, cudnn_calls: how often kernels of Pallas and of cuDNN run.
-        unknown_loops: loops whose trips could not be read; what they hold is counted as if they ran once.
+        unknown_loops: loops whose trip count could not be read; their bodies are counted once.
         partitions: devices that the program is compiled for (of one slice, where XLA takes slices apart).
     """
 
@@ -103,12 +100,10 @@ class Program:
 
     @property
     def ici_bytes(self) -> float:
-        """What a chip sends within its slice."""
         return float(sum(each.ici_bytes for each in self.collectives))
 
     @property
     def dcn_bytes(self) -> float:
-        """What a chip sends to other slices."""
         return float(sum(each.dcn_bytes for each in self.collectives))
 
     def by_kind(self) -> dict[str, Collective]:
@@ -121,7 +116,6 @@ class Program:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """The program and its sums."""
         return asdict(self) | {"ici_bytes": self.ici_bytes, "dcn_bytes": self.dcn_bytes}
 
 
@@ -129,8 +123,7 @@ def read_program(text: str, *, num_slices: int = 1, slice_of: Sequence[int] | No
     """Reads an optimised HLO text.
 
     Args:
-        num_slices: slices that the program's devices lie in, as many in each and one slice after the other. Leave it at
-            1 for a program of one slice.
+        num_slices: slices of the program's devices, equally large and in order. 1 for a program of one slice.
         slice_of: instead, the slice of each device, in the order of the mesh (``mesh.devices.flat``).
     """
     return _Reader(text, num_slices, slice_of).program()
@@ -138,21 +131,21 @@ def read_program(text: str, *, num_slices: int = 1, slice_of: Sequence[int] | No
 
 @dataclass
 class _Computation:
-    """A computation's place in the text, and what in it matters."""
+    """A computation's position in the text, and what it contains."""
 
     start: int
     stop: int = 0
     begins: bool = False  # it begins a collective that runs beside others
     own: list[tuple[str, int, float, float, bool]] = field(default_factory=list)  # collectives, spread or not
     calls: list[tuple[str, ...]] = field(default_factory=list)  # alternatives, of which one runs
-    loops: list[tuple[str, str, int, int]] = field(default_factory=list)  # body, condition, where the line is
+    loops: list[tuple[str, str, int, int]] = field(default_factory=list)  # body, condition, start and stop of the line
     pallas: int = 0
     cudnn: int = 0
 
 
 @dataclass
 class _Sum:
-    """What a computation does with all that it calls."""
+    """The totals of a computation and everything it calls."""
 
     collectives: dict[tuple[str, int], list[int | float]]
     pallas: int = 0
@@ -166,9 +159,8 @@ class _Sum:
         self.pallas += times * other.pallas
         self.cudnn += times * other.cudnn
 
-    @property
     def weight(self) -> tuple[float, int]:
-        """What a conditional's branches are compared by."""
+        """Orders a conditional's branches."""
         return float(sum(ici + dcn for _, ici, dcn in self.collectives.values())), self.pallas + self.cudnn
 
 
@@ -183,7 +175,7 @@ class _Reader:
         each = max(self.devices // num_slices, 1)
         self.slice_of = [i // each for i in range(self.devices)] if slice_of is None else list(slice_of)
         self.computations: dict[str, _Computation] = {}
-        self.callers: dict[str, tuple[str, int, int]] = {}  # of a loop's body and condition: where the loop is
+        self.callers: dict[str, tuple[str, int, int]] = {}  # loop body or condition -> computation and line of the loop
         self.entry = ""
         self.unknown = 0
         self._spans: dict[str, tuple[int, int, int]] = {}
@@ -202,7 +194,7 @@ class _Reader:
             start, position = position, position + len(line)
             if line[:1] == " ":
                 if here is not None and (match := _INSTRUCTION.match(line)):
-                    self._read_instruction(name, here, line, match, start, position)
+                    self._read_instruction(name, here, line, match, start)
             elif line.rstrip() == "}":  # a kernel's metadata may go over lines, and have one that begins so
                 if here is not None:
                     here.stop = start
@@ -211,14 +203,11 @@ class _Reader:
                 name = match[2]
                 here = self.computations[name] = _Computation(position)
                 self.entry = name if match[1] else self.entry
+        self.any_begins = any(each.begins for each in self.computations.values())
 
-    def _read_instruction(
-        self, name: str, here: _Computation, line: str, match: re.Match[str], start: int, stop: int
-    ) -> None:
+    def _read_instruction(self, name: str, here: _Computation, line: str, match: re.Match[str], start: int) -> None:
         operation = match[4]
-        kind = operation.removesuffix("-start")
-        if kind == "ragged-all-to-all":
-            kind = "all-to-all"
+        kind = operation.removesuffix("-start").removeprefix("ragged-")
         if kind in KINDS:
             here.own.append(self._collective(name, kind, operation.endswith("-start"), line, match))
         elif operation == "send" and (transfer := _MEGASCALE.search(line)):
@@ -227,33 +216,38 @@ class _Reader:
             body = next(called for key, called in _CALLED.findall(line, match.end()) if key == "body")
             condition = _CONDITION.search(line, match.end())
             assert condition is not None
+            stop = start + len(line)
             here.loops.append((body, condition[1], start, stop))
             self.callers[body] = self.callers[condition[1]] = (name, start, stop)
         elif operation == "conditional":
             branches = _BRANCHES.search(line, match.end())
             two = [called for key, called in _CALLED.findall(line, match.end()) if key.endswith("_computation")]
             here.calls.append(tuple(_OPERAND.findall(branches[1]) if branches else two))
-        elif operation in _CALLING:
-            self._read_call(here, operation, line, match.end())
-
-    def _read_call(self, here: _Computation, operation: str, line: str, at: int) -> None:
-        if operation == "custom-call":
-            target = _TARGET.search(line, at)
+        elif operation == "custom-call":
+            target = _TARGET.search(line, match.end())
             called = target[1] if target else ""
             here.pallas += called in _PALLAS_TARGETS
             here.cudnn += called.startswith(CUDNN)
             here.begins |= called == _BEGINS
-            return
-        here.cudnn += CUDNN in line[at:] and operation == "fusion"
-        here.calls += [(called,) for key, called in _CALLED.findall(line, at) if key in ("calls", "to_apply")]
+        elif operation in ("fusion", "call", "async-start", "map"):
+            here.cudnn += CUDNN in line[match.end() :] and operation == "fusion"
+            called = _CALLED.findall(line, match.end())
+            here.calls += [(name,) for key, name in called if key in ("calls", "to_apply")]
 
     def _collective(
         self, name: str, kind: str, started: bool, line: str, match: re.Match[str]
     ) -> tuple[str, int, float, float, bool]:
-        size = _bytes(_result(match[3]) if started and kind != "all-reduce" else match[3])
+        # The type of a started operation is (operands, result, ...).
+        parts = _parts(match[3])
+        size = _bytes(parts[1] if started and kind != "all-reduce" and len(parts) > 1 else match[3])
         spread = any(mark in line for mark in _SPREAD)
         if kind == "collective-permute":
-            return kind, *self._permute(size, line), spread
+            found = _PAIRS.search(line)
+            numbers = [int(number) for number in _WIDTH.findall(found[1] or "")] if found else []
+            pairs = [pair for pair in zip(numbers[::2], numbers[1::2], strict=True) if pair[0] != pair[1]]
+            crosses = any(self._slice(a) != self._slice(b) for a, b in pairs)
+            moved = size if pairs or found is None else 0.0
+            return kind, max(len(pairs), 1), 0.0 if crosses else moved, moved if crosses else 0.0, spread
         n, m, s = self._span(line)
         # XLA for TPUs writes some reduce-scatters as an all-reduce in a fusion that keeps a part of it.
         if kind == "all-reduce" and "all-reduce-scatter" in name:
@@ -267,27 +261,19 @@ class _Reader:
             ici, dcn = times * size * (m - 1) / m, times * size * (s - 1) / n
         return kind, n, ici, dcn, spread
 
-    def _permute(self, size: float, line: str) -> tuple[int, float, float]:
-        match = _PAIRS.search(line)
-        numbers = [int(number) for number in _WIDTH.findall(match[1] or "")] if match else []
-        pairs = [pair for pair in zip(numbers[::2], numbers[1::2], strict=True) if pair[0] != pair[1]]
-        crosses = any(self._slice(a) != self._slice(b) for a, b in pairs)
-        moved = size if pairs or match is None else 0.0
-        return max(len(pairs), 1), 0.0 if crosses else moved, moved if crosses else 0.0
-
     def _slice(self, device: int) -> int:
         return self.slice_of[device] if device < len(self.slice_of) else 0
 
     def _span(self, line: str) -> tuple[int, int, int]:
-        """Chips of a group, how many of them in each slice, and over how many slices they lie."""
+        """Chips of a group, how many of them are in each slice, and the number of slices."""
         match = _GROUPS.search(line)
-        said = match[1] if match else "{}"
-        if said not in self._spans:
-            groups = replica_groups(said) or [range(self.devices if "channel_id=" in line else 1)]
-            group = max(groups, key=len)
+        text = match[1] if match else "{}"
+        if text not in self._spans:
+            groups = replica_groups(text) or [range(self.devices if "channel_id=" in line else 1)]
+            size = max(map(len, groups))
             slices = max(len({self._slice(device) for device in group}) for group in groups)
-            self._spans[said] = (len(group), max(len(group) // slices, 1), slices)
-        return self._spans[said]
+            self._spans[text] = (size, max(size // slices, 1), slices)
+        return self._spans[text]
 
     def _sum(self, name: str) -> _Sum:
         if name in self._sums:
@@ -296,11 +282,11 @@ class _Reader:
         if here is None:
             return total
         for kind, group, ici, dcn, spread in here.own:
-            if here.begins or not (spread and self._any_begins):
+            if here.begins or not (spread and self.any_begins):
                 total.add(_Sum({(kind, group): [1, ici, dcn]}))
         total.pallas, total.cudnn = here.pallas, here.cudnn
         for branches in here.calls:
-            total.add(max((self._sum(branch) for branch in branches), key=lambda each: each.weight))
+            total.add(max((self._sum(branch) for branch in branches), key=_Sum.weight))
         for body, condition, start, stop in here.loops:
             trips = self._trips(name, body, condition, start, stop)
             self.unknown += trips is None
@@ -308,12 +294,8 @@ class _Reader:
         self._sums[name] = total
         return total
 
-    @cached_property
-    def _any_begins(self) -> bool:
-        return any(each.begins for each in self.computations.values())
-
     def _trips(self, caller: str, body: str, condition: str, start: int, stop: int) -> int | None:
-        """How often a loop runs: what XLA notes, else from its counter's start, step and bound; None if not known."""
+        """A loop's trip count: as noted by XLA, else from its counter's start, step and bound; None if unknown."""
         if known := _TRIPS.search(self.text, start, stop):
             return int(known[1])
         compared = self._compared(condition)
@@ -327,84 +309,70 @@ class _Reader:
         ahead = (last - first) / step
         if direction == "NE":
             return int(ahead) if ahead == int(ahead) and ahead >= 0 else None
-        fits = direction in ("LT", "LE", "GT", "GE") and (direction in ("LT", "LE")) == (step > 0)
-        return max(math.ceil(ahead), 0) if fits else None
+        return max(math.ceil(ahead), 0) if direction in (("LT", "LE") if step > 0 else ("GT", "GE")) else None
 
     def _compared(self, condition: str) -> tuple[int, int, str] | None:
-        """What a loop's condition compares: the counter's place in the loop's tuple, the bound and the direction."""
-        root = self._root(condition)
-        if root is None:
-            return None
-        operands, inner = _operands(root), root
-        if " fusion(" in root:
-            called = _CALLED.search(root)
-            inner = self._root(called[2]) if called else None
-            if inner is None or called is None:
-                return None
+        """What a loop's condition compares: the counter's index in the loop's tuple, the bound and the direction."""
+        root = inner = self._root(condition)
+        operands = _operands(root)
+        if " fusion(" in root and (called := _CALLED.search(root)):
+            inner = self._root(called[2])
             operands = [self._outer(called[2], each, operands) for each in _operands(inner)]
         direction = _DIRECTION.search(inner)
         if " compare(" not in inner or direction is None or len(operands) != 2:
             return None
-        places = [self._place(condition, each) for each in operands]
+        indices = [self._index(condition, each) for each in operands]
         values = [self._constant(condition, each) for each in operands]
-        if places[0] is not None and values[1] is not None:
-            return places[0], values[1], direction[1]
-        if places[1] is not None and values[0] is not None:
+        if indices[0] is not None and values[1] is not None:
+            return indices[0], values[1], direction[1]
+        if indices[1] is not None and values[0] is not None:
             turned = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
-            return places[1], values[0], turned.get(direction[1], direction[1])
+            return indices[1], values[0], turned.get(direction[1], direction[1])
         return None
 
     def _outer(self, fused: str, name: str, operands: list[str]) -> str:
         """The operand of a fusion that a name in it stands for."""
-        line = self._line(fused, name) or ""
-        number = re.search(r" parameter\((\d+)\)", line)
+        number = re.search(r" parameter\((\d+)\)", self._line(fused, name))
         return operands[int(number[1])] if number else name
 
-    def _initial(self, body: str, place: int) -> int | None:
-        """The value that an element of a loop's tuple begins with."""
+    def _initial(self, body: str, index: int) -> int | None:
+        """The initial value of an element of a loop's tuple."""
         if body not in self.callers:
             return None
         caller, start, stop = self.callers[body]
         given = self._line(caller, _operands(self.text[start:stop])[0])
-        if given is None or " tuple(" not in given:
-            return None
-        return self._constant(caller, _operands(given)[place])
+        return self._constant(caller, _operands(given)[index]) if " tuple(" in given else None
 
-    def _step(self, body: str, place: int) -> int | None:
+    def _step(self, body: str, index: int) -> int | None:
         """What a loop's body adds to its counter."""
         root = self._root(body)
-        if root is None or " tuple(" not in root:
+        if " tuple(" not in root:
             return None
-        name = self._copied(body, _operands(root)[place])
-        line = self._line(body, name) or ""
-        operands = _operands(line)
+        line = self._line(body, self._copied(body, _operands(root)[index]))
+        operands, constants = _operands(line), [None, None]
         if " fusion(" in line and (called := _CALLED.search(line)):
-            inner = self._root(called[2]) or ""
-            operands = [self._outer(called[2], each, operands) for each in _operands(inner)]
-            constants = [self._constant(called[2], each) for each in _operands(inner)]
-            line = inner
-        else:
-            constants = [None, None]
+            line = self._root(called[2])
+            constants = [self._constant(called[2], each) for each in _operands(line)]
+            operands = [self._outer(called[2], each, operands) for each in _operands(line)]
         sign = 1 if " add(" in line else -1 if " subtract(" in line else 0
         if not sign or len(operands) != 2:
             return None
         for counter, other, inside in ((0, 1, constants[1]), (1, 0, constants[0])):
             value = inside if inside is not None else self._constant(body, operands[other])
-            if value is not None and self._place(body, operands[counter]) == place:
+            if value is not None and self._index(body, operands[counter]) == index:
                 return sign * value
         return None
 
-    def _place(self, computation: str, name: str) -> int | None:
-        """Which element of the computation's parameter a name is."""
-        line = self._line(computation, self._copied(computation, name)) or ""
+    def _index(self, computation: str, name: str) -> int | None:
+        """The index of the element of the computation's parameter that a name stands for."""
+        line = self._line(computation, self._copied(computation, name))
         index = _INDEX.search(line)
         return int(index[1]) if " get-tuple-element(" in line and index else None
 
     def _copied(self, computation: str, name: str) -> str:
         """What a name is a copy of, if it is one."""
         for _ in range(8):
-            line = self._line(computation, name) or ""
-            match = _INSTRUCTION.match(line)
+            match = _INSTRUCTION.match(line := self._line(computation, name))
             if match is None or match[4] not in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
                 break
             name = _operands(line)[0]
@@ -413,45 +381,49 @@ class _Reader:
     def _constant(self, computation: str, name: str) -> int | None:
         """The number that a name stands for, also where a loop carries it along unchanged."""
         name = self._copied(computation, name)
-        line = self._line(computation, name) or ""
-        if number := _NUMBER.search(line):
+        if number := _NUMBER.search(self._line(computation, name)):
             return int(number[1])
-        place = self._place(computation, name)
-        if place is None or computation not in self.callers:
+        index = self._index(computation, name)
+        if index is None or computation not in self.callers:
             return None
         _, start, stop = self.callers[computation]
         body = next(each[2] for each in re.finditer(_CALLED, self.text[start:stop]) if each[1] == "body")
-        root = self._root(body) or ""
-        unchanged = " tuple(" in root and self._place(body, _operands(root)[place]) == place
-        return self._initial(body, place) if unchanged else None
+        root = self._root(body)
+        unchanged = " tuple(" in root and self._index(body, _operands(root)[index]) == index
+        return self._initial(body, index) if unchanged else None
 
-    def _line(self, computation: str, name: str) -> str | None:
-        """The line that defines a name."""
-        here = self.computations.get(computation)
-        if here is None or not name:
-            return None
-        for start in (f"  %{name} = ", f"  ROOT %{name} = ", f"  {name} = ", f"  ROOT {name} = "):
-            if (at := self.text.find(start, here.start, here.stop)) >= 0:
-                return self.text[at : self.text.find("\n", at)]
-        return None
+    def _line(self, computation: str, name: str) -> str:
+        """The line that defines a name; "" where there is none."""
+        starts = (f"  %{name} = ", f"  ROOT %{name} = ", f"  {name} = ", f"  ROOT {name} = ")
+        return self._first_line(computation, *starts) if name else ""
 
-    def _root(self, computation: str) -> str | None:
-        here = self.computations.get(computation)
-        at = -1 if here is None else self.text.find("  ROOT ", here.start, here.stop)
-        return None if at < 0 else self.text[at : self.text.find("\n", at)]
+    def _root(self, computation: str) -> str:
+        return self._first_line(computation, "  ROOT ")
+
+    def _first_line(self, computation: str, *starts: str) -> str:
+        if here := self.computations.get(computation):
+            for start in starts:
+                if (at := self.text.find(start, here.start, here.stop)) >= 0:
+                    return self.text[at : self.text.find("\n", at)]
+        return ""
 
 
-def replica_groups(said: str) -> list[list[int]]:
-    """Devices that take part together: ``{{0,1},{2,3}}``, ``[2,2]<=[4]``, or axes of a mesh; ``{}`` is none said."""
-    if said.startswith("{"):
-        return [[int(number) for number in _WIDTH.findall(group)] for group in said.split("},") if _WIDTH.search(group)]
-    if match := _IOTA.match(said):
+def replica_groups(text: str) -> list[list[int]]:
+    """Devices that take part together: ``{{0,1},{2,3}}``, ``[2,2]<=[4]``, or axes of a mesh; ``{}`` names none."""
+    if text.startswith("{"):
+        return [[int(number) for number in _WIDTH.findall(group)] for group in text.split("},") if _WIDTH.search(group)]
+    if match := _IOTA.match(text):
         return _iota(match[3], match[4]).reshape(int(match[1]), int(match[2])).tolist()
-    match = _MESH.match(said)
+    match = _MESH.match(text)
     if match is None:
-        raise ValueError(f"replica_groups={said}: not a form that is known")
+        raise ValueError(f"replica_groups={text}: not a known form")
     axes = {name.strip(): int(size) for name, size in _MESH_AXIS.findall(match[1])}
-    ids = _devices(match[2], math.prod(axes.values()))
+    ids, listed = np.arange(math.prod(axes.values())), match[2]
+    if listed is not None and ("<=" in listed or "T(" in listed):
+        if iota := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?$", listed):
+            ids = _iota(iota[1], iota[2]).reshape(-1)
+    elif listed is not None:
+        ids = np.array([int(number) for number in _WIDTH.findall(listed)])
     return _along_axes(ids, axes, match[3])
 
 
@@ -460,16 +432,6 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
     sizes = [int(size) for size in shape.split(",")]
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
     return numbers if order is None else numbers.transpose([int(axis) for axis in order.split(",")])
-
-
-def _devices(said: str | None, count: int) -> np.ndarray:
-    """A mesh's devices: from 0 on where nothing is said, a transposed iota, or a list."""
-    if said is None:
-        return np.arange(count)
-    if "<=" in said or "T(" in said:
-        match = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?$", said)
-        return _iota(match[1], match[2]).reshape(-1) if match else np.arange(count)
-    return np.array([int(number) for number in _WIDTH.findall(said)])
 
 
 def _along_axes(ids: np.ndarray, axes: dict[str, int], chosen: str) -> list[list[int]]:
@@ -496,7 +458,9 @@ def _along_axes(ids: np.ndarray, axes: dict[str, int], chosen: str) -> list[list
 
 def _between_slices(transfer: re.Match[str], shape: str) -> tuple[str, int, float, float, bool]:
     """A transfer to other slices, by the collective that it is a part of."""
-    slices = _count(transfer[1].split(","))
+    # The slices are listed as ``1,2`` or ``0:7``.
+    ranges = ([int(number) for number in _WIDTH.findall(each)] for each in transfer[1].split(","))
+    slices = sum(each[-1] - each[0] + 1 for each in ranges if each)
     size = _bytes(_parts(shape)[0])
     kind = _MEGASCALE_KINDS.get(transfer[2], "collective-permute")
     others = slices - 1
@@ -504,31 +468,14 @@ def _between_slices(transfer: re.Match[str], shape: str) -> tuple[str, int, floa
     return kind, slices, 0.0, size * times.get(kind, others / slices), False
 
 
-def _count(ranges: Iterable[str]) -> int:
-    """How many numbers ``1,2`` or ``0:7`` are."""
-    ends = ([int(number) for number in _WIDTH.findall(each)] for each in ranges)
-    return sum(each[-1] - each[0] + 1 for each in ends if each)
-
-
 def _operands(line: str) -> list[str]:
     """The names in an instruction's parentheses."""
     match = _INSTRUCTION.match(line)
-    return [] if match is None else _OPERAND.findall(line[match.end() : _closing(line, match.end())])
-
-
-def _closing(line: str, at: int) -> int:
-    end = line.find(")", at)
-    return len(line) if end < 0 else end
-
-
-def _result(shape: str) -> str:
-    """What a started operation will give: the second element, after its operands."""
-    parts = _parts(shape)
-    return parts[1] if len(parts) > 1 else shape
+    return [] if match is None else _OPERAND.findall(line[match.end() :].partition(")")[0])
 
 
 def _parts(shape: str) -> list[str]:
-    """The elements of a tuple's type; itself if it is none."""
+    """The elements of a tuple's type; [shape] for any other type."""
     if not shape.startswith("("):
         return [shape]
     parts, depth, begin = [], 0, 1
@@ -544,9 +491,7 @@ def _bytes(shape: str) -> float:
     """Bytes of an array or of all arrays in a tuple, without padding."""
     total = 0.0
     for dtype, sizes in _ARRAY.findall(shape):
-        width = _BYTES.get(dtype)
-        if width is None:
-            bits = _WIDTH.search(dtype)
-            width = int(bits[0]) / 8 if bits else 0
+        bits = _WIDTH.search(dtype)
+        width = _BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)
         total += width * math.prod(int(size.lstrip("<=")) for size in sizes.split(",") if size)
     return total

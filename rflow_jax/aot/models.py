@@ -1,4 +1,4 @@
-"""Shapes in place of the weights of vision-language models: sizes are read where a model is, and else known by name."""
+"""Abstract models: their sizes are read from the model's folder or the Hub's cache, or else known by name."""
 
 from __future__ import annotations
 
@@ -55,19 +55,24 @@ KNOWN_NVILA = {
     )
 }
 _QWEN_RULES = ImageProcessorConfig(max_pixels=12_845_056)  # of the published models
+CORRECTOR_RANK = 32  # of the published corrector
+KNOWN_FLUX: dict[str, dict[str, Any]] = {
+    "black-forest-labs/FLUX.1-dev": {},
+    "black-forest-labs/FLUX.1-schnell": {"guidance_embeds": False},
+}
 
 
 def folder_of(model: str) -> Path | None:
-    """Where a model is on this machine, a folder or in the Hub's cache; nothing is fetched."""
+    """A model's folder on this machine, given or in the Hub's cache; nothing is fetched."""
     path = Path(model).expanduser()
     return path if path.is_dir() else cached(model)
 
 
 def read_qwen_sizes(model: str, layers: int | None = None) -> tuple[Qwen25VLConfig, ImageProcessorConfig]:
-    """A Qwen2.5-VL's sizes, and how its pictures are prepared.
+    """A Qwen2.5-VL's sizes, and the configuration of its image processor.
 
     Args:
-        layers: so many of the language model and of the vision tower, in place of its own.
+        layers: of the language model and of the vision tower, in place of its own number.
 
     Raises:
         InputError: neither a folder, nor in the Hub's cache, nor known by name.
@@ -94,9 +99,9 @@ def read_nvila_sizes(model: str, layers: int | None = None) -> NvilaConfig:
     return replace(config, vision=vision, language=language)
 
 
-def in_8_bits(model: Model, how: Quantization | None, pattern: str = r".*") -> Model:
+def in_8_bits(model: Model, kind: Quantization | None, pattern: str = r".*") -> Model:
     """An abstract network with the shapes that :func:`rflow_jax.models.quantization.quantize` gives its kernels."""
-    return model if how is None else nnx.eval_shape(lambda model: quantize(model, how, pattern), model)
+    return model if kind is None else nnx.eval_shape(lambda model: quantize(model, kind, pattern), model)
 
 
 def _known(sizes: dict[str, Known], model: str) -> Known:
@@ -109,14 +114,6 @@ def _known(sizes: dict[str, Known], model: str) -> Known:
     return sizes[name]
 
 
-CORRECTOR_RANK = 32  # of the published corrector
-# Published models, so that nothing need be fetched to compile for them.
-KNOWN: dict[str, dict[str, Any]] = {
-    "black-forest-labs/FLUX.1-dev": {},
-    "black-forest-labs/FLUX.1-schnell": {"guidance_embeds": False},
-}
-
-
 def abstract_bundle(
     model: str,
     mesh: Mesh,
@@ -126,14 +123,14 @@ def abstract_bundle(
     lora: Mapping[str, int] | None = None,
     blocks: tuple[int, int] | None = None,
 ) -> FluxModel:
-    """A model of shapes, each with its place on the mesh; it has no tokenizers.
+    """A FLUX model of shapes with shardings, without tokenizers.
 
     Args:
         lora: dotted path of a linear -> the rank of its adapter, in ``dtype``.
-        blocks: so many double and single blocks in place of the model's own, and as many of T5's as double ones.
+        blocks: numbers of double and single blocks in place of the model's own; T5 gets as many as double ones.
 
     Raises:
-        InputError: neither a folder nor a name that is known.
+        InputError: as :func:`read_sizes`.
     """
     configs, schedule = read_sizes(model)
     if blocks is not None:
@@ -149,12 +146,12 @@ def abstract_bundle(
     parts = {name: nnx.split(network) for name, network in networks.items()}
     (vae_graph, vae), (clip_graph, clip), (t5_graph, t5) = (parts[c.folder] for c in COMPONENTS[1:])
     base = jax.eval_shape(graph.stacked, base)
-    weights = {"vae": vae, "clip": clip, "t5": t5}
+    states = {"vae": vae, "clip": clip, "t5": t5}
     return FluxModel(
         name=model,
         graphs=GraphDefs(graph, vae_graph, clip_graph, t5_graph),
         weights={"transformer": (on_mesh(base, mesh), on_mesh(adapters, mesh))}
-        | {name: on_mesh(state, mesh) for name, state in weights.items()},
+        | {name: on_mesh(state, mesh) for name, state in states.items()},
         tokenizers=None,  # pyright: ignore[reportArgumentType] (no text is ever read)
         schedule=schedule,
         flux_config=configs[components.TRANSFORMER.folder],
@@ -174,20 +171,16 @@ def read_sizes(model: str) -> tuple[dict[str, Any], Schedule]:
     root = folder_of(model)
     if root is not None:
         return {part.folder: part.read_config(root) for part in COMPONENTS}, read_schedule(root)
-    if model not in KNOWN:
-        raise InputError(
-            f"model {model}: no such folder, not in the Hub's cache, and its sizes are not known here as those of "
-            f"{', '.join(KNOWN)} are; fetch it first (hf download {model} --include '*.json')"
-        )
-    sizes = FluxConfig(**KNOWN[model]), AutoencoderConfig(), ClipTextConfig(), T5Config()
+    flux = FluxConfig(**_known(KNOWN_FLUX, model))
+    sizes = flux, AutoencoderConfig(), ClipTextConfig(), T5Config()
     return dict(zip((part.folder for part in COMPONENTS), sizes, strict=True)), Schedule()
 
 
 def corrector_ranks(lora: str | None, transformer: Any) -> dict[str, int]:
-    """Ranks by linear: of a LoRA file that is there, else of the published corrector.
+    """Ranks by linear: of an existing LoRA file, else of the published corrector.
 
     Raises:
-        InputError: a file that is not there.
+        InputError: the file does not exist.
     """
     if lora is not None and (lora.endswith(".safetensors") or Path(lora).is_absolute()) and not Path(lora).exists():
         raise InputError(f"LoRA {lora}: no such file or folder")
@@ -197,12 +190,12 @@ def corrector_ranks(lora: str | None, transformer: Any) -> dict[str, int]:
 
 
 def fitting(ranks: Mapping[str, int], transformer: Any) -> dict[str, int]:
-    """Those of the linears that this network has: it may have fewer blocks."""
+    """The ranks of the linears that this network has: it may have fewer blocks."""
     return {path: rank for path, rank in ranks.items() if path in linears(transformer)}
 
 
 def whole_of(weights: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(network and dotted path, bytes) of the parameters of which every device holds all, largest first."""
+    """(network and dotted path, bytes) of the fully replicated parameters, largest first."""
     states = [(name, one) for name, own in weights.items() for one in (own if isinstance(own, tuple) else (own,))]
     found = [(f"{name}.{path}", nbytes) for name, state in states for path, nbytes in whole_in(state)]
     return sorted(found, key=lambda one: -one[1])

@@ -1,4 +1,4 @@
-"""Shapes with a place on a mesh, as the real parameters and states have theirs."""
+"""Shapes with shardings on a mesh, as real parameters and states have them, and the programs lowered from them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from rflow_jax.training.train_state import TrainState, state_shardings
 
 
 def on_mesh(state: Any, mesh: Mesh) -> Any:
-    """Shapes with the places that the rules give them; a kernel's scales lie as its outputs do."""
+    """Shapes with the shardings that the rules give them; a quantized kernel's scales are cut like its outputs."""
     choose = sharding_for(mesh)
 
     def placed(path: Any, variable: Any) -> Any:
         first, *_ = jax.tree.leaves(variable.get_value())
-        where = choose(".".join(map(str, path)), first.shape)
-        return variable.replace(jax.tree.map(lambda leaf: _lying(leaf, where), variable.get_value()))
+        sharding = choose(".".join(map(str, path)), first.shape)
+
+        def on_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+            axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))][: leaf.ndim]
+            spec = PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=True)))
+            return shaped(leaf.shape, leaf.dtype, NamedSharding(sharding.mesh, spec))
+
+        return variable.replace(jax.tree.map(on_sharding, variable.get_value()))
 
     return nnx.from_flat_state([(path, placed(path, variable)) for path, variable in nnx.to_flat_state(state)])
 
 
 def whole_in(state: Any) -> list[tuple[str, int]]:
-    """(dotted path, bytes) of the parameters of which each of several devices holds all, largest first."""
+    """(dotted path, bytes) of the parameters that are fully replicated over several devices, largest first."""
     found: dict[str, int] = {}
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
@@ -40,19 +46,13 @@ def whole_in(state: Any) -> list[tuple[str, int]]:
     return sorted(found.items(), key=lambda one: -one[1])
 
 
-def _lying(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    axes = [*where.spec, *[None] * (leaf.ndim - len(where.spec))][: leaf.ndim]
-    spec = PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=True)))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(where.mesh, spec))
-
-
 def abstract_state(trainable: Any, optimizer: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """As :func:`rflow_jax.training.train_state.init_state`, of shapes."""
+    """The shapes of :func:`rflow_jax.training.train_state.init_state`, and their shardings."""
     shardings = state_shardings(trainable, optimizer, mesh)
-    made = jax.eval_shape(optimizer.init, trainable)
-    moved = jax.tree.map(lambda x, place: shaped(x.shape, x.dtype, place), made, shardings.optimizer)
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    state = jax.tree.map(lambda x, sharding: shaped(x.shape, x.dtype, sharding), shapes, shardings.optimizer)
     step: Any = shaped((), jnp.int32, replicated(mesh))
-    return TrainState(step, trainable, moved), shardings
+    return TrainState(step, trainable, state), shardings
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class AheadProgram:
     Attributes:
         name: such as ``step`` or ``sample``.
         lower: traces it, with shapes in place of arrays.
-        devices: how many it runs on.
+        devices: number of devices it runs on.
         resident_bytes: on each device beside its arguments while it runs: other models, batches to come.
         flops: operations by formula, of all devices together: XLA counts a loop's body once and kernels not at all.
         hbm_bytes: through a chip's memory by formula (:mod:`rflow_jax.aot.estimate`); 0 where there is no formula.
-        whole: (dotted path, bytes) of the parameters that every device holds all of, largest first.
+        whole: (dotted path, bytes) of the fully replicated parameters, largest first.
     """
 
     name: str
@@ -79,12 +79,12 @@ class AheadProgram:
 
 
 def shaped(shape: Iterable[int], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
-    """The stand-in for an array."""
+    """The shape of an array, with its sharding."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """What the arrays of a tree, or their stand-ins, take on the device that holds most of it."""
+    """Bytes that a tree's arrays, or their shapes, take on the device with most of them."""
 
     def nbytes(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape)

@@ -1,4 +1,4 @@
-"""Compiles programs, and says of each what it takes."""
+"""Compiles programs, and reports memory, traffic and time of each."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from rflow_jax.utils import cli
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_GIB = 2**30
+_MAIN = ("step", "sample")  # the program that most of the time is spent in
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one program.
+    """The result of compiling one program.
 
     Attributes:
-        fits: it compiled, and its peak and what is resident beside it are within the memory.
-        bytes_per_chip: its peak and the resident bytes; where the compiler gave up, what it says it needs, or None.
-        compile_seconds: of the processor, all threads together: tracing, lowering and compiling.
-        wall_seconds: of the clock.
-        error: what the compiler says where it gave up.
+        fits: it compiled, and its peak and the resident bytes are within the memory.
+        bytes_per_chip: its peak and the resident bytes; where the compiler gave up, the memory it asked for, or None.
+        compile_seconds: processor time of all threads: tracing, lowering and compiling.
+        error: the compiler's message where it gave up.
     """
 
     name: str
@@ -53,7 +54,6 @@ class Compiled:
     error: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for other programs."""
         found = {key: value for key, value in vars(self).items() if key not in ("collectives", "estimate")}
         found["collectives"] = None if self.collectives is None else self.collectives.as_json()
         found["estimate"] = None if self.estimate is None else self.estimate.as_json()
@@ -63,7 +63,7 @@ class Compiled:
 def compile_program(program: AheadProgram, chip: Chip | None) -> Compiled:
     """Compiles one program for the devices it is lowered for.
 
-    Raises whatever the compiler raises, but for want of memory.
+    Raises the compiler's errors, except those for lack of memory.
     """
     wall, cpu = time.perf_counter(), time.process_time()
 
@@ -77,11 +77,12 @@ def compile_program(program: AheadProgram, chip: Chip | None) -> Compiled:
     except Exception as error:
         if _OUT_OF_MEMORY not in str(error):
             raise
-        needed = _needed(str(error))
-        total = None if needed is None else needed + program.resident_bytes
-        nothing = dict.fromkeys(("peak_bytes", "argument_bytes", "temporary_bytes"))
-        how = {"fits": False, "bytes_per_chip": total, "error": _first_lines(str(error))}
-        return Compiled(**common, **nothing, **how, **spent())  # pyright: ignore[reportArgumentType]
+        used = _USED.search(str(error))
+        total = None if used is None else int(float(used[1]) * _UNITS[used[2]]) + program.resident_bytes
+        unknown = dict.fromkeys(("peak_bytes", "argument_bytes", "temporary_bytes"))
+        failed = {"fits": False, "bytes_per_chip": total}
+        failed["error"] = " ".join(str(error).split("\n\n")[0].split())[:500]
+        return Compiled(**common, **unknown, **failed, **spent())  # pyright: ignore[reportArgumentType]
     times = spent()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
@@ -109,27 +110,13 @@ def _estimate(program: AheadProgram, chip: Chip, collectives: Program) -> StepEs
     return estimate(chip, chips, program.flops, hbm_bytes=program.hbm_bytes, **links)
 
 
-def _needed(message: str) -> int | None:
-    """The bytes that a compiler says a program would use."""
-    found = _USED.search(message)
-    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
-
-
-def _first_lines(message: str) -> str:
-    return " ".join(message.split("\n\n")[0].split())[:500]
-
-
-_GIB = 2**30
-_MAIN = ("step", "sample")  # the program that most of the time is spent in
-
-
 class Report:
     """The programs of one recipe on one topology.
 
     Args:
         recipe: its configuration.
-        chip: what is published of the chips; None: nothing is known of them.
-        devices: JAX's.
+        chip: published rates of the chips; None: unknown.
+        devices: number of JAX devices.
         mesh: axis -> devices.
         made_with: package -> version.
     """
@@ -148,12 +135,10 @@ class Report:
         self.compiled: list[Compiled] = []
 
     def add(self, compiled: Compiled) -> None:
-        """One more program."""
         self.compiled.append(compiled)
 
     @property
     def fits(self) -> bool:
-        """Whether every program does."""
         return all(one.fits for one in self.compiled)
 
     @property
@@ -169,12 +154,11 @@ class Report:
 
     @property
     def bytes_per_chip(self) -> int | None:
-        """Of the program that takes most; None where the compiler does not say."""
+        """The largest of the programs; None where the compiler does not say."""
         sizes = [one.bytes_per_chip for one in self.compiled]
         return None if None in sizes else max(size or 0 for size in sizes) * self.devices_a_chip
 
     def headline(self) -> str:
-        """What is compiled for what."""
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "no mesh"
         slices = f"{self.config.slices} slices of " if self.config.slices > 1 else ""
         blocks = "" if self.config.blocks is None else f"; only {self.config.blocks} blocks"
@@ -187,7 +171,7 @@ class Report:
         )
 
     def row(self, one: Compiled) -> str:
-        """One program in a line, and below it what moves between chips."""
+        """One program in a line, and below it the traffic between chips."""
         peak, beside = ("?" if size is None else f"{size / _GIB:.2f}" for size in (one.peak_bytes, one.resident_bytes))
         total = "?" if one.bytes_per_chip is None else f"{one.bytes_per_chip / _GIB:.2f}"
         sent = (
@@ -213,7 +197,7 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Whether it fits, and what the times are worth."""
+        """Whether everything fits, and how reliable the times are."""
         total, limit = self.bytes_per_chip, self.hbm_bytes
         used = "more" if total is None else f"{total / _GIB:.2f} GiB"
         of = "" if limit is None else f" of {limit / _GIB:.2f} GiB a chip"
@@ -225,14 +209,15 @@ class Report:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Everything."""
         main = next((one for one in self.compiled if one.name in _MAIN), self.compiled[-1])
+        kinds = {} if main.collectives is None else main.collectives.by_kind()
+        keys = ("count", "ici_bytes", "dcn_bytes")
         return {
             "fits": self.fits,
             "bytes_per_chip": self.bytes_per_chip,
             "hbm_bytes": self.hbm_bytes,
             "compile_seconds": sum(one.compile_seconds for one in self.compiled),
-            "collectives": _by_kind(main),
+            "collectives": {kind: {key: getattr(row, key) for key in keys} for kind, row in kinds.items()},
             "topology": self.config.topology,
             "slices": self.config.slices,
             "chips": self.devices // self.devices_a_chip,
@@ -248,16 +233,8 @@ class Report:
         }
 
 
-def _by_kind(one: Compiled) -> dict[str, dict[str, float]]:
-    """Kind of collective -> how many there are in a step, and the bytes a chip sends."""
-    if one.collectives is None:
-        return {}
-    kinds = one.collectives.by_kind().items()
-    return {kind: {"count": row.count, "ici_bytes": row.ici_bytes, "dcn_bytes": row.dcn_bytes} for kind, row in kinds}
-
-
 def run(config: CompileConfig, recipe: Any) -> int:
-    """Compiles every program; the exit status is 0 where all fit and 1 where one does not."""
+    """Compiles every program; the exit status is 0 if all fit, else 1."""
     devices = topology_devices(config.topology, config.slices)
     chip = chip_of(devices[0].device_kind)
     programs, mesh = programs_of(config, recipe, devices)
@@ -277,24 +254,22 @@ def run(config: CompileConfig, recipe: Any) -> int:
 
 
 def programs_of(config: CompileConfig, recipe: Any, devices: Any) -> tuple[list[AheadProgram], dict[str, int]]:
-    """What the recipe compiles, and the axes of its mesh."""
+    """The programs of the recipe, and the axes of its mesh."""
     from rflow_jax.parallel.mesh import make_mesh
     from rflow_jax.search.config import SearchConfig
 
+    layers = config.block_counts and config.block_counts[0]
     if not isinstance(recipe, SearchConfig):
+        from rflow_jax.aot.training import qwen_training_programs, training_programs
+
         mesh = make_mesh(recipe.mesh, devices)
         if recipe.task == "corrector":
-            from rflow_jax.aot.training import training_programs
-
             return training_programs(recipe, mesh, blocks=config.block_counts), dict(mesh.shape)
-        from rflow_jax.aot.training import qwen_training_programs
-
-        layers = config.block_counts and config.block_counts[0]
         return qwen_training_programs(recipe, mesh, layers=layers), dict(mesh.shape)
     if config.what == "verifier":
         from rflow_jax.aot.verifiers import verifier_programs
 
-        return verifier_programs(recipe, devices, layers=config.block_counts and config.block_counts[0]), {}
+        return verifier_programs(recipe, devices, layers=layers), {}
     from rflow_jax.aot.sampling import sampling_mesh, sampling_programs
 
     mesh = sampling_mesh(recipe, devices)
@@ -303,7 +278,7 @@ def programs_of(config: CompileConfig, recipe: Any, devices: Any) -> tuple[list[
 
 def main() -> int | None:
     """The command line, as ``rflow_jax.commands.compile`` checked it."""
-    # What the parent tells apart from all that libtpu says.
+    # The prefix by which the parent tells these warnings from libtpu's output.
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     words = sys.argv[1:]
     return cli.run_command(command_for(words, run), words)

@@ -1,10 +1,11 @@
-"""The programs of sampling, of a search's real configuration: noise, encodings, and the images."""
+"""The programs of sampling for a search's configuration: noise, encodings, and the images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -29,7 +30,7 @@ from rflow_jax.weights.flux import FluxModel, scans_blocks
 
 
 def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
-    """The mesh of the devices that no model of the search takes for itself."""
+    """The mesh of the devices that no model of the search claims."""
     roles = (config.verifier, config.reflector, config.refiner)
     claims = [claim for role in roles for claim in claimed_devices(role.options)]
     return make_mesh(config.mesh, unclaimed(claims, devices))
@@ -38,12 +39,12 @@ def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
 def sampling_programs(
     config: SearchConfig, devices: Sequence[Any], mesh: Mesh, *, blocks: tuple[int, int] | None = None
 ) -> list[AheadProgram]:
-    """What ``infer.py`` compiles for this configuration on this mesh: with a condition where there is a LoRA.
+    """What ``rflow`` compiles for this configuration on this mesh: with a condition where there is a LoRA.
 
     Args:
         devices: of the whole search.
         mesh: see :func:`sampling_mesh`.
-        blocks: so many double and single blocks, for a quick check.
+        blocks: numbers of double and single blocks, for a quick check.
 
     Raises:
         InputError: the model or a setting is not usable.
@@ -53,56 +54,52 @@ def sampling_programs(
     if config.lora is not None:
         ranks = corrector_ranks(config.lora, abstract_flux(read_sizes(config.model)[0][components.TRANSFORMER.folder]))
     scan_blocks = scans_blocks(config.scan_blocks, mesh)
-    how = {"dtype": dtype, "scan_blocks": scan_blocks, "lora": ranks, "blocks": blocks}
-    bundle = abstract_bundle(config.model, mesh, **how)
-    pipe = Pipeline(bundle, mesh=mesh)
+    flux = abstract_bundle(config.model, mesh, dtype=dtype, scan_blocks=scan_blocks, lora=ranks, blocks=blocks)
+    pipe = Pipeline(flux, mesh=mesh)
     settings = pipe.resolve(config.settings)
     program = pipe.program_of(settings, ranks is not None)
     rows = NamedSharding(mesh, PartitionSpec(DATA) if pipe.replicas > 1 else PartitionSpec())
     whole = NamedSharding(mesh, PartitionSpec())
     inputs, noise, given, scales = _arguments(pipe, settings, rows, whole, with_condition=ranks is not None)
-    weights = {"transformer": bundle.weights["transformer"], "vae": bundle.weights["vae"]}
+    weights = {name: flux.weights[name] for name in ("transformer", "vae")}
 
     def lower_prepare() -> Any:
         with reproducible(dtype):
-            return pipe.prepare.lower(program, bundle.weights, inputs)
+            return pipe.prepare.lower(program, flux.weights, inputs)
 
     def lower_sample() -> Any:
         with reproducible(dtype):
-            return pipe.sample.lower(program, bundle.weights, noise, given, scales)
+            return pipe.sample.lower(program, flux.weights, noise, given, scales)
 
     count, condition = pipe.images_at_once(settings), given.condition
     tokens = (given.text.shape[1], noise.shape[1], 0 if condition is None else condition.shape[1])
-    steps = settings.num_inference_steps or 0
-    passes = 2 if program.use_image_guidance else 1
-    flops = forward_flops(bundle.flux_config, text=tokens[0], image=tokens[1], condition=tokens[2])
-    vae = autoencoder_flops(bundle.vae_config, settings.height, settings.width, decode=True)
-    cut = mesh.shape["tensor"] * mesh.shape["sequence"]
-    fsdp = mesh.shape["fsdp"]
+    passes = (settings.num_inference_steps or 0) * (2 if program.use_image_guidance else 1)
+    flops = forward_flops(flux.flux_config, text=tokens[0], image=tokens[1], condition=tokens[2])
+    vae = autoencoder_flops(flux.vae_config, settings.height, settings.width, decode=True)
+    cut, fsdp = mesh.shape["tensor"] * mesh.shape["sequence"], mesh.shape["fsdp"]
     own = settings.batch_size / (fsdp if settings.batch_size % fsdp == 0 else 1)
-    traffic = flux_bytes(bundle.flux_config, tokens=sum(tokens), samples=own, parts=cut)
-    # Texts' encoders lie beside the program that samples, and the next batch's encodings.
+    traffic = flux_bytes(flux.flux_config, tokens=sum(tokens), samples=own, parts=cut)
     others = _models_beside(config, devices, mesh)
-    beside = bytes_on_a_device({name: bundle.weights[name] for name in ("clip", "t5")}) + bytes_on_a_device(given)
-    kept = bytes_on_a_device(bundle.weights["transformer"]) + bytes_on_a_device(noise)
+    # The text encoders and the next batch's encodings are resident beside the program that samples.
+    beside = bytes_on_a_device({name: flux.weights[name] for name in ("clip", "t5")}) + bytes_on_a_device(given)
+    kept = bytes_on_a_device(flux.weights["transformer"]) + bytes_on_a_device(noise)
+    encoding = count * _encoder_flops(config, flux, settings)
     return [
-        AheadProgram(
-            "prepare", lower_prepare, mesh.size, kept + others, count * _encoder_flops(config, bundle, settings)
-        ),
+        AheadProgram("prepare", lower_prepare, mesh.size, kept + others, encoding),
         AheadProgram(
             "sample",
             lower_sample,
             mesh.size,
             beside + others,
-            count * (steps * passes * flops + vae),
-            steps * passes * traffic,
+            count * (passes * flops + vae),
+            passes * traffic,
             whole_of(weights),
         ),
     ]
 
 
 def _models_beside(config: SearchConfig, devices: Sequence[Any], mesh: Mesh) -> int:
-    """Bytes of the models that judge and write on a device of the mesh: they lie together on the first."""
+    """Bytes of the models that judge and write on a device of the mesh: they share the first one."""
     own = set(mesh.devices.flat)
     return sum(bytes_on_a_device(one.weights) for one in local_models(config, devices) if own & set(one.devices))
 
@@ -110,18 +107,19 @@ def _models_beside(config: SearchConfig, devices: Sequence[Any], mesh: Mesh) -> 
 def _arguments(
     pipe: Pipeline, settings: SamplingConfig, rows: Any, whole: Any, *, with_condition: bool
 ) -> tuple[Inputs, Any, Conditioning, DynamicArgs]:
-    """What the programs are called with, as shapes."""
-    bundle, b = pipe.bundle, pipe.images_at_once(settings)
+    """The arguments of the programs, as shapes."""
+    flux, b = pipe.bundle, pipe.images_at_once(settings)
     length, side = settings.max_sequence_length or 0, settings.condition_size
-    flux, pixels, steps = bundle.flux_config, bundle.token_pixels, settings.num_inference_steps or 0
-    pictures = shaped((b, side, side, 3), np.uint8, rows) if with_condition else None
-    clip, t5 = (shaped((b, count), np.int32, rows) for count in (bundle.clip_length, length))
-    inputs: Any = Inputs(clip, t5, shaped((b,), _key_type(), rows), pictures)  # pyright: ignore[reportArgumentType]
-    image = (settings.height // pixels) * (settings.width // pixels)
-    noise = shaped((b, image, flux.in_channels), jnp.float32, rows)
-    condition = shaped((b, (side // pixels) ** 2, flux.in_channels), bundle.dtype, rows) if with_condition else None
-    text = shaped((b, length, flux.joint_attention_dim), bundle.dtype, rows)
-    pooled = shaped((b, flux.pooled_projection_dim), bundle.dtype, rows)
+    sizes, pixels, steps = flux.flux_config, flux.token_pixels, settings.num_inference_steps or 0
+    images = shaped((b, side, side, 3), np.uint8, rows) if with_condition else None
+    clip, t5 = (shaped((b, count), np.int32, rows) for count in (flux.clip_length, length))
+    key_type = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
+    inputs: Any = Inputs(clip, t5, shaped((b,), key_type, rows), images)  # pyright: ignore[reportArgumentType]
+    tokens = (settings.height // pixels) * (settings.width // pixels)
+    noise = shaped((b, tokens, sizes.in_channels), jnp.float32, rows)
+    condition = shaped((b, (side // pixels) ** 2, sizes.in_channels), flux.dtype, rows) if with_condition else None
+    text = shaped((b, length, sizes.joint_attention_dim), flux.dtype, rows)
+    pooled = shaped((b, sizes.pooled_projection_dim), flux.dtype, rows)
     black = condition if with_condition and settings.image_guidance_scale != 1.0 else None
     given: Any = Conditioning(text, pooled, condition, black)  # pyright: ignore[reportArgumentType]
     number = shaped((), jnp.float32, whole)
@@ -129,16 +127,10 @@ def _arguments(
     return inputs, noise, given, scales
 
 
-def _key_type() -> Any:
-    import jax
-
-    return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
-
-
-def _encoder_flops(config: SearchConfig, bundle: FluxModel, settings: SamplingConfig) -> float:
-    """Of one image: T5, CLIP and the condition."""
+def _encoder_flops(config: SearchConfig, flux: FluxModel, settings: SamplingConfig) -> float:
+    """Operations of T5, CLIP and the condition's encoder for one image."""
     t5 = read_sizes(config.model)[0][components.T5.folder]
-    texts = t5_flops(t5, settings.max_sequence_length or 0) + encoder_flops(bundle.clip_config, bundle.clip_length)
+    texts = t5_flops(t5, settings.max_sequence_length or 0) + encoder_flops(flux.clip_config, flux.clip_length)
     if config.lora is None:
         return texts
-    return texts + autoencoder_flops(bundle.vae_config, settings.condition_size, settings.condition_size, decode=False)
+    return texts + autoencoder_flops(flux.vae_config, settings.condition_size, settings.condition_size, decode=False)

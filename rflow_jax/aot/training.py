@@ -1,4 +1,4 @@
-"""The step of the tasks that train a Qwen2.5-VL, ``reward`` and ``sft``, of a real configuration."""
+"""The programs of training: encoding and step of the corrector, and the steps of ``reward`` and ``sft``."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _SPECIAL = 151_665
 
 
 def qwen_training_programs(config: CommonConfig, mesh: Mesh, *, layers: int | None = None) -> list[AheadProgram]:
-    """What ``train.py`` compiles for a step of this configuration on this mesh.
+    """What ``rflow train`` compiles for a step of the task ``reward`` or ``sft`` on this mesh.
 
     Args:
-        layers: so many of the language model and of the vision tower, for a quick check.
+        layers: of the language model and of the vision tower, for a quick check.
 
     Raises:
-        InputError: another task, a model whose sizes are not known, or a setting that is not usable.
+        InputError: another task, a model of unknown sizes, or a setting that is not usable.
     """
     config.train.check_batch(samples_along(mesh))
     if isinstance(config, RewardRunConfig):
@@ -74,11 +74,11 @@ def _reward(config: RewardRunConfig, mesh: Mesh, layers: int | None) -> AheadPro
     parts = abstract_parts(model, config.trainable, mesh, also=reward.HEAD)
     objective = reward.make_objective(config, parts.graph, sizes, rules, special)
     padded, count = reward.row_sizes(config, sizes, rules), config.train.batch_size
-    places = NamedSharding(mesh, BATCH)
+    rows = NamedSharding(mesh, BATCH)
     pairs = PairInputs(
-        jax.tree.map(lambda x: shaped((count, 2, *x.shape[1:]), x.dtype, places), _row(sizes, padded)),
-        shaped((count,), np.int32, places),  # pyright: ignore[reportArgumentType]
-        shaped((count, 2), np.float32, places),  # pyright: ignore[reportArgumentType]
+        jax.tree.map(lambda x: shaped((count, 2, *x.shape[1:]), x.dtype, rows), _row(sizes, padded)),
+        shaped((count,), np.int32, rows),  # pyright: ignore[reportArgumentType]
+        shaped((count, 2), np.float32, rows),  # pyright: ignore[reportArgumentType]
     )
     optimizer = make_optimizer(config.optimizer)
     state, shardings = abstract_state(parts.trainable, optimizer, mesh)
@@ -92,20 +92,20 @@ def _sft(config: SftRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
     parts = abstract_parts(abstract_qwen2_5_vl(sizes, jnp.dtype(config.train.dtype)), config.trainable, mesh)
     objective = sft.make_objective(config, parts.graph, sizes, rules)
     padded, count = sft.row_sizes(config, sizes, rules), config.train.batch_size
-    places = NamedSharding(mesh, BATCH)
+    rows = NamedSharding(mesh, BATCH)
     chats = ChatInputs(
-        jax.tree.map(lambda x: shaped((count, *x.shape[1:]), x.dtype, places), _row(sizes, padded)),
-        shaped((count, padded.tokens), np.float32, places),  # pyright: ignore[reportArgumentType]
+        jax.tree.map(lambda x: shaped((count, *x.shape[1:]), x.dtype, rows), _row(sizes, padded)),
+        shaped((count, padded.tokens), np.float32, rows),  # pyright: ignore[reportArgumentType]
     )
     optimizer = make_optimizer(config.optimizer)
     state, shardings = abstract_state(parts.trainable, optimizer, mesh)
     step = sft.compile_chat_step(config, objective, optimizer, shardings, mesh)
-    how = {"tokens": padded.tokens, "patches": padded.patches, "pictures": padded.pictures}
-    return _program(step, state, parts, chats, mesh, count * flops_of_sample(parts, sizes, **how))
+    flops = flops_of_sample(parts, sizes, tokens=padded.tokens, patches=padded.patches, pictures=padded.pictures)
+    return _program(step, state, parts, chats, mesh, count * flops)
 
 
 def abstract_parts(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, also: str = "") -> ParamPartition:
-    """As :func:`rflow_jax.training.qwen.model.partition_params`, of shapes."""
+    """The shapes of :func:`rflow_jax.training.qwen.model.partition_params`."""
     if config.pattern is not None:
         attach_shapes(model, dict.fromkeys(select(linears(model), config.pattern), config.rank))
     graph, trainable, frozen = split_moving_qwen(model, config, also)
@@ -114,7 +114,7 @@ def abstract_parts(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, 
 
 
 def _row(config: Qwen25VLConfig, sizes: RowSizes) -> Rows:
-    """A batch of one row, which holds nothing."""
+    """A batch of one empty row."""
     return rows_of([QwenSample(np.zeros(1, np.int32))], config, pad=0, sizes=sizes)
 
 
@@ -125,10 +125,10 @@ def _program(step: Any, state: TrainState, parts: ParamPartition, batch: Any, me
 
 
 def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None) -> list[AheadProgram]:
-    """What ``train.py`` compiles for this configuration on this mesh.
+    """What ``rflow train`` compiles for the corrector on this mesh.
 
     Args:
-        blocks: so many double and single blocks, for a quick check.
+        blocks: numbers of double and single blocks, for a quick check.
 
     Raises:
         InputError: the model or a setting is not usable.
@@ -138,14 +138,14 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     recipe, optimizer = make_step_spec(config, trained), make_optimizer(config.optimizer)
     state, shardings = abstract_state(trained.trainable, optimizer, mesh)
     precomputed = config.data.format == "precomputed"
-    bundle, size = trained.bundle, config.train.batch_size
-    inputs = (_latents if precomputed else _pictures)(config, bundle, recipe, mesh)
-    encode: Any = (make_encode_latents if precomputed else make_encode)(bundle, recipe, mesh)
-    encoders = {} if precomputed else {name: bundle.weights[name] for name in ENCODERS}
+    flux, size = trained.bundle, config.train.batch_size
+    inputs = (_latents if precomputed else _images)(config, flux, recipe, mesh)
+    encode: Any = (make_encode_latents if precomputed else make_encode)(flux, recipe, mesh)
+    encoders = {} if precomputed else {name: flux.weights[name] for name in ENCODERS}
     with reproducible(recipe.dtype):
-        made = jax.eval_shape(encode, encoders, inputs)
+        encoded = jax.eval_shape(encode, encoders, inputs)
     rows = NamedSharding(mesh, BATCH)
-    examples = jax.tree.map(lambda x: shaped(x.shape, x.dtype, rows), made)
+    examples = jax.tree.map(lambda x: shaped(x.shape, x.dtype, rows), encoded)
     step = make_step(trained.graph, optimizer, recipe, mesh, shardings)
     resident = bytes_on_a_device(encoders) if not precomputed or config.validation.shards else 0
     kept = bytes_on_a_device((state, trained.frozen))
@@ -159,20 +159,23 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
         with reproducible(recipe.dtype):
             return step.lower(state, trained.frozen, examples, inputs.numbers)
 
-    tokens = _tokens(recipe)
-    sizes: dict[str, Any] = {"text": tokens[0], "image": tokens[1], "condition": tokens[2]}
-    lora = {"lora": trained.is_lora, "remat": config.train.remat}
-    flops = size * training_flops(bundle.flux_config, **sizes, **lora)
+    tokens = {
+        "text": recipe.shape.text,
+        "image": recipe.shape.image[0] * recipe.shape.image[1],
+        "condition": recipe.shape.condition[0] * recipe.shape.condition[1],
+    }
+    remat, is_lora = config.train.remat, trained.is_lora
+    flops = size * training_flops(flux.flux_config, **tokens, lora=is_lora, remat=remat)
     traffic = flux_bytes(
-        bundle.flux_config,
-        tokens=sum(tokens),
+        flux.flux_config,
+        tokens=sum(tokens.values()),
         samples=size / samples_along(mesh),
         training=True,
-        remat=config.train.remat,
+        remat=remat,
         parts=mesh.shape["tensor"] * mesh.shape["sequence"],
     )
     weights = {"transformer": (trained.trainable, trained.frozen)} | encoders
-    encoding = 0.0 if precomputed else size * _encoder_flops(config, bundle, recipe)
+    encoding = 0.0 if precomputed else size * _encoder_flops(config, flux, recipe)
     return [
         AheadProgram("encode", lower_encode, mesh.size, kept + batches, encoding),
         AheadProgram("step", lower_step, mesh.size, resident + batches, flops, traffic, whole_of(weights)),
@@ -180,12 +183,12 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
 
 
 def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | None = None) -> PartitionedModel:
-    """What is trained, of shapes on the mesh."""
+    """The partitioned model, as shapes on the mesh."""
     dtype, wanted = jnp.dtype(config.train.dtype), config.trainable
     scan_blocks = scans_blocks(config.train.scan_blocks, mesh)
-    bundle = abstract_bundle(config.model, mesh, dtype=dtype, scan_blocks=scan_blocks, blocks=blocks)
-    del bundle.weights["transformer"]
-    transformer = abstract_flux(bundle.flux_config, dtype)
+    flux = abstract_bundle(config.model, mesh, dtype=dtype, scan_blocks=scan_blocks, blocks=blocks)
+    del flux.weights["transformer"]
+    transformer = abstract_flux(flux.flux_config, dtype)
     if wanted.parameters is None:
         if wanted.lora is not None:
             ranks = corrector_ranks(wanted.lora, transformer)
@@ -197,24 +200,19 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     frozen = on_mesh(jax.eval_shape(graph.stacked, frozen), mesh)
     running = on_mesh(jax.eval_shape(graph.stacked, trainable), mesh)
-    return PartitionedModel(bundle, graph, running, frozen, on_mesh(trainable, mesh), scales)
+    return PartitionedModel(flux, graph, running, frozen, on_mesh(trainable, mesh), scales)
 
 
-def _pictures(config: RunConfig, bundle: FluxModel, recipe: StepSpec, mesh: Mesh) -> Inputs:
+def _images(config: RunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Inputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
-    good, bad = ((b, size, size, 3) for size in (config.data.target_size, config.data.condition_size))
-    arrays = [
-        (good, np.uint8),
-        (bad, np.uint8),
-        ((b, bundle.clip_length), np.int32),
-        ((b, recipe.shape.text), np.int32),
-    ]
+    good, bad = ((b, side, side, 3) for side in (config.data.target_size, config.data.condition_size))
+    arrays = [(good, np.uint8), (bad, np.uint8), ((b, flux.clip_length), np.int32), ((b, recipe.shape.text), np.int32)]
     return Inputs(*(shaped(shape, kind, rows) for shape, kind in [*arrays, ((b,), np.uint32)]))  # pyright: ignore[reportArgumentType]
 
 
-def _latents(config: RunConfig, bundle: FluxModel, recipe: StepSpec, mesh: Mesh) -> LatentInputs:
+def _latents(config: RunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> LatentInputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
-    vae, flux = bundle.vae_config, bundle.flux_config
+    vae, sizes = flux.vae_config, flux.flux_config
 
     def posterior(pixels: int) -> Any:
         side = pixels // vae.factor
@@ -223,20 +221,15 @@ def _latents(config: RunConfig, bundle: FluxModel, recipe: StepSpec, mesh: Mesh)
     return LatentInputs(
         posterior(config.data.target_size),
         posterior(config.data.condition_size),
-        shaped((b, flux.pooled_projection_dim), recipe.dtype, rows),  # pyright: ignore[reportArgumentType]
-        shaped((b, recipe.shape.text, flux.joint_attention_dim), recipe.dtype, rows),  # pyright: ignore[reportArgumentType]
+        shaped((b, sizes.pooled_projection_dim), recipe.dtype, rows),  # pyright: ignore[reportArgumentType]
+        shaped((b, recipe.shape.text, sizes.joint_attention_dim), recipe.dtype, rows),  # pyright: ignore[reportArgumentType]
         shaped((b,), np.uint32, rows),  # pyright: ignore[reportArgumentType]
     )
 
 
-def _tokens(recipe: StepSpec) -> tuple[int, int, int]:
-    shape = recipe.shape
-    return shape.text, shape.image[0] * shape.image[1], shape.condition[0] * shape.condition[1]
-
-
-def _encoder_flops(config: RunConfig, bundle: FluxModel, recipe: StepSpec) -> float:
-    """Of one sample: T5, CLIP and two pictures."""
+def _encoder_flops(config: RunConfig, flux: FluxModel, recipe: StepSpec) -> float:
+    """Of one sample: T5, CLIP and two sides."""
     t5 = read_sizes(config.model)[0][components.T5.folder]
-    pictures = (config.data.target_size, config.data.condition_size)
-    vae = sum(autoencoder_flops(bundle.vae_config, side, side, decode=False) for side in pictures)
-    return t5_flops(t5, recipe.shape.text) + encoder_flops(bundle.clip_config, bundle.clip_length) + vae
+    sides = (config.data.target_size, config.data.condition_size)
+    vae = sum(autoencoder_flops(flux.vae_config, side, side, decode=False) for side in sides)
+    return t5_flops(t5, recipe.shape.text) + encoder_flops(flux.clip_config, flux.clip_length) + vae

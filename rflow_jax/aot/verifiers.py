@@ -1,4 +1,4 @@
-"""The programs of the verifiers and writers of a search that run in its process, of a real configuration."""
+"""The programs of a search's verifiers and writers that run in its process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from rflow_jax.aot.estimate import nvila_projector_flops, picture_flops, qwen2_f
 from rflow_jax.aot.models import QWEN_7B, folder_of, in_8_bits, read_nvila_sizes, read_qwen_sizes
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, on_mesh, shaped, whole_in
 from rflow_jax.models.lora import attach_shapes, linears, select
-from rflow_jax.models.nvila import NvilaConfig, abstract_nvila
+from rflow_jax.models.nvila import abstract_nvila
 from rflow_jax.models.partitioning import TENSOR
 from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
-from rflow_jax.models.qwen2_5_vl.layout import Grid
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS, abstract_qwen2_5_vl, abstract_reward_model
 from rflow_jax.parallel.sharding import on_mesh_of, pick
 from rflow_jax.search.config import SearchConfig
@@ -44,10 +43,10 @@ from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
 from rflow_jax.writers.base import TextGeneratorConfig
 from rflow_jax.writers.prompt_template import PromptFile, read_prompt
 
-# No tokenizer is read: a token of English is about four letters, and a prompt in hand so many tokens.
+# No tokenizer is read: an English token has about four letters, and a user's prompt about 64 tokens.
 _LETTERS, _PROMPT_TOKENS = 4, 64
-_CHAT_TOKENS = 32  # of a chat's form: its roles, and the system's message
-# Of the published Qwen2.5-VL, where no folder says: text ends, the penalty of repetition, tokens that there are.
+_CHAT_TOKENS = 32  # of a chat template: its roles, and the system's message
+# Of the published Qwen2.5-VL, used if there is no folder: end tokens, padding, repetition penalty, vocabulary.
 _ENDS, _PAD, _PENALTY, _VOCABULARY = (151_643, 151_645), 151_643, 1.05, 151_665
 _SPECIAL = 151_665  # the token that a reward model may score
 
@@ -57,9 +56,9 @@ class LocalModel:
     """A model in a search's process.
 
     Attributes:
-        devices: those that it lies on.
+        devices: that hold its weights.
         weights: shapes of its parameters, with shardings.
-        programs: what is compiled, without what is resident of other models.
+        programs: without the resident bytes of other models.
     """
 
     devices: tuple[Any, ...]
@@ -67,7 +66,7 @@ class LocalModel:
     programs: tuple[AheadProgram, ...]
 
     def beside(self, others: Sequence[LocalModel]) -> Iterator[AheadProgram]:
-        """The programs, with the weights of other models that the same devices hold."""
+        """The programs, with the weights of other models on the same devices counted as resident."""
         shared = {
             device: sum(bytes_on_a_device(other.weights) for other in others if device in other.devices)
             for device in self.devices
@@ -77,22 +76,22 @@ class LocalModel:
 
 
 def verifier_programs(config: SearchConfig, devices: Sequence[Any], *, layers: int | None = None) -> list[AheadProgram]:
-    """What the verifiers and writers of a search compile for its images; empty where all are asked over HTTP or CLIP.
+    """The programs of a search's verifiers and writers; empty if all are remote or CLIP.
 
-    The search's own pipeline is not counted among what is resident.
+    The search's own pipeline is not counted as resident.
 
     Args:
-        devices: of the process, among which ``options.devices`` counts; a model without that takes the first.
-        layers: so many of each transformer, for a quick check.
+        devices: of the process, which ``options.devices`` indexes; a model without that takes the first.
+        layers: of each transformer, for a quick check.
 
     Raises:
-        InputError: a model whose sizes are not known, or a setting that is not usable.
+        InputError: a model of unknown sizes, or a setting that is not usable.
     """
     models = local_models(config, devices, layers=layers)
     return [
         program
-        for place, model in enumerate(models)
-        for program in model.beside([*models[:place], *models[place + 1 :]])
+        for index, model in enumerate(models)
+        for program in model.beside([*models[:index], *models[index + 1 :]])
     ]
 
 
@@ -100,7 +99,7 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
     """The models behind :func:`verifier_programs`; writers that are configured alike share one."""
     verifiers = {f"verifier {k}": member for k, member in enumerate(config.verifier.members, 1)}
     image = config.settings.width, config.settings.height
-    made = [
+    judges = [
         _MAKERS[one.name](role, one, image, devices, layers)
         for role, one in (verifiers or {"verifier": config.verifier}).items()
         if one.name in _MAKERS
@@ -111,9 +110,11 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
     for role, (writer, prompt, pictures) in writers.items():
         if writer.name == "qwen":
             options = configure(QwenChatConfig, writer.model, writer.options, role)
-            inputs = _chats(options, _told(writer, prompt, pictures), [image] * pictures, layers)
+            sizes, rules = read_qwen_sizes(options.model, layers)
+            text = _text_tokens(writer, prompt, pictures)
+            inputs = _inputs(sizes, rules, [image] * pictures, text, options.max_pixels, options.batch_size)
             asked.setdefault(options, {}).setdefault(inputs, []).append(role)
-    return [*made, *(_qwen(options, own, devices, layers) for options, own in asked.items())]
+    return [*judges, *(_qwen(options, own, devices, layers) for options, own in asked.items())]
 
 
 def _nvila(
@@ -130,54 +131,46 @@ def _nvila(
     columns, lines = sizes.tiling.grid(*image)
     pictures = columns * lines + (columns * lines > 1)
     # A picture ends in a newline.
-    length = pictures * (each + 1) + _CHAT_TOKENS + _PROMPT_TOKENS
-    if options.template == "question":
-        length += _PROMPT_TOKENS
+    length = pictures * (each + 1) + _CHAT_TOKENS + _PROMPT_TOKENS * (2 if options.template == "question" else 1)
     length = padded_length(length, sizes.language.max_position_embeddings)
     whole = NamedSharding(mesh, PartitionSpec())
-    seen = _host((PICTURES_AT_ONCE, side, side, sizes.vision.num_channels), np.uint8)
-    looked = shaped((slots, each, width), dtype, whole), seen, _host((256, sizes.vision.num_channels), np.float32), 0
+    pixels = _host((PICTURES_AT_ONCE, side, side, sizes.vision.num_channels), np.uint8)
+    looked = shaped((slots, each, width), dtype, whole), pixels, _host((256, sizes.vision.num_channels), np.float32), 0
     table = _host((rows, length), np.int32)
     asked = table, table, shaped((slots * each, width), dtype, whole), _host((rows,), np.int32)
-    # The tower's blocks beyond the layer that is looked at are left out.
+    # The tower's blocks after the selected layer do not run.
     depth = sizes.mm_vision_select_layer % (sizes.vision.num_hidden_layers + 1)
+    vision = replace(sizes.vision, num_hidden_layers=depth)
+    projector = nvila_projector_flops(vision.hidden_size, width, sizes.picture_tokens)
+    look = PICTURES_AT_ONCE * (picture_flops(vision, class_token=False) + projector)
     answer = rows * (qwen2_flops(sizes.language, length) + 2 * width * sizes.language.vocab_size)
     programs = _programs(
         f"{role} nvila",
         mesh,
         weights,
-        look=(lambda: nvila_programs.look.lower(graph, weights, *looked), _look_flops(sizes, depth), 1),
+        look=(lambda: nvila_programs.look.lower(graph, weights, *looked), look, 1),
         answer=(lambda: nvila_programs.answer.lower(graph, weights, *asked), answer, 1),
     )
     return LocalModel(tuple(mesh.devices.flat), weights, programs)
-
-
-def _look_flops(sizes: NvilaConfig, depth: int) -> float:
-    """Operations of a group of pictures."""
-    vision = replace(sizes.vision, num_hidden_layers=depth)
-    tokens, width = sizes.picture_tokens, sizes.language.hidden_size
-    one = picture_flops(vision, class_token=False) + nvila_projector_flops(vision.hidden_size, width, tokens)
-    return PICTURES_AT_ONCE * one
 
 
 def _reward(
     role: str, config: VerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
 ) -> LocalModel:
     options = configure(RewardVerifierConfig, config.model, config.options, role)
-    how = _reward_config(options)
-    sizes, rules = read_qwen_sizes(how.base, layers)
-    model = abstract_reward_model(sizes, how.outputs, jnp.dtype(require_dtype(options.dtype)))
+    checkpoint = _reward_config(options)
+    sizes, rules = read_qwen_sizes(checkpoint.base, layers)
+    model = abstract_reward_model(sizes, checkpoint.outputs, jnp.dtype(require_dtype(options.dtype)))
     if not options.merge_lora:
-        chosen = select(linears(model), LANGUAGE_LINEARS)
-        attach_shapes(model, dict.fromkeys(chosen, how.rank))
+        attach_shapes(model, dict.fromkeys(select(linears(model), LANGUAGE_LINEARS), checkpoint.rank))
     model = in_8_bits(model, options.quantization, LANGUAGE_LINEARS)
     mesh = _mesh(options.devices, devices)
     graph, weights = _placed(model, mesh)
     prompt = read_prompt(Path(options.prompt_file) if options.prompt_file else PROMPT)
-    limit = how.max_pixels if options.max_pixels is None else options.max_pixels
+    limit = checkpoint.max_pixels if options.max_pixels is None else options.max_pixels
     text = _tokens_in(prompt) + _CHAT_TOKENS + _PROMPT_TOKENS
     inputs = _inputs(sizes, rules, [image], text, limit, options.batch_size)
-    scoring = Scoring(how.token, _SPECIAL if how.special_tokens else None, mrope=options.mrope)
+    scoring = Scoring(checkpoint.token, _SPECIAL if checkpoint.special_tokens else None, mrope=options.mrope)
 
     def lower() -> Any:
         return rewards.lower(graph, rules, scoring, weights, inputs)
@@ -187,28 +180,19 @@ def _reward(
 
 
 def _reward_config(options: RewardVerifierConfig) -> RewardConfig:
-    """What the checkpoint says where it is on this machine, else the original's values."""
+    """The checkpoint's configuration if it is on this machine, else the original's."""
     folder = folder_of(options.model)
     if folder is None or not (folder / CONFIG_FILE).is_file():
         return RewardConfig(options.base or QWEN_7B)
-    said = RewardConfig.read(folder)
-    beside = folder / said.base
-    return replace(said, base=options.base or (str(beside) if beside.is_dir() else said.base))
-
-
-def _chats(options: QwenChatConfig, text: int, images: Sequence[tuple[int, int]], layers: int | None) -> QwenInputs:
-    sizes, rules = read_qwen_sizes(options.model, layers)
-    return _inputs(sizes, rules, images, text, options.max_pixels, options.batch_size)
+    config = RewardConfig.read(folder)
+    beside = folder / config.base
+    return replace(config, base=options.base or (str(beside) if beside.is_dir() else config.base))
 
 
 def _qwen(
     options: QwenChatConfig, asked: Mapping[QwenInputs, Sequence[str]], devices: Sequence[Any], layers: int | None
 ) -> LocalModel:
-    """A model that writes.
-
-    Args:
-        asked: shapes of its batches -> the roles that have such.
-    """
+    """A model that writes; ``asked``: shapes of its batches -> the roles with such batches."""
     sizes, rules = read_qwen_sizes(options.model, layers)
     model = abstract_qwen2_5_vl(sizes, jnp.dtype(require_dtype(options.dtype)))
     model = in_8_bits(model, options.quantization, LANGUAGE_LINEARS)
@@ -223,7 +207,7 @@ def _qwen(
 
     programs: list[AheadProgram] = []
     for inputs, roles in asked.items():
-        # A token sees half of those that are made, in the mean.
+        # On average a token attends to half of the new tokens.
         made = new * qwen2_flops(sizes.language, 1, past=inputs.ids.shape[1] + new // 2, logits=1)
         flops = _read_flops(sizes, inputs) + options.batch_size * made
         own = {"texts": (partial(lower, inputs), flops, 1 + new)}
@@ -244,8 +228,8 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
     )
 
 
-def _told(writer: TextGeneratorConfig, default: Path, pictures: int) -> int:
-    """About how many tokens of text a writer is told about so many pictures."""
+def _text_tokens(writer: TextGeneratorConfig, default: Path, pictures: int) -> int:
+    """About the number of text tokens in a writer's chat."""
     parts = PromptFile.of(writer.prompt_file, default)
     written = parts.instructions + parts.question.template + (pictures - 1) * parts.past.template
     return _tokens_in(written) + _CHAT_TOKENS + (1 + pictures) * _PROMPT_TOKENS
@@ -267,9 +251,12 @@ def _inputs(
 
     Args:
         images: width and height of the pictures of a chat.
-        text: tokens of a chat beside those of its pictures.
+        text: number of text tokens of a chat.
     """
-    pictures = tuple(_picture(size, rules, max_pixels) for size in images)
+    black = (Image.new("RGB", size) for size in images)
+    if max_pixels is not None:
+        black = (limited(image, max_pixels, rules.factor) for image in black)
+    pictures = tuple(patches_of(fitted(image, rules), rules) for image in black)
     ids = [np.zeros(max(1, text - 2 * len(pictures)), np.int32)]
     for _, grid in pictures:
         units = grid[1] * grid[2] // config.vision.unit
@@ -277,12 +264,6 @@ def _inputs(
     samples = [QwenSample(np.concatenate(ids), pictures)] * rows
     batch = batch_of(samples, config, pad=0, sizes=Sizes.bucketed(samples, config, rows))
     return jax.tree.map(lambda x: _host(x.shape, x.dtype), batch)
-
-
-def _picture(size: tuple[int, int], rules: ImageProcessorConfig, max_pixels: int | None) -> tuple[np.ndarray, Grid]:
-    """Patches and grid of a black picture."""
-    image = Image.new("RGB", size)
-    return patches_of(fitted(image if max_pixels is None else limited(image, max_pixels, rules.factor), rules), rules)
 
 
 def _read_flops(config: Qwen25VLConfig, inputs: QwenInputs) -> float:
@@ -293,7 +274,6 @@ def _read_flops(config: Qwen25VLConfig, inputs: QwenInputs) -> float:
 
 
 def _mesh(numbers: Sequence[int] | None, devices: Sequence[Any]) -> Mesh:
-    """The devices that a model takes."""
     return Mesh(np.array(pick((0,) if numbers is None else numbers, devices)), (TENSOR,))
 
 
@@ -305,7 +285,7 @@ def _placed(model: nnx.Module, mesh: Mesh) -> tuple[Any, Any]:
 def _programs(
     prefix: str, mesh: Mesh, weights: Any, **given: tuple[Callable[[], Any], float, int]
 ) -> tuple[AheadProgram, ...]:
-    """One program for each name: how it is lowered, its operations, and how often it reads all weights."""
+    """One program for each name; given: its lowering, its operations, and the number of passes over all weights."""
 
     def lowering(lower: Callable[[], Any]) -> Callable[[], Any]:
         def lowered() -> Any:
@@ -322,7 +302,7 @@ def _programs(
 
 
 def _host(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    """The stand-in for an array that comes from the host, and lies where the compiler wants it."""
+    """The shape of an array that comes from the host, without a sharding."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 

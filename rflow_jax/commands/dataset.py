@@ -42,6 +42,8 @@ def command(name: str, argv: Sequence[str]) -> Command:
     """The command of this name."""
     if name == "data tfds":
         return Command((TfdsConfig,), tfds, ("shards", "out"))
+    if name == "data chats":
+        return Command((ChatsConfig,), chats, ("shards", "out"))
     return Command((PrecomputeConfig,), precompute, ("out",))
 
 

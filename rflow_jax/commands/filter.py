@@ -1,11 +1,10 @@
-"""``infer.py filter``: the verifier's best among a prompt's first k images, for several k."""
+"""``rflow filter``: the verifier's best among a prompt's first k images, for several k."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rflow_jax.errors import InputError
 from rflow_jax.search.prompt_folder import RECORDS, link, read_records
@@ -40,7 +39,6 @@ def best_of_first(verdicts: list[Verdict], k: int) -> int:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command."""
     return Command((FilterConfig,), filter_nfe, ("folder",))
 
 
@@ -48,27 +46,27 @@ def filter_nfe(config: FilterConfig) -> int:
     """Writes ``{prompt}/nfe{k}/00000.png`` for each k; returns the exit status.
 
     Raises:
-        InputError: the folder holds no search, or none of its prompts is done, or its images have no verdicts.
+        InputError: the folder contains no search, or none of its prompts is done, or its images have no verdicts.
     """
     root = Path(config.folder)
     if not (root / CONFIG).is_file():
-        raise InputError(f"{root}: no folder of a search ({CONFIG} is missing)")
+        raise InputError(f"{root}: not the folder of a search ({CONFIG} is missing)")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name.isdecimal())
     done = [path for path in folders if (path / RECORDS).exists()]
     if not done:
         raise InputError(f"{root}: none of its {len(folders)} prompts is done yet")
     for folder in done:
-        _place(folder, config)
+        _link_best(folder, config)
     left = f"; {len(folders) - len(done)} prompts are not done yet" if len(done) < len(folders) else ""
     print(f"{root}: nfe{', nfe'.join(map(str, config.k))} of {len(done)} prompts{left}")
     return 0
 
 
-def _place(folder: Path, config: FilterConfig) -> None:
+def _link_best(folder: Path, config: FilterConfig) -> None:
     records = read_records(folder)
     if config.corrections_only:
         # A search that was done before its first correction has none: then the best of all is among the others.
-        records = [record for record in records if _corrects(record)] or records
+        records = [record for record in records if record["stage"] == "reflect"] or records
     if any(record["verdict"] is None for record in records):
         raise InputError(f"{folder}: its images have no verdicts; filter chooses by them")
     verdicts = [read_verdict(record["verdict"]) for record in records]
@@ -76,7 +74,3 @@ def _place(folder: Path, config: FilterConfig) -> None:
         target = folder / f"nfe{k}"
         target.mkdir(exist_ok=True)
         link(folder / records[best_of_first(verdicts, k)]["file"], target / "00000.png")
-
-
-def _corrects(record: dict[str, Any]) -> bool:
-    return record["stage"] == "reflect"

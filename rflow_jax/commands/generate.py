@@ -1,4 +1,4 @@
-"""``infer.py generate``: images of one prompt, each with a record of how it was made."""
+"""``rflow generate``: images of one prompt, each with a record of how it was made."""
 
 import hashlib
 import json
@@ -77,7 +77,6 @@ class GenerateConfig:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command."""
     return Command((GenerateConfig, SamplingConfig), generate)
 
 
@@ -91,12 +90,13 @@ def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
         require_lora_effect(settings, with_condition=config.condition is not None)
     elif config.condition is not None:
         log.warning("a condition without a lora: FLUX itself has not learned to correct an image")
-    names = [f"seed_{_seed_text(seed)}" for seed in _seeds(config)]
+    seeds = _seeds(config)
+    names = [f"seed_{seed if isinstance(seed, int) else '-'.join(map(str, seed))}" for seed in seeds]
     condition = None if config.condition is None else read_image(Path(config.condition))
     out = Path(config.out)
-    records = [_record(config, settings, seed) for seed in _seeds(config)]
+    records = [_record(config, settings, seed) for seed in seeds]
     for name, record in zip(names, records, strict=True):
-        _require_free(out / name, record)
+        _require_free(out / f"{name}.png", record)
     if out.is_file():
         raise InputError(f"{out}: is a file; give a folder as --out")
     use_folder(out)
@@ -104,12 +104,12 @@ def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
     from rflow_jax.generation.pipeline import load_pipeline
     from rflow_jax.parallel.mesh import mesh_of_first
 
-    how: dict[str, Any] = {"dtype": config.dtype}
+    options: dict[str, Any] = {"dtype": config.dtype}
     if (mesh := mesh_of_first(config.mesh)) is not None:
-        how["mesh"] = mesh
+        options["mesh"] = mesh
     if config.scan_blocks is not None:
-        how["scan_blocks"] = config.scan_blocks
-    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **how)
+        options["scan_blocks"] = config.scan_blocks
+    pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **options)
     used = asdict(pipe.resolve(settings))
     count = config.num_images
     with count_progress() as bar:
@@ -117,12 +117,16 @@ def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
 
         def on_images(first: int, images: list[Image]) -> None:
             for number, image in enumerate(images, first):
-                _write(out / names[number], image, records[number] | {"settings": used})
+                path = out / f"{names[number]}.png"
+                record = records[number] | {"settings": used, "file": path.name}
+                # The record comes first: an image is never without one.
+                write_file(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+                write_file(path, png_bytes(image))
             bar.update(task, advance=len(images), description="generating")
 
         pipe.generate(
             [config.prompt] * count,
-            seeds=_seeds(config),
+            seeds=seeds,
             conditions=None if condition is None else [condition] * count,
             reflections=[config.reflection or None] * count,
             refined_prompts=[config.refined_prompt or None] * count,
@@ -133,24 +137,12 @@ def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
     return 0
 
 
-def _write(base: Path, image: Image, record: dict[str, Any]) -> None:
-    """The record comes first: an image is never without one."""
-    picture = base.with_name(f"{base.name}.png")
-    text = json.dumps(record | {"file": picture.name}, ensure_ascii=False, indent=2)
-    write_file(base.with_name(f"{base.name}.json"), text + "\n")
-    write_file(picture, png_bytes(image))
-
-
 def _seeds(config: GenerateConfig) -> list[Seed]:
     """The seeds; the last number of a search's seed counts up."""
     if not re.fullmatch(r"\d+(-\d+)*", str(config.seed)):
         raise InputError(f"seed is {config.seed}: give a number from 0, or numbers joined by - such as 0-12-3-1")
     *front, last = (int(part) for part in str(config.seed).split("-"))
     return [(*front, last + number) if front else last + number for number in range(config.num_images)]
-
-
-def _seed_text(seed: Seed) -> str:
-    return str(seed) if isinstance(seed, int) else "-".join(map(str, seed))
 
 
 def _record(config: GenerateConfig, settings: SamplingConfig, seed: Seed) -> dict[str, Any]:
@@ -172,23 +164,19 @@ def _record(config: GenerateConfig, settings: SamplingConfig, seed: Seed) -> dic
     }
 
 
-def _require_free(base: Path, record: Mapping[str, Any]) -> None:
-    """Nothing of this name, or what this very command would write again."""
-    if not base.with_name(f"{base.name}.png").exists() and not base.with_name(f"{base.name}.json").exists():
+def _require_free(path: Path, record: Mapping[str, Any]) -> None:
+    """Checks that there is no image of this name, or one that this very command would write again."""
+    if not path.exists() and not path.with_suffix(".json").exists():
         return
     try:
-        made = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
-        other = _differences(made, record)
+        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        other = [key for key in record if key not in ("settings", "condition") and made[key] != record[key]]
+        for key, value in record["settings"].items():
+            if (value is not None or key not in _DECIDED_BY_THE_MODEL) and made["settings"][key] != value:
+                other.append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         other = ["unknown settings"]
     if other:
         raise InputError(
-            f"{base}.png exists, made with another {', '.join(other)}: give another --out or --seed, or remove the file"
+            f"{path} exists, made with another {', '.join(other)}: give another --out or --seed, or remove the file"
         )
-
-
-def _differences(made: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    plain = [key for key in record if key not in ("settings", "condition") and made[key] != record[key]]
-    wanted = record["settings"].items()
-    left_open = [key for key, value in wanted if value is None and key in _DECIDED_BY_THE_MODEL]
-    return plain + [key for key, value in wanted if key not in left_open and made["settings"][key] != value]

@@ -48,7 +48,7 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the first words name; returns its exit status.
 
     Raises:
@@ -60,16 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 0
     group = argv[0] if argv and any(name.startswith(f"{argv[0]} ") for name in COMMANDS) else ""
     length = 2 if group else 1
-    if len(argv) < length or argv[length - 1] in ("-h", "--help"):
+    if len(argv) < length:
+        raise InputError(f"give a command: {', '.join(name for name in COMMANDS if name.startswith(group))}")
+    if argv[length - 1] in ("-h", "--help"):
         print(overview(group))
-        return 0 if len(argv) == length else 2
+        return 0
     name = " ".join(argv[:length])
     if name not in COMMANDS:
         known = [known for known in COMMANDS if known.startswith(group)]
         raise InputError(f"unknown command {name}: did you mean {nearest(name, known)}? rflow --help lists all")
     entry = COMMANDS[name]
     command = import_module(entry.module).command(name, argv[length:])
-    return cli.run_command(command, argv[length:], prog=f"rflow {name}", description=entry.help)
+    return cli.run_command(command, argv[length:], prog=f"rflow {name}", description=entry.help) or 0
 
 
 def overview(group: str = "") -> str:

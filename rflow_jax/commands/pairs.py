@@ -1,4 +1,4 @@
-"""``infer.py pairs``: corrections of known bad images, beside the good ones."""
+"""``rflow pairs``: corrections of known bad images, beside the good ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ class Pair:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command."""
     return Command((PairsConfig, SamplingConfig), pairs, ("file",))
 
 
@@ -114,7 +113,11 @@ def pairs(config: PairsConfig, settings: SamplingConfig) -> int:
                 settings=settings,
             )
             for (pair, bad, good), image in zip(ready, images, strict=True):
-                _write(out, pair, [bad, good, image], _record(config, pair, asdict(pipe.resolve(settings))))
+                file = _file(out, pair)
+                record = _record(config, pair, asdict(pipe.resolve(settings)))
+                write_file(file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+                write_file(out / "generated" / file.name, png_bytes(image))
+                write_file(file, png_bytes(side_by_side([bad, good, image])))  # last: the sign that the pair is done
             bar.update(task, advance=len(chunk), description="correcting")
     print(f"{len(todo) - failed} pairs in {out}" + (f"; {failed} could not be read" if failed else ""))
     return 1 if failed else 0
@@ -124,7 +127,7 @@ def read_pairs(path: Path) -> list[Pair]:
     """The entries of a file, in order.
 
     Raises:
-        InputError: it is no such file, or an entry lacks something; says which.
+        InputError: the file cannot be read, or an entry lacks something; says which.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -134,55 +137,51 @@ def read_pairs(path: Path) -> list[Pair]:
         raise InputError(f"{path}: is not UTF-8 text") from error
     found = [_pair(entry, number, path) for number, entry in enumerate(_entries(text, path))]
     if not found:
-        raise InputError(f"{path}: holds no pairs")
+        raise InputError(f"{path}: contains no pairs")
     return found
 
 
 def _entries(text: str, path: Path) -> Iterator[Any]:
-    try:
-        if text.lstrip().startswith("["):
-            yield from json.loads(text)
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: no JSON object ({error.msg})") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: no JSON ({error.msg})") from error
+    whole = text.lstrip().startswith("[")
+    for number, part in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            if part.strip():
+                yield from json.loads(part) if whole else [json.loads(part)]
+        except json.JSONDecodeError as error:
+            line, expected = (error.lineno, "JSON") if whole else (number, "a JSON object")
+            raise InputError(f"{path}:{line}: not {expected} ({error.msg})") from error
 
 
 def _pair(entry: Any, number: int, path: Path) -> Pair:
-    where = f"{path}: pair {number}"
+    source = f"{path}: pair {number}"
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: expected an object with bad_image, good_image, prompt and reflection")
+        raise InputError(f"{source}: expected an object with bad_image, good_image, prompt and reflection")
     reflection = next((entry[key] for key in REFLECTIONS if entry.get(key)), None)
     if isinstance(reflection, list):  # a history of prompts: the last one says what is wanted
         reflection = reflection[-1]
     texts = {"bad_image": entry.get("bad_image"), "good_image": entry.get("good_image"), "prompt": entry.get("prompt")}
     for key, value in {**texts, "reflection": reflection}.items():
         if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{where}: {key} must be a text that is not empty")
-        require_text(value, f"{where}: {key}")
+            raise InputError(f"{source}: {key} must be a text that is not empty")
+        require_text(value, f"{source}: {key}")
     bad, good = (path.parent / entry[key] for key in ("bad_image", "good_image"))
     for file in (bad, good):
         if not file.is_file():
-            raise InputError(f"{where}: {file}: no such file")
+            raise InputError(f"{source}: {file}: no such file")
     assert isinstance(reflection, str)
     return Pair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
 
 
 def _readable(chunk: list[Pair], config: PairsConfig, settings: SamplingConfig) -> Iterator[tuple[Pair, Image, Image]]:
-    """(pair, bad picture as the condition, good picture) of those that can be read; the others are told."""
+    """(pair, bad picture as the condition, good picture) of those that can be read; prints why others are left out."""
     sizes = DataConfig("", target_size=settings.height, condition_size=settings.condition_size, crop=config.crop)
     for pair in chunk:
-        place = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
+        position = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
         try:
             # Upright and in 8 bits, as other images of users; what is trained on is read as the original reads it.
             files = [png_bytes(read_image(path)) for path in (pair.good_image, pair.bad_image)]
             record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *files)
-            good, bad = pictures(record, sizes, *place)
+            good, bad = pictures(record, sizes, *position)
         except (InputError, RecordError) as error:
             print(f"left out: pair {pair.number}: {error}", file=sys.stderr)
             continue
@@ -201,14 +200,6 @@ def _record(config: PairsConfig, pair: Pair, settings: dict[str, Any]) -> dict[s
     }
     made_with = {key: getattr(config, key) for key in ("model", "lora", "lora_alpha", "dtype", "crop")}
     return own | made_with | {"settings": settings}
-
-
-def _write(out: Path, pair: Pair, images: list[Image], record: dict[str, Any]) -> None:
-    """The row comes last: it is the sign that the pair is done."""
-    file = _file(out, pair)
-    write_file(file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
-    write_file(out / "generated" / file.name, png_bytes(images[-1]))
-    write_file(file, png_bytes(side_by_side(images)))
 
 
 def _file(out: Path, pair: Pair) -> Path:

@@ -1,4 +1,4 @@
-"""``infer.py report DIR [DIR ...]``."""
+"""``rflow report DIR [DIR ...]``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ class ReportConfig:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command."""
     return Command((ReportConfig,), report, ("runs",))
 
 

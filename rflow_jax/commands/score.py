@@ -1,4 +1,4 @@
-"""``infer.py score``."""
+"""``rflow score``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NONE = "-"  # stands for no score and no label
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command; of a search's YAML file it takes the verifier."""
+    """The command, which takes the verifier from a search's YAML file."""
     return Command((ScoreConfig,), score, ("images",), (SearchConfig, RunConfig))
 
 
@@ -53,9 +53,16 @@ def score(config: ScoreConfig) -> int:
 
 
 def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, meter: UsageTracker) -> list[Found]:
-    found = {} if config.again or not results else dict(_known(targets, results))
+    found: dict[int, Found] = {}
+    for k, target in enumerate(targets if results and not config.again else ()):
+        try:
+            sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
+        except (OSError, ValueError):
+            continue  # reported when it is scored
+        if (known := results.known(target, sha256)) is not None:
+            found[k] = known
     todo = {k: target for k, target in enumerate(targets) if k not in found}
-    # The scores of an ensemble are known when all are. Else the lines show how far it is, if they go to a terminal.
+    # The scores of an ensemble are known when all are. Otherwise lines on a terminal are the progress.
     at_end = bool(config.verifier.members)
     lines = _Lines(() if at_end else targets)
     with count_progress(show=at_end or not sys.stdout.isatty()) as progress:
@@ -81,24 +88,14 @@ def _judged(
         yield from judge(verifier, rest)
 
 
-def _known(targets: Sequence[Target], results: Results) -> Iterator[tuple[int, Found]]:
-    for k, target in enumerate(targets):
-        try:
-            sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
-        except (OSError, ValueError):
-            continue  # said when it is its turn
-        if (found := results.known(target, sha256)) is not None:
-            yield k, found
-
-
 def _rated(found: Sequence[Found]) -> list[Found]:
-    """With the scores that verdicts of an ensemble have among the images of the same prompt."""
+    """Adds the scores that verdicts of an ensemble have among the images of the same prompt."""
     prompts: dict[str, list[int]] = {}
     for k, one in enumerate(found):
         prompts.setdefault(json.dumps(one.target.item, sort_keys=True), []).append(k)
     verdicts = [one.verdict for one in found]
-    for places in prompts.values():
-        for k, verdict in zip(places, with_ensemble_scores([verdicts[k] for k in places]), strict=True):
+    for positions in prompts.values():
+        for k, verdict in zip(positions, with_ensemble_scores([verdicts[k] for k in positions]), strict=True):
             verdicts[k] = verdict or verdicts[k]
     return [replace(one, verdict=verdict) for one, verdict in zip(found, verdicts, strict=True)]
 
@@ -107,20 +104,17 @@ class _Lines:
     """Prints the images in their order, each as soon as those before it are known."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        self._out = sys.stdout  # a progress bar puts something else in its place
+        self._out = sys.stdout  # a progress bar replaces sys.stdout
         self._count, self._next = len(targets), 0
 
     def print(self, found: Mapping[int, Found]) -> None:
         while self._next < self._count and self._next in found:
-            print(_line(found[self._next]), file=self._out, flush=True)
+            target, verdict = found[self._next].target, found[self._next].verdict
+            columns = [f"{verdict.score:.6g}" if verdict.scored else NONE, verdict.label or NONE, shown(target.path)]
+            if verdict.error:
+                columns.append(" ".join(verdict.error.split()))
+            print("\t".join(columns), file=self._out, flush=True)
             self._next += 1
-
-
-def _line(found: Found) -> str:
-    verdict = found.verdict
-    number = f"{verdict.score:.6g}" if verdict.scored else NONE
-    why = [" ".join(verdict.error.split())] if verdict.error else []
-    return "\t".join([number, verdict.label or NONE, shown(found.target.path), *why])
 
 
 def _summary(found: Sequence[Found], unscored: int, usage: Usage, seconds: float) -> str:

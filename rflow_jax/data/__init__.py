@@ -1,1 +1,1 @@
-"""GenRef: where its records come from, which are drawn, and what becomes of them."""
+"""GenRef training data: record sources, sampling, transforms and batching."""

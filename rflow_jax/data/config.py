@@ -1,4 +1,4 @@
-"""What a training run is told about its data."""
+"""Configuration of the training data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Format = Literal["tar", "stream", "tfds", "precomputed"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """GenRef: where it lies, what is drawn, and what is done to a record.
+    """GenRef: where it is stored, what is drawn, and how a record is processed.
 
     Attributes:
         shards: tar files: paths, folders, hf://, http(s)://, gs:// or s3:// addresses, with {000..208} and *; or the
             folder of a TFDS data set or of precomputed latents.
         format: ``tar`` reads records by byte range, after one pass for an index; ``stream`` reads each shard once, in
             order, for what has no byte ranges; ``tfds`` and ``precomputed`` are folders made by
-            ``python -m rflow_jax.commands.dataset``.
+            ``rflow data``.
         split_ratios: for each subset its weight at each stage; a subset that is left out is never drawn.
         training_stages: the optimizer steps of these stages; between two the weights are interpolated.
         target_size: pixels of the square that training images are cut to.
@@ -68,7 +68,7 @@ class DataConfig:
     patience: RetryPolicy = RetryPolicy()
 
     def __post_init__(self) -> None:
-        SubsetSchedule(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # says what is wrong with them
+        SubsetSchedule(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # validates both
         require_least(self, "data", target_size=1, condition_size=1, workers=0, prefetch=1, skip_limit=0, buffer=1)
         for name in ("drop_text_prob", "drop_image_prob", "drop_reflection_prob"):
             if not 0 <= getattr(self, name) <= 1:

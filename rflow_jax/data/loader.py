@@ -1,4 +1,4 @@
-"""Records in an order of their own for each epoch: a function of the seed and the sample's number alone."""
+"""Samplers and loaders: batches whose records depend on the seed and the sample's number alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.records import RecordError, RecordSource
+from rflow_jax.data.records import Counted, RecordError, RecordSource
 from rflow_jax.data.sampling import REPLACEMENT, SHUFFLE, MixtureSampler, SampleRef, random_words
 from rflow_jax.data.transforms import Example, make_example
 from rflow_jax.data.workers import Workers, worker_count
@@ -39,15 +38,13 @@ class ItemRef(NamedTuple):
 
 
 class ShuffledSampler:
-    """A :class:`~rflow_jax.data.loader.Plan` that goes through all records, then again in another order.
+    """A :class:`Sampler` that goes through all records, then again in another order.
 
     Args:
-        count: of the records.
-        batch_size: samples of a step, over all processes.
-        slots: which of them this process makes.
+        count: number of records.
+        batch_size, slots, position: as for :func:`~rflow_jax.data.sources.open.open_loader`.
         fingerprint: of the records and their order.
-        name: of the samples, in what is told of them.
-        position: where a run stood that goes on.
+        name: what messages and statistics call the samples.
 
     Raises:
         InputError: these are not the records of the position.
@@ -67,10 +64,14 @@ class ShuffledSampler:
         require_same_records(position, fingerprint)
         self._count, self._seed, self._batch_size, self._slots = count, seed, batch_size, list(slots)
         self._fingerprint, self._name = fingerprint, name
-        self._order = lru_cache(maxsize=4)(self._draw_order)
+        self._order = lru_cache(maxsize=4)(
+            lambda epoch: np.argsort(random_words(seed, SHUFFLE, (0, epoch), count), kind="stable")
+        )
 
     def jobs(self, step: int) -> list[ItemRef]:
-        return [self._job(step * self._batch_size + slot) for slot in self._slots]
+        numbers = [step * self._batch_size + slot for slot in self._slots]
+        epochs = [divmod(number, self._count) for number in numbers]
+        return [ItemRef(n, int(self._order(epoch)[k]), epoch) for n, (epoch, k) in zip(numbers, epochs, strict=True)]
 
     def replacement(self, job: ItemRef, attempt: int) -> ItemRef:
         """Another record; the first n - 1 attempts give every other of the n records once.
@@ -82,21 +83,14 @@ class ShuffledSampler:
             raise InputError(f"data: the only one of the {self._name} cannot be used")
         word = int(random_words(self._seed, REPLACEMENT, (job.number, 0), 1)[0])
         order = self._order(job.epoch)
-        place = int(np.flatnonzero(order == job.index)[0]) + 1 + (word + attempt) % (self._count - 1)
-        return job._replace(index=int(order[place % self._count]))
+        slot = int(np.flatnonzero(order == job.index)[0]) + 1 + (word + attempt) % (self._count - 1)
+        return job._replace(index=int(order[slot % self._count]))
 
     def drawn(self, step: int) -> dict[str, int]:
         return {self._name: step * self._batch_size}
 
     def position(self, step: int) -> dict[str, Any]:
         return {"number": step * self._batch_size, "fingerprint": self._fingerprint}
-
-    def _job(self, number: int) -> ItemRef:
-        epoch, place = divmod(number, self._count)
-        return ItemRef(number, int(self._order(epoch)[place]), epoch)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.argsort(random_words(self._seed, SHUFFLE, (0, epoch), self._count), kind="stable")
 
 
 class HostBatch(NamedTuple):
@@ -105,9 +99,9 @@ class HostBatch(NamedTuple):
     Attributes:
         numbers: uint32 [b], of the samples in the whole training.
         good, bad: uint8 [b, y, y, 3] and [b, v, v, 3].
-        prompts, t5_texts: what CLIP and T5 are told.
-        skipped: of each record that could not be used and was replaced, its key and why.
-        waited: seconds for which the consumer waited.
+        prompts, t5_texts: the inputs of CLIP and T5.
+        skipped: key and reason of each record that could not be used and was replaced.
+        waited: seconds the consumer waited.
         digest: hash of all that was drawn and decoded.
     """
 
@@ -124,7 +118,7 @@ class HostBatch(NamedTuple):
 
 
 class WorkerResult(NamedTuple):
-    """What a worker hands back: an example (of pictures or of latents) and its hash, or why there is none."""
+    """An example (of images or latents) and its hash, or why there is none."""
 
     example: Any
     digest: bytes
@@ -168,10 +162,10 @@ class LoaderConfig(Protocol):
 
 
 class Loader:
-    """Batches of a plan from one step on, for ever; a context manager that ends its workers.
+    """Endless batches of a plan from step ``start`` on; a context manager that ends its workers.
 
     Args:
-        make: job -> Made; can be pickled.
+        make: picklable function from a job to its result.
 
     Raises:
         InputError: a shard is gone, or too many records cannot be used.
@@ -184,21 +178,19 @@ class Loader:
         self._workers = Workers(make, worker_count(config.workers))
 
     def drawn(self, step: int) -> dict[str, int]:
-        """Samples of each subset before a step, of all processes."""
         return self._plan.drawn(step)
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where the data stands before a step, to be kept as JSON."""
         return self._plan.position(step)
 
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; what they are at is thrown away."""
+        """Ends the workers and drops their unfinished jobs."""
         self._workers.close()
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -209,55 +201,49 @@ class Loader:
                 ahead.append((step, [(job, self._workers.submit(job)) for job in self._plan.jobs(step)]))
                 step += 1
             begin = time.perf_counter()
-            yield self._collect(*ahead.popleft(), begin)
+            current, jobs = ahead.popleft()
+            skipped: list[str] = []
+            results = [self._result(job, future, skipped) for job, future in jobs]
+            numbers = np.asarray([job.number for job, _ in jobs], np.uint32)
+            waited = time.perf_counter() - begin
+            digest = hashlib.sha256(b"".join(result.digest for result in results)).hexdigest()[:16]
+            common_fields = {"step": current, "skipped": skipped, "waited": waited, "digest": digest}
+            yield self._batch(numbers, [result.example for result in results], common_fields)
 
-    def _collect(self, step: int, jobs: list[tuple[Any, Future[WorkerResult]]], begin: float) -> Any:
-        skipped: list[str] = []
-        made = [self._result(job, future, skipped) for job, future in jobs]
-        numbers = np.asarray([job.number for job, _ in jobs], np.uint32)
-        waited = time.perf_counter() - begin
-        digest = hashlib.sha256(b"".join(one.digest for one in made)).hexdigest()[:16]
-        told = {"step": step, "skipped": skipped, "waited": waited, "digest": digest}
-        return self._batch(numbers, [one.example for one in made], told)
-
-    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
-        """Examples as a batch; ``told`` are the attributes that batches of every kind have."""
+    def _batch(self, numbers: np.ndarray, examples: list[Any], common_fields: dict[str, Any], /) -> Any:
+        """Collates examples; ``common_fields`` are the attributes that batches of every kind have."""
         good, bad = (np.stack([getattr(example, name) for example in examples]) for name in ("good", "bad"))
-        return HostBatch(numbers=numbers, good=good, bad=bad, **texts_of(examples), **told)
+        return HostBatch(numbers=numbers, good=good, bad=bad, **texts_of(examples), **common_fields)
 
     def _result(self, job: Any, future: Future[WorkerResult], skipped: list[str]) -> WorkerResult:
         for attempt in range(self._config.skip_limit + 2):
             try:
-                made = future.result()
+                result = future.result()
             except BrokenProcessPool as error:
                 raise RunError(
-                    "data: a worker process died, for want of memory perhaps; lower data.workers or data.prefetch, and "
-                    "go on with --resume"
+                    "data: a worker process died, perhaps out of memory; lower data.workers or data.prefetch, and "
+                    "continue with --resume"
                 ) from error
-            if made.example is not None:
-                return made
-            skipped.append(made.trouble)
-            self._skip([made.trouble])
+            if result.example is not None:
+                return result
+            skipped.append(result.trouble)
+            self._skip([result.trouble])
             future = self._workers.submit(self._plan.replacement(job, attempt))
-        raise AssertionError("the limit ends it before")
+        raise AssertionError("_skip raises at the limit")
 
-    def _skip(self, troubles: Sequence[str]) -> None:
-        """Counts what could not be used.
-
-        Raises:
-            InputError: it is too much.
-        """
-        self._skipped += len(troubles)
-        if troubles and self._skipped > self._config.skip_limit:
+    def _skip(self, errors: Sequence[str]) -> None:
+        """Counts unusable records; raises InputError beyond the limit."""
+        self._skipped += len(errors)
+        if errors and self._skipped > self._config.skip_limit:
             raise InputError(
                 f"data: {self._skipped} records cannot be used, more than data.skip_limit ({self._config.skip_limit}) "
-                f"allows; the last is {troubles[-1]}"
+                f"allows; the last is {errors[-1]}"
             )
 
 
 @dataclass(frozen=True)
 class RecordCollator:
-    """Reads the record that a draw names, and makes its example."""
+    """Reads a drawn record and makes its example."""
 
     source: RecordSource
     config: DataConfig
@@ -269,17 +255,6 @@ class RecordCollator:
         except RecordError as error:
             return WorkerResult(None, b"", str(error))
         return WorkerResult(example, digest_of(example))
-
-
-@runtime_checkable
-class Counted(Protocol):
-    """Records with random access, whatever they are."""
-
-    @property
-    def counts(self) -> Mapping[str, int]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
 
 
 class RecordSampler:
@@ -303,8 +278,9 @@ class RecordSampler:
         position: Mapping[str, Any] | None,
     ):
         require_same_records(position, records.fingerprint)
-        ratios, stages = config.split_ratios, config.training_stages
-        self._mixture = MixtureSampler(records.counts, ratios, stages, seed, batch_size, position)
+        self._mixture = MixtureSampler(
+            records.counts, config.split_ratios, config.training_stages, seed, batch_size, position
+        )
         self._slots, self._fingerprint = list(slots), records.fingerprint
 
     def jobs(self, step: int) -> list[SampleRef]:
@@ -324,7 +300,7 @@ class RecordSampler:
 def texts_of(examples: Sequence[Any]) -> dict[str, list[str]]:
     """The attributes of a batch that hold its examples' texts."""
     names = {"prompts": "prompt", "t5_texts": "t5_text", "subsets": "subset"}
-    return {several: [getattr(example, one) for example in examples] for several, one in names.items()}
+    return {plural: [getattr(example, name) for example in examples] for plural, name in names.items()}
 
 
 def digest_of(example: Example) -> bytes:
@@ -335,7 +311,7 @@ def digest_of(example: Example) -> bytes:
 
 
 def require_same_records(position: Mapping[str, Any] | None, fingerprint: str) -> None:
-    """Raises InputError if a run would go on with other records than it began with."""
+    """Raises InputError if a run would continue with other records than it began with."""
     if position is not None and position.get("fingerprint") != fingerprint:
         raise InputError(
             "data: these are not the records the run began with (other shards, or another order); give the "

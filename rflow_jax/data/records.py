@@ -1,4 +1,4 @@
-"""One record of GenRef, and what every store of them can do."""
+"""One record of GenRef, and the protocol of its sources."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ SUBSETS = ("general", "length", "rule", "editing")
 
 
 class Record(NamedTuple):
-    """A pair of pictures of one prompt, as it is stored.
+    """A pair of images of one prompt, as stored.
 
     Attributes:
-        key: its name in the store.
         subset: one of :data:`SUBSETS`.
-        reflection: what to change in the bad picture to get the good one; may be empty.
-        good_image, bad_image: encoded pictures (JPEG, PNG, WebP).
+        reflection: what to change in the bad image to get the good one; may be empty.
+        good_image, bad_image: encoded (JPEG, PNG, WebP).
     """
 
     key: str
@@ -32,12 +31,12 @@ class Record(NamedTuple):
 
 
 class RecordError(Exception):
-    """A record that cannot be used (a corrupt picture, a missing member); says which and why."""
+    """A record that cannot be used (a corrupt image, a missing member); says which and why."""
 
 
 @runtime_checkable
-class RecordSource(Protocol):
-    """Random access to the records of each subset. It can be pickled, to be read in worker processes.
+class Counted(Protocol):
+    """Records of any kind, by subset.
 
     Attributes:
         counts: records of each subset.
@@ -50,36 +49,34 @@ class RecordSource(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def read(self, subset: str, index: int) -> Record:
-        """Reads one record.
 
-        Raises:
-            RecordError: it cannot be used.
-        """
+@runtime_checkable
+class RecordSource(Counted, Protocol):
+    """Random access to the records of each subset. It can be pickled, to be read in worker processes."""
+
+    def read(self, subset: str, index: int) -> Record:
+        """Reads one record; raises RecordError where it cannot be used."""
         ...
 
 
 def first_held_out(prepare: Callable[[int], T], records: int, count: int) -> tuple[list[T], str]:
-    """What ``prepare`` makes of the first ``count`` usable records, and why the last unusable one is none.
-
-    Unusable ones are told.
-    """
+    """``prepare`` of the first ``count`` usable records, and the last error; the others are skipped and logged."""
     found: list[T] = []
-    trouble = ""
+    last_error = ""
     for index in range(records):
         if len(found) == count:
             break
         try:
             found.append(prepare(index))
         except RecordError as error:
-            trouble = str(error)
-            log.warning("validation: skipped %s", trouble)
-    return found, trouble
+            last_error = str(error)
+            log.warning("validation: skipped %s", last_error)
+    return found, last_error
 
 
-def read_image(path: Path, where: str) -> bytes:
-    """The bytes of a picture that a line names; raises RecordError where there are none."""
+def read_image(path: Path, source: str) -> bytes:
+    """The bytes of an image file; raises RecordError, which begins with ``source``, where it cannot be read."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise RecordError(f"{where}: {path}: cannot read this picture ({error})") from error
+        raise RecordError(f"{source}: {path}: cannot read this picture ({error})") from error

@@ -1,11 +1,10 @@
-"""Which subset each sample is drawn from: a function of the seed and the sample's number, and of nothing else."""
+"""Sampling of the mixture: each draw depends on the seed and the sample's number alone."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,20 +13,21 @@ import numpy as np
 
 from rflow_jax.data.records import SUBSETS
 from rflow_jax.errors import InputError
+from rflow_jax.utils.checks import suggestion
 
 # Random streams of one seed that must not meet.
 CHOICE, SHUFFLE, REPLACEMENT, SHARD_ORDER, BUFFER = range(5)
 CHUNK = 4096
 
 
-def random_words(seed: int, purpose: int, place: tuple[int, int], count: int) -> np.ndarray:
-    """[count] uint64 random bits of one place in a stream; the same with every version of NumPy.
+def random_words(seed: int, purpose: int, position: tuple[int, int], count: int) -> np.ndarray:
+    """[count] uint64 random bits at one position of a stream; the same with every version of NumPy.
 
     Args:
-        place: two numbers from 0; places share no bits.
+        position: two numbers from 0; positions share no bits.
     """
     # The two low words of the counter count the output.
-    return np.random.Philox(key=_key(seed, purpose), counter=[0, 0, *place]).random_raw(count)
+    return np.random.Philox(key=_key(seed, purpose), counter=[0, 0, *position]).random_raw(count)
 
 
 @cache
@@ -49,7 +49,8 @@ class SubsetSchedule:
     """
 
     def __init__(self, ratios: Mapping[str, Sequence[float]], stages: Sequence[int], seed: int, batch_size: int):
-        _check_stages(stages)
+        if not stages or any(b <= a for a, b in pairwise(stages)) or stages[0] < 0:
+            raise InputError(f"training_stages {list(stages)}: must be increasing steps from 0, such as [0, 5000]")
         _check_ratios(ratios, len(stages))
         if seed < 0 or batch_size < 1:
             raise InputError(f"seed {seed} and batch_size {batch_size}: must be at least 0 and at least 1")
@@ -65,42 +66,33 @@ class SubsetSchedule:
         return dict(zip(SUBSETS, np.diff(bounds, prepend=0.0).tolist(), strict=True))
 
     def subsets(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] uint8: the place in ``SUBSETS`` of the samples with these numbers."""
-        words = [self._words(chunk) for chunk in range(start // CHUNK, -(-stop // CHUNK))]
+        """[stop - start] uint8: the index in ``SUBSETS`` of the samples with these numbers."""
+        chunks = range(start // CHUNK, -(-stop // CHUNK))
+        words = [random_words(self.seed, CHOICE, (chunk, 0), CHUNK) for chunk in chunks]
         if not words:
             return np.zeros(0, np.uint8)
         skipped = start // CHUNK * CHUNK
         word = np.concatenate(words)[start - skipped : stop - skipped]
         uniform = (word >> np.uint64(11)) * 2.0**-53  # in [0, 1)
         bounds = self._bounds(start // self.batch_size, -(-stop // self.batch_size))
-        places = np.arange(start, stop) // self.batch_size - start // self.batch_size
+        steps = np.arange(start, stop) // self.batch_size - start // self.batch_size
         # The last bound is 1, and so are those before it whose subsets have no weight left: none of these is drawn.
         chosen = np.zeros(stop - start, np.uint8)
         for bound in bounds[:-1]:
-            chosen += uniform >= bound[places]
+            chosen += uniform >= bound[steps]
         return chosen
 
-    def _words(self, chunk: int) -> np.ndarray:
-        return random_words(self.seed, CHOICE, (chunk, 0), CHUNK)
-
     def _bounds(self, start: int, stop: int) -> np.ndarray:
-        """[subsets, stop - start]: cumulated probabilities at these steps."""
+        """[subsets, stop - start]: cumulative probabilities at these steps."""
         steps = np.arange(start, stop)
         sums = np.cumsum([np.interp(steps, self._stages, row) for row in self._ratios], axis=0)
         return sums / sums[-1]
 
 
-def _check_stages(stages: Sequence[int]) -> None:
-    if not stages or any(b <= a for a, b in pairwise(stages)) or stages[0] < 0:
-        raise InputError(f"training_stages {list(stages)}: must be increasing steps from 0, such as [0, 5000]")
-
-
 def _check_ratios(ratios: Mapping[str, Sequence[float]], stages: int) -> None:
     for name, row in ratios.items():
         if name not in SUBSETS:
-            near = get_close_matches(name, SUBSETS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the known ones are {', '.join(SUBSETS)}"
-            raise InputError(f"split_ratios: unknown subset {name}; {hint}")
+            raise InputError(f"split_ratios: unknown subset {name}; {suggestion(name, SUBSETS)}")
         if len(row) != stages:
             raise InputError(f"split_ratios.{name}: {len(row)} ratios for {stages} training_stages; give one a stage")
         if any(not math.isfinite(ratio) or ratio < 0 for ratio in row):
@@ -110,7 +102,7 @@ def _check_ratios(ratios: Mapping[str, Sequence[float]], stages: int) -> None:
             raise InputError(f"split_ratios: all are 0 at stage {stage + 1} of training_stages; one must be positive")
 
 
-_KEPT_SHUFFLES = 2 * len(SUBSETS)  # the epoch at hand and the one before it, which replacements may still ask for
+_KEPT_SHUFFLES = 2 * len(SUBSETS)  # this epoch's and the one's before it, which replacements may still need
 
 
 class SampleRef(NamedTuple):
@@ -157,27 +149,33 @@ class MixtureSampler:
         # Draws of each subset before sample [0] + i * CHUNK of the training; grows as far as it is asked for.
         self._first, self._drawn = 0, [np.zeros(len(SUBSETS), np.int64)]
         if position is not None:
-            self._start_at(position)
+            try:
+                self._first = int(position["number"])
+                drawn = [int(position["drawn"][name]) for name in SUBSETS]
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"the checkpoint's data position is not one of a mixture: {position}") from error
+            if min(drawn) < 0 or sum(drawn) != self._first:
+                raise InputError(f"the checkpoint's data position does not add up: {position}")
+            self._drawn = [np.asarray(drawn, np.int64)]
         self._shuffles: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def draws(self, step: int) -> list[SampleRef]:
         """The samples of an optimizer step, over all processes, in the order of their slots."""
         start = step * self.choice.batch_size
-        numbers = range(start, start + self.choice.batch_size)
-        return self.draws_of(numbers)
+        return self.draws_of(range(start, start + self.choice.batch_size))
 
     def draws_of(self, numbers: range) -> list[SampleRef]:
         """The samples with these numbers, one after the other."""
         drawn = self._before(numbers.start).tolist()
         draws = []
         for number, subset in zip(numbers, self.choice.subsets(numbers.start, numbers.stop).tolist(), strict=True):
-            epoch, place = divmod(drawn[subset], self._counts[subset])
-            draws.append(SampleRef(number, SUBSETS[subset], int(self._shuffle(subset, epoch)[place]), epoch))
+            epoch, slot = divmod(drawn[subset], self._counts[subset])
+            draws.append(SampleRef(number, SUBSETS[subset], int(self._shuffle(subset, epoch)[slot]), epoch))
             drawn[subset] += 1
         return draws
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where a run stands before a step, to be kept as JSON."""
+        """The state of a run before a step, to be saved as JSON."""
         number = step * self.choice.batch_size
         return {"number": number, "drawn": dict(zip(SUBSETS, self._before(number).tolist(), strict=True))}
 
@@ -196,8 +194,8 @@ class MixtureSampler:
             raise InputError(f"{draw.subset}: its only record cannot be used; set split_ratios.{draw.subset} to 0")
         word = int(random_words(self.choice.seed, REPLACEMENT, (draw.number, 0), 1)[0])
         shuffle = self._shuffle(subset, draw.epoch)
-        place = int(np.flatnonzero(shuffle == draw.index)[0]) + 1 + (word + attempt) % (count - 1)
-        return draw._replace(index=int(shuffle[place % count]))
+        slot = int(np.flatnonzero(shuffle == draw.index)[0]) + 1 + (word + attempt) % (count - 1)
+        return draw._replace(index=int(shuffle[slot % count]))
 
     def _before(self, number: int) -> np.ndarray:
         """[subsets] int64: how often each has been drawn before this sample."""
@@ -211,15 +209,6 @@ class MixtureSampler:
 
     def _count(self, start: int, stop: int) -> np.ndarray:
         return np.bincount(self.choice.subsets(start, stop), minlength=len(SUBSETS)).astype(np.int64)
-
-    def _start_at(self, position: Mapping[str, Any]) -> None:
-        try:
-            number, drawn = int(position["number"]), [int(position["drawn"][name]) for name in SUBSETS]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"the checkpoint's data position is not one of a mixture: {position}") from error
-        if min(drawn) < 0 or sum(drawn) != number:
-            raise InputError(f"the checkpoint's data position does not add up: {position}")
-        self._first, self._drawn = number, [np.asarray(drawn, np.int64)]
 
     def _shuffle(self, subset: int, epoch: int) -> np.ndarray:
         """[records] int32: the order of a subset in one of its epochs."""

@@ -1,4 +1,4 @@
-"""A record -> what the model is trained on: one crop of both pictures, two texts, and what is left out."""
+"""Turns a record into a training example: one crop of both images, two texts, and random drops."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rflow_jax.tokenizers.flux import t5_prompt
 
 try:
     from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
-except ImportError:  # it is not built for this machine
+except ImportError:  # not built for this platform
     _resizer = None
 else:
     _resizer = Resizer()
     _CATMULL_ROM = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))  # the cubic that Pillow has, too
 
-EXAMPLE = 5  # the stream of random bits, beside those of choice.py
-SHORTEST_REFLECTION = 5  # letters; the original takes less for none
+EXAMPLE = 5  # the stream of random bits, beside those of sampling.py
+SHORTEST_REFLECTION = 5  # letters; the original treats a shorter one as none
 NEVER_BLACK = "editing"
 # Longer edge to shorter, at most: a picture is resized as a whole before it is cut. At a target of 1024 pixels this is
 # 25 MB, and a strip of 8 by 4000 would be 1.6 GB.
@@ -49,13 +49,7 @@ class Example(NamedTuple):
 
 
 class Drops(NamedTuple):
-    """What is left out of a sample.
-
-    Attributes:
-        text: T5 gets no text.
-        image: the condition is black.
-        reflection: T5 gets the prompt alone.
-    """
+    """What is dropped: T5's text, the condition image (it is black then), the reflection in T5's text."""
 
     text: bool
     image: bool
@@ -68,7 +62,7 @@ def uniforms(seed: int, number: int) -> list[float]:
 
 
 def draw_drops(config: DataConfig, seed: int, number: int, subset: str, reflection: str) -> Drops:
-    """What is left out of a sample; a black condition has nothing that could be reflected on."""
+    """What is dropped from a sample; with a black condition there is nothing to reflect on."""
     *_, text, image, reflected = uniforms(seed, number)
     black = subset != NEVER_BLACK and image < config.drop_image_prob
     short = len(reflection.strip()) < SHORTEST_REFLECTION
@@ -76,18 +70,12 @@ def draw_drops(config: DataConfig, seed: int, number: int, subset: str, reflecti
 
 
 def t5_text(prompt: str, reflection: str, drops: Drops) -> str:
-    """What T5 is told."""
-    if drops.text:
-        return ""
-    return t5_prompt(prompt, None if drops.reflection else reflection)
+    """T5's input."""
+    return "" if drops.text else t5_prompt(prompt, None if drops.reflection else reflection)
 
 
 def make_example(record: Record, config: DataConfig, seed: int, number: int) -> Example:
-    """The example of a sample; all its randomness follows from the seed and the sample's number.
-
-    Raises:
-        RecordError: a picture cannot be decoded, or is too long a strip.
-    """
+    """The example of a sample; all its randomness follows from the seed and the sample's number."""
     drops = draw_drops(config, seed, number, record.subset, record.reflection)
     down, right = uniforms(seed, number)[:2] if config.crop == "random" else (None, None)
     good, bad = pictures(record, config, down, right)
@@ -103,37 +91,38 @@ def pictures(
     """(good, bad), uint8 [y, y, 3] and [v, v, 3]: the same square of both, the bad one made smaller.
 
     Args:
-        down, right: where the square lies in what there is room for, in [0, 1); None takes the middle.
+        down, right: position of the square within the free room, in [0, 1); None is the middle.
 
     Raises:
         RecordError: a picture cannot be decoded, or is too long a strip.
     """
     good = decode(record.good_image, f"{record.key}: good_image", LONGEST_RATIO)
     bad = decode(record.bad_image, f"{record.key}: bad_image", LONGEST_RATIO)
+    side = config.target_size
+    # The shorter edge becomes ``side``; rounds down, as torchvision does.
+    width, height = good.size
+    size = (side, side * height // width) if width <= height else (side * width // height, side)
+
+    def start(room: int, fraction: float | None) -> int:
+        return round(room / 2) if fraction is None else int(fraction * (room + 1))
+
+    left, top = start(size[0] - side, right), start(size[1] - side, down)
+    box = left, top, left + side, top + side
     try:
-        return _cut(good, bad, config, down, right)
+        bad = _crop(_resize(_resize(bad, good.size), size), box)
+        return np.asarray(_crop(_resize(good, size), box)), np.asarray(_resize_square(bad, config.condition_size))
     except MemoryError as error:
         raise RecordError(f"{record.key}: not enough memory to resize its pictures") from error
 
 
-def _cut(
-    good: Image.Image, bad: Image.Image, config: DataConfig, down: float | None, right: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    bad = _resize(bad, good.size)
-    size = _shorter_edge(good.size, config.target_size)
-    box = _square(size, config.target_size, down, right)
-    bad = _resize_square(_crop(_resize(bad, size), box), config.condition_size)
-    return np.asarray(_crop(_resize(good, size), box)), np.asarray(bad)
-
-
 def decode(content: bytes, name: str, longest_ratio: float = math.inf) -> Image.Image:
-    """A picture in RGB.
+    """An image in RGB.
 
     Args:
-        longest_ratio: of its edges, longer to shorter; beyond it the picture is not decoded.
+        longest_ratio: longer to shorter edge; beyond it the image is not decoded.
 
     Raises:
-        RecordError: it is none, is cut, too large or too long a strip.
+        RecordError: it is not an image, is truncated, too large or too elongated.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -163,7 +152,7 @@ def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def _resize_square(image: Image.Image, side: int) -> Image.Image:
-    """Pillow's bicubic to 1/255: every sample of a training goes through here, and Pillow takes six times as long."""
+    """Pillow's bicubic to within 1/255; Pillow itself is six times slower, and every training sample needs this."""
     # To a half, a third and so on: between those the faster one's rounded weights are off by 2/255 now and then.
     if _resizer is None or image.width <= side or image.width % side:
         return _resize(image, (side, side))
@@ -173,17 +162,3 @@ def _resize_square(image: Image.Image, side: int) -> Image.Image:
         _resizer.resize_pil(image, smaller, _CATMULL_ROM)
         image = smaller
     return image
-
-
-def _shorter_edge(size: tuple[int, int], target: int) -> tuple[int, int]:
-    """(width, height) with the shorter one ``target``; rounds down, as torchvision does."""
-    width, height = size
-    return (target, target * height // width) if width <= height else (target * width // height, target)
-
-
-def _square(size: tuple[int, int], side: int, down: float | None, right: float | None) -> tuple[int, int, int, int]:
-    def start(room: int, place: float | None) -> int:
-        return round(room / 2) if place is None else int(place * (room + 1))
-
-    left, top = start(size[0] - side, right), start(size[1] - side, down)
-    return left, top, left + side, top + side

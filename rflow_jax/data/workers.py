@@ -1,6 +1,6 @@
-"""Memory that worker processes fill and their parent reads in place.
+"""Worker processes, and the shared memory they return arrays in.
 
-Shared buffers are files without a name: nothing is left behind when all processes are killed.
+Shared buffers are anonymous files: nothing is left behind when all processes are killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,7 @@ from PIL import Image
 
 
 class SharedBuffer:
-    """One piece of shared memory; it grows to what is written to it.
-
-    Attributes:
-        path: under which a child process opens it.
-    """
+    """A piece of shared memory that grows as needed; a child process opens it by its ``path``."""
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("rflow_jax"), "r+b", buffering=0)
@@ -47,25 +43,25 @@ class SharedBuffer:
 
 
 class SharedBufferPool:
-    """Shared buffers that are used again: fresh memory costs more than it takes to fill it."""
+    """Reuses shared buffers: fresh memory costs more than filling it."""
 
     def __init__(self) -> None:
-        self._free: deque[SharedBuffer] = deque()  # without a lock: a slab may come back while one is taken
+        self._free: deque[SharedBuffer] = deque()  # without a lock: a buffer may come back while one is taken
 
     def take(self) -> SharedBuffer:
-        """One that nothing lies in."""
+        """An unused buffer."""
         try:
             return self._free.pop()
         except IndexError:
             return SharedBuffer()
 
-    def views(self, slab: SharedBuffer, lengths: Sequence[int]) -> list[np.ndarray]:
-        """What lies in a slab, piece by piece; the slab is free again when all pieces, and views of them, are gone."""
+    def views(self, buffer: SharedBuffer, lengths: Sequence[int]) -> list[np.ndarray]:
+        """The pieces in a buffer, which is free again when all of them, and views of them, are gone."""
         if not sum(lengths):
-            self._free.append(slab)
+            self._free.append(buffer)
             return [np.empty(0, np.uint8) for _ in lengths]
-        whole = slab.read(sum(lengths))
-        weakref.finalize(whole, self._free.append, slab).atexit = False
+        whole = buffer.read(sum(lengths))
+        weakref.finalize(whole, self._free.append, buffer).atexit = False
         return np.split(whole, np.cumsum(lengths)[:-1])
 
 
@@ -84,18 +80,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_MAPPED = 32 << 20  # bytes; glibc refuses a larger threshold
 _LARGEST_KEPT = 1 << 30
 _PILLOW_BLOCKS = 16  # of 16 MiB
-GRACE = 3.0  # seconds in which what is under way ends, unless it waits for a server: that may take minutes
+GRACE = 3.0  # seconds for running jobs to end, unless they wait for a server: that may take minutes
 
 _make: Callable[[Any], Any] | None = None
 
 
 def worker_count(asked: int | None) -> int:
-    """Processes to start: one a core but one, unless a number is asked for."""
+    """The number of processes to start; by default one fewer than there are cores."""
     return max(1, len(os.sched_getaffinity(0)) - 1) if asked is None else asked
 
 
 class Background:
-    """A thread that makes one call after the other, and that no process waits for at its end."""
+    """A daemon thread that runs one call after the other."""
 
     def __init__(self, name: str):
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
@@ -104,13 +100,12 @@ class Background:
         self._thread.start()
 
     def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        """What the call will return."""
         future: Future[Any] = Future()
         self._calls.put((future, call, args))
         return future
 
     def close(self) -> None:
-        """Cancels what has not begun; what is under way gets a little time, and is abandoned then."""
+        """Cancels what has not begun; a running call gets a little time, then is abandoned."""
         while not self._calls.empty():
             if waiting := self._calls.get():
                 waiting[0].cancel()
@@ -126,23 +121,23 @@ class Background:
                 future.set_result(call(*args))
             except BaseException as error:
                 future.set_exception(error)
-            del asked, future, call, args  # nothing of it is kept until the next one comes
+            del asked, future, call, args  # so that nothing stays in memory until the next call
 
 
 class Workers:
     """Processes that call one function for many jobs; a context manager that ends them.
 
-    Started afresh and not forked: a fork of a process in which JAX's threads run can hang. The arrays of what they
-    make come through shared memory and not through a pipe, which would cost more than decoding a picture does.
+    They are spawned, not forked: a fork of a process in which JAX's threads run can hang. Arrays in their results come
+    through shared memory, not through a pipe, which would cost more than decoding an image does.
 
     Args:
-        make: job -> anything; can be pickled.
+        make: picklable function of a job.
         count: 0 calls it in a thread of this process.
     """
 
     def __init__(self, make: Callable[[Any], Any], count: int):
         self._in_thread = None if count else make
-        self._slabs = SharedBufferPool() if count and hasattr(os, "memfd_create") else None
+        self._buffers = SharedBufferPool() if count and hasattr(os, "memfd_create") else None
         self._context = _Context()
         self._pool = (
             ProcessPoolExecutor(count, mp_context=self._context, initializer=_begin, initargs=(make,))
@@ -151,21 +146,21 @@ class Workers:
         )
 
     def submit(self, job: Any) -> Future[Any]:
-        """What will be made of a job; BrokenProcessPool if a process died."""
+        """The future result of a job; BrokenProcessPool if a process died."""
         if self._in_thread:
             return self._pool.submit(self._in_thread, job)
         made: Future[Any] = Future()
-        slab = self._slabs.take() if self._slabs else None
+        buffer = self._buffers.take() if self._buffers else None
         try:
-            packed = self._pool.submit(_pack, job, slab and slab.path)
+            packed = self._pool.submit(_pack, job, buffer and buffer.path)
         except BrokenProcessPool as error:
             made.set_exception(error)
             return made
-        packed.add_done_callback(lambda done: _unpack(done, slab, self._slabs, made))
+        packed.add_done_callback(lambda done: _unpack(done, buffer, self._buffers, made))
         return made
 
     def close(self) -> None:
-        """Ends the workers; what they are at is thrown away, and a process that does not end by itself is killed."""
+        """Ends the workers and drops unfinished jobs; a process that does not end by itself is killed."""
         if isinstance(self._pool, Background):
             self._pool.close()
             return
@@ -179,12 +174,12 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class Packed(NamedTuple):
-    """A pickle, less its arrays: these lie one after the other in a slab."""
+    """A pickle without its arrays: these are one after the other in a shared buffer."""
 
     pickled: bytes
     lengths: list[int]
@@ -203,13 +198,13 @@ def _pack(job: Any, path: str | None) -> Packed:
     return Packed(pickled, [part.nbytes for part in raw])
 
 
-def _unpack(done: Future[Packed], slab: SharedBuffer | None, slabs: SharedBufferPool | None, made: Future[Any]) -> None:
-    """Hands on what a worker made; the slab is free again once no array lies in it."""
+def _unpack(
+    done: Future[Packed], buffer: SharedBuffer | None, buffers: SharedBufferPool | None, made: Future[Any]
+) -> None:
+    """Passes on a worker's result; the buffer is free again once no array uses it."""
     try:
         packed = done.result()
-        parts: list[np.ndarray] = []
-        if slab is not None and slabs is not None:
-            parts = slabs.views(slab, packed.lengths)
+        parts = [] if buffer is None or buffers is None else buffers.views(buffer, packed.lengths)
         made.set_result(pickle.loads(packed.pickled, buffers=parts))
     except CancelledError:
         made.cancel()
@@ -218,7 +213,7 @@ def _unpack(done: Future[Packed], slab: SharedBuffer | None, slabs: SharedBuffer
 
 
 class _Process(SpawnProcess):
-    """A process that does not run the parent's main file again, which would import all of JAX for nothing."""
+    """A process that does not re-run the parent's main file, which would import JAX for nothing."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
@@ -231,7 +226,7 @@ class _Process(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    """Remembers its processes, to end those that hang."""
+    """Remembers its processes, to kill those that hang."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +238,6 @@ class _Context(SpawnContext):
         return process
 
     def kill(self) -> None:
-        """Ends them, whatever they are at."""
         for process in self._started:
             process.kill()
 
@@ -251,15 +245,11 @@ class _Context(SpawnContext):
 def _begin(make: Callable[[Any], Any]) -> None:
     global _make
     _make = make
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; it is for the parent to end its workers.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group, but the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _keep_memory()
-
-
-def _keep_memory() -> None:
-    """Has freed memory used again: pictures that give theirs back to the system and take it anew cost a third more."""
+    # Freed memory is reused: images that return theirs to the system and allocate it anew cost a third more.
     Image.core.set_blocks_max(_PILLOW_BLOCKS)
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Latents between a picture's grid and the transformer's tokens, and where every token lies."""
+"""Conversion between an image's grid of latents and the transformer's tokens, and positions of tokens."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def image_ids(rows: int, columns: int, delta: tuple[int, int] = (0, 0)) -> np.nd
 
 
 def text_ids(tokens: int) -> np.ndarray:
-    """Text has no place: [tokens, 3] zeros."""
+    """Text has no position: [tokens, 3] zeros."""
     return np.zeros((tokens, 3), np.float32)
 
 
 def condition_delta(columns: int) -> tuple[int, int]:
-    """Where the original puts the condition: left of the image, by its own width in tokens."""
+    """The original's offset of the condition: left of the image, by its own width in tokens."""
     return (0, -columns)
 
 

@@ -1,4 +1,4 @@
-"""Times of the sampler: sigmas from 1 (noise) to 0, shifted by the number of image tokens."""
+"""The sampler and its schedule: sigmas from 1 (noise) to 0, shifted by the number of image tokens."""
 
 from __future__ import annotations
 
@@ -41,15 +41,9 @@ class Schedule:
         """From the content of ``scheduler_config.json``; raises InputError for another kind of schedule."""
         if (name := config.get("_class_name", "FlowMatchEulerDiscreteScheduler")) != "FlowMatchEulerDiscreteScheduler":
             raise InputError(f"scheduler_config.json: a {name}; FLUX uses FlowMatchEulerDiscreteScheduler")
-        other = (
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-            "invert_sigmas",
-            "shift_terminal",
-        )
-        if odd := [key for key in other if config.get(key)]:
-            raise InputError(f"scheduler_config.json: {odd[0]} is not supported (FLUX does not use it)")
+        other = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+        if used := [key for key in other if config.get(key)]:
+            raise InputError(f"scheduler_config.json: {used[0]} is not supported (FLUX does not use it)")
         if config.get("time_shift_type", "exponential") != "exponential":
             raise InputError("scheduler_config.json: time_shift_type must be exponential")
         return cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
@@ -77,7 +71,7 @@ def euler(
     """Explicit Euler steps from ``sigmas[0]`` to ``sigmas[-1]``; x stays float32 between steps.
 
     Returns:
-        The sample, and x after every step (dropped by the compiler where nobody reads it).
+        The sample, and x after every step (dropped by the compiler if unused).
     """
 
     def step(x: Array, k: Array) -> tuple[Array, Array]:
@@ -89,5 +83,5 @@ def euler(
 
 
 def guided(with_condition: Array, with_black: Array, scale: Array | float) -> Array:
-    """Image guidance: away from what a black condition gives, ``u + s (c - u)``."""
+    """Image guidance: away from the prediction for a black condition, ``u + s (c - u)``."""
     return with_black + scale * (with_condition - with_black)

@@ -1,17 +1,16 @@
-"""Everything that shapes one image and is the same for all images of a call."""
+"""The settings of sampling, which all images of a call share."""
 
 from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
 
-_GRID = (
-    16  # FLUX's: the autoencoder shrinks by 8 and packing by 2; said before a model is loaded, which may ask for more
-)
+# FLUX's: the autoencoder shrinks by 8 and packing by 2. Checked before a model is loaded, which may need more.
+_GRID = 16
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images are generated; names as in diffusers.
+    """Settings of generation; names as in diffusers.
 
     Attributes:
         height: height of the generated image in pixels, a multiple of 16.
@@ -46,14 +45,16 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "condition_size"):
-            _require_grid(name, getattr(self, name))
+            if (value := getattr(self, name)) < 1 or value % _GRID:
+                nearest = max(_GRID, round(value / _GRID) * _GRID)
+                raise InputError(f"{name} is {value}: give a positive multiple of {_GRID}, such as {nearest}")
         for name in ("num_inference_steps", "batch_size", "max_sequence_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: give at least 1")
         for field in fields(self):
-            if field.name.endswith("_scale"):
-                _require_scale(field.name, getattr(self, field.name))
+            if field.name.endswith("_scale") and not 0 <= (value := getattr(self, field.name)) < float("inf"):
+                raise InputError(f"{field.name} is {value}: give a finite number that is not negative")
         if self.condition_scale == 0:
             raise InputError("condition_scale is 0: give a positive number, or leave the condition out")
         if self.condition_scale != 1 and not self.union_cond_attn:
@@ -76,14 +77,3 @@ def require_lora_effect(settings: SamplingConfig, with_condition: bool) -> None:
             "the LoRA acts on condition tokens only, and with union_cond_attn false the image does not see these: "
             "set union_cond_attn, add_cond_attn or latent_lora, or leave the LoRA out"
         )
-
-
-def _require_grid(name: str, value: int) -> None:
-    if value < 1 or value % _GRID:
-        nearest = max(_GRID, round(value / _GRID) * _GRID)
-        raise InputError(f"{name} is {value}: give a positive multiple of {_GRID}, such as {nearest}")
-
-
-def _require_scale(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise InputError(f"{name} is {value}: give a finite number that is not negative")

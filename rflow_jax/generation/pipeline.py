@@ -1,4 +1,4 @@
-"""Prompt (and an image to correct) -> image: batched, jitted, the same for a sample wherever it lies in a batch."""
+"""Prompt (and an image to correct) -> image: batched and jitted; an image does not depend on its index in a batch."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ OnImages = Callable[[int, list[Image.Image]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one image is made from.
+    """The inputs of one image.
 
     Attributes:
-        prompt: CLIP is told this, and T5 too where nothing else is said.
-        seed: a number, a tuple such as (seed, prompt, round, branch), or a place near the noise of another seed.
+        prompt: for CLIP, and for T5 unless there is a refined prompt.
+        seed: a number, a tuple such as (seed, prompt, round, branch), or a perturbation of another seed's noise.
         condition: the image to correct.
-        reflection: what to change, told to T5.
-        refined_prompt: told to T5 in place of the prompt.
+        reflection: what to change; part of T5's text.
+        refined_prompt: for T5 in place of the prompt.
     """
 
     prompt: str
@@ -64,25 +64,25 @@ class Request:
 
     @property
     def t5_text(self) -> str:
-        """What T5 is told."""
+        """T5's prompt."""
         return t5_prompt(self.refined_prompt or self.prompt, self.reflection)
 
     @property
     def key_seed(self) -> Seed:
-        """What the draws beside the noise follow from."""
+        """The seed of all draws but the noise."""
         return self.seed.path[-1] if isinstance(self.seed, PerturbedSeed) else self.seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A batch on its way: the devices may still be at work on it."""
+    """A dispatched batch, which the devices may still be computing."""
 
     count: int
     pixels: Array
 
     def images(self) -> list[Image.Image]:
         """Waits for the images."""
-        # With several processes the devices hold it in parts, which no process has all of.
+        # With several processes no process has all of it.
         whole = self.pixels
         if not whole.is_fully_addressable:
             whole = multihost_utils.process_allgather(whole, tiled=True)
@@ -93,7 +93,7 @@ class Pipeline:
     """A loaded model; make one with :func:`load_pipeline`.
 
     With a mesh whose axis ``data`` has several devices, a batch is ``batch_size`` images on each of them, and every
-    device computes its own as if it were alone.
+    device computes its own images independently.
 
     Attributes:
         prepare, sample: the compiled programs, see :mod:`rflow_jax.generation.sampling`.
@@ -103,14 +103,14 @@ class Pipeline:
         self.bundle = bundle
         self.attention: AttentionImpl = attention
         self.mesh = mesh
-        self._told_idle = False
+        self._warned_idle = False
         self._draw = jax.jit(draw_noise, static_argnums=(0, 1))
         self.prepare = jax.jit(self._on_each(prepare, 1), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
         self.sample = jax.jit(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
 
     def _on_each(self, function: Callable, batched: int) -> Callable:
-        """The function, run by every device of the axis ``data`` on its own rows of ``batched`` arguments."""
+        """Runs a function on every device of the axis ``data``, on its rows of the first ``batched`` arguments."""
         function = partial(function, self.bundle.graphs, self.bundle.dtype)
         if self.replicas == 1:
             return traced_on(self.mesh, function)
@@ -118,15 +118,16 @@ class Pipeline:
 
         def spread(program: StaticArgs, weights: Any, *rest: Any) -> Any:
             specs = (whole, *[rows] * batched, *[whole] * (len(rest) - batched))
-            local = partial(function, program)
-            how = {"in_specs": specs, "out_specs": rows, "axis_names": {DATA}, "check_vma": False}
-            return jax.shard_map(local, **how)(weights, *rest)
+            mapped = jax.shard_map(
+                partial(function, program), in_specs=specs, out_specs=rows, axis_names={DATA}, check_vma=False
+            )
+            return mapped(weights, *rest)
 
         return traced_on(mesh, spread)
 
     @property
     def replicas(self) -> int:
-        """Devices that each make images of their own."""
+        """The number of devices that each make images of their own."""
         return 1 if self.mesh is None else self.mesh.shape.get(DATA, 1)
 
     def images_at_once(self, settings: SamplingConfig) -> int:
@@ -134,7 +135,7 @@ class Pipeline:
         return settings.batch_size * self.replicas
 
     def without_lora(self) -> Pipeline:
-        """The base model alone; shares the weights of this pipeline. The same object each time: it compiles once."""
+        """The base model with the weights of this pipeline. The same object each time: it compiles once."""
         return self._bare if self.bundle.has_lora else self
 
     @cached_property
@@ -142,7 +143,7 @@ class Pipeline:
         return Pipeline(self.bundle.without_lora(), attention=self.attention, mesh=self.mesh)
 
     def resolve(self, settings: SamplingConfig) -> SamplingConfig:
-        """The settings with the model's own number of steps and T5 tokens where they leave these open."""
+        """The settings with the model's default number of steps and T5 tokens filled in."""
         return dataclasses.replace(
             settings,
             num_inference_steps=settings.num_inference_steps or self.bundle.default_steps,
@@ -162,23 +163,33 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Makes one image for each prompt.
 
-        An image depends on its own prompt, seed, condition and the settings alone. At one batch size it is equal
-        bit for bit in any place with any neighbours; between batch sizes it is equal to rounding.
+        An image depends only on its own prompt, seed, condition and the settings. At one batch size it is equal bit for
+        bit at any index with any neighbours; between batch sizes it is equal up to rounding.
 
         Args:
-            prompts: CLIP is told these, and T5 too where nothing else is said.
-            seeds: one a prompt; a tuple such as (seed, prompt, round, branch) is a seed as well.
-            conditions: the images to correct, one a prompt; None: plain generation of all.
-            reflections: what to change, told to T5.
-            refined_prompts: told to T5 in place of the prompt.
+            prompts: for CLIP, and for T5 unless there is a refined prompt.
+            seeds: one per prompt; a tuple such as (seed, prompt, round, branch) is a seed as well.
+            conditions: the images to correct, one per prompt; None: plain generation of all.
+            reflections: what to change; part of T5's text.
+            refined_prompts: for T5 in place of the prompt.
             settings: sizes, steps, scales; ``batch_size`` images are made at a time.
             on_images: called after each batch with the index of its first image and its images.
 
         Raises:
-            InputError: lists of different lengths, settings that don't fit the model, or a LoRA that could have no
-                effect (it acts on condition tokens alone, and there are none, or none of its linears sees them).
+            InputError: lists of different lengths, settings that don't fit the model, or a LoRA without any effect (it
+                acts on condition tokens only, and there are none, or none of its linears sees them).
         """
-        requests = _requests(prompts, seeds, conditions, reflections, refined_prompts)
+        nothing = [None] * len(prompts)
+        columns: dict[str, Sequence[Any]] = {
+            "seeds": seeds,
+            "conditions": nothing if conditions is None else conditions,
+            "reflections": nothing if reflections is None else reflections,
+            "refined_prompts": nothing if refined_prompts is None else refined_prompts,
+        }
+        for name, column in columns.items():
+            if len(column) != len(prompts):
+                raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
+        requests = [Request(*row) for row in zip(prompts, *columns.values(), strict=True)]
         self._check(requests, settings)
         images: list[Image.Image] = []
         for batch in self._batches(requests, settings):
@@ -188,16 +199,16 @@ class Pipeline:
         return images
 
     def start(self, requests: Sequence[Request], settings: SamplingConfig) -> Pending:
-        """Sends one batch on its way and returns at once; fewer requests than it has places cost as much.
+        """Dispatches one batch and returns at once; fewer requests than a full batch cost as much.
 
         Raises:
             InputError: as :meth:`generate`.
         """
         self._check(requests, settings)
-        places = self.images_at_once(settings)
-        if not 0 < len(requests) <= places:
-            raise ValueError(f"a batch has 1 to {places} requests, not {len(requests)}")
-        padded = [*requests, *[requests[-1]] * (places - len(requests))]
+        size = self.images_at_once(settings)
+        if not 0 < len(requests) <= size:
+            raise ValueError(f"a batch has 1 to {size} requests, not {len(requests)}")
+        padded = [*requests, *[requests[-1]] * (size - len(requests))]
         settings = self.resolve(settings)
         program = self.program_of(settings, requests[0].condition is not None)
         inputs, scales = self._inputs(padded, settings), self._scales(settings)
@@ -209,25 +220,22 @@ class Pipeline:
             return Pending(len(requests), self.sample(program, self.bundle.weights, noise, given, scales)[1])
 
     def _put(self, rows: Any) -> Any:
-        """Arrays with a row for each image, each device's on it."""
+        """Puts arrays with one row per image on the devices that compute the rows."""
         if self.replicas == 1:
             return rows
         assert self.mesh is not None
         return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec(DATA)))
 
     def _check(self, requests: Sequence[Request], settings: SamplingConfig) -> None:
-        self._require_sizes(settings)
+        unit = self.bundle.token_pixels
+        for name in ("height", "width", "condition_size"):
+            if (size := getattr(settings, name)) % unit:
+                raise InputError(f"{name} is {size}: {self.bundle.name} makes images in multiples of {unit} pixels")
         without = sum(request.condition is None for request in requests)
         if 0 < without < len(requests):
             raise InputError(f"generate: {without} of {len(requests)} prompts have no condition; generate these apart")
         if requests and self.bundle.has_lora:
             self._require_lora_effect(settings, with_condition=not without)
-
-    def _require_sizes(self, settings: SamplingConfig) -> None:
-        unit = self.bundle.token_pixels
-        for name in ("height", "width", "condition_size"):
-            if (size := getattr(settings, name)) % unit:
-                raise InputError(f"{name} is {size}: {self.bundle.name} makes images in multiples of {unit} pixels")
 
     def _require_lora_effect(self, settings: SamplingConfig, with_condition: bool) -> None:
         require_lora_effect(settings, with_condition)
@@ -240,8 +248,8 @@ class Pipeline:
                 f"the LoRA acts on condition tokens only, and its {len(paths)} adapters, such as {paths[0]}, change "
                 "nothing there that the image sees: set latent_lora, or leave the LoRA out"
             )
-        if idle and not self._told_idle:
-            self._told_idle = True
+        if idle and not self._warned_idle:
+            self._warned_idle = True
             log.warning(
                 "%d of the LoRA's %d adapters have no effect without latent_lora: no condition token passes through "
                 "their linears, such as %s",
@@ -249,7 +257,7 @@ class Pipeline:
             )
 
     def _batches(self, requests: list[Request], settings: SamplingConfig) -> Iterator[list[Image.Image]]:
-        """The images of each batch; the next batch is already on its way when one is handed out."""
+        """The images of each batch; the next batch is already dispatched when one is yielded."""
         size = self.images_at_once(settings)
         waiting: Pending | None = None
         for first in range(0, len(requests), size):
@@ -261,7 +269,7 @@ class Pipeline:
             yield waiting.images()
 
     def program_of(self, settings: SamplingConfig, with_condition: bool) -> StaticArgs:
-        """What the compiled programs depend on, for settings that :meth:`resolve` gave."""
+        """The static arguments of the compiled programs, for resolved settings (:meth:`resolve`)."""
         return StaticArgs(
             settings.height,
             settings.width,
@@ -275,16 +283,16 @@ class Pipeline:
         )
 
     def _inputs(self, samples: list[Request], settings: SamplingConfig) -> Inputs:
-        bundle, size = self.bundle, settings.condition_size
+        tokenizers, condition = self.bundle.tokenizers, None
         assert settings.max_sequence_length is not None
-        has_condition = samples[0].condition is not None
+        if samples[0].condition is not None:
+            pixels = [condition_pixels(s.condition, settings.condition_size) for s in samples if s.condition]
+            condition = jnp.asarray(np.stack(pixels))
         return Inputs(
-            jnp.asarray(bundle.tokenizers.clip([s.prompt for s in samples], bundle.clip_length)),
-            jnp.asarray(bundle.tokenizers.t5([s.t5_text for s in samples], settings.max_sequence_length)),
+            jnp.asarray(tokenizers.clip([s.prompt for s in samples], self.bundle.clip_length)),
+            jnp.asarray(tokenizers.t5([s.t5_text for s in samples], settings.max_sequence_length)),
             sample_keys([s.key_seed for s in samples]),
-            jnp.asarray(np.stack([condition_pixels(s.condition, size) for s in samples if s.condition]))
-            if has_condition
-            else None,
+            condition,
         )
 
     def _scales(self, settings: SamplingConfig) -> DynamicArgs:
@@ -312,8 +320,8 @@ def load_pipeline(
 
     Args:
         model: a converted folder, a folder in diffusers' layout, or the id of one on the Hub.
-        lora: a LoRA file of any common format, a converted one, a folder that holds one, or the id of one on the Hub.
-        lora_alpha: the LoRA's alpha where its file does not say it; the rank if None.
+        lora: a LoRA file of any common format, a converted one, a folder with one, or the id of one on the Hub.
+        lora_alpha: the LoRA's alpha if its file has none; None: the rank.
         dtype: of weights and activations: ``bfloat16`` or ``float32``.
         attention: see :func:`rflow_jax.models.attention.attend`.
         mesh: devices to spread the weights (axes ``fsdp``, ``tensor``), the images (``data``) and the tokens of one
@@ -325,26 +333,6 @@ def load_pipeline(
         InputError: nothing there, not a model, a truncated file, a LoRA for another network.
     """
     use_compilation_cache()
-    how = {"dtype": dtype, "mesh": mesh, "scan_blocks": scan_blocks, "progress": progress}
-    bundle = load_flux(model, lora=lora, lora_alpha=lora_alpha, **how)
-    return Pipeline(bundle, attention=attention, mesh=mesh)
-
-
-def _requests(
-    prompts: Sequence[str],
-    seeds: Sequence[Seed | PerturbedSeed],
-    conditions: Sequence[Image.Image | None] | None,
-    reflections: Sequence[str | None] | None,
-    refined_prompts: Sequence[str | None] | None,
-) -> list[Request]:
-    nothing = [None] * len(prompts)
-    columns = {
-        "seeds": seeds,
-        "conditions": nothing if conditions is None else conditions,
-        "reflections": nothing if reflections is None else reflections,
-        "refined_prompts": nothing if refined_prompts is None else refined_prompts,
-    }
-    for name, column in columns.items():
-        if len(column) != len(prompts):
-            raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
-    return [Request(*row) for row in zip(prompts, *columns.values(), strict=True)]
+    options = {"dtype": dtype, "mesh": mesh, "scan_blocks": scan_blocks, "progress": progress}
+    flux = load_flux(model, lora=lora, lora_alpha=lora_alpha, **options)
+    return Pipeline(flux, attention=attention, mesh=mesh)

@@ -1,4 +1,4 @@
-"""The compiled part of generating: tokens and seeds -> noise and encodings -> pixels."""
+"""The compiled functions of generation: tokens and seeds -> noise and encodings -> pixels."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class PerturbedSeed:
     """A seed for noise in the neighbourhood of other noise.
 
     Beginning with the noise of ``path[0]``, each further seed turns it a little: n -> cosine n + sqrt(1 - cosine^2) n',
-    with n' the noise of that seed. The result is standard normal too. Of neighbours n and n' in so many dimensions the
-    angle is the same to a part in a thousand.
+    with n' the noise of that seed. The result is standard normal too. In this many dimensions the angle between
+    neighbours is constant to a part in a thousand.
 
     Attributes:
         path: plain seeds, at least one.
@@ -45,7 +45,7 @@ class PerturbedSeed:
     cosine: float
 
     def weights(self) -> list[float]:
-        """Of each seed's noise in the sum; their squares sum to 1."""
+        """The weight of each seed's noise in the sum; their squares sum to 1."""
         turned = (1 - self.cosine**2) ** 0.5
         further = len(self.path) - 1
         return [
@@ -56,13 +56,13 @@ class PerturbedSeed:
 CONDITION_TIME = 0.0  # the condition is clean
 BLACK_GUIDANCE = 1.0  # the distilled guidance of the branch with the black condition
 
-# What a sample's key is folded with for each of its draws.
+# The numbers that a sample's key is folded with for each of its draws.
 NOISE, CONDITION, BLACK = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class StaticArgs:
-    """What a compiled program depends on, besides the shapes of its arguments."""
+    """The static arguments of a compiled program."""
 
     height: int
     width: int
@@ -102,14 +102,14 @@ class Inputs(NamedTuple):
 
 
 class NoiseSpec(NamedTuple):
-    """Which standard normal draws a sample's noise is the weighted sum of."""
+    """A sample's noise as a weighted sum of standard normal draws."""
 
     keys: Array  # [b, k] random keys
     weights: Float[Array, "b k"]
 
 
 class Conditioning(NamedTuple):
-    """What sampling is conditioned on."""
+    """The encodings that sampling is conditioned on."""
 
     text: Float[Array, "b t e"]
     pooled: Float[Array, "b p"]
@@ -127,21 +127,21 @@ class DynamicArgs(NamedTuple):
 
 
 def sample_keys(seeds: Sequence[Seed]) -> Array:
-    """One key a seed, [b]; whole numbers of any size (numpy's too), or tuples of them.
+    """One key per seed, [b]; seeds are whole numbers of any size (numpy's too), or tuples of them.
 
-    A key follows from the numbers alone. The generator is named, so JAX's default does not matter; which bits it draws
-    from a key also depends on ``jax_threefry_partitionable``, which the pipeline holds on
+    A key depends on the numbers only. The generator is named, so JAX's default does not matter; the bits it draws from
+    a key also depend on ``jax_threefry_partitionable``, which the pipeline keeps on
     (:func:`rflow_jax.parallel.runtime.reproducible`).
 
     Raises:
-        InputError: a seed that is none.
+        InputError: not a seed.
     """
     data = np.stack([np.frombuffer(_digest(seed), np.uint32, count=2) for seed in seeds])
     return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
 
 
 def noise_draws(seeds: Sequence[Seed | PerturbedSeed]) -> NoiseSpec:
-    """What each seed's noise is drawn from; padded to a power of two with draws of weight 0, which change no bit."""
+    """The draws of each seed's noise, padded to a power of two with draws of weight 0, which change no bit."""
     paths = [seed.path if isinstance(seed, PerturbedSeed) else (seed,) for seed in seeds]
     weights = [seed.weights() if isinstance(seed, PerturbedSeed) else [1.0] for seed in seeds]
     width = 1 << (max(map(len, paths)) - 1).bit_length()
@@ -152,7 +152,7 @@ def noise_draws(seeds: Sequence[Seed | PerturbedSeed]) -> NoiseSpec:
 
 
 def _digest(seed: Seed) -> bytes:
-    """A hash of the numbers as they are written: no two seeds share it, of whatever size and length."""
+    """A hash of the numbers in decimal, distinct for seeds of any size and length."""
     numbers = seed if isinstance(seed, tuple) else (seed,)
     try:
         if any(isinstance(number, bool) for number in numbers):  # they are numbers to Python, and a mistake here
@@ -243,9 +243,9 @@ def decode_latents(
 def velocity_of(
     transformer: FluxTransformer, dtype: Any, program: StaticArgs, given: Conditioning, scales: DynamicArgs, rope: Rope
 ) -> Callable[[Array, Array, Array], Array]:
-    """The velocity field of one batch: the network's, with image guidance where it is asked for.
+    """The velocity field of one batch: the network's, with image guidance if set.
 
-    It is a function of x and the number of the step; the step's time is in ``scales``.
+    It is a function of x and the index of the step; the step's time is in ``scales``.
     """
 
     def branch(condition: Array | None, guidance: Array | float) -> Callable[[Array, Array], Array]:

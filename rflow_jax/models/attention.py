@@ -1,4 +1,4 @@
-"""Attention behind one function, whatever computes it and over however many devices."""
+"""Attention behind one function, for all kernels and any number of devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rflow_jax.typing import Array, Float, Int
 FLASH_BLOCK = 512  # tokens in a tile of the TPU kernels; sequences are padded to a multiple of it
 _LANES = 128  # of a TPU's vector registers; head dimensions are padded to a multiple of it
 _MASKED = float(jnp.finfo(jnp.float32).min)
-# (q, k, v, bias, lengths) -> as q; what one device computes.
+# (q, k, v, bias, lengths) -> as q; runs on one device.
 _Kernel = Callable[[Array, Array, Array, Array | None, Array | None], Array]
 
 
@@ -43,14 +43,14 @@ def attend(
         lengths: keys from this position on are padding, which no query sees; at least 1.
         impl: ``reference`` (float32 throughout), ``xla`` (``jax.nn.dot_product_attention``), ``cudnn`` (its fused
             kernel: GPU, 16-bit), ``flash`` (Pallas kernels for TPU, interpreted elsewhere), or ``auto``: the fastest
-            for the devices compiled for and this dtype.
+            for the target devices and this dtype.
     """
     chosen = _fastest(q) if impl == "auto" else impl
     if chosen == "reference":
         return _reference(q, k, v, bias, causal, lengths)
     if chosen == "xla":
         return _dot_product(q, k, v, bias, lengths, causal=causal, implementation="xla")
-    # What follows are kernels, which no compiler can cut into parts.
+    # The rest are kernels, which no compiler can partition.
     if chosen == "cudnn":
         kernel: _Kernel = partial(_dot_product, causal=causal, implementation="cudnn")
     else:
@@ -71,8 +71,8 @@ def _per_shard(
 ) -> Array:
     """Runs a kernel on each device of the ambient mesh, for its own samples and heads.
 
-    Tokens that are cut over ``sequence`` are exchanged for heads on the way in. Where too few heads are left for
-    that, each device takes its own queries and all keys.
+    Tokens that are cut over ``sequence`` are exchanged for heads on the way in. If too few heads are left for that,
+    each device takes its own queries and all keys.
     """
     axes = auto_axes()
     if not axes:
@@ -91,7 +91,7 @@ def _per_shard(
         # Dimensions of one entry stand for all samples or heads.
         bias_spec = PartitionSpec(batch if bias.shape[0] > 1 else None, heads if bias.shape[1] > 1 else None, tokens)
     specs = (own, whole, whole, bias_spec, PartitionSpec(batch))
-    # Kernels want every axis to be mapped over, those of one device too.
+    # Kernels need every axis to be mapped over, also those of size 1.
     mapped = jax.shard_map(kernel, in_specs=specs, out_specs=own, axis_names=set(axes), check_vma=False)
     return mapped(q, k, v, bias, lengths)
 
@@ -127,8 +127,8 @@ def _dot_product(
 
 
 def _splash(q: Array, k: Array, v: Array, bias: None, lengths: Array | None, *, causal: bool) -> Array:
-    """JAX's splash attention: the faster of the TPU kernels, which knows masks and no bias."""
-    # Imported where they are used: slow to import.
+    """JAX's splash attention: the faster of the TPU kernels, which takes masks but no bias."""
+    # Imported here because slow to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -42,12 +42,12 @@ def apply_tiled(
 
 
 def _run(network: Callable[[Array], Array], tiles: list[list[Array]]) -> list[list[Array]]:
-    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    indices: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for row, line in enumerate(tiles):
         for column, tile in enumerate(line):
-            places.setdefault(tile.shape, []).append((row, column))
+            indices.setdefault(tile.shape, []).append((row, column))
     results = [list(line) for line in tiles]
-    for same_shape in places.values():
+    for same_shape in indices.values():
         done = jax.lax.map(network, jnp.stack([tiles[row][column] for row, column in same_shape]))
         for index, (row, column) in enumerate(same_shape):
             results[row][column] = done[index]
@@ -68,7 +68,7 @@ def _assemble(tiles: list[list[Array]], blend: int, keep: int) -> Array:
 
 
 def _fade(before: Array, tile: Array, blend: int, axis: int) -> Array:
-    """The first ``blend`` lines of ``tile`` go over linearly from the last lines of its neighbour."""
+    """Blends the first ``blend`` lines of ``tile`` linearly with the last lines of its neighbour."""
     blend = min(before.shape[axis], tile.shape[axis], blend)
     if blend == 0:
         return tile
@@ -83,12 +83,12 @@ def _fade(before: Array, tile: Array, blend: int, axis: int) -> Array:
 
 
 # Queries of the mid attention that are scored at once. At 1024 px there are 16,384 of them, and all scores
-# together would take 1 GiB an image.
+# together would take 1 GiB per image.
 QUERIES_AT_ONCE = 1024
 LOGVAR_RANGE = (-30.0, 20.0)
 
-# What diffusers assumes where vae/config.json is silent; not FLUX's values.
-_SILENT: dict[str, Any] = {
+# The defaults of diffusers for values missing in vae/config.json; not FLUX's values.
+_DEFAULTS: dict[str, Any] = {
     "block_out_channels": (64,),
     "layers_per_block": 1,
     "norm_num_groups": 32,
@@ -106,7 +106,7 @@ class AutoencoderConfig:
     """Sizes, in the names of diffusers' ``vae/config.json``; the defaults are FLUX.1's.
 
     Attributes:
-        scaling_factor, shift_factor: the transformer sees ``(latents - shift_factor) * scaling_factor``.
+        scaling_factor, shift_factor: the transformer's latents are ``(latents - shift_factor) * scaling_factor``.
         sample_size: side of a tile in pixels, and the size above which tiling begins.
     """
 
@@ -142,10 +142,14 @@ class AutoencoderConfig:
             InputError: another network, or a variant of this one that FLUX does not use.
         """
         _refuse_variants(config)
-        known = _SILENT | {key: config[key] for key in cls.__dataclass_fields__ if key in config}
+        known = _DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config}
         known["block_out_channels"] = tuple(known["block_out_channels"])
         known["shift_factor"] = known["shift_factor"] or 0.0
-        known["sample_size"] = _side(known["sample_size"])
+        size = known["sample_size"]
+        sides = {*size} if isinstance(size, list | tuple) else {size}
+        if len(sides) != 1:
+            raise InputError(f"vae config: sample_size {list(size)} is not a square")
+        known["sample_size"] = int(sides.pop())
         return cls(**known)
 
 
@@ -157,18 +161,11 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise InputError(f"vae config: {key} is not supported, only scaling_factor and shift_factor")
-    levels = len(config.get("block_out_channels", _SILENT["block_out_channels"]))
+    levels = len(config.get("block_out_channels", _DEFAULTS["block_out_channels"]))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         got = config.get(key, [kind] * levels)
         if not isinstance(got, list | tuple) or list(got) != [kind] * levels:
             raise InputError(f"vae config: {key} must be {levels} times {kind!r}, got {got}")
-
-
-def _side(sample_size: Any) -> int:
-    sides = {*sample_size} if isinstance(sample_size, list | tuple) else {sample_size}
-    if len(sides) != 1:
-        raise InputError(f"vae config: sample_size {list(sample_size)} is no square")
-    return int(sides.pop())
 
 
 class AutoencoderKL(nnx.Module):
@@ -197,7 +194,7 @@ class AutoencoderKL(nnx.Module):
         """The posterior of the latents, as (mean, log variance clamped to [-30, 20]).
 
         Args:
-            images: in [-1, 1]; sides that are no multiple of ``config.factor`` are cut off.
+            images: in [-1, 1]; sides are cut down to multiples of ``config.factor``.
             tiled: work in tiles if a side is longer than ``config.sample_size``.
 
         Raises:
@@ -407,7 +404,7 @@ def attend_in_pieces(
     v: Float[Array, "b s d"],
     at_once: int = QUERIES_AT_ONCE,
 ) -> Float[Array, "b s d"]:
-    """Softmax attention with one head; more than ``at_once`` queries are worked off piece by piece."""
+    """Softmax attention with one head; more than ``at_once`` queries are processed piece by piece."""
 
     def attend(query: Array) -> Array:
         scores = jnp.einsum("bd,bkd->bk", query, k, preferred_element_type=jnp.float32)

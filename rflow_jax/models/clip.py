@@ -1,10 +1,10 @@
-"""CLIP's text model, FLUX's reader of the prompt as a whole, and the layers that its vision model shares."""
+"""CLIP: the text model, which encodes FLUX's prompt into one vector, and the vision model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from rflow_jax.models.layers import Embedding, LayerNorm, Linear, SelfAttention
 from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.typing import Array, Float, Int
 
-# Configurations written before the id was stored rightly say 2; the end token is then a prompt's highest id.
+# Old configurations have 2 instead of the right id; the end token is then a prompt's highest id.
 LEGACY_EOS_TOKEN_ID = 2
 
-# What Transformers assumes where the config.json is silent; not CLIP-L's values.
-_SILENT: dict[str, Any] = {
+# The defaults of Transformers for values missing in config.json; not CLIP-L's values.
+_PROJECTION_DIM = 512
+_TEXT_DEFAULTS: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_attention_heads": 8,
@@ -51,11 +52,36 @@ class ClipTextConfig:
         """From the content of ``text_encoder/config.json``; raises InputError for another network."""
         if (kind := config.get("model_type", "clip_text_model")) != "clip_text_model":
             raise InputError(f"text_encoder config: model_type {kind!r} is not supported, only 'clip_text_model'")
-        return cls(**_SILENT | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
+        return cls(**_TEXT_DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
+
+
+@dataclass(frozen=True)
+class ClipVisionConfig:
+    """Sizes, in the names of Transformers' ``config.json`` and with its defaults, those of ViT-B/32."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_layers(self, "vision_config")
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> ClipVisionConfig:
+        """From the ``vision_config`` in CLIP's ``config.json``; raises InputError for another network."""
+        if (kind := config.get("model_type", "clip_vision_model")) != "clip_vision_model":
+            raise InputError(f"vision_config: model_type {kind!r} is not supported, only 'clip_vision_model'")
+        return cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
 
 class ClipTextEncoder(nnx.Module):
-    """Token ids -> hidden states and one vector a prompt.
+    """Token ids -> hidden states and one vector per prompt.
 
     It computes in the dtype of the embedding, norms and softmax in float32.
 
@@ -88,37 +114,21 @@ class ClipTextEncoder(nnx.Module):
         return x, jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]
 
 
-@runtime_checkable
-class LayerSizes(Protocol):
-    """What the text and the vision model's configurations have in common."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def hidden_act(self) -> str: ...
-    @property
-    def layer_norm_eps(self) -> float: ...
-
-
-def check_layers(config: LayerSizes, where: str) -> None:
-    """Raises InputError, which begins with ``where``, for sizes that no layer can have."""
+def check_layers(config: ClipTextConfig | ClipVisionConfig, source: str) -> None:
+    """Raises InputError, which begins with ``source``, for sizes that no layer can have."""
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
-            f"{where}: num_attention_heads {config.num_attention_heads} does not divide "
+            f"{source}: num_attention_heads {config.num_attention_heads} does not divide "
             f"hidden_size {config.hidden_size}"
         )
     if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{where}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+        raise InputError(f"{source}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
 
 
 class ClipBlock(nnx.Module):
     """Attention, then a feed-forward, each on the normalised stream and added to it."""
 
-    def __init__(self, config: LayerSizes, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+    def __init__(self, config: ClipTextConfig | ClipVisionConfig, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
         d, heads = config.hidden_size, config.num_attention_heads
         head_dim = d // heads
         self.attn_norm = LayerNorm(d, eps=config.layer_norm_eps, dtype=dtype)
@@ -146,8 +156,8 @@ class FeedForward(nnx.Module):
 def end_positions(ids: Int[Array, "b t"], eos_token_id: int) -> Int[Array, " b"]:
     """The position of each prompt's end token; 0 for a prompt without one.
 
-    With the legacy id 2 it is the first place of the highest id: wrong for vocabularies with tokens added
-    behind the end token, and what such checkpoints have always been used with.
+    With the legacy id 2 it is the first position of the highest id: wrong for vocabularies with tokens added
+    after the end token, and what such checkpoints have always been used with.
     """
     if eos_token_id == LEGACY_EOS_TOKEN_ID:
         return jnp.argmax(ids, axis=-1)
@@ -165,35 +175,6 @@ def _gelu(x: Array) -> Array:
 ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": _gelu}
 
 
-# What Transformers assumes where the config.json is silent.
-_SILENT_PROJECTION = 512
-
-
-@dataclass(frozen=True)
-class ClipVisionConfig:
-    """Sizes, in the names of Transformers' ``config.json`` and with its defaults, those of ViT-B/32."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_layers(self, "vision_config")
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> ClipVisionConfig:
-        """From the ``vision_config`` in CLIP's ``config.json``; raises InputError for another network."""
-        if (kind := config.get("model_type", "clip_vision_model")) != "clip_vision_model":
-            raise InputError(f"vision_config: model_type {kind!r} is not supported, only 'clip_vision_model'")
-        return cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
-
-
 @dataclass(frozen=True)
 class ClipConfig:
     """Sizes of the whole.
@@ -204,7 +185,7 @@ class ClipConfig:
 
     text: ClipTextConfig
     vision: ClipVisionConfig
-    projection_dim: int = _SILENT_PROJECTION
+    projection_dim: int = _PROJECTION_DIM
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> ClipConfig:
@@ -214,7 +195,7 @@ class ClipConfig:
         return cls(
             ClipTextConfig.from_json(part_of(config, "text")),
             ClipVisionConfig.from_json(part_of(config, "vision")),
-            config.get("projection_dim", _SILENT_PROJECTION),
+            config.get("projection_dim", _PROJECTION_DIM),
         )
 
 
@@ -222,7 +203,7 @@ def part_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """The sizes of one part; early files have them twice, and the second time is what counts.
 
     Raises:
-        InputError: they are no object.
+        InputError: they are not an object.
     """
     whole: dict[str, Any] = {}
     for name in (f"{part}_config", f"{part}_config_dict"):
@@ -257,7 +238,7 @@ class ClipVisionEncoder(nnx.Module):
 
 
 class LogitScale(nnx.Variable):
-    """The logarithm of what cosines are multiplied with: float32 whatever the parameters are."""
+    """The logarithm of the factor of cosines: float32 whatever the parameters are."""
 
 
 class Clip(nnx.Module):

@@ -1,4 +1,4 @@
-"""The few layers every network here is made of: a linear that can carry a LoRA, norms, embeddings."""
+"""The layers that all networks share: a linear with an optional LoRA, norms, embeddings, self-attention."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rflow_jax.models.partitioning import SEQUENCE, constrain, has_axis
 from rflow_jax.typing import Array, Bool, Float
 
 Module = TypeVar("Module", bound=nnx.Module)
-# Which rows (tokens, on axis -2) a linear's LoRA acts on. None: on none. ``slice(start, None)``: on the last rows.
+# The rows (tokens, on axis -2) that a linear's LoRA acts on; None: none. ``slice(start, None)``: the last rows.
 LoraRows = slice | None
 ALL_ROWS = slice(None)
 
 
 class _OneKey(nnx.Rngs):
-    """Stands in for ``nnx.Rngs`` where no number is ever drawn.
+    """Stands in for ``nnx.Rngs`` if no number is ever drawn.
 
     The counters of real ``Rngs`` make tracing quadratic in the number of parameters: seconds for a large network.
     """
@@ -34,7 +34,7 @@ class _OneKey(nnx.Rngs):
 
 
 def abstract(build: Callable[[Any], Module]) -> Module:
-    """The network that ``build(rngs)`` makes, without numbers: shapes to be filled by a loader, compiled or counted."""
+    """The network of ``build(rngs)`` as shapes, to be filled by a loader, compiled or counted."""
     return nnx.eval_shape(lambda: build(_OneKey()))
 
 
@@ -77,7 +77,7 @@ class Linear(nnx.Module):
         start = lora.start or 0
         if start == 0:
             return y + self._low_rank(x)
-        if has_axis(SEQUENCE):  # the rows lie on few of the devices that have parts of the sequence: all take part
+        if has_axis(SEQUENCE):  # few of the sequence's devices have these rows: all of them compute
             return y + jnp.where(jnp.arange(x.shape[-2])[:, None] >= start, self._low_rank(x), 0)
         delta = self._low_rank(x[..., start:, :])
         # Updated in place: only the rows that change are read and written again.
@@ -87,10 +87,10 @@ class Linear(nnx.Module):
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_scale is not None
-        # Whole where they are used: a compiler would rather move activations to the parts of a small matrix.
+        # Replicated: the compiler would otherwise move activations to the parts of a small matrix.
         a, b = (constrain(matrix[...].astype(x.dtype)) for matrix in (self.lora_a, self.lora_b))
         low = jnp.dot(x, a)
-        # The scale stays float32: alpha / rank need not be a number of bfloat16.
+        # The scale stays float32: bfloat16 may not represent alpha / rank.
         scaled = (low * self.lora_scale[...]).astype(x.dtype)
         return jnp.dot(scaled, b)
 
@@ -137,8 +137,8 @@ def matmul(x: Float[Array, "*b s d"], kernel: Any, *, dtype: Dtype | None = None
     """``x @ kernel``.
 
     Args:
-        kernel: [in, out], or what ``models/quantization.py`` made of it: its few bits are read as they are, and
-            the sums scaled.
+        kernel: [in, out], or quantized by ``models/quantization.py``: its 8 bits are read as they are, and the sums
+            scaled.
         dtype: of the result; None: that of ``x``.
     """
     if isinstance(kernel, jax.Array):

@@ -1,7 +1,7 @@
-"""Adapters (LoRA) of a network's linears: attach, detach, start afresh, read back.
+"""Adapters (LoRA) of a network's linears: attach, detach, initialise, read back.
 
 An adapter belongs to one :class:`rflow_jax.models.layers.Linear`, named by its dotted path in the network.
-Which rows it acts on is said in the call of the linear and not here.
+The rows it acts on are an argument of the linear's call.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from rflow_jax.models.options import CORRECTOR_TARGET_MODULES
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-# What only text passes through, and the head, which only image tokens reach: no place for a LoRA on condition tokens.
+# Linears of text tokens only, and the head, of image tokens only: a LoRA on condition tokens has no effect there.
 NOT_ON_CONDITION = r"text_in|double_blocks\.\d+\.text\..*|final_mod|final_out"
-# It acts in the last block too, but nobody reads the condition tokens which that block gives. The original trains these
-# linears all the same.
+# Linears of the last block, whose condition tokens are not used any more. The original trains them all the same.
 _UNREAD = r"single_blocks\.{last}\.(qkv\.q|mlp|out)"
 
 
@@ -75,10 +74,10 @@ def linear_shapes(model: nnx.Module) -> dict[str, tuple[int, int]]:
 def check_fit(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], where: str = "LoRA") -> None:
     """Raises InputError unless every adapter belongs to a linear of the network and has its sizes."""
     if not adapters:
-        raise InputError(f"{where}: holds no adapter, so it can have no effect")
+        raise InputError(f"{where}: contains no adapter, so it can have no effect")
     for path, adapter in adapters.items():
         if path not in shapes:
-            raise InputError(f"{where}: {path} is no linear of this network; a LoRA for another network")
+            raise InputError(f"{where}: {path} is not a linear of this network; a LoRA for another network")
         d_in, d_out = shapes[path]
         if adapter.a.shape != (adapter.rank, d_in) or adapter.b.shape != (d_out, adapter.rank):
             raise InputError(
@@ -101,20 +100,20 @@ def attach(
         adapters: dotted path of a linear -> its adapter.
         dtype: of the matrices; None keeps the file's.
         put: places an array on devices, given its dotted path; None: the default device.
-        where: what to call the adapters in errors, usually their file.
+        where: the adapters' name in errors, usually their file.
 
     Raises:
-        InputError: an adapter that does not fit (see :func:`check_fit`).
+        InputError: an adapter does not fit (see :func:`check_fit`).
     """
     modules = linears(model)
     check_fit(adapters, linear_shapes(model), where)
-    place = put or (lambda _, value: jnp.asarray(value))
+    put = put or (lambda _, value: jnp.asarray(value))
     detach(model)
     for path, adapter in adapters.items():
         a, b = (np.ascontiguousarray(m.T if dtype is None else m.T.astype(dtype)) for m in (adapter.a, adapter.b))
         scale = np.asarray(adapter.scale, np.float32)
         values = {"lora_a": a, "lora_b": b, "lora_scale": scale}
-        set_adapter(modules[path], {name: place(f"{path}.{name}", value) for name, value in values.items()})
+        set_adapter(modules[path], {name: put(f"{path}.{name}", value) for name, value in values.items()})
     return model
 
 
@@ -122,15 +121,15 @@ def attach_shapes(model: Model, ranks: Mapping[str, int], *, dtype: Dtype = jnp.
     """Attaches abstract adapters of the given ranks: for compiling a program before its LoRA is read."""
     modules, shapes = linears(model), linear_shapes(model)
     for path, rank in ranks.items():
-        d_in, d_out = shapes[path] if path in modules else _no_linear(path)
-        set_adapter(
-            modules[path],
-            {
-                "lora_a": jax.ShapeDtypeStruct((d_in, rank), dtype),
-                "lora_b": jax.ShapeDtypeStruct((rank, d_out), dtype),
-                "lora_scale": jax.ShapeDtypeStruct((), jnp.float32),
-            },
-        )
+        if path not in modules:
+            raise InputError(f"LoRA: {path} is not a linear of this network")
+        d_in, d_out = shapes[path]
+        values = {
+            "lora_a": jax.ShapeDtypeStruct((d_in, rank), dtype),
+            "lora_b": jax.ShapeDtypeStruct((rank, d_out), dtype),
+            "lora_scale": jax.ShapeDtypeStruct((), jnp.float32),
+        }
+        set_adapter(modules[path], values)
     return model
 
 
@@ -150,11 +149,10 @@ def init_lora(
 
     Args:
         alpha: strength; None stands for the rank (scale 1).
-        sharding_for: (dotted path, shape) -> where an array lies, which is made there part by part; None: the default
-            device.
+        sharding_for: (dotted path, shape) -> an array's sharding; None: the default device.
 
     Raises:
-        InputError: a pattern that matches no linear.
+        InputError: the pattern matches no linear.
     """
     chosen = select(linears(model), pattern)
     scale = (rank if alpha is None else alpha) / rank
@@ -162,21 +160,21 @@ def init_lora(
     for path, linear in chosen.items():
         d_in, d_out = shapes[path]
 
-        def place(name: str, shape: tuple[int, ...], path: str = path) -> Any:
+        def sharding(name: str, shape: tuple[int, ...], path: str = path) -> Any:
             return None if sharding_for is None else sharding_for(f"{path}.{name}", shape)
 
         a, b = ("lora_a", (d_in, rank)), ("lora_b", (rank, d_out))
         values = {
-            "lora_a": _first_a(place(*a))(rngs.params(), a[1], dtype),
-            "lora_b": jnp.zeros(b[1], dtype, device=place(*b)),
-            "lora_scale": jnp.full((), scale, jnp.float32, device=place("lora_scale", ())),
+            "lora_a": _init_a(sharding(*a))(rngs.params(), a[1], dtype),
+            "lora_b": jnp.zeros(b[1], dtype, device=sharding(*b)),
+            "lora_scale": jnp.full((), scale, jnp.float32, device=sharding("lora_scale", ())),
         }
         set_adapter(linear, values)
     return model
 
 
 @cache
-def _first_a(sharding: Sharding | None) -> Callable[[jax.Array, tuple[int, ...], Any], jax.Array]:
+def _init_a(sharding: Sharding | None) -> Callable[[jax.Array, tuple[int, ...], Any], jax.Array]:
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.normal(key, shape, dtype) / shape[1]
 
@@ -192,14 +190,14 @@ def select(modules: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
 
 def without_condition_effect(paths: Sequence[str], single_blocks: int) -> tuple[list[str], list[str]]:
-    """Which adapters cannot change an image where a LoRA acts on condition tokens only.
+    """The adapters that cannot change an image if the LoRA acts on condition tokens only.
 
     Args:
         paths: dotted paths of the linears with an adapter.
         single_blocks: of the network.
 
     Returns:
-        Those whose linears no condition token passes through, and those whose result for the condition is not read.
+        Those whose linears no condition token passes through, and those whose result for the condition is unused.
     """
     idle = [path for path in paths if re.fullmatch(NOT_ON_CONDITION, path)]
     return idle, [path for path in paths if re.fullmatch(_UNREAD.replace("{last}", str(single_blocks - 1)), path)]
@@ -237,7 +235,3 @@ def set_adapter(linear: Any, values: Mapping[str, Any]) -> None:
     linear.lora_a = nnx.data(nnx.LoRAParam(values["lora_a"]))
     linear.lora_b = nnx.data(nnx.LoRAParam(values["lora_b"]))
     linear.lora_scale = nnx.data(LoRAScale(values["lora_scale"]))
-
-
-def _no_linear(path: str) -> Any:
-    raise InputError(f"LoRA: {path} is no linear of this network")

@@ -1,4 +1,4 @@
-"""One image -> the pictures that the tower looks at: tiles of a grid near its shape, and the whole as a thumbnail."""
+"""NVILA: the tiling of images, the layout of the language model's input, the projector, and the whole network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rflow_jax.typing import Array, Float, Int, UInt8
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image is cut.
+    """The division of an image into pictures: tiles of a grid near its shape, and the whole image as a thumbnail.
 
     Attributes:
         size: pixels a side of each picture.
@@ -38,13 +38,13 @@ class Tiling:
 
     @property
     def most(self) -> int:
-        """The most pictures that an image can become."""
+        """The maximum number of pictures of an image."""
         return self.max_tiles + (self.max_tiles > 1)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(columns, rows) of the grid whose shape is nearest to the image's.
 
-        Of grids of the same shape the larger one is taken if it would enlarge the image to less than twice its area.
+        Of grids of the same shape, the larger one is taken if it enlarges the image to less than twice its area.
         """
         ratio = width / height
         best, smallest = (1, 1), float("inf")
@@ -56,9 +56,9 @@ class Tiling:
         return best
 
     def cut(self, image: Image) -> np.ndarray:
-        """uint8 [pictures, size, size, 3]: tiles row by row, then the thumbnail unless there is but one tile.
+        """uint8 [pictures, size, size, 3]: tiles row by row, then the thumbnail unless there is only one tile.
 
-        Alpha is dropped, not composited. Raises what Pillow raises where the image cannot be decoded.
+        Alpha is dropped, not composited. Raises Pillow's errors if the image cannot be decoded.
         """
         image = image.convert("RGB")
         columns, rows = self.grid(*image.size)
@@ -68,7 +68,7 @@ class Tiling:
         return tiles if len(tiles) == 1 else np.concatenate([tiles, self.square(image)])
 
     def square(self, image: Image) -> np.ndarray:
-        """uint8 [1, size, size, 3]: the whole image in one picture, its proportions lost."""
+        """uint8 [1, size, size, 3]: the whole image in one picture, stretched to a square."""
         return np.asarray(image.convert("RGB").resize((self.size, self.size)))[None]
 
 
@@ -98,7 +98,7 @@ _QUESTION = (
 
 
 def ask(prompt: str, template: Template) -> str:
-    """What is asked about a prompt: the prompt as it is, or the verifier's own question around it."""
+    """The question about a prompt: the prompt as it is, or within the verifier's own question."""
     return prompt if template == "raw" else _QUESTION.replace("{prompt}", prompt)
 
 
@@ -106,21 +106,15 @@ def message(parts: Sequence[str | int]) -> str:
     """The user's message.
 
     Args:
-        parts: texts, and for each image the number of pictures that it became. A text cannot speak of images by their
-            mark: it is taken out of it. A lone image has a line for each of its pictures.
+        parts: texts, without image marks (which are removed), and for each image its number of pictures. A single
+            image has a line for each of its pictures.
     """
-    alone = sum(not isinstance(part, str) for part in parts) == 1
-    pieces = []
-    for part in parts:
-        if isinstance(part, str):
-            pieces.append(without_marks(part))
-        else:
-            pieces.append((IMAGE + NEWLINE) * part if alone else IMAGE * part)
-    return "".join(pieces).strip()
+    mark = IMAGE + NEWLINE if sum(not isinstance(part, str) for part in parts) == 1 else IMAGE
+    return "".join(without_marks(part) if isinstance(part, str) else mark * part for part in parts).strip()
 
 
 def chat(text: str) -> str:
-    """The conversation in which the user said ``text``, up to the answer."""
+    """The conversation with the user's message ``text``, up to the answer."""
     return _CHAT.replace("{message}", text)
 
 
@@ -161,7 +155,7 @@ class Marks:
     Attributes:
         image: stands for a picture.
         newline: ends each picture.
-        skipped: padding and end of turn; they are dropped at the beginning and behind a picture.
+        skipped: padding and end of turn, which are dropped at the beginning and after a picture.
     """
 
     image: int
@@ -170,7 +164,7 @@ class Marks:
 
 
 def lay_out(ids: Sequence[int], marks: Marks, tokens: int) -> Layout:
-    """Puts ``tokens`` image tokens and a newline in the place of each picture's mark."""
+    """Replaces each picture's mark by ``tokens`` image tokens and a newline."""
     columns: list[tuple[int, int, int, int, int]] = []
     pictures, begins = 0, True  # a stretch of text begins here
     for source, token in enumerate(ids):
@@ -209,7 +203,7 @@ class Projector(nnx.Module):
         return self.stages(x)[-1]
 
     def stages(self, x: Float[Array, "b s e"]) -> list[Float[Array, "b i _"]]:
-        """What leaves the space-to-depth and each of the seven layers behind it."""
+        """The outputs of the space-to-depth and of each of the seven layers after it."""
         stages = [space_to_depth(x)]
         for layer in (self.norm_in, self.reduce, _gelu, self.norm, self.project, _gelu, self.out):
             stages.append(layer(stages[-1]))
@@ -236,7 +230,7 @@ def _gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-KINDS = ("vila", "llava_llama", "llava_qwen")  # VILA has called itself by all of these
+KINDS = ("vila", "llava_llama", "llava_qwen")  # VILA's names over time
 PROJECTOR = "mlp_downsample_3x3_fix"
 _REQUIRED = {"image_aspect_ratio": "dynamic", "mm_vision_select_feature": "cls_patch", "s2": False, "dynamic_s2": False}
 
@@ -268,7 +262,7 @@ class NvilaConfig:
         """From the content of the checkpoint's own ``config.json`` and the sizes of two of its parts.
 
         Raises:
-            InputError: another network, or a way of looking at images that is not supported.
+            InputError: another network, or an unsupported image encoder.
         """
         require_nvila(config)
         for key, value in _REQUIRED.items():
@@ -284,7 +278,6 @@ class NvilaConfig:
 
     @property
     def tiling(self) -> Tiling:
-        """How images are cut."""
         return Tiling(self.vision.image_size, self.min_tiles, self.max_tiles)
 
     @property
@@ -300,17 +293,17 @@ def require_nvila(config: Mapping[str, Any]) -> None:
 
 
 def require_projector(config: Mapping[str, Any]) -> None:
-    """Raises InputError unless ``mm_projector/config.json`` names the projector that is here."""
+    """Raises InputError unless ``mm_projector/config.json`` names the projector implemented here."""
     if (kind := config.get("mm_projector_type")) != PROJECTOR:
         raise InputError(f"mm_projector config: mm_projector_type {kind!r} is not supported, only {PROJECTOR!r}")
 
 
 def _require_plain_encoder(encoder: Any) -> None:
-    """A picture ends in one newline and begins with nothing; the checkpoint says otherwise in JSON inside of JSON."""
+    """Raises InputError unless a picture has no start tokens and ends in a newline; the setting is JSON inside JSON."""
     try:
-        told = json.loads(encoder) if isinstance(encoder, str) else encoder or {}
-        plain = told.get("start_tokens") is None and told.get("end_tokens", NEWLINE) == NEWLINE
-        plain = plain and str(told.get("_target_", "BasicImageEncoder")).endswith("BasicImageEncoder")
+        options = json.loads(encoder) if isinstance(encoder, str) else encoder or {}
+        plain = options.get("start_tokens") is None and options.get("end_tokens", NEWLINE) == NEWLINE
+        plain = plain and str(options.get("_target_", "BasicImageEncoder")).endswith("BasicImageEncoder")
     except (ValueError, AttributeError):
         plain = False
     if not plain:
@@ -334,7 +327,7 @@ class Nvila(nnx.Module):
         """The image tokens of each picture.
 
         Args:
-            levels: what the tower sees of each level of each channel.
+            levels: the tower's input for each level of each channel.
         """
         pixels = levels[pictures, jnp.arange(levels.shape[1])]
         return self.projector(self.tower.features(pixels, self.config.mm_vision_select_layer))
@@ -346,7 +339,7 @@ class Nvila(nnx.Module):
 
         Args:
             ids: tokens of the text.
-            feature: index of the image token that stands there instead; -1 in the text.
+            feature: index of the image token at a position; -1 in the text.
             tokens: image tokens of all pictures of all samples.
         """
         pictured = tokens[jnp.maximum(feature, 0)]
@@ -360,5 +353,5 @@ class Nvila(nnx.Module):
 
 
 def abstract_nvila(config: NvilaConfig, dtype: Dtype = jnp.float32) -> Nvila:
-    """The network without numbers, to be filled by a loader or counted."""
+    """The network as shapes, to be filled by a loader or counted."""
     return abstract(lambda rngs: Nvila(config, rngs=rngs, dtype=dtype))

@@ -1,4 +1,4 @@
-"""How a network's activations lie on a mesh: said where they are made, without a mesh in any signature.
+"""Shardings of a network's activations on a mesh: constrained where they are made, without a mesh in any signature.
 
 The mesh is JAX's ambient one, which a program sets around what it traces
 (:func:`rflow_jax.parallel.mesh.traced_on`). Without one everything here does nothing. Axes that a program maps over by
@@ -20,10 +20,10 @@ from rflow_jax.typing import Array
 
 DATA, FSDP, SEQUENCE, TENSOR = "data", "fsdp", "sequence", "tensor"
 Axes = tuple[str, ...]
-# What the dimensions of an activation may be cut over.
+# Axes that the dimensions of an activation may be cut over.
 BATCH: Axes = (DATA, FSDP)
 TOKENS: Axes = (SEQUENCE,)
-# Attention wants all tokens of a head in one place, so there the parts of a sequence are exchanged for heads.
+# Attention needs all tokens of a head on one device, so there the parts of a sequence are exchanged for heads.
 HEADS: Axes = (TENSOR, SEQUENCE)
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def has_axis(axis: str) -> bool:
 
 
 def constrain(x: Array, *dimensions: Axes | None) -> Array:
-    """Says how an activation lies on the mesh; the identity where there is one device.
+    """Constrains the sharding of an activation; the identity on one device.
 
     Args:
         dimensions: for each dimension of ``x`` the axes it is cut over, as far as they divide it; None: whole.
@@ -64,7 +64,7 @@ def each_sample(function: Callable[[Any, Any], Array], shared: Any, arrays: Any)
     """``function(shared, sample)`` for one sample after another, to bound memory; on a mesh each device takes its own.
 
     Args:
-        shared: what is the same for all samples, such as parameters.
+        shared: the same for all samples, such as parameters.
         arrays: with samples first.
     """
     axes = auto_axes()
@@ -81,7 +81,7 @@ def each_sample(function: Callable[[Any, Any], Array], shared: Any, arrays: Any)
 
 
 def dividing(wanted: Axes | None, size: int, axes: dict[str, int], what: str | None = None) -> Axes | None:
-    """Those of the wanted axes that together divide a dimension of this size; None where there are none.
+    """Those of the wanted axes that together divide a dimension of this size; None if there are none.
 
     Args:
         axes: names and sizes of the axes there are.

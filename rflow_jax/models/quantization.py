@@ -1,4 +1,4 @@
-"""Linears whose kernels are kept in 8 bits: half the memory of bfloat16, and half the bytes a made token has to read.
+"""Linears with 8-bit kernels: half the memory of bfloat16, and half the bytes read per generated token.
 
 Weights alone: activations stay as they are, and products are summed in float32.
 """
@@ -6,6 +6,7 @@ Weights alone: activations stay as they are, and products are summed in float32.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -20,30 +21,26 @@ Quantization = Literal["int8", "fp8"]
 _TYPES: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
-def quantize(model: Model, how: Quantization | None, pattern: str = r".*") -> Model:
+def quantize(model: Model, kind: Quantization | None, pattern: str = r".*") -> Model:
     """Quantizes the kernels of linears, a scale for each output, one after the other; returns the model.
 
     Args:
-        how: ``int8`` or ``fp8`` (e4m3); None leaves the model as it is.
+        kind: ``int8`` or ``fp8`` (e4m3); None leaves the model as it is.
         pattern: regular expression on the dotted paths of the linears.
 
     Raises:
         InputError: ``qwix`` is not installed, or no linear has such a path.
     """
-    if how is None:
+    if kind is None:
         return model
     chosen = [linear for path, linear in linears(model).items() if re.fullmatch(pattern, path)]
     if not chosen:
         raise InputError(f"quantization: no linear of this network matches {pattern!r}")
-    reduce = jax.jit(_quantizer(how))
-    for linear in chosen:
-        linear.kernel.set_value(reduce(linear.kernel.get_value()))
-    return model
-
-
-def _quantizer(how: Quantization) -> Any:
     try:
         import qwix
     except ImportError as error:
-        raise InputError(f"quantization: {how} needs qwix (pip install 'rflow_jax[quantized]')") from error
-    return lambda kernel: qwix.quantize(kernel, _TYPES[how], channelwise_axes=(1,), scale_dtype=jnp.float32)
+        raise InputError(f"quantization: {kind} needs qwix (pip install 'rflow_jax[quantized]')") from error
+    reduce = jax.jit(partial(qwix.quantize, qtype=_TYPES[kind], channelwise_axes=(1,), scale_dtype=jnp.float32))
+    for linear in chosen:
+        linear.kernel.set_value(reduce(linear.kernel.get_value()))
+    return model

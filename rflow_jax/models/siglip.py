@@ -1,4 +1,4 @@
-"""SigLIP's vision tower, the eye of NVILA."""
+"""SigLIP's vision tower, which NVILA uses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rflow_jax.models.layers import Embedding, LayerNorm, Linear
 from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.typing import Array, Float
 
-# What Transformers assumes where the config.json is silent; not so400m's values.
-_SILENT: dict[str, Any] = {
+# The defaults of Transformers for values missing in config.json; not so400m's values.
+_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -59,7 +59,7 @@ class SiglipVisionConfig:
             raise InputError(f"vision_tower config: model_type {kind!r} is not supported, only {KIND!r}")
         if (act := config.get("hidden_act", ACTIVATION)) != ACTIVATION:
             raise InputError(f"vision_tower config: hidden_act {act!r} is not supported, only {ACTIVATION!r}")
-        return cls(**_SILENT | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
+        return cls(**_DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
     @property
     def grid(self) -> int:
@@ -124,7 +124,7 @@ class SiglipBlock(nnx.Module):
 
 
 class SiglipAttention(nnx.Module):
-    """Every patch attends to every patch: a thousand of them, so by the fastest kernel there is."""
+    """Full attention over about a thousand patches, by the fastest kernel available."""
 
     def __init__(self, d: int, heads: int, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
         self.heads = heads

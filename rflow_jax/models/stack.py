@@ -1,4 +1,4 @@
-"""What the backward pass of training computes again to save memory."""
+"""Rematerialisation of blocks, and blocks stacked into one whose parameters have a leading dimension of blocks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "ful
 
 
 def apply_remat(block: Callable[..., Any], remat: Remat, *, in_scan: bool = False) -> Callable[..., Any]:
-    """A block that keeps for its backward pass only what ``remat`` says.
+    """Applies jax.checkpoint to a block, as ``remat`` says.
 
     Args:
-        in_scan: it is the body of a loop, where the compiler needs no barriers to keep it from undoing this.
+        in_scan: the block is the body of a loop, where no barriers are needed to keep the compiler from undoing this.
     """
     return block if remat == "none" else jax.checkpoint(block, policy=_SAVED[remat], prevent_cse=not in_scan)
 
 
-STACKED = "block"  # the part of a parameter's path that stands in place of a block's number
+STACKED = "block"  # the part of a parameter's path in place of a block's number
 
 
 class Stack(nnx.Module):
     """Blocks of one kind as one, whose parameters have a leading dimension of blocks.
 
     Attributes:
-        block: a block with the parameters of all; it can be called on none but through :func:`over_blocks`.
+        block: a block with the parameters of all; callable only through :func:`over_blocks`.
     """
 
     def __init__(self, blocks: Sequence[nnx.Module]):
@@ -59,11 +59,11 @@ def over_blocks(
     """Takes ``step(block, carry, input) -> (carry, output)`` with every block in turn.
 
     Args:
-        inputs: one a block: a list for a list of blocks, arrays with a leading dimension of blocks for stacked ones;
-            None: every step is given None.
+        inputs: one per block: a list for a list of blocks, arrays with a leading dimension of blocks for stacked ones;
+            None: the input of every step is None.
 
     Returns:
-        The last carry, and the outputs in the form that ``inputs`` have.
+        The last carry, and the outputs in the form of ``inputs``.
     """
     if isinstance(blocks, Stack):
         graph, parameters = nnx.split(blocks.block)
@@ -80,14 +80,14 @@ def over_blocks(
 
 
 def stack_blocks(state: nnx.State, lengths: Mapping[str, int], *, free: bool = False) -> nnx.State:
-    """Parameters by block -> parameters of stacked blocks; those that are stacked already stay as they are.
+    """Parameters by block -> parameters of stacked blocks; stacked ones stay as they are.
 
-    An adapter that some blocks lack is zero there, and ranks are filled up with zeros, so it does what it did.
+    An adapter that some blocks lack is zero there, and ranks are filled up with zeros, so its effect is unchanged.
 
     Args:
-        lengths: numbers of blocks by the name of the list that holds them.
-        free: outside of a program: arrays stay cut over devices as they are, and those given are deleted kind by kind,
-            so that the devices never hold more than one kind twice.
+        lengths: numbers of blocks by the name of their list.
+        free: outside of a program: arrays keep their shardings, and those given are deleted kind by kind, so that the
+            devices never have more than one kind twice.
     """
     flat: list[tuple[tuple[Any, ...], Any]] = []
     by_block: dict[tuple[Any, ...], dict[int, Any]] = {}
@@ -102,7 +102,7 @@ def stack_blocks(state: nnx.State, lengths: Mapping[str, int], *, free: bool = F
 
 
 def of_some_blocks(state: nnx.State, lengths: Mapping[str, int]) -> str | None:
-    """A parameter by block that some blocks have and others lack, adapters aside; None: all can be stacked."""
+    """The path of a parameter, not of an adapter, that only some blocks have; None: all can be stacked."""
     counts: dict[tuple[Any, ...], int] = {}
     for path, variable in nnx.to_flat_state(state):
         if path[0] in lengths and isinstance(path[1], int) and not isinstance(variable, (nnx.LoRAParam, LoRAScale)):
@@ -113,7 +113,7 @@ def of_some_blocks(state: nnx.State, lengths: Mapping[str, int]) -> str | None:
 
 
 def unstack_blocks(state: nnx.State, like: nnx.State) -> nnx.State:
-    """Parameters of stacked blocks -> those by block, outside of a program; what :func:`stack_blocks` filled up goes.
+    """The inverse of :func:`stack_blocks` outside of a program: its zero filling is removed.
 
     Args:
         like: the parameters by block, or their shapes and shardings.

@@ -1,4 +1,4 @@
-"""The encoder of T5 v1.1, FLUX's reader of long prompts."""
+"""The encoder of T5 v1.1, FLUX's text encoder for long prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rflow_jax.models.layers import Embedding, Linear, RMSNorm, SelfAttention
 from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.typing import Array, Bool, Float, Int
 
-# What Transformers assumes where the config.json is silent; not T5-XXL's values.
-_SILENT: dict[str, Any] = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+# The defaults of Transformers for values missing in config.json; not T5-XXL's values.
+_DEFAULTS: dict[str, Any] = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class T5Config:
             raise InputError(f"text_encoder_2 config: model_type {kind!r} is not supported, only 't5'")
         if (act := config.get("feed_forward_proj", "relu")) != "gated-gelu":
             raise InputError(f"text_encoder_2 config: feed_forward_proj {act!r}; T5 v1.1 has 'gated-gelu'")
-        return cls(**_SILENT | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
+        return cls(**_DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
 
 class T5Encoder(nnx.Module):
@@ -64,24 +64,19 @@ class T5Encoder(nnx.Module):
         """The hidden states after the last norm.
 
         Args:
-            mask: True at the tokens that may be attended to. FLUX gives none: its padding takes part.
+            mask: True at the tokens that may be attended to. FLUX passes none: its padding takes part.
         """
-        bias = self._relative_bias(ids.shape[1])
+        # Added to the scores of every block, by the distance from query to key.
+        positions, config = np.arange(ids.shape[1]), self.config
+        distances = positions[None, :] - positions[:, None]
+        num_buckets, most = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        buckets = jnp.asarray(relative_buckets(distances, num_buckets, most))
+        bias = self.position_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)
         visible = None if mask is None else mask[:, None, None, :]
         x = constrain(self.embed(ids), BATCH)
         for block in self.blocks:
             x = constrain(block(x, bias, visible), BATCH)
         return self.final_norm(x)
-
-    def _relative_bias(self, length: int) -> Float[Array, "n t t"]:
-        """Added to the scores of every block, by the distance from query to key."""
-        positions = np.arange(length)
-        buckets = relative_buckets(
-            positions[None, :] - positions[:, None],
-            self.config.relative_attention_num_buckets,
-            self.config.relative_attention_max_distance,
-        )
-        return self.position_bias(jnp.asarray(buckets)).astype(jnp.float32).transpose(2, 0, 1)
 
 
 class T5Block(nnx.Module):
@@ -94,7 +89,7 @@ class T5Block(nnx.Module):
             config.d_model,
             config.num_heads,
             config.d_kv,
-            scale=1.0,  # the initialisation of T5 holds the usual 1 / sqrt(head dimension)
+            scale=1.0,  # the usual 1 / sqrt(head dimension) is part of T5's initialisation
             use_bias=False,
             rngs=rngs,
             dtype=dtype,
@@ -124,8 +119,8 @@ class GatedFeedForward(nnx.Module):
 def relative_buckets(distance: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
     """The bucket of each distance (key's position minus query's).
 
-    Half of the buckets are for keys behind the query. Of each half, one half is for single distances; the
-    other grows logarithmically up to ``max_distance`` and holds all beyond.
+    Half of the buckets are for keys after the query. Of each half, one half is for single distances; the
+    other grows logarithmically up to ``max_distance`` and contains all beyond.
     """
     half = buckets // 2
     exact = half // 2

@@ -1,6 +1,6 @@
-"""One OpenAI-compatible chat endpoint: the client that the verifiers and the language models over HTTP share.
+"""A client of OpenAI-compatible chat endpoints, shared by verifiers and language models over HTTP.
 
-It contacts only the address it is given, and only when asked.
+It contacts only the given address, and only when asked.
 """
 
 from rflow_jax.openai_client.client import Chat

@@ -17,14 +17,13 @@ _LONGEST_REASON = 300
 
 
 class Chat:
-    """Asks one endpoint; may be used by several threads at once.
+    """Asks one endpoint; threads may share it.
 
-    One budget of retries covers whatever may pass: timeouts, broken connections, replies that are cut, the
-    statuses 408, 409, 429 and 5xx, and answers that cannot be used. ``Retry-After`` is honoured.
+    One budget of retries covers all transient failures: timeouts, broken connections, truncated replies, the statuses
+    408, 409, 429 and 5xx, and unusable answers. ``Retry-After`` is honoured.
 
     Args:
-        endpoint: where and how to ask.
-        meter: counts what is used.
+        meter: counts the usage.
 
     Raises:
         InputError: no key for OpenAI's own address, or no usable address.
@@ -37,7 +36,7 @@ class Chat:
         self._meter = meter or UsageTracker()
         key, address = endpoint.api_key(), endpoint.address()
         self._secrets = Secrets(key, address)
-        # Retries and time limits are kept here, where unusable answers are seen as well.
+        # Retries and time limits are handled here, because unusable answers count as well.
         self._client = openai.AsyncOpenAI(api_key=key, base_url=address, timeout=None, max_retries=0)
         self._format = 0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
@@ -45,7 +44,7 @@ class Chat:
         self._loop = asyncio.new_event_loop()
         self._closing = threading.Lock()
         self._closed = False
-        # A daemon: an interrupted process does not wait for answers.
+        # A daemon, so that an interrupted process does not wait for answers.
         self._thread = threading.Thread(target=_serve, args=(self._loop,), name="chat", daemon=True)
         self._thread.start()
         # The client's own log lines name every request; a run of thousands has a progress bar instead.
@@ -53,10 +52,10 @@ class Chat:
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def ask_all(self, questions: Sequence[ChatRequest]) -> list[Any]:
-        """The parsed answers in the order of the questions; a ``ChatError`` where there is no usable one.
+        """The parsed answers in the order of the questions; a ``ChatError`` in place of an unusable one.
 
-        At most ``concurrency`` requests are in flight, over all callers. After ``close``, and for what waits at that
-        moment, the error is ``CLOSED``.
+        At most ``concurrency`` requests are in flight, over all callers. After ``close``, and for questions waiting
+        then, the error is ``CLOSED``.
         """
         with self._closing:
             if self._closed:
@@ -65,7 +64,7 @@ class Chat:
         return answers.result()
 
     def close(self) -> None:
-        """Gives up what is waiting, in any thread; called when a run ends."""
+        """Cancels all waiting questions, of any thread; called when a run ends."""
         with self._closing:
             if not self._closed:
                 self._closed = True
@@ -86,7 +85,7 @@ class Chat:
     async def _stop(self) -> None:
         for task in self._asking:
             task.cancel()
-        # Those who gather the answers go first, so that they can hand them over.
+        # The gathering tasks must finish first, so that they can return the answers.
         waiting = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*waiting, return_exceptions=True)
         await self._client.close()
@@ -115,7 +114,7 @@ class Chat:
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
 
     async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:
-        """A question and its reply; asks in a looser way where the server does not take the form."""
+        """The reply to a question; falls back to a looser format if the server rejects one."""
         import openai
 
         format = self._format
@@ -128,7 +127,7 @@ class Chat:
                 if not (question.form and looser and refuses_form(error)):
                     raise
                 format += 1
-        # Remembered only now: a refusal for another reason must not loosen the questions that follow.
+        # Remembered only now: a rejection for another reason must not loosen later questions.
         self._format = max(self._format, format)
         return body
 
@@ -144,7 +143,7 @@ class Chat:
         return body
 
     def _reason(self, error: BaseException, attempts: int) -> str:
-        # Hidden before it is cut: a cut key is not recognised.
+        # Hidden before truncation: a truncated key is not recognised.
         text = self._secrets.hide(reason(error, self.endpoint))
         if len(text) > _LONGEST_REASON:
             text = text[: _LONGEST_REASON - 3] + "..."

@@ -1,4 +1,4 @@
-"""Keeps keys out of what is shown and stored, also where a server repeats them."""
+"""The settings of an endpoint, and the removal of its secrets from texts, also if a server repeats them."""
 
 import math
 import os
@@ -10,18 +10,13 @@ from rflow_jax.errors import InputError
 
 HIDDEN = "***"
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
-_PART = 8  # so many characters of a key in a row are no accident
+_PART = 8  # this many consecutive characters of a key are no coincidence
 _MASKED_PART = 3
-_SHORTEST = 8  # a shorter key keeps nobody out, and words of an answer may look like it
+_SHORTEST = 8  # a shorter key is no protection, and words of an answer may look like it
 
 
 class Secrets:
-    """The key and what is secret in an address.
-
-    Args:
-        key: of the API.
-        address: of the API; its user, password and query count as secret.
-    """
+    """The API key, and the user, password and query of the address."""
 
     def __init__(self, key: str, address: str | None) -> None:
         parts = urlsplit(address or "")
@@ -30,41 +25,37 @@ class Secrets:
         self._secrets = sorted(held, key=len, reverse=True)
 
     def blank(self, text: str) -> str:
-        """An answer without the secrets themselves."""
+        """An answer with whole secrets masked."""
         for secret in self._secrets:
             if len(secret) >= _SHORTEST:
                 text = text.replace(secret, HIDDEN)
         return text
 
     def hide(self, text: str) -> str:
-        """An error's text without the words that hold a secret or a part of one.
+        """An error's text with all words masked that contain a secret or a part of one.
 
-        Servers like to say which key they refuse, with stars in its middle.
+        Servers often repeat the refused key, with stars in its middle.
         """
-        return "".join(HIDDEN if self._betrays(word) else word for word in re.split(r"(\s+)", text))
+        return "".join(HIDDEN if self._reveals(word) else word for word in re.split(r"(\s+)", text))
 
-    def _betrays(self, word: str) -> bool:
-        window = _MASKED_PART if _MASKED.search(word) else _PART
-        return any(part in word for secret in self._secrets for part in _parts(secret, window))
-
-
-def _parts(secret: str, window: int) -> list[str]:
-    window = min(window, len(secret))
-    return [secret[start : start + window] for start in range(len(secret) - window + 1)]
+    def _reveals(self, word: str) -> bool:
+        for secret in self._secrets:
+            window = min(_MASKED_PART if _MASKED.search(word) else _PART, len(secret))
+            if any(secret[start : start + window] in word for start in range(len(secret) - window + 1)):
+                return True
+        return False
 
 
 DEFAULT_MODEL = "gpt-4o"
-NO_KEY = "none"  # what is sent to a server that wants no key; the client library insists on one
+NO_KEY = "none"  # for a server without a key; the client library insists on one
 STRUCTURED = ("auto", "json_schema", "json_object", "text")
-
-
 OF_ANSWERS = ("temperature", "max_tokens", "structured")
-"""Fields that what a model answers follows from; the others say where, when and for how much it is asked."""
+"""Fields that affect a model's answers; the others only say where, when and at what price it is asked."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is asked, and how patiently.
+    """A chat endpoint and how to ask it.
 
     Attributes:
         base_url: address of an OpenAI-compatible API; null takes OPENAI_BASE_URL, then OpenAI's own.
@@ -115,15 +106,11 @@ class Endpoint:
 
     @property
     def model_name(self) -> str:
-        """The model that is asked: from the config, else from the environment, else gpt-4o."""
+        """The model's name: from the config, else from the environment, else gpt-4o."""
         return self.model or os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
 
     def address(self) -> str | None:
-        """Where it is asked: from the config, else from the environment; None is OpenAI's own.
-
-        Raises:
-            InputError: OPENAI_BASE_URL holds no address.
-        """
+        """The base URL: from the config, else from the environment, where it is checked; None is OpenAI's own."""
         if self.base_url:
             return self.base_url
         address = os.environ.get("OPENAI_BASE_URL") or None
@@ -135,7 +122,7 @@ class Endpoint:
         """The key from the environment; a local server needs none.
 
         Raises:
-            InputError: no key, and the address is OpenAI's own; or what is there cannot be a key.
+            InputError: no key, and the address is OpenAI's own; or the value cannot be a key.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if key and not re.fullmatch(r"[!-~]+", key):
@@ -147,14 +134,14 @@ class Endpoint:
         raise InputError(f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server")
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """USD for so many tokens read and written; None where the prices are not known."""
+        """USD for these tokens read and written; None if the prices are unknown."""
         if self.price_input is None or self.price_output is None:
             return None
         return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
 
 
 def public_url(url: str) -> str:
-    """An address without what may be secret in it: user, password and query."""
+    """An address without its secret parts: user, password and query."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 

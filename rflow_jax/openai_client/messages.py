@@ -1,4 +1,4 @@
-"""What is asked, and what comes back."""
+"""Questions and answers."""
 
 import base64
 import io
@@ -13,9 +13,9 @@ CLOSED = "closed while the answer was awaited"
 
 
 class ChatError(Exception):
-    """A question that got no usable answer within its retries; the message is the reason, in one line.
+    """A question without a usable answer after its retries; the message is the reason, in one line.
 
-    The message is ``CLOSED`` where the chat was closed before: asking again later may well succeed.
+    The message is ``CLOSED`` if the chat was closed before: asking again later may succeed.
     """
 
 
@@ -25,13 +25,9 @@ class UnusableAnswer(Exception):
 
 @dataclass(frozen=True)
 class ResponseSchema:
-    """The JSON object that an answer must be.
+    """The JSON schema of an answer, in the subset that strict servers accept.
 
-    Servers may ignore it, so the question also says it in words.
-
-    Attributes:
-        name: what the object is called.
-        schema: its JSON schema, in the subset that strict servers take.
+    Servers may ignore it, so the question must also say it in words.
     """
 
     name: str
@@ -40,12 +36,12 @@ class ResponseSchema:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
+    """A model's answer.
 
     Attributes:
-        text: its words; may be empty.
-        cut: it ended at the limit of tokens.
-        tokens: the likeliest first tokens with their log-probabilities, where they were asked for.
+        text: may be empty.
+        cut: whether it was truncated at the token limit.
+        tokens: the likeliest first tokens with their log-probabilities, if requested.
     """
 
     text: str
@@ -53,11 +49,7 @@ class Answer:
     tokens: tuple[tuple[str, float], ...] = ()
 
     def require_text(self) -> str:
-        """The text of a whole answer.
-
-        Raises:
-            UnusableAnswer: it is empty, or was cut.
-        """
+        """The text; raises UnusableAnswer if it is empty or truncated."""
         if self.cut:
             raise UnusableAnswer("the answer was cut at the limit of tokens; raise max_tokens")
         if not self.text.strip():
@@ -67,13 +59,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What is asked.
+    """A question.
 
     Attributes:
         messages: the chat so far.
         parse: turns the answer into a value, or raises ``UnusableAnswer``.
-        form: the form that the answer must have.
-        options: further fields of the request; they win over the endpoint's settings.
+        form: the schema of the answer.
+        options: further fields of the request; they override the endpoint's settings.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -90,17 +82,17 @@ def png_bytes(image: Image) -> bytes:
 
 
 def encodable(text: str) -> str:
-    """The text without lone surrogates: JSON may hold them, but no file and no request takes them."""
+    """The text without lone surrogates, which JSON may contain but files and requests may not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def words(text: str) -> dict[str, Any]:
-    """A text as a part of a message."""
+    """A text part of a message."""
     return {"type": "text", "text": encodable(text)}
 
 
 def image_part(image: Image) -> dict[str, Any]:
-    """An image as a part of a message."""
+    """An image part of a message."""
     url = "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -109,15 +101,15 @@ def vision_messages(
     system: str, text: str, image: Image, earlier: Sequence[tuple[str, Image]] = ()
 ) -> list[dict[str, Any]]:
     """Chat messages: instructions, then earlier texts with their images, then a text with an image."""
-    parts = [part for said, shown in (*earlier, (text, image)) for part in (words(said), image_part(shown))]
+    parts = [part for caption, shown in (*earlier, (text, image)) for part in (words(caption), image_part(shown))]
     return [{"role": "system", "content": system}, {"role": "user", "content": parts}]
 
 
 def only_object(text: str) -> dict[str, Any]:
-    """The one JSON object in a text; a code fence or prose around it is put up with.
+    """The one JSON object in a text; a code fence or prose around it is allowed.
 
     Raises:
-        UnusableAnswer: there is none or more than one, or it is cut, repeats a key or holds a number that is none.
+        UnusableAnswer: there is none or more than one, or it is truncated, repeats a key or contains NaN or infinity.
     """
     start = text.find("{")
     if start < 0:
@@ -139,7 +131,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats, parse_constant=_no_number)

@@ -1,4 +1,4 @@
-"""Requests and replies as they travel."""
+"""Builds requests and parses replies."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rflow_jax.openai_client.endpoint import Endpoint
-from rflow_jax.openai_client.messages import Answer, ChatRequest, ResponseSchema, UnusableAnswer, encodable
+from rflow_jax.openai_client.messages import Answer, ChatRequest, UnusableAnswer, encodable
 from rflow_jax.openai_client.usage import Usage
 
 FORMATS = ("json_schema", "json_object", "text")
@@ -17,29 +17,22 @@ _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 def request(endpoint: Endpoint, question: ChatRequest, format: str) -> dict[str, Any]:
-    """The fields of a request, with the form asked for in one of ``FORMATS``."""
+    """The fields of a request; ``format`` is one of ``FORMATS``."""
     fields: dict[str, Any] = {"model": endpoint.model_name, "messages": list(question.messages)}
     if endpoint.temperature is not None:
         fields["temperature"] = endpoint.temperature
     if endpoint.max_tokens is not None:
         fields["max_tokens"] = endpoint.max_tokens
-    if question.form and format != "text":
-        fields["response_format"] = _response_format(question.form, format)
+    if question.form and format == "json_object":
+        fields["response_format"] = {"type": "json_object"}
+    elif question.form and format == "json_schema":
+        schema = {"name": question.form.name, "strict": True, "schema": question.form.schema}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields | dict(question.options)
 
 
-def _response_format(form: ResponseSchema, format: str) -> dict[str, Any]:
-    if format == "json_object":
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": {"name": form.name, "strict": True, "schema": form.schema}}
-
-
 def read_body(content: bytes) -> Mapping[str, Any]:
-    """The reply as an object.
-
-    Raises:
-        UnusableAnswer: it is something else.
-    """
+    """The reply as an object; raises UnusableAnswer if it is not one."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -50,7 +43,7 @@ def read_body(content: bytes) -> Mapping[str, Any]:
 
 
 def read_usage(body: Mapping[str, Any], endpoint: Endpoint) -> Usage:
-    """What a reply says that it has used."""
+    """The usage that a reply reports."""
     counts = body.get("usage")
     counts = counts if isinstance(counts, dict) else {}
     read, written = counts.get("prompt_tokens"), counts.get("completion_tokens")
@@ -63,7 +56,7 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
     """The model's answer in a reply.
 
     Raises:
-        UnusableAnswer: the model refused, or the reply is no chat completion.
+        UnusableAnswer: the model refused, or the reply is not a chat completion.
     """
     try:
         choice = body["choices"][0]
@@ -74,7 +67,7 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
     if refusal or ended == "content_filter":
         raise UnusableAnswer(f"the model refused: {refusal or 'its content filter struck'}")
     if not isinstance(text, str):
-        raise UnusableAnswer("the server's reply is not a chat completion: its content is no text")
+        raise UnusableAnswer("the server's reply is not a chat completion: its content is not text")
     return Answer(_THOUGHTS.sub("", encodable(text)), cut=ended == "length", tokens=_first_tokens(choice))
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong with a request: whether to ask again, when, and the reason in words."""
+"""Failed requests: whether to retry, when, and the reason in words."""
 
 import math
 import random
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LONGEST_RETRY_AFTER = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
-_PASSING = {408, 409, 429}
+_TRANSIENT = {408, 409, 429}
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
 
 
@@ -26,21 +26,21 @@ def is_retryable(error: BaseException) -> bool:
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        return error.status_code in _PASSING or error.status_code >= 500
+        return error.status_code in _TRANSIENT or error.status_code >= 500
     return isinstance(error, UnusableAnswer | TimeoutError | openai.APIConnectionError)
 
 
 def backoff(state: "tenacity.RetryCallState") -> float:
-    """Seconds until the next attempt: growing and jittered, and not before the server wants it."""
+    """Seconds until the next attempt: exponential with jitter, and not before the server's ``Retry-After``."""
     longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (state.attempt_number - 1))
     error = state.outcome.exception() if state.outcome else None
     wanted = retry_after(getattr(getattr(error, "response", None), "headers", {}))
-    # Those that were told the same time must not come back at the same moment.
+    # Clients that got the same Retry-After must not return at the same moment.
     return max(random.uniform(0, longest), wanted * random.uniform(1, 1.2))
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait for, as a number or as a date; 0 where it says nothing, or nonsense."""
+    """Seconds that a server asks to wait, given as a number or date; 0 if absent or invalid."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * scale
@@ -59,18 +59,26 @@ def _until(date: str) -> float:
 
 
 def refuses_form(error: "openai.APIStatusError") -> bool:
-    """Whether a server does not take the form that was asked for."""
-    return error.status_code in (400, 422) and bool(_ABOUT_FORM.search(_said(error)))
+    """Whether a server rejects the requested response format."""
+    return error.status_code in (400, 422) and bool(_ABOUT_FORM.search(_message(error)))
 
 
 def reason(error: BaseException, endpoint: Endpoint) -> str:
-    """Why there is no answer, in one line; what is secret in it is not yet hidden."""
+    """Why there is no answer, in one line; secrets in it are not yet hidden."""
     import openai
 
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         text = f"no answer within {endpoint.timeout:g} s"
     elif isinstance(error, openai.APIStatusError):
-        text = _of_status(error, endpoint)
+        hints = {
+            401: f"the key in {endpoint.api_key_env} is not accepted",
+            403: f"the key in {endpoint.api_key_env} may not do this",
+            404: f"no model {endpoint.model_name} here, or a wrong base_url",
+            429: "too many requests, or no quota left",
+        }
+        # A server's message about a key is mostly that key.
+        message = "" if error.status_code == 401 else _message(error)
+        text = ": ".join(filter(None, (f"HTTP {error.status_code}", hints.get(error.status_code), message)))
     elif isinstance(error, openai.APIConnectionError):
         text = f"no connection, or it broke: {error.__cause__ or error}"
     else:
@@ -78,21 +86,8 @@ def reason(error: BaseException, endpoint: Endpoint) -> str:
     return " ".join(text.split())
 
 
-def _of_status(error: "openai.APIStatusError", endpoint: Endpoint) -> str:
-    hints = {
-        401: f"the key in {endpoint.api_key_env} is not accepted",
-        403: f"the key in {endpoint.api_key_env} may not do this",
-        404: f"no model {endpoint.model_name} here, or a wrong base_url",
-        429: "too many requests, or no quota left",
-    }
-    hint = hints.get(error.status_code, "")
-    # What a server says about a key is mostly that key.
-    said = "" if error.status_code == 401 else _said(error)
-    return ": ".join(filter(None, (f"HTTP {error.status_code}", hint, said)))
-
-
-def _said(error: "openai.APIStatusError") -> str:
-    """The server's own words: {error: {message}}, {message}, {error}, {detail} or plain text."""
+def _message(error: "openai.APIStatusError") -> str:
+    """The server's message: {error: {message}}, {message}, {error}, {detail} or plain text."""
     body: Any = error.body
     if isinstance(body, Mapping):
         body = body.get("message") or body.get("detail") or body

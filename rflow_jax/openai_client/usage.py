@@ -1,4 +1,4 @@
-"""What calls of paid models have used: counted by threads, shown live, kept over resumed runs."""
+"""Usage of paid models: counted across threads, shown live, kept over resumed runs."""
 
 import threading
 from dataclasses import asdict, dataclass
@@ -11,11 +11,11 @@ class Usage:
     Attributes:
         calls: questions asked, however often each was tried.
         attempts: requests sent for them.
-        failures: questions that got no usable answer.
-        in_flight: requests that wait for their answer at this moment.
+        failures: questions without a usable answer.
+        in_flight: requests that are waiting for an answer.
         prompt_tokens: tokens read by the model, by the server's own count.
-        completion_tokens: tokens written by the model, also in answers that could not be used.
-        unmetered: answers that came without a count of tokens; the tokens and the cost are too low by them.
+        completion_tokens: tokens written by the model, also in unusable answers.
+        unmetered: answers without a count of tokens; the tokens and the cost lack them.
         cost: USD for the tokens; None: no price is known for some of them.
     """
 
@@ -29,39 +29,26 @@ class Usage:
     cost: float | None = 0.0
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.calls + other.calls,
-            self.attempts + other.attempts,
-            self.failures + other.failures,
-            self.in_flight + other.in_flight,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.unmetered + other.unmetered,
-            None if self.cost is None or other.cost is None else self.cost + other.cost,
-        )
+        totals = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "cost"}
+        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
+        return Usage(**totals, cost=cost)
 
     def as_dict(self) -> dict[str, int | float | None]:
-        """The totals for a file; ``Usage(**d)`` reads them again. What is in flight is no total and is left out."""
+        """The totals for a file, without ``in_flight``; ``Usage(**d)`` reads them again."""
         return {name: value for name, value in asdict(self).items() if name != "in_flight"}
 
 
 class UsageTracker:
-    """Counts the usage of one role; may be used by several threads at once.
-
-    Args:
-        start: what an earlier, interrupted run has used.
-    """
+    """Counts the usage of one role, from ``start`` (of a resumed run) on; threads may share it."""
 
     def __init__(self, start: Usage | None = None) -> None:
         self._total = start or Usage()
         self._lock = threading.Lock()
 
     def add(self, change: Usage) -> None:
-        """Adds to the totals."""
         with self._lock:
             self._total += change
 
     def snapshot(self) -> Usage:
-        """The totals at this moment."""
         with self._lock:
             return self._total

@@ -1,4 +1,4 @@
-"""Several processes as one run: they start together, hear of each other's errors, and end together."""
+"""Several processes as one run: they start together, share errors, and end together."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rflow_jax.data.sources.stream import merge_positions
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.layout import DistributedConfig
 
-_GRACE = 2.0  # seconds in which the others tell their errors; the first process's end takes them down
+_GRACE = 2.0  # seconds for the others to print their errors; the exit of the first process kills them
 
 
 def start_processes(config: DistributedConfig) -> None:
-    """Joins the other processes; before anything else asks JAX for its devices.
+    """Joins the other processes; must come before anything asks JAX for its devices.
 
     Raises:
         InputError: they cannot be found.
@@ -42,7 +42,7 @@ def start_processes(config: DistributedConfig) -> None:
 
 
 def allgather_strings(text: str) -> list[str]:
-    """Every process's text, in their order; all must call it, and all get the same."""
+    """The texts of all processes, in their order; all must call it, and all get the same list."""
     if jax.process_count() == 1:
         return [text]
     content = np.frombuffer(text.encode(), np.uint8)
@@ -55,28 +55,25 @@ def allgather_strings(text: str) -> list[str]:
 
 @contextmanager
 def raise_on_all() -> Iterator[None]:
-    """What one process finds wrong with the input is raised in all, so that none waits for one that has gone.
+    """Raises an InputError of one process in all of them, so that none waits for one that has exited.
 
-    All must come here; nothing inside may wait for the others.
-
-    Raises:
-        InputError: a process has raised it inside.
+    All processes must enter; nothing inside may wait for the others.
     """
     found: InputError | None = None
     try:
         yield
     except InputError as error:
         found = error
-    # An error without words must not pass for none.
-    told = allgather_strings("" if found is None else str(found) or "the input cannot be used")
+    # An error without a message must not count as none.
+    messages = allgather_strings("" if found is None else str(found) or "the input cannot be used")
     if found is not None:
         raise found
-    if first := next(filter(None, told), None):
+    if first := next(filter(None, messages), None):
         raise InputError(first)
 
 
 def exit_process(status: int) -> NoReturn:
-    """Ends this process; after an error at once, for the others may never come to where JAX waits for them."""
+    """Ends this process, at once after an error: JAX would wait for processes that may never exit."""
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -87,9 +84,9 @@ def exit_process(status: int) -> NoReturn:
 
 
 class Preemption:
-    """A context in which SIGTERM is remembered, to be acted on between two steps.
+    """A context that records SIGTERM, to be acted on between two steps.
 
-    JAX's own handler, which comes with several processes, agrees with the others on the step.
+    With several processes JAX's own handler agrees with the others on the step.
     """
 
     def __init__(self) -> None:
@@ -97,14 +94,14 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, self._remember)
+            self._before = signal.signal(signal.SIGTERM, self._record)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
     def asked(self, step: int) -> bool:
@@ -117,7 +114,7 @@ class Preemption:
 def gather_data_state(position: dict[str, Any]) -> dict[str, Any]:
     """The position of all processes' data; all must call it, and all get the same.
 
-    Only a stream's processes each have a place of their own.
+    Only streams have a position per process.
     """
     if jax.process_count() == 1 or "streams" not in position:
         return position

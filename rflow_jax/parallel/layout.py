@@ -1,25 +1,24 @@
-"""How devices and processes are to be laid out; needs no JAX, so that a command line's --help need not wait for it."""
+"""The layout of devices and processes; does not import JAX, which would delay a command line's --help."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rflow_jax.errors import InputError
 
 REST = -1
-AXES = ("data", "fsdp", "sequence", "tensor")  # of the mesh, in order: those that talk most lie closest together
+AXES = ("data", "fsdp", "sequence", "tensor")  # of the mesh, in order: those that communicate most are closest together
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices lie along each axis; -1 for one of them takes what the others leave.
+    """The number of devices along each axis; -1 for one of them takes the rest.
 
     Attributes:
         data: copies of the parameters, each with samples of its own.
-        fsdp: parameters are cut in so many parts and gathered where they are used; samples are spread too.
-        tensor: heads and the wide part of the feed-forward layers are cut in so many parts.
-        sequence: tokens of one sample are cut in so many parts: sampling of one image over several devices.
-        num_slices: TPU slices joined by the data-centre network, which lie along ``data``; where it is 1, they are
-            counted.
+        fsdp: number of parts of the parameters, gathered where they are used; samples are spread too.
+        tensor: number of parts of the heads and of the wide part of the feed-forward layers.
+        sequence: number of parts of the tokens of one sample, to sample one image on several devices.
+        num_slices: TPU slices joined by the data-centre network, along ``data``; 1: they are counted.
     """
 
     data: int = REST
@@ -29,7 +28,7 @@ class MeshConfig:
     num_slices: int = 1
 
     def __post_init__(self) -> None:
-        sizes = self._asked()
+        sizes = self._sizes()
         for axis, size in sizes.items():
             if size < 1 and size != REST:
                 raise InputError(f"mesh.{axis} is {size}: give a number of devices, or -1 for the rest")
@@ -39,12 +38,12 @@ class MeshConfig:
             raise InputError(f"mesh.num_slices is {self.num_slices}: give the number of TPU slices, at least 1")
 
     def shape(self, devices: int) -> dict[str, int]:
-        """Axis -> size for so many devices, in the mesh's order.
+        """Axis -> size for this number of devices, in the mesh's order.
 
         Raises:
-            InputError: they cannot be divided so.
+            InputError: they cannot be divided this way.
         """
-        sizes = self._asked()
+        sizes = self._sizes()
         fixed = math.prod(size for size in sizes.values() if size != REST)
         filled = {axis: devices // fixed if size == REST else size for axis, size in sizes.items()}
         if math.prod(filled.values()) != devices:
@@ -57,9 +56,8 @@ class MeshConfig:
             )
         return filled
 
-    def _asked(self) -> dict[str, int]:
-        asked = asdict(self)
-        return {axis: asked[axis] for axis in AXES}
+    def _sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,10 @@ class DistributedConfig:
     """Several processes as one run; each is started with the same command.
 
     Attributes:
-        enabled: on Cloud TPU, SLURM and Open MPI the rest is found out by itself.
-        coordinator: host:port of process 0, where it is not.
-        num_processes: how many there are.
-        process_id: which of them this is.
+        enabled: on Cloud TPU, SLURM and Open MPI the rest is detected.
+        coordinator: host:port of process 0, if it is not detected.
+        num_processes: of the run.
+        process_id: of this process.
     """
 
     enabled: bool = False

@@ -19,7 +19,7 @@ from rflow_jax.models.partitioning import DATA, FSDP
 from rflow_jax.parallel.layout import REST, MeshConfig
 
 BATCH = PartitionSpec((DATA, FSDP))  # samples lie along both: fsdp devices hold parts of parameters and own samples
-# What mesh_utils raises where devices do not form the box that it wants, or axes do not fit into it.
+# What mesh_utils raises if devices do not form the box that it expects, or axes do not fit into it.
 _NO_FIT = (AssertionError, NotImplementedError, ValueError)
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices of all processes, neighbours in it close to each other in the network.
+    """The mesh over all devices of all processes, with neighbours close to each other in the network.
 
     Several TPU slices lie along ``data``, so that only the sum of gradients passes between them.
 
     Raises:
-        InputError: the axes do not divide the devices, or the devices are not of so many slices.
+        InputError: the axes do not divide the devices, or the number of slices is wrong.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = _count_slices(config, devices)
@@ -41,10 +41,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_of_first(config: MeshConfig) -> Mesh | None:
-    """The mesh over as many of this process's first devices as it names; None for one device.
+    """The mesh over the first devices of this process; None for one device.
 
     Raises:
-        InputError: there are not so many.
+        InputError: there are not enough devices.
     """
     sizes = [config.data, config.fsdp, config.sequence, config.tensor]
     devices = jax.local_devices()
@@ -56,10 +56,7 @@ def mesh_of_first(config: MeshConfig) -> Mesh | None:
 
 def traced_on(mesh: Mesh | None, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """The function with this mesh as the ambient one, which a model reads while it is traced; see
-    :mod:`rflow_jax.models.partitioning`.
-
-    Args:
-        mesh: None: the function itself.
+    :mod:`rflow_jax.models.partitioning`. Without a mesh, the function itself.
     """
     if mesh is None:
         return function
@@ -73,7 +70,7 @@ def traced_on(mesh: Mesh | None, function: Callable[Parameters, Result]) -> Call
 
 
 def samples_along(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
+    """The number of parts of a batch."""
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
@@ -81,7 +78,7 @@ def put_batch(mesh: Mesh, tree: Any, *, whole: bool = False) -> Any:
     """Rows on the host (numpy) -> arrays over the whole mesh, the first axis cut along the batch.
 
     Args:
-        whole: every process has all rows; else each has those of its own devices, in order.
+        whole: every process passes all rows; otherwise each passes those of its own devices, in order.
     """
     sharding = NamedSharding(mesh, BATCH)
 
@@ -99,7 +96,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def _count_slices(config: MeshConfig, devices: Sequence[Any]) -> int:
-    """How many slices lie along ``data``: what is asked for, or what there is."""
+    """The number of slices along ``data``: the configured one, or else the actual one."""
     found = len({_slice_of(device) for device in devices})
     if config.num_slices == found:
         return found
@@ -121,11 +118,14 @@ def _slice_of(device: Any) -> int:
 def _grid(shape: tuple[int, ...], slices: int, devices: Sequence[Any]) -> np.ndarray:
     """The devices in the mesh's shape.
 
-    An axis that is whole axes of the physical network has their full bandwidth; else one of those is split.
+    An axis made of whole axes of the physical network has their full bandwidth; only otherwise one of those is split.
     """
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
     for split in (False, True):
         try:
-            return _arranged(shape, slices, devices, split)
+            if slices == 1:
+                return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+            return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=split)
         except _NO_FIT:
             continue
     sizes = " x ".join(map(str, shape))
@@ -133,13 +133,3 @@ def _grid(shape: tuple[int, ...], slices: int, devices: Sequence[Any]) -> np.nda
     grid = np.empty(len(devices), object)
     grid[:] = sorted(devices, key=_slice_of)
     return grid.reshape(shape)
-
-
-def _arranged(shape: tuple[int, ...], slices: int, devices: Sequence[Any], split: bool) -> np.ndarray:
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
-    data, *rest = shape
-    between = (slices, *[1] * len(rest))
-    return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *rest), between, devices, allow_split_physical_axes=split
-    )

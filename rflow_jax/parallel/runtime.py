@@ -1,4 +1,4 @@
-"""Settings of the JAX runtime that every program of this package wants."""
+"""Settings of the JAX runtime for every program of this package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 @contextmanager
 def reproducible(dtype: Any) -> Iterator[None]:
-    """While a program is called (and so traced): its numbers follow from its code, and not from JAX's settings.
+    """Makes the numbers of a program called (and so traced) inside depend on its code only, not on JAX's settings.
 
-    Products of float32 are products of float32, which a GPU would else round to TensorFloat-32 and a TPU to bfloat16;
-    random bits are those of ``jax_threefry_partitionable``, JAX's default, also where that is switched off.
+    Products of float32 stay float32, which a GPU would otherwise round to TensorFloat-32 and a TPU to bfloat16; random
+    bits are those of ``jax_threefry_partitionable``, JAX's default, even where that is switched off.
     """
     precision = jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
     with precision, jax.threefry_partitionable(True):

@@ -1,8 +1,8 @@
-"""Which device holds what: rules over parameter paths, outside the models.
+"""Sharding rules over parameter paths, outside the models.
 
 Parameters are cut over the mesh axes ``fsdp`` and ``sequence`` (gathered where they are used) and ``tensor`` (heads
-and the width of the feed-forward part). The first rule whose pattern matches a path counts, and of its specs the
-first that cuts the parameter on this mesh. A spec speaks of the *last* dimensions: the parameters of stacked blocks
+and the width of the feed-forward part). The first rule whose pattern matches a path applies, and of its specs the
+first that cuts the parameter on this mesh. A spec describes the *last* dimensions: the parameters of stacked blocks
 have their layers in front, which are never cut, and the kernels of patches the pixels of a patch.
 """
 
@@ -27,16 +27,16 @@ from rflow_jax.models.partitioning import FSDP, SEQUENCE, TENSOR, Axes, dividing
 Rules = Sequence[tuple[str, tuple[PartitionSpec, ...]]]
 log = logging.getLogger(__name__)
 
-# Devices that share the tokens of a sample hold parts of the parameters too, as those of ``fsdp`` do.
+# Devices that share the tokens of a sample also hold parts of the parameters, as those of ``fsdp`` do.
 _PARTS = (FSDP, SEQUENCE)
 _BOTH = (*_PARTS, TENSOR)
 # Linears out of the heads or the wide part, cut by rows over ``tensor``; all others are cut by columns.
 _BY_ROWS = r"(.*\.)?(out|down)"
 _LORA_A = (PartitionSpec(_BOTH, None), PartitionSpec(None, _BOTH))
 _LORA_B = (PartitionSpec(None, _BOTH), PartitionSpec(_BOTH, None))
-# FLUX, text encoders, vision towers and language models by the same names. A LoRA lies as the kernel beside it. What
-# follows the first spec is for meshes of one axis and for sizes that it does not divide: the other axis, then the other
-# dimension.
+# FLUX, text encoders, vision towers and language models by the same names. A LoRA is sharded as the kernel beside it.
+# The specs after the first are for meshes of one axis and for sizes that it does not divide: the other axis, then the
+# other dimension.
 RULES: Rules = (
     # The autoencoder: small, whole everywhere.
     (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", (PartitionSpec(),)),
@@ -53,7 +53,7 @@ RULES: Rules = (
 
 
 class Whole(NamedTuple):
-    """A parameter of which every device holds all."""
+    """A parameter that every device holds completely."""
 
     path: str
     shape: tuple[int, ...]
@@ -61,10 +61,10 @@ class Whole(NamedTuple):
 
 
 def sharding_for(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """(dotted path, shape) -> where that parameter lives on the mesh.
+    """(dotted path, shape) -> the sharding of that parameter on the mesh.
 
-    Axes that the mesh lacks are dropped, and so are those that do not divide the parameter's: that is logged once for
-    each parameter, since it costs memory.
+    Axes that the mesh lacks are dropped, and so are those that do not divide the parameter's; the latter is logged once
+    for each parameter, since it costs memory.
     """
 
     @cache
@@ -77,12 +77,12 @@ def sharding_for(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, 
 
 
 def put_by(choose: Callable[[str, tuple[int, ...]], Sharding | None]) -> Callable[[str, np.ndarray], jax.Array]:
-    """(dotted path, array) -> the array where ``choose`` says; every device gets its own slice and no other."""
+    """(dotted path, array) -> the array with the sharding from ``choose``; every device gets only its own slice."""
 
     def put(path: str, value: np.ndarray) -> jax.Array:
-        if (where := choose(path, value.shape)) is None:
+        if (sharding := choose(path, value.shape)) is None:
             return jnp.asarray(value)
-        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return put
 
@@ -90,7 +90,7 @@ def put_by(choose: Callable[[str, tuple[int, ...]], Sharding | None]) -> Callabl
 def whole_parameters(
     choose: Callable[[str, tuple[int, ...]], Sharding], shapes: Mapping[str, tuple[int, ...]], dtype: Any = jnp.bfloat16
 ) -> list[Whole]:
-    """What stays whole on every device, largest first: the memory that more devices do not save.
+    """The parameters that stay whole on every device, largest first: memory that more devices do not save.
 
     Args:
         choose: as :func:`sharding_for` makes it.
@@ -107,7 +107,7 @@ def whole_parameters(
 
 
 def fit(spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The part of a rule's spec that this mesh and this shape can follow; logs what it cannot."""
+    """The part of a rule's spec that fits this mesh and this shape; logs the rest."""
     kept = _fitted(spec, shape, mesh)
     for size, wanted, axes in zip(shape, _aligned(spec, shape), kept, strict=True):
         for axis in wanted:
@@ -118,7 +118,7 @@ def fit(spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh) -> P
 
 
 def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> list[Axes | None]:
-    """For each dimension those of the spec's axes that together divide it; None: whole."""
+    """For each dimension the axes of the spec that together divide it; None: whole."""
     sizes = dict(mesh.shape)
     return [dividing(axes, size, sizes) for size, axes in zip(shape, _aligned(spec, shape), strict=True)]
 
@@ -130,21 +130,21 @@ def _aligned(spec: PartitionSpec, shape: tuple[int, ...]) -> list[Axes]:
 
 
 def on_devices(numbers: Sequence[int] | None) -> Callable[[str, tuple[int, ...]], Sharding] | None:
-    """(dotted path, shape) -> where that parameter lives.
+    """(dotted path, shape) -> the sharding of that parameter.
 
     Args:
         numbers: of devices, as ``jax.local_devices()`` counts them: a model's heads and widths are cut over several.
             None: the first device, uncommitted.
 
     Raises:
-        InputError: no such device, or one named twice.
+        InputError: there is no such device, or it is named twice.
     """
     if numbers is None:
         return None
     devices = pick(numbers)
     if len(devices) == 1:
-        where = SingleDeviceSharding(devices[0])
-        return lambda path, shape: where
+        single = SingleDeviceSharding(devices[0])
+        return lambda path, shape: single
     return sharding_for(Mesh(np.array(devices), (TENSOR,)))
 
 
@@ -160,13 +160,13 @@ def pick(numbers: Sequence[int], devices: Sequence[Any] | None = None) -> list[A
 
 @contextmanager
 def on_mesh_of(parameters: Any) -> Iterator[None]:
-    """While a program of these parameters is called (and so traced) or lowered: the mesh that they lie on is the
-    ambient one (:mod:`rflow_jax.models.partitioning`). For parameters that lie on no mesh it does nothing.
+    """Makes the mesh of these parameters the ambient one (:mod:`rflow_jax.models.partitioning`), if they have one,
+    while a program is called (and so traced) or lowered.
 
-    Inside, only programs may be called: an array that is made outside of them would belong to the mesh too.
+    Call only programs inside: an array made outside of them would belong to the mesh too.
     """
     shardings = (leaf.sharding for leaf in jax.tree.leaves(parameters))
-    mesh = next((where.mesh.abstract_mesh for where in shardings if isinstance(where, NamedSharding)), None)
+    mesh = next((each.mesh.abstract_mesh for each in shardings if isinstance(each, NamedSharding)), None)
     if mesh is None:
         yield
         return
@@ -175,13 +175,13 @@ def on_mesh_of(parameters: Any) -> Iterator[None]:
 
 
 def whole_beside(array: jax.Array) -> Sharding:
-    """Where all of an array can lie to be used together with this one."""
-    there = array.sharding
-    return NamedSharding(there.mesh, PartitionSpec()) if isinstance(there, NamedSharding) else there
+    """The sharding of a whole array that is used together with this one."""
+    sharding = array.sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def unclaimed(claims: Sequence[Sequence[int]], devices: Sequence[Any] | None = None) -> list[Any]:
-    """The devices that no model claims for itself; all of them, where every one is claimed.
+    """The devices that no model claims for itself; all of them if every one is claimed.
 
     Args:
         devices: to choose from; None: this process's.

@@ -21,23 +21,23 @@ from rflow_jax.typing import Array
 from rflow_jax.utils.images import fit_to_grid
 
 AUTOENCODER, TEXT, SCHEDULE = "04_vae", "05_text", "06_scheduler"
-WHOLE = 0.01  # tokens; what a shift rounded to float32 leaves uncertain is far less
+WHOLE = 0.01  # tokens; the rounding of a float32 shift is far less
 Result = tuple[str, Any]
 
 
 def autoencoder(recording: Recording) -> Iterator[Result]:
     """04: the autoencoder, and condition images as tokens."""
     z = recording.arrays(AUTOENCODER)
-    bundle = recording.pipeline.bundle
-    vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
+    flux = recording.pipeline.bundle
+    vae = nnx.merge(flux.graphs.vae, flux.weights["vae"])
     mean, logvar = _encode(vae, to_network_range(jnp.asarray(z["in_images_uint8"])))
     yield "enc_mean", nchw(mean)
     yield "enc_logvar", nchw(logvar)
     yield "enc_std", nchw(jnp.exp(0.5 * logvar))
     yield "dec", nchw(decode(vae, nhwc(z["in_z"])))
     yield from _tokens(vae, z["in_images_uint8"], z["in_noise"], "")
-    yield from _tokens(vae, fitted(z["in_cond_uint8"], bundle.token_pixels), z["in_cond_noise"], "cond_")
-    odd = fitted(z["in_odd_uint8"], bundle.token_pixels)
+    yield from _tokens(vae, fitted(z["in_cond_uint8"], flux.token_pixels), z["in_cond_noise"], "cond_")
+    odd = fitted(z["in_odd_uint8"], flux.token_pixels)
     yield "odd_preprocessed", nchw(to_network_range(jnp.asarray(odd)))
     yield from _tokens(vae, odd, z["in_odd_noise"], "odd_")
 
@@ -73,22 +73,22 @@ embed = _compiled(lambda encoder, ids: encoder(ids))
 def text(recording: Recording) -> Iterator[Result]:
     """05: tokenizers and text encoders."""
     z, prompts = recording.arrays(TEXT), recording.json("prompts")
-    bundle = recording.pipeline.bundle
-    clip_ids = bundle.tokenizers.clip(prompts, z["clip_input_ids"].shape[1])
-    hidden, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
+    flux = recording.pipeline.bundle
+    clip_ids = flux.tokenizers.clip(prompts, z["clip_input_ids"].shape[1])
+    hidden, pooled = embed(nnx.merge(flux.graphs.clip, flux.weights["clip"]), jnp.asarray(clip_ids))
     yield "clip_input_ids", clip_ids
     yield "clip_last_hidden_state", hidden
     yield "clip_pooled", pooled
-    lengths = bundle.tokenizers.lengths(prompts)
+    lengths = flux.tokenizers.lengths(prompts)
     yield "clip_untruncated_len", lengths[0]
     yield "t5_untruncated_len", lengths[1]
-    t5 = nnx.merge(bundle.graphs.t5, bundle.weights["t5"])
-    short = bundle.tokenizers.t5(prompts, z["t5_input_ids"].shape[1])
+    t5 = nnx.merge(flux.graphs.t5, flux.weights["t5"])
+    short = flux.tokenizers.t5(prompts, z["t5_input_ids"].shape[1])
     yield "t5_input_ids", short
     yield "t5_embeds", embed(t5, jnp.asarray(short))
     yield "text_ids", text_ids(short.shape[1])
     for match, want in recording.numbered(TEXT, r"t5_input_ids_(\d+)"):
-        ids = bundle.tokenizers.t5(prompts, want.shape[1])
+        ids = flux.tokenizers.t5(prompts, want.shape[1])
         yield match[0], ids
         embedded = embed(t5, jnp.asarray(ids))
         for name, first in recording.numbered(TEXT, rf"t5_embeds_{match[1]}_first\d+"):
@@ -113,21 +113,21 @@ def recording_scale(timesteps: np.ndarray) -> float:
 
 
 def _tokens_of(recording: Recording, size: str, own: Schedule, mu: float) -> tuple[int, bool]:
-    """Image tokens of a size's name, and whether the name says so or only the recorded shift.
+    """Image tokens of a size's name, and whether they follow from the name or only from the recorded shift.
 
-    ``1024`` is a square picture of as many pixels, ``tiny`` the one of the generation recordings. Where that does not
-    give the recorded shift, and that is the shift of a whole number of tokens, it was another picture.
+    ``1024`` is a square image of 1024 pixels a side, ``tiny`` the one of the generation recordings. If that does not
+    give the recorded shift, and that is the shift of a whole number of tokens, it was another image.
     """
     side, named = recording.pipeline.bundle.token_pixels, None
     if size.isdigit():
         named = (int(size) // side) ** 2
     elif size == "tiny":
-        made = recording.json("generate_meta")
-        named = (made["height"] // side) * (made["width"] // side)
+        meta = recording.json("generate_meta")
+        named = (meta["height"] // side) * (meta["width"] // side)
     base, slope = own.mu(0), own.mu(1) - own.mu(0)
-    told = (mu - base) / slope if slope else 0.0
-    if named is None or (abs(told - named) > 0.5 and abs(told - round(told)) < WHOLE):
-        return round(told), False
+    from_shift = (mu - base) / slope if slope else 0.0
+    if named is None or (abs(from_shift - named) > 0.5 and abs(from_shift - round(from_shift)) < WHOLE):
+        return round(from_shift), False
     return named, True
 
 

@@ -56,14 +56,19 @@ def variants(recording: Recording) -> Iterator[Result]:
     yield "out_union_false_latent_lora", _run(corrector, inputs, flags=both)
     for match, factor in recording.numbered(VARIANTS, r"in_(c_factor\d+)"):
         yield f"out_{match[1]}", _run(corrector, inputs, condition_scale=jnp.asarray(factor))
-        yield f"out_{match[1]}_union_false", _refused(corrector, inputs, jnp.asarray(factor), apart)
+        try:  # the pair of condition_scale and union_cond_attn false must be refused
+            _run(corrector, inputs, condition_scale=jnp.asarray(factor), flags=apart)
+            refused: Any = AssertionError("condition_scale with union_cond_attn false was not refused")
+        except InputError:
+            refused = None
+        yield f"out_{match[1]}_union_false", refused
     yield "out_add_cond_attn", _run(corrector, full, flags=ConditionFlags(add_cond_attn=True))
     yield "out_full_default", _run(corrector, full)
     yield "out_all_flags", _run(corrector, full, flags=everything)
     yield "out_c_t", _run(corrector, inputs, c_t=recording.meta["c_t_of_out_c_t"])
 
 
-def _run(network: FluxTransformer, inputs: dict[str, np.ndarray], **how: Any) -> Array:
+def _run(network: FluxTransformer, inputs: dict[str, np.ndarray], **options: Any) -> Array:
     condition = inputs.get("in_condition_latents")
     return network(
         jnp.asarray(inputs["in_hidden_states"]),
@@ -73,34 +78,20 @@ def _run(network: FluxTransformer, inputs: dict[str, np.ndarray], **how: Any) ->
         guidance=_guidance(network, inputs),
         rope=_rope(network, inputs),
         condition=None if condition is None else jnp.asarray(condition),
-        **how,
+        **options,
     )
-
-
-def _refused(network: FluxTransformer, inputs: dict, factor: Array, flags: ConditionFlags) -> Exception | None:
-    """None if the pair of condition_scale and union_cond_attn false is refused, as it must be."""
-    try:
-        _run(network, inputs, condition_scale=factor, flags=flags)
-    except InputError:
-        return None
-    return AssertionError("condition_scale with union_cond_attn false was not refused")
 
 
 def _stages(network: FluxTransformer, inputs: dict[str, np.ndarray]) -> Iterator[Result]:
-    """The network taken apart, in the order of its own call."""
-    latents, text, pooled, condition, t = (
-        jnp.asarray(inputs[f"in_{name}"])
-        for name in (
-            "hidden_states",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "condition_latents",
-            "timestep",
-        )
-    )
+    """The network's intermediate results, in the order of its own call."""
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "condition_latents", "timestep")
+    latents, text, pooled, condition, t = (jnp.asarray(inputs[f"in_{name}"]) for name in names)
     n_text, n_image, n_condition = text.shape[1], latents.shape[1], condition.shape[1]
     rope = _rope(network, inputs)
-    yield from _rope_stages(rope, n_text + n_image)
+    for name, table in zip(("cos", "sin"), rope, strict=True):
+        both = np.repeat(np.asarray(table), 2, axis=-1)  # recorded twice: once for each channel of an angle's pair
+        yield f"st_rope_{name}", both[: n_text + n_image]
+        yield f"st_cond_rope_{name}", both[n_text + n_image :]
     ctx = network.context(n_image, condition, rope, None, ConditionFlags())
     text, image = network.embed_tokens(latents, text, condition, ctx)
     guidance = _guidance(network, inputs)
@@ -111,7 +102,8 @@ def _stages(network: FluxTransformer, inputs: dict[str, np.ndarray]) -> Iterator
     yield "st_context_embed", text
     yield "st_temb", vector[:, 0]
     yield "st_cond_temb", vector[:, 1]
-    double, single = _listed(network.double_blocks), _listed(network.single_blocks)
+    double: Any = network.double_blocks
+    single: Any = network.single_blocks
     for k, (block, modulation) in enumerate(zip(double, modulations.double, strict=True)):
         text, image = block(text, image, modulation, ctx)
         yield f"st_double{k}_txt", text
@@ -122,19 +114,6 @@ def _stages(network: FluxTransformer, inputs: dict[str, np.ndarray]) -> Iterator
         x = block(x, modulation, ctx)
         yield f"st_single{k}_txtimg", x[:, :-n_condition]
         yield f"st_single{k}_cond", x[:, -n_condition:]
-
-
-def _listed(blocks: Any) -> list[Any]:
-    """The blocks of a network that is written out, one by one."""
-    return list(blocks)
-
-
-def _rope_stages(rope: Rope, n_rest: int) -> Iterator[Result]:
-    """The recordings hold every angle twice, once for each channel of its pair."""
-    for name, table in zip(("cos", "sin"), rope, strict=True):
-        both = np.repeat(np.asarray(table), 2, axis=-1)
-        yield f"st_rope_{name}", both[:n_rest]
-        yield f"st_cond_rope_{name}", both[n_rest:]
 
 
 def _rope(network: FluxTransformer, inputs: dict[str, np.ndarray]) -> Rope:

@@ -34,13 +34,13 @@ def generation(recording: Recording) -> Iterator[Result]:
     given = _texts(pipeline, meta, images=len(z["in_latents"]))
     yield "prompt_embeds", given.text
     yield "pooled", given.pooled
-    for run, how in meta["runs"].items():
+    for run, options in meta["runs"].items():
         if not recording.is_exempt(f"{GENERATION}/{run}_latents_steps"):
-            yield from _or_error(run, _run(pipeline, meta, how, given, z, run))
+            yield from _or_error(run, _run(pipeline, meta, options, given, z, run))
 
 
 def _or_error(run: str, results: Iterator[Result]) -> Iterator[Result]:
-    """A run that breaks off is an error on each array that it still owes, and the other runs go on."""
+    """A run that breaks off is an error on each of its missing arrays, and the other runs go on."""
     owed: dict[str, None] = dict.fromkeys(STAGES)
     try:
         for stage, value in results:
@@ -52,11 +52,11 @@ def _or_error(run: str, results: Iterator[Result]) -> Iterator[Result]:
 
 def _texts(pipeline: Pipeline, meta: dict[str, Any], images: int) -> Conditioning:
     """The one prompt of all images."""
-    bundle = pipeline.bundle
-    clip_ids = bundle.tokenizers.clip([meta["prompt"]], bundle.clip_length)
-    t5_ids = bundle.tokenizers.t5([t5_prompt(meta["prompt_2"])], meta["max_sequence_length"])
-    _, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
-    text = embed(nnx.merge(bundle.graphs.t5, bundle.weights["t5"]), jnp.asarray(t5_ids))
+    flux = pipeline.bundle
+    clip_ids = flux.tokenizers.clip([meta["prompt"]], flux.clip_length)
+    t5_ids = flux.tokenizers.t5([t5_prompt(meta["prompt_2"])], meta["max_sequence_length"])
+    _, pooled = embed(nnx.merge(flux.graphs.clip, flux.weights["clip"]), jnp.asarray(clip_ids))
+    text = embed(nnx.merge(flux.graphs.t5, flux.weights["t5"]), jnp.asarray(t5_ids))
     return Conditioning(_repeated(text, images), _repeated(pooled, images), None, None)
 
 
@@ -66,16 +66,20 @@ def _repeated(row: Array, images: int) -> Array:
 
 
 def _run(
-    pipeline: Pipeline, meta: dict, how: dict, given: Conditioning, z: dict[str, np.ndarray], run: str
+    pipeline: Pipeline, meta: dict, options: dict, given: Conditioning, z: dict[str, np.ndarray], run: str
 ) -> Iterator[Result]:
-    bundle, steps = pipeline.bundle, meta["num_inference_steps"]
-    conditioned, guided = how["encode_calls"] > 0, how["image_guidance_scale"] != 1
-    vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
-    blacks: list[Array] | None = None
+    flux, steps = pipeline.bundle, meta["num_inference_steps"]
+    conditioned, guided = options["encode_calls"] > 0, options["image_guidance_scale"] != 1
+    vae = nnx.merge(flux.graphs.vae, flux.weights["vae"])
+    blacks: list[Array] = []  # the tokens of a black condition for every step
     if conditioned:
-        pixels = fitted(z["in_cond_uint8"], bundle.token_pixels)
-        condition, blacks = _conditions(vae, pixels, _draws(z, steps, per_step=run.endswith("_perstep")))
-        calls = [condition, *blacks] if guided else [condition] * how["encode_calls"]
+        pixels = fitted(z["in_cond_uint8"], flux.token_pixels)
+        # The posterior's draws: the condition's, then the black image's of every step; [1 + steps, 1, z, y, x].
+        per_step = run.endswith("_perstep")
+        draws = z["in_perstep_noise"] if per_step else np.stack([z["in_cond_noise"]] * (1 + steps))
+        condition = image_tokens(vae, pixels, draws[0])
+        blacks = [image_tokens(vae, np.zeros_like(pixels), draw) for draw in draws[1:]]
+        calls = [condition, *blacks] if guided else [condition] * options["encode_calls"]
         yield "enc_tokens", jnp.concatenate(calls)
         images = len(z["in_latents"])
         given = given._replace(condition=_repeated(condition, images))
@@ -83,21 +87,21 @@ def _run(
     program = StaticArgs(
         meta["height"],
         meta["width"],
-        condition_size=None,  # the grids of the recordings need not be square: the rope says where tokens lie
-        token_pixels=bundle.token_pixels,
-        flags=ConditionFlags(**how["model_config"]),
+        condition_size=None,  # the grids of the recordings need not be square: the rope has the positions of tokens
+        token_pixels=flux.token_pixels,
+        flags=ConditionFlags(**options["model_config"]),
         use_image_guidance=conditioned and guided,
-        use_condition_scale=conditioned and how["condition_scale"] != 1,
+        use_condition_scale=conditioned and options["condition_scale"] != 1,
     )
     tokens = program.image_grid[0] * program.image_grid[1]
-    numbers = how["guidance_scale"], how["condition_scale"], how["image_guidance_scale"]
-    scales = DynamicArgs(jnp.asarray(bundle.schedule.sigmas(steps, tokens)), *map(jnp.float32, numbers))
+    numbers = options["guidance_scale"], options["condition_scale"], options["image_guidance_scale"]
+    scales = DynamicArgs(jnp.asarray(flux.schedule.sigmas(steps, tokens)), *map(jnp.float32, numbers))
     rope = _rope(pipeline, program, given, z)
     black_steps = jnp.stack(blacks) if blacks else None
     trajectory = jax.jit(partial(_sample, pipeline, program, rope))(
-        bundle.weights, jnp.asarray(z["in_latents"]), given, black_steps, scales
+        flux.weights, jnp.asarray(z["in_latents"]), given, black_steps, scales
     )
-    # Decoded apart from the sampling: one compiled decoder serves all runs.
+    # Decoded separately from the sampling: one compiled decoder serves all runs.
     raw = decode(vae, vae.unscale(unpack(trajectory[-1], *(PATCH * side for side in program.image_grid))))
     yield "latents_steps", trajectory
     yield "image_raw", nchw(raw)
@@ -116,26 +120,15 @@ def _sample(
     scales: DynamicArgs,
 ) -> Array:
     """The pipeline's sampling, with a black condition for each step: the latents after every step."""
-    bundle = pipeline.bundle
-    transformer = bundle.graphs.transformer.merge(*weights["transformer"])
+    flux = pipeline.bundle
+    transformer = flux.graphs.transformer.merge(*weights["transformer"])
 
     def velocity(x: Array, t: Array, step: Array) -> Array:
         black = None if black_steps is None else black_steps[step]
         at_step = given._replace(black=black)
-        return velocity_of(transformer, bundle.dtype, program, at_step, scales, rope)(x, t, step)
+        return velocity_of(transformer, flux.dtype, program, at_step, scales, rope)(x, t, step)
 
     return euler(velocity, noise, scales.sigmas)[1]
-
-
-def _draws(z: dict[str, np.ndarray], steps: int, per_step: bool) -> np.ndarray:
-    """The posterior's draws: the condition's, then the black image's of every step; [1 + steps, 1, z, y, x]."""
-    return z["in_perstep_noise"] if per_step else np.stack([z["in_cond_noise"]] * (1 + steps))
-
-
-def _conditions(vae: Any, pixels: np.ndarray, draws: np.ndarray) -> tuple[Array, list[Array]]:
-    """The condition's tokens, and those of a black image for every step."""
-    encode = partial(image_tokens, vae)
-    return encode(pixels, draws[0]), [encode(np.zeros_like(pixels), draw) for draw in draws[1:]]
 
 
 def _rope(pipeline: Pipeline, program: StaticArgs, given: Conditioning, z: dict[str, np.ndarray]) -> Rope:

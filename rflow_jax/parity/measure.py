@@ -1,4 +1,4 @@
-"""How far a result is from its recording, each kind of array as the recordings' tolerances measure it."""
+"""Errors of results against their recordings, measured as the recordings' tolerances define them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rflow_jax.weights.safetensors_io import TensorFiles
 
 Tolerances = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
-# (array's name, what we computed, what was recorded) -> (error, tolerance)
+# (array's name, computed, recorded) -> (error, tolerance)
 Judge = Callable[[str, Any, np.ndarray], tuple[float, float]]
 
 GENERATED = re.compile(r"07_.*/.*(_latents_steps|_image_raw)")
@@ -41,16 +41,23 @@ TOGETHER, EACH, ZERO = "gradients, all tensors together", "gradients, each tenso
 
 @dataclass(frozen=True)
 class Moved:
-    """Parameters after some steps: what is compared is how far they moved from ``start``."""
+    """Parameters after some steps; their movement from ``start`` is compared."""
 
     value: np.ndarray
     start: np.ndarray
 
 
 def judge_of(file: str, want: Arrays, got: Mapping[str, Any], tolerances: Tolerances) -> Judge:
-    """How the arrays of a file are measured: most of them one by one, some as a whole too."""
+    """The measure for a file's arrays: most are compared one by one, some also as a whole."""
     if file.startswith(PARAMETERS):
-        whole = _movement_error(want, got), movement_tolerance(file, tolerances)
+        # The error of p - p_init over all tensors together; infinite unless every tensor is there in its shape.
+        moved = [(got.get(stage), recorded) for stage, recorded in want.items()]
+        error = float("inf")
+        if all(isinstance(one, Moved) and one.value.shape == recorded.shape for one, recorded in moved):
+            ours = [one.value.astype(np.float64) - one.start for one, _ in moved if one is not None]
+            theirs = [recorded.astype(np.float64) - one.start for one, recorded in moved if one is not None]
+            error = relative_error(_flat(ours), _flat(theirs))
+        whole = error, movement_tolerance(file, tolerances)
         return lambda stage, one, recorded: whole
     if file == GRADIENTS:
         return _gradient_judge(want, got, tolerances)
@@ -61,23 +68,24 @@ def measure(got: np.ndarray, want: np.ndarray, array: str, tolerances: Tolerance
     """(error, tolerance) of one array, named ``file/array``."""
     if want.dtype == np.uint8:
         levels, share = picture_tolerance(tolerances["uint8 images"])
-        return _picture_error(got, want, levels), share
+        return _image_error(got, want, levels), share
     if want.dtype.kind in "iub":
         same = got.shape == want.shape
         return (float(np.mean(got != want)) if same and want.size else float(not same)), 0.0
     if array.startswith("08_optim/") and array.endswith("_d"):
-        return _column_error(got, want), float(tolerances["prodigy_d columns, clip2 run"])
-    return relative_error(got, want), float(tolerances[_kind(array)])
-
-
-def _kind(array: str) -> str:
+        # The largest of the columns' errors: they differ by orders of magnitude, and each counts.
+        same = got.shape == want.shape
+        error = max(relative_error(*columns) for columns in zip(got.T, want.T, strict=True)) if same else float("inf")
+        return error, float(tolerances["prodigy_d columns, clip2 run"])
     if array.startswith(LANGUAGE_MODELS):
-        return ", ".join(place.rstrip("/") for place in LANGUAGE_MODELS)
-    if GENERATED.fullmatch(array):
-        return "generate (07) latents and images"
-    if re.fullmatch(r"08_.*(/|_)loss(es)?", array):
-        return "loss"
-    return TOGETHER if re.fullmatch(r"08_.*(/|_)grad_norm\w*", array) else "module stages"
+        kind = ", ".join(prefix.rstrip("/") for prefix in LANGUAGE_MODELS)
+    elif GENERATED.fullmatch(array):
+        kind = "generate (07) latents and images"
+    elif re.fullmatch(r"08_.*(/|_)loss(es)?", array):
+        kind = "loss"
+    else:
+        kind = TOGETHER if re.fullmatch(r"08_.*(/|_)grad_norm\w*", array) else "module stages"
+    return relative_error(got, want), float(tolerances[kind])
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -91,14 +99,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(difference / norm) if norm > 0 and np.isfinite(difference) else float("inf")
 
 
-def _column_error(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest of the columns' errors: they differ by orders of magnitude, and each counts."""
-    if got.shape != want.shape:
-        return float("inf")
-    return max(relative_error(*columns) for columns in zip(got.T, want.T, strict=True))
-
-
-def _picture_error(got: np.ndarray, want: np.ndarray, levels: int) -> float:
+def _image_error(got: np.ndarray, want: np.ndarray, levels: int) -> float:
     """The share of values that differ; infinite if one differs by more than ``levels``."""
     if got.shape != want.shape:
         return float("inf")
@@ -120,16 +121,6 @@ def movement_tolerance(file: str, tolerances: Tolerances) -> float:
     known = {key: float(value) for key, value in tolerances.items() if key.startswith(MOVEMENT)}
     named = [value for key, value in known.items() if run in re.split(r"[:,] *", key)]
     return named[0] if named else min(known.values())
-
-
-def _movement_error(want: Arrays, got: Mapping[str, Any]) -> float:
-    """Of p - p_init over all tensors together; infinite unless every tensor is there in its shape."""
-    moved = [(got.get(stage), recorded) for stage, recorded in want.items()]
-    if any(not isinstance(one, Moved) or one.value.shape != recorded.shape for one, recorded in moved):
-        return float("inf")
-    ours = [one.value.astype(np.float64) - one.start for one, _ in moved if one is not None]
-    theirs = [recorded.astype(np.float64) - one.start for one, recorded in moved if one is not None]
-    return relative_error(_flat(ours), _flat(theirs))
 
 
 def _gradient_judge(want: Arrays, got: Mapping[str, Any], tolerances: Tolerances) -> Judge:
@@ -177,45 +168,40 @@ def lines(recording: Recording, results: Mapping[str, Any]) -> Iterator[Line]:
     """A line for every array that is not an input by name.
 
     Args:
-        results: ``file/array`` -> what we computed, an exception, or :data:`INPUT`.
+        results: ``file/array`` -> the computed array, an exception, or :data:`INPUT`.
     """
     for name in recording.names():
         arrays = {stage: want for stage, want in recording.arrays(name).items() if not stage.startswith("in_")}
         got = {stage: results.get(f"{name}/{stage}") for stage in arrays}
         judge = judge_of(name, arrays, got, recording.meta["tolerance"])
         for stage, want in arrays.items():
-            status, remark = _without_numbers(recording, f"{name}/{stage}", got[stage])
-            if status is not None:
-                yield Line(name, stage, None, None, status, remark)
-                continue
-            error, tolerance = judge(stage, got[stage], want)
-            yield Line(name, stage, error, tolerance, "ok" if error <= tolerance else "FAIL")
-
-
-def _without_numbers(recording: Recording, array: str, got: Any) -> tuple[str | None, str]:
-    """(status, remark) of an array that is not compared, (None, "") of one that is."""
-    if isinstance(got, Exception):
-        return "FAIL", f"{type(got).__name__}: {str(got).splitlines()[0]}"
-    if isinstance(got, str) and got == INPUT:
-        return "input", ""
-    if recording.is_exempt(array):
-        return "exempt", ""
-    return ("not covered", "") if got is None else (None, "")
+            ours = got[stage]
+            if isinstance(ours, Exception):
+                remark = f"{type(ours).__name__}: {str(ours).splitlines()[0]}"
+                yield Line(name, stage, None, None, "FAIL", remark)
+            elif isinstance(ours, str) and ours == INPUT:
+                yield Line(name, stage, None, None, "input")
+            elif recording.is_exempt(f"{name}/{stage}"):
+                yield Line(name, stage, None, None, "exempt")
+            elif ours is None:
+                yield Line(name, stage, None, None, "not covered")
+            else:
+                error, tolerance = judge(stage, ours, want)
+                yield Line(name, stage, error, tolerance, "ok" if error <= tolerance else "FAIL")
 
 
 def summary(all_lines: Iterable[Line]) -> str:
-    """How many of each kind."""
     counts = Counter(line.status for line in all_lines)
     kinds = ("ok", "FAIL", "exempt", "input", "not covered")
     return ", ".join(f"{counts[kind]} {kind}" for kind in kinds) + f"; {sum(counts.values())} arrays"
 
 
-# Where arrays lie below the folder, and what is put before a file's name to tell them apart.
-PLACES = (("golden", ""), ("qwen", "qwen/"), ("nvila/golden", "nvila/"))
+# Subfolders with arrays, and the prefix of their files' names.
+FOLDERS = (("golden", ""), ("qwen", "qwen/"), ("nvila/golden", "nvila/"))
 
 
 class Recording:
-    """The folder; everything about sizes, settings and tolerances is read from it.
+    """A folder of recordings, from which all sizes, settings and tolerances are read.
 
     Raises:
         InputError: the folder is not laid out like recordings.
@@ -224,12 +210,12 @@ class Recording:
     def __init__(self, root: Path):
         self.root = root
         if not (root / "golden" / "verify_meta.json").is_file():
-            raise InputError(f"{root}: holds no recordings (golden/verify_meta.json is missing)")
+            raise InputError(f"{root}: contains no recordings (golden/verify_meta.json is missing)")
         self.meta: dict[str, Any] = read_json(root / "golden" / "verify_meta.json")
 
     def names(self) -> list[str]:
         """The files, such as ``02_transformer_cond`` and ``nvila/rope``."""
-        return [prefix + file.stem for place, prefix in PLACES for file in sorted((self.root / place).glob("*.npz"))]
+        return [prefix + file.stem for folder, prefix in FOLDERS for file in sorted((self.root / folder).glob("*.npz"))]
 
     def has(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -248,8 +234,8 @@ class Recording:
 
     def is_exempt(self, array: str) -> bool:
         """Whether the metadata exempts ``file/array``; of a file in a folder, also as ``folder/array``."""
-        place, *_, stage = array.split("/")
-        names = {array, f"{place}/{stage}"}
+        folder, *_, stage = array.split("/")
+        names = {array, f"{folder}/{stage}"}
         return any(fnmatch(name, pattern) for name in names for pattern in self.meta.get("exempt", {}))
 
     @cached_property
@@ -293,5 +279,5 @@ class Recording:
                 yield match, value
 
     def _path(self, name: str) -> Path:
-        place, prefix = next((p for p in reversed(PLACES) if name.startswith(p[1])), PLACES[0])
-        return self.root / place / f"{name.removeprefix(prefix)}.npz"
+        folder, prefix = next((pair for pair in reversed(FOLDERS) if name.startswith(pair[1])), FOLDERS[0])
+        return self.root / folder / f"{name.removeprefix(prefix)}.npz"

@@ -1,11 +1,11 @@
-"""Recordings of NVILA: how it cuts images, its tower, its projector, and what it answers."""
+"""Recordings of NVILA: the tiling of images, its tower, its projector, and its answers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ from rflow_jax.utils.json_files import read_json
 from rflow_jax.vlm.nvila_programs import NvilaPrograms, NvilaQuery
 from rflow_jax.weights.nvila import NvilaModel, load_nvila
 
-PLACE = "nvila/"
-TEMPLATES = {"chat": "raw", "plain": "raw", "sana": "question"}  # mode of a case -> what is asked
+PREFIX = "nvila/"
+TEMPLATES = {"chat": "raw", "plain": "raw", "sana": "question"}  # mode of a case -> the question's template
 LIMITED_SIZE = 448  # of the tiles in the table of other limits, which has no column for it
 Result = tuple[str, Any]
 Check = Callable[[Recording], Iterator[Result]]
 
 
 def checks(recording: Recording) -> dict[str, Check]:
-    """The checks of the NVILA files that there are, by file."""
+    """The checks of the existing NVILA files, by file."""
     recorded = Recorded(recording)
     kinds: dict[str, Callable[[str], Iterator[Result]]] = {
         r"tiling": recorded.tiling,
@@ -36,18 +36,14 @@ def checks(recording: Recording) -> dict[str, Check]:
         r"vision_\w+": recorded.vision,
         r"case_\w+": recorded.case,
     }
-    files = [name for name in recording.names() if name.startswith(PLACE)]
-    found = {name: kinds[kind] for name in files for kind in kinds if re.fullmatch(PLACE + kind, name)}
-    return {name: partial(_named, check, name) for name, check in found.items()}
-
-
-def _named(check: Callable[[str], Iterator[Result]], name: str, recording: Recording) -> Iterator[Result]:
-    return check(name)
+    files = [name for name in recording.names() if name.startswith(PREFIX)]
+    found = {name: kinds[kind] for name in files for kind in kinds if re.fullmatch(PREFIX + kind, name)}
+    return {name: lambda _, check=check, name=name: check(name) for name, check in found.items()}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one case."""
+    """One tokenized case."""
 
     ids: list[int]
     layout: Layout
@@ -63,18 +59,25 @@ class Recorded:
     @cached_property
     def meta(self) -> Mapping[str, Any]:
         """The content of ``meta.json``."""
-        return read_json(self._recording.root / PLACE / "golden" / "meta.json")
+        return read_json(self._recording.root / PREFIX / "golden" / "meta.json")
 
     @cached_property
     def model(self) -> NvilaModel:
-        """The network."""
-        return load_nvila(str(self._recording.root / PLACE / "checkpoint"), dtype=jnp.float32, progress=False)
+        return load_nvila(str(self._recording.root / PREFIX / "checkpoint"), dtype=jnp.float32, progress=False)
 
     def tiling(self, name: str) -> Iterator[Result]:
         """Grids of many sizes, and the tiles of some test pictures."""
         z, own = self._recording.arrays(name), self.model.config.tiling
-        yield "grid_table", np.stack([_grid_row(row, own) for row in z["grid_table"]])
-        yield "grid_table_minmax", np.stack([_limited_row(row) for row in z["grid_table_minmax"]])
+        rows = []
+        for width, height, size in z["grid_table"][:, :3].astype(int).tolist():
+            across, down = replace(own, size=size).grid(width, height)
+            rows.append([width, height, size, across, down, across * down + (across * down > 1)])
+        yield "grid_table", np.asarray(rows)
+        rows = [
+            [width, height, least, most, *Tiling(LIMITED_SIZE, least, most).grid(width, height)]
+            for width, height, least, most in z["grid_table_minmax"][:, :4].astype(int).tolist()
+        ]
+        yield "grid_table_minmax", np.asarray(rows)
         yield "level_to_pixel", self.model.levels[:, 0]
         for match, _ in self._recording.numbered(name, r"tile(\d+)_(\d+)x(\d+)_(\d+)"):
             size, width, height, picture = map(int, match.groups())
@@ -147,7 +150,7 @@ class Recorded:
         row = 0
         for name in self._cases:
             try:
-                ids, layout = self._text(self.meta["cases"][name.removeprefix(f"{PLACE}case_")])
+                ids, layout = self._text(self.meta["cases"][name.removeprefix(f"{PREFIX}case_")])
                 asked[name] = Answer(ids, layout, row)
                 row += 1
             except Exception as error:  # the other cases go on
@@ -158,14 +161,16 @@ class Recorded:
     def _computed(self) -> dict[str, np.ndarray]:
         """All cases in one batch of one length: compiled once."""
         questions = [
-            NvilaQuery(self._pictures(self.meta["cases"][name.removeprefix(f"{PLACE}case_")]), answer.layout)
+            NvilaQuery(self._pictures(self.meta["cases"][name.removeprefix(f"{PREFIX}case_")]), answer.layout)
             for name, answer in self._asked.items()
             if isinstance(answer, Answer)
         ]
         programs = NvilaPrograms(self.model, len(questions))
         longest = max(len(question.layout) for question in questions)
         batch = programs.batch(questions, list(range(len(questions))), longest)
-        made = programs.greedy(batch, max(map(self._steps, self._cases)))
+        recorded = (self._recording.arrays(name) for name in self._cases)
+        steps = max(len(arrays[stage]) for arrays in recorded for stage in ("greedy_tokens", "greedy_logits"))
+        made = programs.greedy(batch, steps)
         assert made.logits is not None
         computed = {
             "embeddings": programs.embeddings(batch),
@@ -179,27 +184,22 @@ class Recorded:
 
     @property
     def _cases(self) -> list[str]:
-        return [name for name in self._recording.names() if name.startswith(f"{PLACE}case_")]
-
-    def _steps(self, name: str) -> int:
-        """How many greedy steps were recorded."""
-        arrays = self._recording.arrays(name)
-        return max(len(arrays[stage]) for stage in ("greedy_tokens", "greedy_logits"))
+        return [name for name in self._recording.names() if name.startswith(f"{PREFIX}case_")]
 
     def _pictures(self, case: Mapping[str, Any]) -> np.ndarray:
-        image = self._recording.arrays(f"{PLACE}vision_{case['image']}")["image"]
+        image = self._recording.arrays(f"{PREFIX}vision_{case['image']}")["image"]
         return self.model.config.tiling.cut(Image.fromarray(image))
 
     def _text(self, case: Mapping[str, Any]) -> tuple[list[int], Layout]:
         mode: Any = TEMPLATES[case["mode"]]
-        said = message([len(self._pictures(case)), ask(case["prompt"], mode)])
-        text = said if case["mode"] == "plain" else chat(said)
+        asked = message([len(self._pictures(case)), ask(case["prompt"], mode)])
+        text = asked if case["mode"] == "plain" else chat(asked)
         tokenizer = self.model.tokenizer
         return tokenizer.ids(text), tokenizer.layout(text, self.model.config.picture_tokens)
 
 
 def pattern(width: int, height: int, k: int, numbers: Mapping[str, int]) -> np.ndarray:
-    """The test picture uint8 [height, width, 3] that ``verify_meta.json`` has the formula of."""
+    """The test image uint8 [height, width, 3] by the formula in ``verify_meta.json``."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     a, b, d, s, p1, p2, p3 = (numbers[key] for key in ("a", "b", "d", "s", "p1", "p2", "p3"))
     red = _wave(a * x + b * y + 17 * k, p1)
@@ -210,16 +210,3 @@ def pattern(width: int, height: int, k: int, numbers: Mapping[str, int]) -> np.n
 
 def _wave(t: np.ndarray, p: int) -> np.ndarray:
     return np.abs(t % (2 * p) - p) * 255 // p
-
-
-def _grid_row(row: np.ndarray, own: Tiling) -> np.ndarray:
-    """Width, height, tile size -> the same, columns, rows, pictures."""
-    width, height, size = map(int, row[:3])
-    columns, rows = replace(own, size=size).grid(width, height)
-    return np.asarray([width, height, size, columns, rows, columns * rows + (columns * rows > 1)])
-
-
-def _limited_row(row: np.ndarray) -> np.ndarray:
-    """Width, height, fewest and most tiles -> the same, columns, rows."""
-    width, height, least, most = map(int, row[:4])
-    return np.asarray([width, height, least, most, *Tiling(LIMITED_SIZE, least, most).grid(width, height)])

@@ -35,13 +35,13 @@ from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
 
 BASE, REWARD = "qwen/golden_base", "qwen/golden_reward"
-_REWARD = re.compile(r"reward_(?:single(?P<alone>\d+)_)?(?P<token>special|last|mean)(?P<how>_mrope|_nolora)?")
+_REWARD = re.compile(r"reward_(?:single(?P<alone>\d+)_)?(?P<token>special|last|mean)(?P<variant>_mrope|_nolora)?")
 Result = tuple[str, Any]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The recorded pictures and texts, prepared by our own code."""
+    """The recorded pictures and texts, prepared by this package."""
 
     recording: Recording
 
@@ -64,20 +64,20 @@ class Recorded:
 
     @cached_property
     def resized(self) -> list[Image.Image]:
-        """The pictures, as they come to the processor."""
+        """The pictures, within the checkpoint's pixel limit."""
         found = sorted((int(m[1]), pixels) for m, pixels in self.recording.numbered(BASE, r"in_image(\d+)_uint8"))
         limit = self.checkpoint.config.max_pixels
         return [limited(Image.fromarray(pixels), limit, self.rules.factor) for _, pixels in found]
 
     def samples(self, tokenizer: QwenTokenizer, kind: str) -> list[QwenSample]:
-        """A sample a picture."""
+        """One sample per picture."""
         chats = read_json(self.folder / "texts.json")[f"{kind}_chat_texts"]
         pictures = [patches_of(fitted(image, self.rules), self.rules) for image in self.resized]
         return [QwenSample(tokenizer.encode(text), (one,)) for text, one in zip(chats, pictures, strict=True)]
 
 
 def _batch(samples: Sequence[QwenSample], model: Qwen25VL, tokenizer: QwenTokenizer) -> QwenInputs:
-    """The batch, padded as the recording was: to its longest."""
+    """A batch padded to its longest sample, as the recording's was."""
     return batch_of(samples, model.config, pad=tokenizer.pad, sizes=Sizes.exact(samples, model.config))
 
 
@@ -88,7 +88,13 @@ def base(recording: Recording) -> Iterator[Result]:
     model = load_qwen(known.folder / "base", dtype=jnp.float32)
     for k, image in enumerate(known.resized):
         yield f"resized{k}_uint8", np.asarray(image)
-    yield "input_ids_text", _encoded_again(tokenizer, known.arrays["input_ids_text"])
+    # Only the tokens of these texts were recorded: decoded, and encoded again.
+    recorded = known.arrays["input_ids_text"]
+    encoded = np.full_like(recorded, tokenizer.pad)
+    for row, ids in zip(encoded, recorded, strict=True):
+        own = tokenizer.encode(tokenizer.decode(ids))
+        row[: len(own)] = own
+    yield "input_ids_text", encoded
     samples = known.samples(tokenizer, "base")
     inputs = _batch(samples, model, tokenizer)
     yield from _prepared(samples, inputs, known.rules)
@@ -108,10 +114,10 @@ def base(recording: Recording) -> Iterator[Result]:
 def _prepared(
     samples: Sequence[QwenSample], inputs: QwenInputs, rules: ImageProcessorConfig, prefix: str = ""
 ) -> Iterator[Result]:
-    """What goes into the network, in the processor's names and layout."""
+    """The network's inputs, in the processor's names and layout."""
     yield f"{prefix}input_ids", inputs.ids
     if not prefix:
-        yield "attention_mask", _real(inputs).astype(np.int64)
+        yield "attention_mask", _attention_mask(inputs).astype(np.int64)
     yield f"{prefix}image_grid_thw", np.asarray([grid for sample in samples for grid in sample.grids])
     yield f"{prefix}pixel_values", _packed(samples, normalised(jnp.asarray(inputs.patches), rules))
 
@@ -136,7 +142,7 @@ def _tower(
 
 
 def _generated(known: Recorded, model: Qwen25VL, tokenizer: QwenTokenizer, inputs: QwenInputs) -> Iterator[Result]:
-    """What was recorded of each sample alone, made as a batch; the end is suppressed for as many tokens."""
+    """The recorded generations of single samples, made as a batch; end tokens are suppressed throughout."""
     counts = {
         m[0]: recorded.shape[1] for m, recorded in known.recording.numbered(BASE, r"gen(\d+)_(new_tokens|logits)")
     }
@@ -165,38 +171,38 @@ def reward(recording: Recording) -> Iterator[Result]:
     for match, recorded in recording.numbered(REWARD, _REWARD.pattern):
         alone = match["alone"]
         inputs = whole if alone is None else network.batch([samples[int(alone)]], sizes)
-        ours = network.rewards(inputs, match["token"], match["how"])[: 1 if alone else None]
-        if match[0] == "reward_special":  # the score, also with a LoRA that is not merged
-            ours = max(ours, network.kept_apart(whole), key=lambda one: relative_error(np.asarray(one), recorded))
+        ours = network.rewards(inputs, match["token"], match["variant"])[: 1 if alone else None]
+        if match[0] == "reward_special":  # also with an unmerged LoRA; the larger error counts
+            ours = max(ours, network.unmerged(whole), key=lambda one: relative_error(np.asarray(one), recorded))
         yield match[0], ours
 
 
 class _Network:
-    """The reward model with its LoRA merged, and with it kept apart."""
+    """The reward model with its LoRA merged, and with it unmerged."""
 
     def __init__(self, known: Recorded):
         checkpoint = known.checkpoint
         added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
         self.tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
         self.merged = checkpoint.load(dtype=jnp.float32)
-        self._apart = checkpoint.load(dtype=jnp.float32, merge=False)
+        self._unmerged = checkpoint.load(dtype=jnp.float32, merge=False)
         self._rules = known.rules
 
     def batch(self, samples: Sequence[QwenSample], sizes: Sizes) -> QwenInputs:
         return batch_of(samples, self.merged.config, pad=self.tokenizer.pad, sizes=sizes)
 
-    def hidden(self, inputs: QwenInputs, how: str | None) -> jax.Array:
-        """``how``: ``_mrope``, ``_nolora``, or None, the original's way."""
-        model = self._apart if how == "_nolora" else self.merged
+    def hidden(self, inputs: QwenInputs, variant: str | None) -> jax.Array:
+        """``variant``: ``_mrope``, ``_nolora``, or None, the original's."""
+        model = self._unmerged if variant == "_nolora" else self.merged
         graph, state = nnx.split(model)
-        return _hidden(graph, self._rules, how != "_nolora", state, inputs, jnp.asarray(how == "_mrope"))[1]
+        return _hidden(graph, self._rules, variant != "_nolora", state, inputs, jnp.asarray(variant == "_mrope"))[1]
 
-    def rewards(self, inputs: QwenInputs, token: str, how: str | None) -> jax.Array:
-        return self._read(self.hidden(inputs, how), inputs, token)
+    def rewards(self, inputs: QwenInputs, token: str, variant: str | None) -> jax.Array:
+        return self._read(self.hidden(inputs, variant), inputs, token)
 
-    def kept_apart(self, inputs: QwenInputs) -> jax.Array:
-        """The score with a LoRA that is not merged."""
-        graph, state = nnx.split(self._apart)
+    def unmerged(self, inputs: QwenInputs) -> jax.Array:
+        """The rewards of the special token with the unmerged LoRA."""
+        graph, state = nnx.split(self._unmerged)
         _, hidden = _hidden(graph, self._rules, True, state, inputs, jnp.asarray(False))
         return self._read(hidden, inputs, "special")
 
@@ -218,24 +224,15 @@ def _hidden(
 
 
 def _packed(samples: Sequence[QwenSample], padded: Any, unit: int = 1) -> np.ndarray:
-    """Rows of all pictures one after another, without their padding."""
+    """Rows of all pictures one after another, without padding."""
     counts = [len(patches) // unit for sample in samples for patches, _ in sample.pictures]
     return np.concatenate([one[:count] for one, count in zip(np.asarray(padded), counts, strict=True)])
 
 
-def _real(inputs: QwenInputs) -> np.ndarray:
+def _attention_mask(inputs: QwenInputs) -> np.ndarray:
     return np.arange(inputs.ids.shape[1]) < np.asarray(inputs.lengths)[:, None]
 
 
 def _where_real(ours: Any, inputs: QwenInputs, recorded: np.ndarray) -> np.ndarray:
-    """What padding gives means nothing, and is compared with itself."""
-    return np.where(_real(inputs)[..., None], np.asarray(ours), recorded)
-
-
-def _encoded_again(tokenizer: QwenTokenizer, recorded: np.ndarray) -> np.ndarray:
-    """The recorded texts, which only their tokens tell, encoded by us."""
-    out = np.full_like(recorded, tokenizer.pad)
-    for row, ids in zip(out, recorded, strict=True):
-        own = tokenizer.encode(tokenizer.decode(ids))
-        row[: len(own)] = own
-    return out
+    """Replaces the meaningless results of padding by the recording's."""
+    return np.where(_attention_mask(inputs)[..., None], np.asarray(ours), recorded)

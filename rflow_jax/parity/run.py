@@ -30,10 +30,10 @@ CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
 def verify(root: Path, on_check: Callable[[str, int], None] | None = None) -> list[Line]:
     """Compares this package with the recordings below ``root``: a line for each recorded array.
 
-    A check that breaks off is a FAIL on each array that it still owed, and the others go on.
+    A check that raises is a FAIL on each of its missing arrays, and the others go on.
 
     Args:
-        on_check: told the name of each check when it begins, and how many there are.
+        on_check: called with the name of each check when it begins, and the number of checks.
     """
     recording = Recording(root)
     results: dict[str, Any] = {}
@@ -52,12 +52,10 @@ def _run(recording: Recording, name: str, check: Callable) -> dict[str, Any]:
         for stage, value in check(recording):
             results[stage if "/" in stage else f"{name}/{stage}"] = value
     except Exception as error:  # one broken check must not hide the others
-        owed = [name, *(file for file in recording.names() if name == training.OPTIMIZERS and _is_parameters(file))]
+        owed = [name]
+        if name == training.OPTIMIZERS:
+            owed += [file for file in recording.names() if file.startswith(PARAMETERS)]
         for array in (f"{file}/{stage}" for file in owed for stage in recording.arrays(file)):
             if not recording.is_exempt(array):
                 results.setdefault(array, error)
     return results
-
-
-def _is_parameters(file: str) -> bool:
-    return file.startswith(PARAMETERS)

@@ -44,21 +44,21 @@ class Problem:
 
 
 def make_problem(recording: Recording) -> Problem:
-    """Encodes the recorded pictures and texts with the recorded draws."""
+    """Encodes the recorded images and texts with the recorded draws."""
     z, meta = recording.arrays(STEP), recording.json("train_meta")
-    bundle = recording.pipeline.bundle
-    vae = nnx.merge(bundle.graphs.vae, bundle.weights["vae"])
-    clip_ids = bundle.tokenizers.clip(meta["original_prompt (CLIP)"], bundle.clip_length)
+    flux = recording.pipeline.bundle
+    vae = nnx.merge(flux.graphs.vae, flux.weights["vae"])
+    clip_ids = flux.tokenizers.clip(meta["original_prompt (CLIP)"], flux.clip_length)
     (prompts,) = (texts for key, texts in meta.items() if key.startswith("description"))
-    t5_ids = bundle.tokenizers.t5(prompts, z["prompt_embeds"].shape[1])
-    _, pooled = embed(nnx.merge(bundle.graphs.clip, bundle.weights["clip"]), jnp.asarray(clip_ids))
-    text = embed(nnx.merge(bundle.graphs.t5, bundle.weights["t5"]), jnp.asarray(t5_ids))
+    t5_ids = flux.tokenizers.t5(prompts, z["prompt_embeds"].shape[1])
+    _, pooled = embed(nnx.merge(flux.graphs.clip, flux.weights["clip"]), jnp.asarray(clip_ids))
+    text = embed(nnx.merge(flux.graphs.t5, flux.weights["t5"]), jnp.asarray(t5_ids))
     x_0 = image_tokens(vae, z["in_image_uint8"], z["in_vae_noise_image"])
     condition = image_tokens(vae, z["in_condition_uint8"], z["in_vae_noise_condition"])
     corrector = recording.corrector
     graph, lora, rest = nnx.split(corrector, nnx.LoRAParam, ...)
-    ids = np.concatenate([text_ids(text.shape[1]), _ids(z["in_image_uint8"], bundle), condition_ids(recording)])
-    config = bundle.flux_config
+    ids = np.concatenate([text_ids(text.shape[1]), _ids(z["in_image_uint8"], flux), condition_ids(recording)])
+    config = flux.flux_config
     return Problem(
         Examples(x_0, condition, text, pooled),
         rope_table(ids, config.axes_dims_rope, config.rope_theta),
@@ -76,8 +76,8 @@ def condition_ids(recording: Recording) -> np.ndarray:
     return _ids(z["in_condition_uint8"], recording.pipeline.bundle, (row, column))
 
 
-def _ids(pictures: np.ndarray, bundle: Any, delta: tuple[int, int] = (0, 0)) -> np.ndarray:
-    rows, columns = (side // bundle.token_pixels for side in pictures.shape[1:3])
+def _ids(images: np.ndarray, flux: Any, delta: tuple[int, int] = (0, 0)) -> np.ndarray:
+    rows, columns = (side // flux.token_pixels for side in images.shape[1:3])
     return image_ids(rows, columns, delta)
 
 
@@ -110,12 +110,12 @@ def gradients(recording: Recording) -> Iterator[Result]:
 
 @dataclass(frozen=True)
 class Run:
-    """One recorded optimization: the arrays it gives and the files of parameters it passes through."""
+    """One recorded optimization."""
 
-    prefix: str
+    prefix: str  # of its arrays' names
     config: OptimizerConfig
     steps: int
-    parameters: dict[int, str]  # after so many steps -> file
+    parameters: dict[int, str]  # steps taken -> file with the parameters then
 
 
 def runs(recording: Recording) -> list[Run]:
@@ -150,7 +150,7 @@ def _settings(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def optimizers(recording: Recording) -> Iterator[Result]:
-    """08_optim and 08_params_*: by ``file/array``, since a run has something to say in several files."""
+    """08_optim and 08_params_*: by ``file/array``, since a run has arrays in several files."""
     problem = make_problem(recording)
     start = {key: tensor for key, tensor in TensorFiles.open(recording.lora_path).stream() if ".lora_" in key}
     yield f"{OPTIMIZERS}/clip2", INPUT

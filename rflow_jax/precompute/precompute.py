@@ -1,14 +1,11 @@
-"""Records encoded once: what pictures and texts go through before the transformer, and the folder of the results."""
+"""Encodes records once: the networks that run before the transformer, and the folder of their outputs."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -20,10 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from PIL import Image
 
-from rflow_jax.data.config import DataConfig
-from rflow_jax.data.records import SUBSETS, Record, RecordError, RecordSource
+from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sources.latents import (
     COMPLETE,
     RECORDS_IN_FILE,
@@ -38,15 +33,15 @@ from rflow_jax.data.sources.latents import (
     settings_text,
 )
 from rflow_jax.data.sources.open import open_source
-from rflow_jax.data.transforms import pictures
 from rflow_jax.data.workers import Workers, worker_count
-from rflow_jax.errors import InputError, RunError
+from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import PATCH
 from rflow_jax.generation.sampling import to_network_range
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, put_batch, samples_along
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.parallel.sharding import sharding_for
+from rflow_jax.precompute.prepare import Job, Prepare, Prepared, ahead
 from rflow_jax.tokenizers.flux import Tokenizers
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.atomic_io import write_file
@@ -69,7 +64,7 @@ class Graphs(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoders:
-    """What pictures and texts go through before the transformer; the names are those of ``FluxModel``."""
+    """The networks that run before the transformer, named as in ``FluxModel``."""
 
     graphs: Graphs
     weights: dict[str, Any]
@@ -85,11 +80,7 @@ class Encoders:
 
 
 class Encoded(NamedTuple):
-    """A batch after the encoders; posteriors as (mean, log variance).
-
-    Attributes:
-        text: of two texts for each sample.
-    """
+    """A batch after the encoders: posteriors as (mean, log variance), and two texts for each sample."""
 
     good: tuple[Float[Array, "b y x z"], Float[Array, "b y x z"]]
     bad: tuple[Float[Array, "b v w z"], Float[Array, "b v w z"]]
@@ -98,24 +89,20 @@ class Encoded(NamedTuple):
 
 
 def load_encoders(model: str, dtype: Any, mesh: Mesh, *, progress: bool = True) -> Encoders:
-    """Loads three of a model's networks.
-
-    Raises:
-        InputError: the model cannot be found or used.
-    """
+    """Loads the encoders of a model; raises InputError if it cannot be found or used."""
     root = resolve(model)
-    places = describe(root).components
-    if missing := [component.folder for component in NETWORKS.values() if component.folder not in places]:
-        raise InputError(f"{model}: holds no {', '.join(missing)}")
+    paths = describe(root).components
+    if missing := [component.folder for component in NETWORKS.values() if component.folder not in paths]:
+        raise InputError(f"{model}: contains no {', '.join(missing)}")
     tokenizers = Tokenizers(root)
     configs = {name: component.read_config(root) for name, component in NETWORKS.items()}
     networks = {name: component.abstract(configs[name], dtype) for name, component in NETWORKS.items()}
-    sources = {name: Source.open(places[component.folder]) for name, component in NETWORKS.items()}
+    sources = {name: Source.open(paths[component.folder]) for name, component in NETWORKS.items()}
     with byte_progress(progress) as bar:
         task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
-        how = {"dtype": dtype, "sharding_for": sharding_for(mesh), "on_bytes": lambda done: bar.advance(task, done)}
+        options = {"dtype": dtype, "sharding_for": sharding_for(mesh), "on_bytes": lambda n: bar.advance(task, n)}
         for name, component in NETWORKS.items():
-            sources[name].load(networks[name], component, configs[name], **how)
+            sources[name].load(networks[name], component, configs[name], **options)
     parts = {name: nnx.split(network) for name, network in networks.items()}
     return Encoders(
         Graphs(**{name: graph for name, (graph, _) in parts.items()}),
@@ -138,9 +125,9 @@ def encode(
     clip_ids: Int[Array, "b 77"],
     t5_ids: Int[Array, "b 2 t"],
 ) -> Encoded:
-    """Pixels and tokens of a batch, cut along the mesh -> what the encoders make of them, in the number type given."""
+    """Encodes pixels and tokens of a batch, sharded along the mesh; the outputs are of ``dtype``."""
 
-    # One picture at a time, as in training; each device has its own.
+    # One image at a time, as in training; each device has its own.
     @partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH, check_vma=False)
     def moments(vae: Any, pixels: Array) -> tuple[Array, Array]:
         network = nnx.merge(graphs.vae, vae)
@@ -152,7 +139,7 @@ def encode(
         return jax.lax.map(one, pixels)
 
     _, pooled = nnx.merge(graphs.clip, weights["clip"])(clip_ids)
-    # Both kinds of text one after the other: batches of the shape that training has round alike.
+    # The two texts of a sample one after the other: batches of the same shape as in training round alike.
     text = jax.lax.map(lambda ids: nnx.merge(graphs.t5, weights["t5"])(ids), jnp.swapaxes(t5_ids, 0, 1))
     return Encoded(
         moments(weights["vae"], good),
@@ -163,121 +150,66 @@ def encode(
 
 
 def identity_of(model: Any) -> str:
-    """A hash of the encoders' weights and of how latents are scaled; the same wherever a model lies and however cut.
+    """A hash of the encoders' weights and of the latents' scaling, independent of path and sharding.
 
     Args:
         model: Encoders, or a FluxModel.
     """
-    sums = {name: _sums(model.weights[name]) for name in NETWORKS}
+    sums: dict[str, list[Any]] = {}
+    for name in NETWORKS:
+        state = nnx.to_flat_state(model.weights[name])
+        flat = sorted((".".join(map(str, path)), leaf.get_value()) for path, leaf in state)
+        totals = jax.device_get(_bit_sums([leaf for _, leaf in flat]))
+        sums[name] = [[path, list(leaf.shape), int(total)] for (path, leaf), total in zip(flat, totals, strict=True)]
     content = json.dumps([asdict(model.vae_config), sums], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _sums(state: Any) -> list[list[Any]]:
-    """For each weight its path, shape and the sum of its bits."""
-    flat = sorted((".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
-    sums = jax.device_get(_bit_sums([leaf for _, leaf in flat]))
-    return [[path, list(leaf.shape), int(total)] for (path, leaf), total in zip(flat, sums, strict=True)]
-
-
 @jax.jit
 def _bit_sums(leaves: list[Array]) -> list[Array]:
-    # Whole numbers, so that the order does not matter in which devices add.
+    # Integers, so that the order in which devices add does not matter.
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = (jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize]) for leaf in leaves)
     return [jnp.sum(one, dtype=jnp.uint32) for one in bits]
-
-
-class Job(NamedTuple):
-    """A record to be encoded."""
-
-    subset: str
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-class Prepared(NamedTuple):
-    """A record's texts and, if it can be used, its pictures: uint8 [y, y, 3] and [v, v, 3]."""
-
-    entry: Entry
-    good: np.ndarray | None = None
-    bad: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Reads and decodes a record; can be pickled."""
-
-    source: RecordSource
-    config: DataConfig
-
-    def __call__(self, job: Job) -> Prepared:
-        try:
-            record = self.source.read(*job)
-            good, bad = pictures(record, self.config)
-        except RecordError as error:
-            return Prepared(Entry("", "", "", str(error)))
-        if self.config.crop != "center":
-            _require_square(record)
-        return Prepared(Entry(record.key, record.prompt, record.reflection), good, bad)
-
-
-def ahead(workers: Workers, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:
-    """What the workers make of the jobs, in order; so many are under way.
-
-    Raises:
-        RunError: a worker process died.
-    """
-    waiting: deque[Future[Prepared]] = deque()
-    try:
-        for job in jobs:
-            waiting.append(workers.submit(job))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a worker process died, for want of memory perhaps; lower data.workers, and give the same command again"
-        ) from error
-
-
-def _require_square(record: Record) -> None:
-    with Image.open(io.BytesIO(record.good_image)) as image:
-        width, height = image.size
-    if width != height:
-        raise InputError(
-            f"{record.key}: {width} x {height} pixels are cut at a place drawn anew each time, which nothing that is "
-            "computed once can follow; set data.crop to center, here and in training"
-        )
 
 
 AHEAD = 4  # batches that are decoded in advance
 
 
 def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]:
-    """Encodes every record that is not encoded yet; when all are, the folder is whole.
+    """Encodes every record that is not encoded yet, and then marks the folder as complete.
 
     Args:
         show: draw progress bars.
 
     Returns:
-        Records of each subset.
-
-    Raises:
-        InputError: records, model or folder cannot be used.
+        The number of records of each subset.
     """
     out = Path(config.out)
     if (out / COMPLETE).exists():
         raise InputError(f"{out}: all is encoded already; name another folder to encode anew")
-    source, mesh, dtype = (
-        open_source(config.data),
-        make_mesh(MeshConfig(), jax.local_devices()),
-        jnp.dtype(config.dtype),
-    )
+    data, dtype = config.data, jnp.dtype(config.dtype)
+    source = open_source(data)
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
     encoders = load_encoders(config.model, dtype, mesh, progress=show)
-    config.data.require_grid(encoders.token_pixels)
-    settings = _settings(config, encoders, source)
-    _begin(out, settings)
+    data.require_grid(encoders.token_pixels)
+    settings = LatentMetadata(
+        config.model,
+        identity_of(encoders),
+        data.target_size,
+        data.condition_size,
+        data.crop,
+        config.max_sequence_length or encoders.default_t5_length,
+        config.dtype,
+        source.fingerprint,
+    )
+    if (out / SETTINGS).exists():
+        wanted = vars(settings)
+        require_same(out, read_settings(out), {name: wanted[name] for name in wanted if name != "model"})
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: contains other files; name an empty folder")
+    else:
+        write_file(out / SETTINGS, settings_text(settings))
     counts = {name: source.counts.get(name, 0) for name in SUBSETS}
     with count_progress(show) as bar, reproducible(dtype):
         task = bar.add_task("Encoding records", total=sum(counts.values()))
@@ -286,7 +218,7 @@ def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]
         jobs = [Job(name, index) for name, count in counts.items() for index in range(count)]
         missing = [job for job in jobs if not (out / file_name(*job)).exists()]
         bar.advance(task, len(jobs) - len(missing))
-        for done in writer.write(out, missing, Prepare(source, config.data)):
+        for done in writer.write(out, missing, Prepare(source, data)):
             bar.advance(task, done)
     write_file(out / COMPLETE, json.dumps(counts))
     return counts
@@ -302,77 +234,57 @@ class Writer:
         self._size = -(-config.batch_size // devices) * devices
 
     def write_shared(self, path: Path) -> None:
-        """What stands for all that is dropped."""
+        """Writes the outputs for dropped inputs: a black image, an empty text."""
         if path.exists():
             return
         side, small = self._settings.target_size, self._settings.condition_size
-        nothing = Prepared(
-            Entry("", "", ""), np.zeros((side, side, 3), np.uint8), np.zeros((small, small, 3), np.uint8)
-        )
-        arrays = jax.device_get(self._start([nothing]))
+        good, bad = np.zeros((side, side, 3), np.uint8), np.zeros((small, small, 3), np.uint8)
+        arrays = jax.device_get(self._start([Prepared(Entry("", "", ""), good, bad)]))
         black = {"black_mean": arrays.bad[0][0], "black_logvar": arrays.bad[1][0]}
         with atomic_output(path) as file:
             save_tensors(file, black | {"empty_text": arrays.text[0, 0]})
 
     def write(self, out: Path, jobs: Sequence[Job], prepare: Prepare) -> Iterator[int]:
-        """Writes the files of these jobs; yields how many records each holds."""
+        """Writes the files of these jobs; yields the number of records in each."""
         with Workers(prepare, self._workers) as workers:
             encoded = self._encoded(ahead(workers, jobs, AHEAD * self._size))
             for name, group in groupby(zip(jobs, encoded, strict=True), lambda pair: file_name(*pair[0])):
-                yield _write_file(out / name, [tensors for _, tensors in group])
+                records = [record for _, record in group]
+                assert len(records) <= RECORDS_IN_FILE
+                tensors = {
+                    f"{i}.{key}": tensor for i, (_, found) in enumerate(records) for key, tensor in found.items()
+                }
+                with atomic_output(out / name) as file:
+                    save_tensors(file, tensors, {"entries": json.dumps([list(entry) for entry, _ in records])})
+                yield len(records)
 
     def _encoded(self, found: Iterator[Prepared]) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
-        """Each record with its tensors; while one batch is computed, the one before it is fetched and written."""
+        """Each record with its tensors; while one batch is computed, the previous one is fetched and written."""
         pending: deque[tuple[list[Prepared], Encoded | None]] = deque()
         while batch := list(islice(found, self._size)):
             usable = [one for one in batch if not one.entry.trouble]
             pending.append((batch, self._start(usable) if usable else None))
             if len(pending) > 1:
-                yield from _apart(*pending.popleft())
+                yield from _split_batch(*pending.popleft())
         while pending:
-            yield from _apart(*pending.popleft())
+            yield from _split_batch(*pending.popleft())
 
     def _start(self, usable: list[Prepared]) -> Encoded:
-        # Always as many, so that one program serves all.
+        # Padded to a fixed size, so that it compiles once.
         full = [usable[min(i, len(usable) - 1)] for i in range(self._size)]
         tokenizers, length = self._encoders.tokenizers, self._settings.text_length
         texts = [text for one in full for text in one.entry.texts]
         host = (
-            np.stack([_there(one.good) for one in full]),
-            np.stack([_there(one.bad) for one in full]),
+            np.stack([one.good for one in full]),
+            np.stack([one.bad for one in full]),
             tokenizers.clip([one.entry.prompt for one in full], self._encoders.clip_length),
             tokenizers.t5(texts, length).reshape(-1, 2, length),
         )
-        given = put_batch(self._mesh, host)
-        return encode(self._encoders.graphs, self._dtype, self._mesh, self._encoders.weights, *given)
+        batch = put_batch(self._mesh, host)
+        return encode(self._encoders.graphs, self._dtype, self._mesh, self._encoders.weights, *batch)
 
 
-def _settings(config: PrecomputeConfig, encoders: Encoders, source: RecordSource) -> LatentMetadata:
-    data = config.data
-    return LatentMetadata(
-        config.model,
-        identity_of(encoders),
-        data.target_size,
-        data.condition_size,
-        data.crop,
-        config.max_sequence_length or encoders.default_t5_length,
-        config.dtype,
-        source.fingerprint,
-    )
-
-
-def _begin(out: Path, settings: LatentMetadata) -> None:
-    """Makes the folder, or makes sure that what it holds was made alike."""
-    if (out / SETTINGS).exists():
-        wanted = vars(settings)
-        require_same(out, read_settings(out), {name: wanted[name] for name in wanted if name != "model"})
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: holds other files; name an empty folder")
-    else:
-        write_file(out / SETTINGS, settings_text(settings))
-
-
-def _apart(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
+def _split_batch(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
     arrays, row = jax.device_get(encoded), 0
     for one in batch:
         if one.entry.trouble or arrays is None:
@@ -388,16 +300,3 @@ def _apart(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tuple[Ent
         }
         yield one.entry, tensors | ({"text_with_reflection": arrays.text[row, 0]} if one.entry.has_reflection else {})
         row += 1
-
-
-def _write_file(path: Path, records: list[tuple[Entry, dict[str, np.ndarray]]]) -> int:
-    assert len(records) <= RECORDS_IN_FILE
-    tensors = {f"{i}.{name}": tensor for i, (_, found) in enumerate(records) for name, tensor in found.items()}
-    with atomic_output(path) as file:
-        save_tensors(file, tensors, {"entries": json.dumps([list(entry) for entry, _ in records])})
-    return len(records)
-
-
-def _there(pixels: np.ndarray | None) -> np.ndarray:
-    assert pixels is not None
-    return pixels

@@ -1,4 +1,4 @@
-"""GenRef as a data set of TensorFlow Datasets: ArrayRecord files with random access, made without TensorFlow."""
+"""Writes GenRef as a TensorFlow Datasets data set: ArrayRecord files, made without TensorFlow."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ RECORDS_IN_FILE = 512  # about 0.8 GB of GenRef
 
 
 class GenRef(tfds.core.GeneratorBasedBuilder):
-    """Pairs of a bad and a good picture of one prompt; a split is a subset, in the order of its source.
+    """Pairs of a bad and a good image of one prompt; a split is a subset, in the order of its source.
 
-    A record that cannot be read is kept with its ``trouble`` and without the rest, so that every other one has the
-    number it has in the source.
+    A record that cannot be read is kept with its ``trouble`` alone, so that all others keep their source's numbers.
 
     Args:
-        source: what is written; not needed to read.
+        source: the records to write; not needed for reading.
         progress: called after each record.
     """
 
     name = NAME
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, source: RecordSource | None = None, progress: Any = None, **how: Any):
+    def __init__(self, *, source: RecordSource | None = None, progress: Any = None, **options: Any):
         self._source, self._progress = source, progress
-        super().__init__(**how)
+        super().__init__(**options)
 
     def _info(self) -> Any:
         texts = {name: tfds.features.Text() for name in ("key", "prompt", "reflection", "trouble")}
@@ -60,25 +59,32 @@ class GenRef(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, subset: str) -> Iterator[tuple[int, dict[str, Any]]]:
         assert self._source is not None
         for index in range(self._source.counts[subset]):
-            yield index, _example(self._source, subset, index)
+            trouble = ""
+            try:
+                record = self._source.read(subset, index)
+            except RecordError as error:
+                record, trouble = Record("", subset, "", "", b"", b""), str(error)
+            fields = {name: value for name, value in record._asdict().items() if name != "subset"}
+            yield index, fields | {"trouble": trouble}
             if self._progress is not None:
                 self._progress()
 
     def _generate_splits(self, dl_manager: Any, download_config: Any) -> list[Any]:
         """Writes records as they come.
 
-        TFDS's own way sorts them, in files of its own that need TensorFlow as soon as a split is larger than 1 GB.
+        TFDS itself sorts them through temporary files, which needs TensorFlow once a split exceeds 1 GB.
         """
         return [self._write_split(name, found) for name, found in self._split_generators(dl_manager).items()]
 
     def _write_split(self, name: str, found: Iterator[tuple[int, dict[str, Any]]]) -> Any:
         features: Any = self.info.features
         assert self._source is not None
-        lengths = [len(part) for part in batched_range(self._source.counts[name], RECORDS_IN_FILE)]
+        count = self._source.counts[name]
+        lengths = [min(RECORDS_IN_FILE, count - start) for start in range(0, count, RECORDS_IN_FILE)]
         template, written = self._get_filename_template(split_name=name), 0
         for number, length in enumerate(lengths):
             path = template.sharded_filepath(shard_index=number, num_shards=len(lengths))
-            writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # pictures do not shrink any more
+            writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # images are compressed already
             for _, example in islice(found, length):
                 content = features.serialize_example(example)
                 writer.write(content)
@@ -87,42 +93,25 @@ class GenRef(tfds.core.GeneratorBasedBuilder):
         return tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=written, filename_template=template)
 
 
-def batched_range(count: int, size: int) -> list[range]:
-    """range(count) in pieces of ``size``; the last may be shorter."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _example(source: RecordSource, subset: str, index: int) -> dict[str, Any]:
-    trouble = ""
-    try:
-        record = source.read(subset, index)
-    except RecordError as error:
-        record, trouble = Record("", subset, "", "", b"", b""), str(error)
-    return {name: value for name, value in record._asdict().items() if name != "subset"} | {"trouble": trouble}
-
-
 def write_tfds(source: RecordSource, out: Path, *, show: bool = True) -> Path:
-    """Writes all records to ``out/genref/1.0.0``; that folder is there whole or not at all.
+    """Writes all records to ``out/genref/1.0.0``, atomically, and returns that folder.
 
     Args:
         show: draw a progress bar.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: there is such a data set already, or a shard cannot be read.
     """
     folder = out / NAME / VERSION
     if folder.exists():
-        raise InputError(f"{folder}: holds a data set already; remove it or name another folder")
+        raise InputError(f"{folder}: contains a data set already; remove it or name another folder")
     tfds.disable_progress_bar()
     with count_progress(show) as bar:
         task = bar.add_task("Writing records", total=sum(source.counts.values()))
         builder = GenRef(
             source=source, progress=lambda: bar.advance(task), data_dir=str(out), file_format="array_record"
         )
-        # It announces a download, and makes a folder for what would be downloaded.
+        # It announces a download, and makes a folder for it.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as empty:
             builder.download_and_prepare(download_dir=empty)
     return folder

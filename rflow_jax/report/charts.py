@@ -1,4 +1,4 @@
-"""Line charts as numbers: where everything lies; ``page.html`` draws them as SVG."""
+"""The layout of line charts; ``page.html`` draws them as SVG."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ class Series:
     """One run's curve.
 
     Attributes:
-        run: its number, for the colour.
+        run: its index, for the colour.
         name: its name, for the label.
         values: one for each number of images; None where there is nothing to show.
     """
@@ -126,6 +126,7 @@ def chart(
     left, right, top, bottom = style.left, style.width - max(style.right, room), style.top, style.height - style.bottom
     inset = 20 if style.named else 5  # keeps marks and their labels off the axis
     levels = ticks(y_values, style.ticks, decides)
+    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
     span = math.log2(numbers[-1]) or 1.0
 
     def x(number: int) -> float:
@@ -138,7 +139,7 @@ def chart(
     for one in series:
         points = tuple((x(n), y(v)) for n, v in zip(numbers, one.values, strict=True) if v is not None)
         lines.append(Line(one.run, one.name, points, "M" + " L".join(f"{px},{py}" for px, py in points)))
-    # The greatest number need be no power of two, and then may lie close to one.
+    # The largest number need not be a power of two, and may then be close to one.
     kept = [n for n in numbers[:-1] if x(numbers[-1]) - x(n) > 28] if style.named else [numbers[0]][: len(numbers) - 1]
     kept.append(numbers[-1])
     labels = _at_ends(series, lines, style, decides) if at_ends else []
@@ -154,7 +155,9 @@ def chart(
         bottom=bottom,
         summary=_summary(title, numbers, series, decides),
         x_ticks=tuple(Label(x(n), bottom + 17, str(n)) for n in kept),
-        y_ticks=tuple(Label(left - 8, y(level), _tick(level, levels, decides)) for level in levels),
+        y_ticks=tuple(
+            Label(left - 8, y(level), f"{100 * level:g} %" if decides else f"{level:.{digits}f}") for level in levels
+        ),
         x_title=Label((left + right) / 2, style.height - 4, "number of images") if style.named else None,
         lines=tuple(line for line in lines if line.points),
         labels=tuple(labels),
@@ -167,7 +170,8 @@ def _at_ends(series: Sequence[Series], lines: Sequence[Line], style: Style, deci
     for one, line in zip(series, lines, strict=True):
         if line.points:
             px, py = line.points[-1]
-            name = f"{_cut(one.name, style.named)} " if style.named else ""
+            name = one.name if len(one.name) <= style.named else one.name[: style.named - 1] + "…"
+            name = f"{name} " if style.named else ""
             last = next(v for v in reversed(one.values) if v is not None)
             labels.append(Label(px + 8, py, name + value(last, decides), one.run, beside=True))
     labels.sort(key=lambda label: label.y)
@@ -187,17 +191,6 @@ def _apart(ys: Sequence[int | float], gap: int) -> list[float]:
 
 def _start(crowd: Sequence[int | float], gap: int) -> float:
     return sum(crowd) / len(crowd) - gap * (len(crowd) - 1) / 2
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _tick(level: float, levels: Sequence[float], decides: bool) -> str:
-    if decides:
-        return f"{100 * level:g} %"
-    step = levels[1] - levels[0]
-    return f"{level:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
 def _summary(title: str, numbers: Sequence[int], series: Sequence[Series], decides: bool) -> str:

@@ -1,4 +1,4 @@
-"""What runs are called, and numbers in words."""
+"""Names of runs, numbers in words, and the curves of scores."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,12 @@ from rflow_jax.report.runs import Prompt, Run
 def names(runs: Sequence[Run]) -> list[str]:
     """The last parts of each run's path, as many as no other run's path ends with."""
     paths = [run.folder.absolute().parts for run in runs]
-    return [_name(path, [other for other in paths if other != path]) for path in paths]
-
-
-def _name(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    lengths = range(1, len(path))
-    length = next((n for n in lengths if all(other[-n:] != path[-n:] for other in others)), len(path))
-    return "/".join(path[-length:])
+    found = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        unique = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+        found.append("/".join(path[-next(unique, len(path)) :]))
+    return found
 
 
 def count(number: int, what: str) -> str:
@@ -44,10 +43,12 @@ def duration(seconds: float) -> str:
 
 
 def verifier(run: Run) -> str:
-    """Who scored the pictures."""
+    """The model that scored the images."""
     if not run.verified:
         return "none"
-    return _text(_section(run, "verifier").get("model")) or _text(_section(run, "verifier").get("name")) or "unknown"
+    section = run.config.get("verifier")
+    section = section if isinstance(section, dict) else {}
+    return _text(section.get("model")) or _text(section.get("name")) or "unknown"
 
 
 def model(run: Run) -> str:
@@ -57,13 +58,8 @@ def model(run: Run) -> str:
 
 
 def strategy(run: Run) -> str:
-    """How it searched."""
+    """The kind of search."""
     return _text(run.config.get("strategy")).replace("_", " + ") or "unknown"
-
-
-def _section(run: Run, key: str) -> dict[Any, Any]:
-    section = run.config.get(key)
-    return section if isinstance(section, dict) else {}
 
 
 def _text(value: Any) -> str:
@@ -124,16 +120,10 @@ def curve(run: Run, tag: str, numbers: Sequence[int]) -> Curve:
 
 
 def _mean(prompts: Sequence[Prompt], count: int, decides: bool) -> float | None:
-    values = [value for prompt in prompts if (value := _best(prompt, count, decides)) is not None]
+    best = [prompt.pictures[k].verdict for prompt in prompts if (k := prompt.best(count)) is not None]
+    scores = [float(verdict.label == "yes") if decides else verdict.score for verdict in best if verdict]
+    values = [score for score in scores if score is not None]
     return sum(values) / len(values) if values else None
-
-
-def _best(prompt: Prompt, count: int, decides: bool) -> float | None:
-    best = prompt.best(count)
-    verdict = None if best is None else prompt.pictures[best].verdict
-    if verdict is None:
-        return None
-    return float(verdict.label == "yes") if decides else verdict.score
 
 
 def summary_table(runs: Sequence[Run]) -> Table:

@@ -1,4 +1,4 @@
-"""The page: a file that needs nothing beside it but the searches' pictures."""
+"""The HTML page: one file that needs only the searches' images beside it."""
 
 import base64
 import hashlib
@@ -39,7 +39,7 @@ def write_page(runs: Sequence[Run], out: Path | None = None) -> Path:
     """As :func:`write_report`, for searches that have been read."""
     folder = runs[0].folder if out is None else out
     page = folder / "index.html"
-    # A name that is no Unicode text (Linux allows it) must not stop the report.
+    # A name that is not Unicode text (Linux allows it) must not stop the report.
     write_file(page, render(runs, folder).encode("utf-8", "replace"))
     return page
 
@@ -85,15 +85,17 @@ def _entry(of_run: dict[int, Prompt], runs: int, numbers: Sequence[int]) -> dict
     prompts = [of_run.get(number) for number in range(runs)]
     first = next(iter(of_run.values()))
     pictures = [prompt and [_details(picture, prompt.folder) for picture in prompt.pictures] for prompt in prompts]
+    text = json.dumps(pictures, separators=(",", ":"), allow_nan=False)
     return {
         "text": first.text,
         "tag": first.tag,
-        "runs": [prompt and _in_short(prompt, numbers) for prompt in prompts],
-        "packed": _pack(pictures),
+        "runs": [prompt and _overview(prompt, numbers) for prompt in prompts],
+        # Compressed: the texts of 553 prompts with 32 images are tens of megabytes otherwise.
+        "packed": base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii"),
     }
 
 
-def _in_short(prompt: Prompt, numbers: Sequence[int]) -> dict[str, Any]:
+def _overview(prompt: Prompt, numbers: Sequence[int]) -> dict[str, Any]:
     best_of_first = [prompt.best(number) for number in numbers]
     shown = dict.fromkeys([0, *(k for k in best_of_first if k is not None)])
     return {
@@ -129,12 +131,6 @@ def _details(picture: Picture, folder: str) -> dict[str, Any]:
     return {key: value for key, value in details.items() if value not in (None, "", [])}
 
 
-def _pack(value: Any) -> str:
-    """JSON, compressed: the texts of 553 prompts with 32 images are tens of megabytes otherwise."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
-
-
 def _url(path: str) -> str:
     return quote(os.fsencode(Path(path).as_posix()))
 
@@ -165,7 +161,7 @@ def _of(runs: Sequence[Run], decides: bool) -> list[int]:
 
 
 def _curves(runs: Sequence[Run], decides: bool) -> dict[str, Any]:
-    """All charts of the runs whose verifiers measure alike."""
+    """The charts of the runs whose verifiers decide, or of those whose verifiers grade."""
     chosen, all_names = _of(runs, decides), names.names(runs)
     numbers = numbers_of_images(runs[number] for number in chosen)
     found = {tag: [curve(runs[k], tag, numbers) for k in chosen] for tag in [OVERALL, *tags([runs[k] for k in chosen])]}

@@ -1,4 +1,4 @@
-"""The folder of a search, read back: its pictures in the order in which they were made."""
+"""Reads the folder of a search: its images in the order in which they were made."""
 
 import json
 import re
@@ -45,7 +45,7 @@ class Picture:
 
     Attributes:
         file: relative to the prompt's folder.
-        size: width and height in pixels; None if the file is missing or no image.
+        size: width and height in pixels; None if the file is missing or not an image.
         stage: "noise", "prompt", "reflect", "neighbour" or "given".
         parent: position of the picture that it corrects.
         verdict: None if no verifier looked at it.
@@ -88,9 +88,8 @@ class Run:
     """One search.
 
     Attributes:
-        folder: where it lies.
-        config: what ``config.yaml`` says.
-        usage: what ``usage.json`` says: ``seconds`` and ``cost`` (in dollars), where they are known.
+        config: content of ``config.yaml``.
+        usage: content of ``usage.json``: ``seconds`` and ``cost`` (in dollars), where they are known.
         prompts: those that are finished, in the order of their folders.
         running: how many are not.
     """
@@ -103,7 +102,7 @@ class Run:
 
     @cached_property
     def verified(self) -> bool:
-        """Whether a verifier looked at any picture."""
+        """Whether a verifier judged any image."""
         return any(picture.verdict for prompt in self.prompts for picture in prompt.pictures)
 
     @cached_property
@@ -133,7 +132,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads searches.
 
     Raises:
-        InputError: no folder, one that holds no search, no finished prompt, or a file that cannot be read.
+        InputError: no folder, one that contains no search, no finished prompt, or a file that cannot be read.
     """
     if not folders:
         raise InputError("no folder: give the --out of one or more searches")
@@ -150,8 +149,19 @@ def read_run(folder: Path) -> Run:
     finished = [prompt for path in begun if (prompt := _read_prompt(path))]
     if not finished:
         raise InputError(f"{folder}: no prompt is finished yet ({len(begun)} begun); report on it later")
-    config = _read_config(folder / "config.yaml")
-    return Run(folder, config, _read_usage(folder / "usage.json"), tuple(finished), len(begun) - len(finished))
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+    except yaml.YAMLError as error:
+        raise InputError(f"{folder / 'config.yaml'}: not YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.yaml'}: expected keys with values")
+    try:
+        usage = json.loads((folder / "usage.json").read_bytes()) if (folder / "usage.json").is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{folder / 'usage.json'}: not JSON ({error})") from error
+    known = usage.items() if isinstance(usage, dict) else ()
+    usage = {key: float(value) for key, value in known if isinstance(value, int | float)}
+    return Run(folder, config, usage, tuple(finished), len(begun) - len(finished))
 
 
 def _read_prompt(folder: Path) -> Prompt | None:
@@ -182,10 +192,15 @@ def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
     if file.is_absolute() or ".." in file.parts:
         raise ValueError(f"file is {record['file']!r}, outside the prompt's folder")
     if parent is not None and not 0 <= parent < position:
-        raise ValueError(f"parent is {parent}, which is no earlier record")
+        raise ValueError(f"parent is {parent}, which is not an earlier record")
+    try:
+        with PIL.Image.open(folder / file) as image:  # reads no more than the header
+            size = image.size
+    except (OSError, ValueError, PIL.Image.DecompressionBombError):
+        size = None
     return Picture(
         file=record["file"],
-        size=_size(folder / file),
+        size=size,
         round=record["round"],
         branch=record["branch"],
         stage=record["stage"],
@@ -221,14 +236,6 @@ def _check(record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> 
             raise ValueError(f"{key} is {value!r:.80}" if key in record else f"no {key}")
 
 
-def _size(path: Path) -> tuple[int, int] | None:
-    try:
-        with PIL.Image.open(path) as image:  # reads no more than the header
-            return image.size
-    except (OSError, ValueError, PIL.Image.DecompressionBombError):
-        return None
-
-
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file and the numbers of their lines."""
     # Split as bytes: the text may hold other ends of lines than \n.
@@ -242,24 +249,3 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise InputError(f"{path}, line {number}: not a JSON object")
         yield number, value
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected keys with values")
-    return config
-
-
-def _read_usage(path: Path) -> dict[str, float]:
-    if not path.is_file():
-        return {}
-    try:
-        usage = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    known = usage.items() if isinstance(usage, dict) else ()
-    return {key: float(value) for key, value in known if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""Many images before one verifier: as many at once, and as full batches, as it takes."""
+"""Scores many images with one verifier, with as many concurrent calls and as full batches as it takes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL.Image
 
@@ -23,25 +22,29 @@ from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.reward import find_step
 
 Chunk = list[tuple[int, Target]]
+Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
 PIXELS_AT_ONCE = 2**27  # of the images that a thread holds, beyond a batch: 400 MB in RGB
 
 
 def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[int, Found]]:
     """Each image's verdict as it comes, with the key of its target; the verifier is closed in the end.
 
-    Images are read by a thread more than the verifier takes calls, so that it need not wait for the disk.
+    One thread more than the verifier takes calls reads images, so that it never waits for the disk.
     """
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
     turn, ended = threading.Semaphore(verifier.concurrency), threading.Event()
-    call = partial(_call, verifier, turn, ended)
+
+    def call(chunks: Sequence[Chunk]) -> list[list[tuple[int, Found]]]:
+        return [_score(verifier, turn, ended, chunk) for chunk in chunks]
+
     calls = BatchingPool("score", call, verifier.concurrency + 1, 1, lambda _, found: heard.put(found), heard.put)
-    works = list(targets.items())
-    # Those in this process take several batches, to prepare the next while the device works; others just one.
+    tasks = list(targets.items())
+    # Verifiers in this process take several batches, to prepare the next while the device is busy; others just one.
     size = verifier.batch_size * getattr(verifier, "batches_a_call", 1)
     try:
-        for start in range(0, len(works), size):
-            calls.submit(works[start : start + size])
-        left = len(works)
+        for start in range(0, len(tasks), size):
+            calls.submit(tasks[start : start + size])
+        left = len(tasks)
         while left:
             found = heard.get()
             if isinstance(found, BaseException):
@@ -55,22 +58,16 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
         wait_for(calls)
 
 
-def _call(
-    verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunks: Sequence[Chunk]
-) -> list[list[tuple[int, Found]]]:
-    return [_score(verifier, turn, ended, chunk) for chunk in chunks]
-
-
 def _score(
     verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunk: Chunk
 ) -> list[tuple[int, Found]]:
     found: dict[int, Found] = {}
     for part in _parts(chunk, verifier.batch_size):
-        images = {k: one.image for k, one in part.items() if isinstance(one.image, PIL.Image.Image)}
+        images = {k: image for k, (_, _, image) in part.items() if isinstance(image, PIL.Image.Image)}
         with turn:
-            if ended.is_set():  # nobody waits for these
+            if ended.is_set():  # no one is waiting for these
                 return []
-            items = [part[k].target.item for k in images]
+            items = [part[k][0].item for k in images]
             verdicts = score_images(verifier, list(images.values()), items) if images else []
         judged = dict(zip(images, map(normalize_verdict, verdicts), strict=True))
         for k, (target, sha256, reason) in part.items():
@@ -78,22 +75,14 @@ def _score(
     return list(found.items())
 
 
-class _Read(NamedTuple):
-    """An image that was read, or why it could not be."""
-
-    target: Target
-    sha256: str | None
-    image: PIL.Image.Image | str
-
-
-def _parts(chunk: Chunk, batch_size: int) -> Iterator[dict[int, _Read]]:
-    """A chunk bit by bit: full batches, and no more of them than there is room for."""
-    part: dict[int, _Read] = {}
+def _parts(chunk: Chunk, batch_size: int) -> Iterator[dict[int, Read]]:
+    """Splits a chunk into full batches that fit in memory together."""
+    part: dict[int, Read] = {}
     count = pixels = 0
     for k, target in chunk:
-        part[k] = read = _read(target)
-        if isinstance(read.image, PIL.Image.Image):
-            count, pixels = count + 1, pixels + read.image.width * read.image.height
+        part[k] = _, _, image = _read(target)
+        if isinstance(image, PIL.Image.Image):
+            count, pixels = count + 1, pixels + image.width * image.height
             if pixels >= PIXELS_AT_ONCE and count % batch_size == 0:
                 yield part
                 part, count, pixels = {}, 0, 0
@@ -101,20 +90,20 @@ def _parts(chunk: Chunk, batch_size: int) -> Iterator[dict[int, _Read]]:
         yield part
 
 
-def _read(target: Target) -> _Read:
+def _read(target: Target) -> Read:
     digest = None
     try:
         content = target.path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        return _Read(target, digest, image_in(content))
+        return target, digest, image_in(content)
     except InputError as error:
-        return _Read(target, digest, str(error))
+        return target, digest, str(error)
     except (OSError, ValueError) as error:
-        return _Read(target, None, f"cannot read the file ({getattr(error, 'strerror', None) or error})")
+        return target, None, f"cannot read the file ({getattr(error, 'strerror', None) or error})"
 
 
 def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
-    """The settings of a verifier, and of an ensemble's members, with the checkpoints that they mean now.
+    """The settings of a verifier and of an ensemble's members, with the checkpoints that they resolve to now.
 
     Raises:
         InputError: a reward model's checkpoint is not there.

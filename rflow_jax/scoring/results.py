@@ -1,4 +1,4 @@
-"""The file of verdicts: JSON lines that are added as they come, so that a killed run has lost none."""
+"""The file of verdicts: JSON lines appended as they come, so that a killed run loses none."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _START, _REST = b'{"image": "', b', "item": {'
 
 @dataclass(frozen=True)
 class Found:
-    """What was found about an image.
+    """The result for one image.
 
     Attributes:
         sha256: of the file's bytes; None if it could not be read.
-        verifier: the name of who judged; None where nobody did, or an older file does not say.
+        verifier: its name; None where there was none, or an older file does not say.
     """
 
     target: Target
@@ -46,16 +46,16 @@ class Found:
 
 
 class Results:
-    """The file, and what stands in it; a context manager that keeps other processes out meanwhile.
+    """The file and its content; a context manager that locks other processes out.
 
-    A file that is not there yet is made by :meth:`begin`.
+    A new file is created by :meth:`begin`.
 
     Args:
-        path: of the file; None keeps nothing.
+        path: of the file; None: nothing is stored.
         verifier: the settings that scores follow from.
 
     Raises:
-        InputError: the file cannot be used, holds something else, or another process writes into it.
+        InputError: the file cannot be used, contains something else, or another process writes into it.
     """
 
     def __init__(self, path: Path | None, verifier: Mapping[str, Any]) -> None:
@@ -69,7 +69,10 @@ class Results:
             if path.exists():
                 self.begin()
             else:
-                _require_place(path)
+                # Checked before anything expensive begins, though the file is created after it.
+                parent = next(parent for parent in path.parents if parent.exists())
+                if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                    raise InputError(f"{path}: {parent} is not a writable folder; give another file as --out")
 
     def __enter__(self) -> Results:
         return self
@@ -81,17 +84,19 @@ class Results:
             self._held.close()
 
     def begin(self) -> None:
-        """Makes the file if it is not there yet, and keeps other processes out from now on.
-
-        Raises:
-            InputError: as the class.
-        """
+        """Creates the file if it is new, and locks other processes out from now on."""
         if self._path is None or self._held is not None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._held = _claimed(self._path)
+        path = self._path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file; give another as --out")
+        self._held = try_lock(path)
+        if self._held is None:
+            raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out")
         try:
-            self._read(self._path)
+            remove_beginnings(path.parent, path.name)
+            self._read(path)
         except BaseException:
             self._held.close()
             raise
@@ -101,26 +106,26 @@ class Results:
         return bool(self._scored)
 
     def known(self, target: Target, sha256: str) -> Found | None:
-        """What this verifier found about these bytes and this prompt, if it is a score."""
+        """This verifier's earlier result for these bytes and this prompt, if it is a score."""
         kept = self._scored.get(_key(sha256, self._settings, target.item))
         return kept and Found(target, sha256, *kept)
 
     def add(self, found: Found) -> None:
-        """Writes a verdict down, whole or not at all."""
+        """Appends a verdict, whole or not at all."""
         self.begin()
         if self._path is not None:
             append_line(self._path, json_line(self._line(found)))
 
     def finish(self, all_found: Iterable[Found]) -> None:
-        """Brings the file into order: what else it held, then one line for each of these images."""
+        """Rewrites the file in order: its other lines, then one line for each of these images."""
         self.begin()
         if self._path is None:
             return
         for found in all_found:
             line = self._line(found)
-            place = _place(line)
-            self._lines.pop(place, None)
-            self._lines[place] = line
+            key = _line_key(line)
+            self._lines.pop(key, None)
+            self._lines[key] = line
         write_file(self._path, "".join(map(json_line, self._lines.values())))
 
     def _line(self, found: Found) -> dict[str, Any]:
@@ -135,29 +140,25 @@ class Results:
 
     def _read(self, path: Path) -> None:
         lines, torn = read_lines(path)
-        for number, line in enumerate(lines, 1):
-            self._remember(line, f"{path}:{number}")
-        if not torn:
-            return
-        if not lines and not _begins(torn):
-            raise InputError(f"{path}:1: no line of infer.py score; give another file as --out")
-        truncate_partial_line(path, torn)  # only now: another's file stays as it is
-
-    def _remember(self, text: str, where: str) -> None:
-        try:
-            line = json.loads(text)
-            verdict, place = read_verdict(line["verdict"]), _place(line)
-            key = _key(line["sha256"], line["settings"], line["item"])
-            _require_kinds(verdict)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{where}: no line of infer.py score; give another file as --out") from error
-        self._lines[place] = line
-        if verdict.scored:
-            self._scored[key] = verdict, line.get("verifier")
+        for number, text in enumerate(lines, 1):
+            try:
+                line = json.loads(text)
+                verdict, line_key = read_verdict(line["verdict"]), _line_key(line)
+                key = _key(line["sha256"], line["settings"], line["item"])
+                _require_kinds(verdict)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not a line of rflow score; give another file as --out") from error
+            self._lines[line_key] = line
+            if verdict.scored:
+                self._scored[key] = verdict, line.get("verifier")
+        if torn and not lines and not _begins(torn):
+            raise InputError(f"{path}:1: not a line of rflow score; give another file as --out")
+        if torn:
+            truncate_partial_line(path, torn)  # only now: a file of another program stays as it is
 
 
 def shown(path: Path) -> str:
-    """A path as text of one line, whatever bytes it is made of."""
+    """A path as one line of text, whatever bytes it consists of."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
@@ -166,13 +167,13 @@ def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:
     return json.dumps([sha256, settings, item], sort_keys=True)
 
 
-def _place(line: Mapping[str, Any]) -> str:
-    """Lines about the same image, prompt and verifier: a later one replaces the earlier."""
+def _line_key(line: Mapping[str, Any]) -> str:
+    """The key of an image, prompt and verifier: a later line replaces an earlier one with the same key."""
     return _key(line["image"], line["settings"], line["item"])
 
 
 def _require_kinds(verdict: Verdict) -> None:
-    """Raises TypeError for a verdict that was edited into something else."""
+    """Raises TypeError for a verdict with values of wrong types."""
     number, text = (int, float, type(None)), (str, type(None))
     if not isinstance(verdict.score, number) or isinstance(verdict.score, bool):
         raise TypeError("score")
@@ -185,27 +186,9 @@ def _require_kinds(verdict: Verdict) -> None:
 
 
 def _begins(torn: bytes) -> bool:
-    """Whether this can be the beginning of a line that was cut."""
+    """Whether this can be the beginning of a truncated line."""
     if len(torn) <= len(_START):
         return _START.startswith(torn)
     match = _BEGINNING.fullmatch(torn)
     rest = match and (match["rest"] or b"")
     return rest is not None and (rest.startswith(_REST) or _REST.startswith(rest))
-
-
-def _require_place(path: Path) -> None:
-    """Said before anything expensive begins, though the file is made after it."""
-    there = next(parent for parent in path.parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: {there} is no folder that can be written to; give another file as --out")
-
-
-def _claimed(path: Path) -> IO[bytes]:
-    """The file, held open and locked."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no regular file; give another as --out")
-    held = try_lock(path)
-    if held is None:
-        raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out")
-    remove_beginnings(path.parent, path.name)
-    return held

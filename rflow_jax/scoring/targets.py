@@ -1,4 +1,4 @@
-"""What ``infer.py score`` is told."""
+"""The configuration of ``rflow score``, and the images that it names."""
 
 from __future__ import annotations
 
@@ -77,20 +77,15 @@ def find_targets(config: ScoreConfig) -> list[Target]:
     """
     if config.prompts is not None:
         return list(_listed(Path(config.prompts)))
-    found = [target for word in config.images for path in _matching(word) for target in _under(path, config)]
+    found: list[Target] = []
+    for pattern in config.images:  # no shell may have expanded it
+        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise InputError(f"{pattern}: no such file or folder")
+        found += [target for path in paths for target in _under(Path(path), config)]
     if not found:
         raise InputError(f"{', '.join(config.images)}: no image there")
     return found
-
-
-def _matching(word: str) -> list[Path]:
-    """A path, or what a pattern that no shell has expanded matches."""
-    if Path(word).exists():
-        return [Path(word)]
-    matching = sorted(glob.glob(word, recursive=True))
-    if not matching:
-        raise InputError(f"{word}: no such file or folder")
-    return [Path(match) for match in matching]
 
 
 def _under(path: Path, config: ScoreConfig) -> Iterator[Target]:
@@ -105,35 +100,32 @@ def _under(path: Path, config: ScoreConfig) -> Iterator[Target]:
         raise InputError(f"{path}: no prompts (00000/{METADATA}, ...) there; for a folder of images give --prompt")
     for folder in folders:
         files = image_files(folder / config.samples)
-        item, error = _metadata(folder / METADATA) if files else ({}, None)
+        if not files:
+            continue
+        metadata = folder / METADATA
+        try:
+            item, error = _checked(_parsed(metadata.read_text(encoding="utf-8"), str(metadata)), str(metadata))
+        except OSError as reason:
+            item, error = {}, f"no prompt: {metadata}: {reason.strerror}"
+        except InputError as reason:
+            item, error = {}, f"no prompt: {reason}"
+        except (ValueError, RecursionError):
+            item, error = {}, f"no prompt: {metadata} is not JSON"
         yield from (Target(file, item, error) for file in files)
 
 
-def _metadata(path: Path) -> tuple[Mapping[str, Any], str | None]:
-    """The entry of a prompt's folder, and why it cannot be used."""
-    try:
-        item = _parsed(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        return {}, f"no prompt: {path}: {error.strerror}"
-    except InputError as error:
-        return {}, f"no prompt: {error}"
-    except (ValueError, RecursionError):
-        return {}, f"no prompt: {path} is not JSON"
-    return _checked(item, str(path))
-
-
-def _parsed(text: str, where: str) -> Any:
-    """What JSON says; raises InputError where UTF-8 cannot hold it."""
+def _parsed(text: str, source: str) -> Any:
+    """The JSON value; raises InputError where UTF-8 cannot represent it."""
     found = json.loads(text)
-    require_text(json.dumps(found, ensure_ascii=False), where)
+    require_text(json.dumps(found, ensure_ascii=False), source)
     return found
 
 
-def _checked(item: Any, where: str) -> tuple[Mapping[str, Any], str | None]:
+def _checked(item: Any, source: str) -> tuple[Mapping[str, Any], str | None]:
     item = item if isinstance(item, dict) else {}
     prompt = item.get("prompt")
     usable = isinstance(prompt, str) and prompt.strip()
-    return item, None if usable else f"no prompt: {where} has none"
+    return item, None if usable else f"no prompt: {source} has none"
 
 
 def _listed(path: Path) -> Iterator[Target]:
@@ -147,16 +139,16 @@ def _listed(path: Path) -> Iterator[Target]:
     if not entries:
         raise InputError(f"{path}: names no images")
     for number, line in entries:
-        where = f"{path}:{number}"
+        source = f"{path}:{number}"
         try:
-            entry = _parsed(line, where)
+            entry = _parsed(line, source)
         except InputError:
             raise
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: no JSON object ({getattr(error, 'msg', error)})") from error
+            raise InputError(f"{source}: not a JSON object ({getattr(error, 'msg', error)})") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise InputError(f'{where}: expected an object such as {{"image": "a.png", "prompt": "a cat"}}')
+            raise InputError(f'{source}: expected an object such as {{"image": "a.png", "prompt": "a cat"}}')
         if "\0" in entry["image"]:
-            raise InputError(f"{where}: image holds a NUL, which no path can")
-        item, problem = _checked({key: value for key, value in entry.items() if key != "image"}, where)
+            raise InputError(f"{source}: image contains a NUL, which no path can")
+        item, problem = _checked({key: value for key, value in entry.items() if key != "image"}, source)
         yield Target(path.parent / entry["image"], item, problem)

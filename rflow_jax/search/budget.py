@@ -1,4 +1,4 @@
-"""What a run has used, over all its starts: seconds, images, questions, tokens, dollars."""
+"""What a run has used over all its starts: seconds, images, calls, tokens, dollars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.atomic_io import remove_beginnings, write_file
@@ -15,20 +14,27 @@ EVERY = 10.0  # seconds between writes
 
 
 class Budget:
-    """A meter for each role, and the file that keeps them: ``usage.json`` (of further processes ``usage_{k}.json``).
+    """A meter for each role, and the file that keeps them: ``usage.json`` (``usage_{k}.json`` for further processes).
 
     Args:
         budget: US dollars; None for no limit.
     """
 
-    def __init__(self, out: Path, place: int, roles: tuple[str, ...], budget: float | None) -> None:
-        self._path = out / (f"usage_{place}.json" if place else "usage.json")
+    def __init__(self, out: Path, process_index: int, roles: tuple[str, ...], budget: float | None) -> None:
+        self._path = out / (f"usage_{process_index}.json" if process_index else "usage.json")
         self._budget = budget
-        before = _read(self._path)
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        before = content if isinstance(content, dict) else {}
         self._seconds = float(before.get("seconds", 0.0))
         self._images = int(before.get("images", 0))
-        spent = before.get("roles", {})
-        self.meters = {role: UsageTracker(_usage(spent.get(role, {}))) for role in roles}
+        known = {field.name for field in fields(Usage)}
+        self.meters = {}
+        for role in roles:
+            spent = before.get("roles", {}).get(role, {})
+            self.meters[role] = UsageTracker(Usage(**{key: value for key, value in spent.items() if key in known}))
         self._began = self._written = time.monotonic()
         self._owned = False
 
@@ -37,7 +43,7 @@ class Budget:
         return sum((meter.snapshot() for meter in self.meters.values()), Usage())
 
     def over_budget(self) -> str | None:
-        """Why no further question should be asked, if so."""
+        """Why no further call should be made, or None."""
         if self._budget is None:
             return None
         cost = self.total().cost
@@ -50,8 +56,8 @@ class Budget:
 
         Args:
             images: made since this start.
-            busy: part of the time that the generator worked.
-            now: also if it was written a moment ago.
+            busy: fraction of the time that the generator was busy.
+            now: write even if the file was written less than :data:`EVERY` seconds ago.
         """
         moment = time.monotonic()
         if not now and moment - self._written < EVERY:
@@ -69,16 +75,3 @@ class Budget:
             "roles": {role: meter.snapshot().as_dict() for role, meter in self.meters.items()},
         }
         write_file(self._path, json.dumps(content, indent=2) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _usage(content: dict[str, Any]) -> Usage:
-    known = {field.name for field in fields(Usage)}
-    return Usage(**{name: value for name, value in content.items() if name in known})

@@ -1,4 +1,4 @@
-"""What a search is told: one YAML file, or the flags of ``infer.py noise``, ``noise-prompt`` and ``reflect``."""
+"""The configuration of a search: one YAML file, or the flags of ``rflow noise``, ``noise-prompt`` and ``reflect``."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -121,7 +121,7 @@ class SearchConfig:
         """Checks what one kind of search needs.
 
         Args:
-            given: the first images come from a folder.
+            given: whether the first images come from a folder.
 
         Raises:
             InputError: no corrector, no verifier, more branches than images to choose them from, or a budget in dollars
@@ -136,7 +136,17 @@ class SearchConfig:
             raise InputError("stop_score: an ensemble ranks the images of a prompt, and has no score to stop at")
         if kind == "noise-prompt" and self.noise.method != "random":
             raise InputError("noise.method is zero_order: noise-prompt takes fresh noise; set it to random")
-        self._require_prices(kind)
+        asked = {"verifier": self.verifier, "reflector": self.reflector, "refiner": self.refiner}
+        used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
+        for role in used if self.budget is not None else ():
+            # Models in this process cost nothing, and a class of the user's own may count its cost itself.
+            model = asked[role]
+            members = (isinstance(model, VerifierConfig) and model.members) or (model,)
+            if any(member.asks_endpoint and member.price_input is None for member in members):
+                raise InputError(
+                    f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
+                    f"{role}.price_output (0 for a server of your own)"
+                )
         if kind != "reflect":
             return
         if self.lora is None:
@@ -148,22 +158,11 @@ class SearchConfig:
                 f"{images} images a prompt: raise noise.search_rounds or noise.search_branch"
             )
 
-    def _require_prices(self, kind: Kind) -> None:
-        asked = {"verifier": self.verifier, "reflector": self.reflector, "refiner": self.refiner}
-        used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
-        for role in used if self.budget is not None else ():
-            # Models in this process cost nothing, and a class of the user's own may count its cost itself.
-            if any(one.asks_endpoint and one.price_input is None for one in _endpoints(asked[role])):
-                raise InputError(
-                    f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
-                    f"{role}.price_output (0 for a server of your own)"
-                )
-
     def strategy(self, kind: Kind, given: int | None = None) -> Strategy:
         """The search of one prompt.
 
         Args:
-            given: so many first images come from a folder, in place of the noise stage.
+            given: number of first images that come from a folder, in place of the noise stage.
         """
         rounds, branches = self.noise.search_rounds, self.noise.search_branch
         stages: list[strategies.Stage] = []
@@ -205,20 +204,15 @@ class RunConfig:
     strategy: Kind | None = None
 
     def place(self) -> tuple[int, int]:
-        """(number of this process, number of processes), as ``share`` says.
+        """(index of this process, number of processes) from ``share``.
 
         Raises:
-            InputError: it says something else.
+            InputError: ``share`` is not k/n.
         """
         number, slash, count = self.share.partition("/")
         if not slash or not number.isdecimal() or not count.isdecimal() or not int(number) < int(count):
             raise InputError(f"share is {self.share}: give k/n, the k-th of n processes, such as 0/4")
         return int(number), int(count)
-
-
-def _endpoints(model: VerifierConfig | TextGeneratorConfig) -> tuple[VerifierConfig | TextGeneratorConfig, ...]:
-    """The members of an ensemble, or the model alone."""
-    return (isinstance(model, VerifierConfig) and model.members) or (model,)
 
 
 def _require_size(name: str, rounds: int, branches: int) -> None:

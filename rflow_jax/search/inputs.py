@@ -30,7 +30,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: the prompt file is not UTF-8 text") from error
     entries = [_entry(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not entries:
-        raise InputError(f"{path}: the prompt file holds no prompts")
+        raise InputError(f"{path}: the prompt file contains no prompts")
     return entries
 
 
@@ -46,23 +46,23 @@ def slice_prompts(entries: list[dict[str, Any]], start: int, end: int) -> dict[i
     return {index: entries[index] for index in range(start, stop)}
 
 
-def _entry(line: str, where: str) -> dict[str, Any]:
+def _entry(line: str, source: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not a JSON object ({error.msg}, column {error.colno})") from error
+        raise InputError(f"{source}: not a JSON object ({error.msg}, column {error.colno})") from error
     if not isinstance(entry, dict):
-        raise InputError(f'{where}: expected an object such as {{"prompt": "...", "tag": "counting"}}')
-    require_text(json.dumps(entry, ensure_ascii=False), where)
+        raise InputError(f'{source}: expected an object such as {{"prompt": "...", "tag": "counting"}}')
+    require_text(json.dumps(entry, ensure_ascii=False), source)
     prompt = entry.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{where}: 'prompt' must be a text that is not empty")
+        raise InputError(f"{source}: 'prompt' must be a text that is not empty")
     if not isinstance(entry.get("tag", ""), str):
-        raise InputError(f"{where}: 'tag' must be a text such as \"counting\"")
+        raise InputError(f"{source}: 'tag' must be a text such as \"counting\"")
     for key in ("include", "exclude"):
         objects = entry.get(key, [])
         if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
-            raise InputError(f'{where}: \'{key}\' must be a list of objects such as {{"class": "cat"}}')
+            raise InputError(f'{source}: \'{key}\' must be a list of objects such as {{"class": "cat"}}')
     return entry
 
 
@@ -90,10 +90,6 @@ def given_images(folder: Path, entries: Mapping[int, Mapping[str, Any]]) -> dict
 
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder, in the order of the numbers in their names; none if there is no such folder."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted((file for file in files if file.suffix.lower() in SUFFIXES), key=_in_number)
-
-
-def _in_number(file: Path) -> tuple[list[int], str]:
-    """Rounds count as numbers: 2 comes before 10."""
-    return [int(number) for number in _NUMBERS.findall(file.stem)], file.name
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    # Rounds count as numbers: 2 comes before 10.
+    return sorted(files, key=lambda file: ([int(number) for number in _NUMBERS.findall(file.stem)], file.name))

@@ -1,4 +1,4 @@
-"""Who descends from whom, and who goes on: the decisions of a search, as pure functions.
+"""Descent and selection of samples: the decisions of a search, as pure functions.
 
 A prompt's samples are a sequence in the order in which they were planned; ``parent`` is a position in it.
 """

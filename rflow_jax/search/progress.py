@@ -1,4 +1,4 @@
-"""What a run shows while it works, and what it has counted in the end."""
+"""Live progress of a search, and its final counts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from rflow_jax.openai_client.usage import Usage
 
-LINE_EVERY = 60.0  # seconds between lines where standard error is no terminal
+LINE_EVERY = 60.0  # seconds between lines where standard error is not a terminal
 
 
 class BusyClock:
@@ -58,7 +58,7 @@ class BusyClock:
 
     @property
     def fraction(self) -> float | None:
-        """Busy time over time; None before the first batch."""
+        """Busy time over total time; None before the first batch."""
         with self._lock:
             now = time.monotonic()
             if not self._began or now == self._began:
@@ -97,32 +97,32 @@ class SearchProgress:
         self._task = self._progress.add_task("images", total=images)
 
     def made(self, count: int = 1) -> None:
-        """So many further images were made."""
+        """Counts further images."""
         with self._lock:
             self.images += count
         self._progress.update(self._task, advance=count)
 
     def spared(self, images: int) -> None:
-        """So many images are not needed, or were there before."""
+        """Lowers the total by images that are not needed or existed before."""
         with self._lock:
             self._total -= images
         self._progress.update(self._task, total=self._total)
 
     def judged(self, error: str | None) -> None:
-        """One further image was scored, or why it could not be."""
+        """Counts an image that was scored, or could not be because of ``error``."""
         with self._lock:
             self.scored += error is None
             self.unscored += error is not None
             self._remember("score", error)
 
     def member_failed(self, error: str) -> None:
-        """Why a further image was scored by a part of an ensemble only."""
+        """Counts an image that only some members of an ensemble could score."""
         with self._lock:
             self.partly_scored += 1
             self._remember("score", error)
 
     def text_failed(self, what: str, error: str) -> None:
-        """Why a further reflection or refinement could not be written."""
+        """Counts a reflection or refinement that could not be written."""
         with self._lock:
             self.text_failures += 1
             self._remember(what, error)
@@ -166,7 +166,7 @@ class SearchProgress:
 
 
 class _Note(ProgressColumn):
-    """Words that are asked for at every refresh."""
+    """A column whose text is computed at every refresh."""
 
     def __init__(self, words: Callable[[], str]) -> None:
         super().__init__()

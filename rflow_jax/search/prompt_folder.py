@@ -1,6 +1,6 @@
-"""What has happened to a prompt so far: lines that are only ever added, so that a killed run can go on.
+"""The folder of one prompt, and its append-only journal, from which a killed run resumes.
 
-A line that was cut by a kill is dropped when the journal is opened again: what it said happens once more.
+A line that was cut by a kill is dropped when the journal is opened again; that step is repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a number or an array of NumPy, or of anything else that a class of one's own gives."""
+    """A value that JSON can represent, for NumPy's numbers and arrays and for anything that a user's class returns."""
     for convert in ("tolist", "item"):
         if callable(method := getattr(value, convert, None)):
             return method()
@@ -40,7 +40,7 @@ def _plain(value: Any) -> Any:
 
 
 class Journal:
-    """The journal of one prompt: what is known of each of its images, by the image's position.
+    """The journal of one prompt: what is known about each of its images, by the image's position.
 
     Args:
         path: of the file; it is made with the first line.
@@ -63,7 +63,7 @@ class Journal:
         self._remember(entry)
 
     def remove(self) -> None:
-        """Deletes the file: everything stands in the records."""
+        """Deletes the file: the records contain everything."""
         self._path.unlink(missing_ok=True)
 
     def _remember(self, entry: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class PromptFolder:
     """The folder of one prompt.
 
     Raises:
-        InputError: it holds another prompt.
+        InputError: it belongs to another prompt.
     """
 
     def __init__(self, out: Path, index: int, entry: Mapping[str, Any]) -> None:
@@ -108,11 +108,9 @@ class PromptFolder:
             return False
 
     def read_image(self, name: str) -> Image:
-        """An image that was stored."""
         return read_image(self.path / name)
 
     def write_image(self, name: str, image: Image) -> None:
-        """Stores an image as PNG."""
         write_file(self.path / name, png_bytes(image))
 
     def finish(
@@ -122,33 +120,30 @@ class PromptFolder:
         verdicts = with_ensemble_scores([sample.verdict for sample in samples])
         samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         first = [position for position, sample in enumerate(samples) if not is_correction(sample)]
-        self._place(SAMPLES, samples, first)
+        self._link_chosen(SAMPLES, samples, first)
         if chains(samples):
-            self._place(LAST_ROUND, samples, last_round(samples))
-            self._place(BEST_OF_CHAINS, samples, best_of_chains(samples, count_first))
+            self._link_chosen(LAST_ROUND, samples, last_round(samples))
+            self._link_chosen(BEST_OF_CHAINS, samples, best_of_chains(samples, count_first))
         if verified:
-            self._place(BEST, samples, [best_of_all(samples, count_first)])
-        lines = (json_line(self._record(samples, position, made_with)) for position in range(len(samples)))
+            self._link_chosen(BEST, samples, [best_of_all(samples, count_first)])
+        lines = []
+        for position, sample in enumerate(samples):
+            location = {"index": self.index, "id": position, "prompt": self.entry["prompt"]}
+            own = asdict(sample) | {"noise_path": [list(seed) for seed in sample.noise_path], "seed": list(sample.seed)}
+            parent = {"parent_file": None if sample.parent is None else samples[sample.parent].file}
+            # Only corrections use the LoRA.
+            lora = {"lora": made_with["lora"] if is_correction(sample) else None}
+            lines.append(json_line(location | own | parent | dict(made_with) | lora))
         write_file(self.path / RECORDS, "".join(lines))
         self.journal.remove()
 
-    def _place(self, folder: str, samples: Sequence[Sample], chosen: Sequence[int]) -> None:
+    def _link_chosen(self, folder: str, samples: Sequence[Sample], chosen: Sequence[int]) -> None:
         (self.path / folder).mkdir(exist_ok=True)
         for number, position in enumerate(chosen):
             link(self.path / samples[position].file, self.path / folder / f"{number:05d}.png")
 
-    def _record(self, samples: Sequence[Sample], position: int, made_with: Mapping[str, Any]) -> dict[str, Any]:
-        sample = samples[position]
-        own = asdict(sample) | {"noise_path": [list(seed) for seed in sample.noise_path], "seed": list(sample.seed)}
-        parent = None if sample.parent is None else samples[sample.parent].file
-        # The base model alone makes what is no correction.
-        lora = {"lora": made_with["lora"] if is_correction(sample) else None}
-        where = {"index": self.index, "id": position, "prompt": self.entry["prompt"]}
-        return where | own | {"parent_file": parent} | dict(made_with) | lora
-
 
 def folder_of(out: Path, index: int) -> Path:
-    """The folder of a prompt."""
     return out / f"{index:05d}"
 
 
@@ -160,10 +155,10 @@ def is_done(out: Path, index: int) -> bool:
 
 
 def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
-    """Makes sure that a prompt's folder belongs to this prompt; one that is not there yet does.
+    """Checks that a prompt's folder, if it exists, belongs to this prompt.
 
     Raises:
-        InputError: it belongs to another one.
+        InputError: it belongs to another prompt.
     """
     path = folder_of(out, index) / METADATA
     if not path.exists():
@@ -180,7 +175,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of a prompt that is done, in the order of their images.
 
     Raises:
-        InputError: a line is no record; says which.
+        InputError: a line is not a record; says which.
     """
     path = folder / RECORDS
     records = []
@@ -189,7 +184,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             records.append({**record, "file": record["file"], "round": int(record["round"])})
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: no record of an image ({error})") from error
+            raise InputError(f"{path}:{number}: not a record of an image ({error})") from error
     return records
 
 

@@ -1,7 +1,6 @@
-"""The search of one prompt as a machine without threads: it is told what was done, and says what can be done next.
+"""The search of one prompt as a state machine without threads: it takes results and returns the next tasks.
 
-Whatever was done before, by this process or by one that was killed, stands in the prompt's folder and is not asked for
-again.
+Whatever was done before, by this process or by one that was killed, is in the prompt's folder and is not repeated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,15 +72,11 @@ class PromptSearch:
     """
 
     def __init__(
-        self,
-        folder: PromptFolder,
-        strategy: Strategy,
-        terms: SearchContext,
-        given: Sequence[Path] = (),
+        self, folder: PromptFolder, strategy: Strategy, context: SearchContext, given: Sequence[Path] = ()
     ) -> None:
         self.folder = folder
         self.strategy = strategy
-        self.terms = terms
+        self.context = context
         self.given = given
         self.samples: list[Sample] = []
         self.finished = False
@@ -90,56 +85,54 @@ class PromptSearch:
 
     @property
     def index(self) -> int:
-        """The prompt's place in the file."""
+        """The prompt's index in the file."""
         return self.folder.index
 
     @property
     def prompt(self) -> str:
-        """The prompt."""
         return self.folder.entry["prompt"]
 
     def begin(self) -> list[SearchTask]:
-        """The first things to do."""
         return self._next_round()
 
-    def done(self, work: SearchTask, result: WriterOutput | Verdict | None) -> list[SearchTask]:
-        """Takes a result, and says what can be done now.
+    def done(self, task: SearchTask, result: WriterOutput | Verdict | None) -> list[SearchTask]:
+        """Takes a result, and returns the tasks that can follow.
 
         Args:
-            result: a text, a verdict, or None for an image that lies in the folder now.
+            result: a text, a verdict, or None for an image that is now in the folder.
 
         Raises:
-            RunError: the image does not lie there; asking for it again might go on for ever.
+            RunError: the image is not there; repeating the task might never end.
         """
-        if work.step == "draw":
+        if task.step == "draw":
             self.drawn += 1
         if result is not None:
-            self.folder.journal.note(work.position, _NOTED_AS[work.step], asdict(result))
-        follow = self._follow(work.position)
-        if follow == work:
-            raise RunError(f"{self.folder.path / self.place(work)}: was written and is not there; look after the disk")
+            self.folder.journal.note(task.position, _NOTED_AS[task.step], asdict(result))
+        follow = self._follow(task.position)
+        if follow == task:
+            raise RunError(f"{self.folder.path / self.place(task)}: was written and is not there; check the disk")
         if follow is not None:
             return [follow]
         self._open -= 1
         return [] if self._open else self._next_round()
 
     def _next_round(self) -> list[SearchTask]:
-        """Plans rounds until there is something to do; what an earlier process did of them is taken over."""
+        """Plans rounds until one has open tasks; what an earlier process has done is kept."""
         while drafts := self.strategy.plan(self.samples):
             begin = len(self.samples)
             self.samples += [self._sample(draft) for draft in drafts]
-            works = [self._follow(position) for position in range(begin, len(self.samples))]
-            todo = [work for work in works if work is not None]
+            follow = (self._follow(position) for position in range(begin, len(self.samples)))
+            todo = [task for task in follow if task is not None]
             self._open = len(todo)
             if todo:
                 return todo
-        terms = self.terms
-        self.folder.finish(self.samples, terms.made_with, terms.verified, terms.count_first)
+        context = self.context
+        self.folder.finish(self.samples, context.made_with, context.verified, context.count_first)
         self.finished = True
         return []
 
     def _sample(self, draft: PlannedImage) -> Sample:
-        seed = (self.terms.seed, self.index, draft.round, draft.branch)
+        seed = (self.context.seed, self.index, draft.round, draft.branch)
         path: tuple[Any, ...] = ()
         refined = None
         if draft.parent is not None:
@@ -151,47 +144,43 @@ class PromptSearch:
         return Sample(draft.round, draft.branch, draft.stage, seed, name, draft.parent, path, refined_prompt=refined)
 
     def _follow(self, position: int) -> SearchTask | None:
-        """What an image needs next; None: nothing more."""
+        """The next task of an image; None if it is complete."""
         sample, known = self.samples[position], self.folder.journal.known
         for step in _TEXTS.get(sample.stage, ()):
             if sample.parent is not None and known(position, _NOTED_AS[step]) is None:
                 return SearchTask(self, position, step)
         if sample.parent is not None and sample.stage in _TEXTS:
-            self.samples[position] = sample = self._with_texts(position)
+            texts, errors = {}, []
+            for what in (_NOTED_AS[step] for step in _TEXTS[sample.stage]):
+                written = WriterOutput(**known(position, what))
+                if written.error is not None:
+                    errors.append(f"{_CALLED[what]}: {written.error}")
+                texts[what] = written.text
+            self.samples[position] = sample = replace(
+                sample,
+                reflection=(texts[REFLECTION] or "") if REFLECTION in texts else None,
+                refined_prompt=texts[REFINED] or self.samples[sample.parent].refined_prompt,
+                text_errors=tuple(errors),
+            )
         if not self.folder.has_image(sample.file):
             return SearchTask(self, position, "take" if sample.stage == "given" else "draw")
-        if self.terms.verified:
+        if self.context.verified:
             verdict = known(position, VERDICT)
             if verdict is None:
                 return SearchTask(self, position, "score")
             self.samples[position] = replace(sample, verdict=read_verdict(verdict))
         return None
 
-    def _with_texts(self, position: int) -> Sample:
-        sample = self.samples[position]
-        texts, errors = {}, []
-        for what in (_NOTED_AS[step] for step in _TEXTS[sample.stage]):
-            written = WriterOutput(**self.folder.journal.known(position, what))
-            if written.error is not None:
-                errors.append(f"{_CALLED[what]}: {written.error}")
-            texts[what] = written.text
-        assert sample.parent is not None
-        return replace(
-            sample,
-            reflection=(texts[REFLECTION] or "") if REFLECTION in texts else None,
-            refined_prompt=texts[REFINED] or self.samples[sample.parent].refined_prompt,
-            text_errors=tuple(errors),
-        )
-
-    def case(self, work: SearchTask) -> WriterInput:
-        """What a language model is told about an image's parent; the images are read from the folder."""
-        parent = self.samples[work.position].parent
+    def case(self, task: SearchTask) -> WriterInput:
+        """The input of a language model: an image's parent and its history, read from the folder."""
+        parent = self.samples[task.position].parent
         assert parent is not None
         sample, reflection = self.samples[parent], ""
-        if work.step == "refine" and work.corrects:
-            reflection = WriterOutput(**self.folder.journal.known(work.position, REFLECTION)).text or ""
+        if task.step == "refine" and task.corrects:
+            reflection = WriterOutput(**self.folder.journal.known(task.position, REFLECTION)).text or ""
         earlier = ancestors(self.samples, parent)
-        shown = earlier[max(0, len(earlier) - self.terms.history) :] if work.step == "reflect" else []
+        shown = earlier[max(0, len(earlier) - self.context.history) :] if task.step == "reflect" else []
+        past = [self.samples[position] for position in shown]
         return WriterInput(
             image=self.folder.read_image(sample.file),
             prompt=self.prompt,
@@ -199,30 +188,28 @@ class PromptSearch:
             evaluation=_evaluation(sample),
             last_reflection=sample.reflection or "",
             reflection=reflection,
-            history=tuple(self._past(position) for position in shown),
+            history=tuple(
+                PastImage(self.folder.read_image(one.file), one.reflection or "", _evaluation(one)) for one in past
+            ),
         )
 
-    def _past(self, position: int) -> PastImage:
-        sample = self.samples[position]
-        return PastImage(self.folder.read_image(sample.file), sample.reflection or "", _evaluation(sample))
-
-    def request(self, work: SearchTask) -> Request:
-        """What the image is made from."""
-        sample = self.samples[work.position]
+    def request(self, task: SearchTask) -> Request:
+        """The generator's request for the image."""
+        sample = self.samples[task.position]
         condition = None
-        if work.corrects:
+        if task.corrects:
             assert sample.parent is not None
             condition = self.folder.read_image(self.samples[sample.parent].file)
-        seed = PerturbedSeed(sample.noise_path, self.terms.closeness) if sample.noise_path else sample.seed
+        seed = PerturbedSeed(sample.noise_path, self.context.closeness) if sample.noise_path else sample.seed
         return Request(self.prompt, seed, condition, sample.reflection, sample.refined_prompt)
 
-    def given_image(self, work: SearchTask) -> Image:
-        """The image to begin with."""
-        return read_image(self.given[self.samples[work.position].branch])
+    def given_image(self, task: SearchTask) -> Image:
+        """The given image that the task takes over."""
+        return read_image(self.given[self.samples[task.position].branch])
 
-    def place(self, work: SearchTask) -> str:
-        """Where the image goes, in the prompt's folder."""
-        return self.samples[work.position].file
+    def place(self, task: SearchTask) -> str:
+        """The image's file, relative to the prompt's folder."""
+        return self.samples[task.position].file
 
 
 def _evaluation(sample: Sample) -> str:

@@ -27,7 +27,7 @@ from rflow_jax.writers.base import TextGeneratorConfig
 Entries = Mapping[int, Mapping[str, Any]]
 
 
-def search(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
+def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
     """Makes images of each prompt and chooses the best; returns the exit status.
 
     Args:
@@ -35,34 +35,41 @@ def search(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
             best images are corrected round by round).
 
     Raises:
-        InputError: the configuration, a prompt, or what lies in the folder is not usable.
+        InputError: the configuration, a prompt, or the content of the folder is not usable.
     """
     if kind != "reflect":
         config = replace(config, lora=None, lora_alpha=None)
-    if where.strategy not in (None, kind):
-        raise InputError(f"strategy is {where.strategy}: this configuration is of rflow {where.strategy}")
-    if where.images is not None and kind != "reflect":
+    if run_config.strategy not in (None, kind):
+        raise InputError(f"strategy is {run_config.strategy}: this configuration is of rflow {run_config.strategy}")
+    if run_config.images is not None and kind != "reflect":
         raise InputError("images: only reflect begins with the images of another run")
-    config.require_fit(kind, given=where.images is not None)
-    out = Path(where.out)
-    published = _to_publish(kind, config, where)
-    entries = slice_prompts(read_prompts(find_prompts(where.prompts)), where.start, where.end)
+    config.require_fit(kind, given=run_config.images is not None)
+    out = Path(run_config.out)
+    # What ``--config`` reads again; addresses lose what may be secret in them.
+    published = asdict(config) | asdict(run_config) | {"strategy": kind}
+    published |= {role: public_section(getattr(config, role)) for role in MODELS}
+    entries = slice_prompts(read_prompts(find_prompts(run_config.prompts)), run_config.start, run_config.end)
     require_usable(out)
     require_same(out, published)
-    place, processes = _place(where)
+    process_index, processes = _process(run_config)
     for index, entry in entries.items():
         check_entry(out, index, entry)
-    mine = {index: entries[index] for index in entries if index % processes == place}
+    mine = {index: entries[index] for index in entries if index % processes == process_index}
     todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
     if not todo:
         print(f"{out}: all {len(mine)} prompts are done; nothing to do")
         return 0
-    given = given_images(Path(where.images), todo) if where.images else {}
-    accounts = Budget(out, place, MODELS, config.budget)
-    models = _models(kind, config, accounts)
+    given = given_images(Path(run_config.images), todo) if run_config.images else {}
+    accounts = Budget(out, process_index, MODELS, config.budget)
+    meters, roles = accounts.meters, _roles(kind, config)
+    models = Models(
+        make_verifier(config.verifier, meters["verifier"]),
+        make_text_generator(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if "reflector" in roles else None,
+        make_text_generator(config.refiner, REFINE_PROMPT, meters["refiner"]) if "refiner" in roles else None,
+    )
     pipe = _load(kind, config)
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    with claim(out, published, place):
+    with claim(out, published, process_index):
         return _search(kind, config, out, pipe, models, accounts, todo, given)
 
 
@@ -76,20 +83,29 @@ def _search(
     todo: Entries,
     given: Mapping[int, list[Path]],
 ) -> int:
-    terms = SearchContext(
+    roles = {"verifier": models.verifier, "reflector": models.reflector, "refiner": models.refiner}
+    context = SearchContext(
         config.seed,
         models.verifier is not None,
         config.reflect.history,
         config.noise.noise_similarity,
         config.reflect.count_noise_images,
-        _made_with(config, pipe, models),
+        {
+            "model": config.model,
+            "lora": config.lora,
+            "lora_alpha": config.lora_alpha,
+            "dtype": config.dtype,
+            "closeness": config.noise.noise_similarity,
+            "models": {role: None if model is None else model.name for role, model in roles.items()},
+            "settings": asdict(pipe.resolve(config.settings)),
+        },
     )
 
     def prompts() -> Iterator[PromptSearch]:
         for index, entry in todo.items():
             images = given.get(index, [])
             strategy = config.strategy(kind, len(images) if images else None)
-            yield PromptSearch(PromptFolder(out, index, entry), strategy, terms, images)
+            yield PromptSearch(PromptFolder(out, index, entry), strategy, context, images)
 
     planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
     clock = BusyClock()
@@ -98,38 +114,37 @@ def _search(
     def keep(now: bool = False) -> None:
         accounts.write(live.images, clock.fraction, now)
 
-    how = {"enough": accounts.over_budget, "now_and_then": keep}
-    engine = Engine(pipe, models, config.settings, config.prompts_in_flight, live, clock, **how)
+    engine = Engine(
+        pipe,
+        models,
+        config.settings,
+        config.prompts_in_flight,
+        live,
+        clock,
+        should_stop=accounts.over_budget,
+        on_tick=keep,
+    )
     try:
         with live:
             engine.run(prompts())
     finally:
         keep(now=True)
-    print(_summary(len(todo), live, out, accounts, verified=terms.verified))
+    print(_summary(len(todo), live, out, accounts, verified=context.verified))
     if live.first_failure:
         print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget goes on", file=sys.stderr)
-    return 1 if terms.verified and live.unscored and not live.scored else 0
+    return 1 if context.verified and live.unscored and not live.scored else 0
 
 
-def _asked(kind: Kind, config: SearchConfig) -> dict[str, VerifierConfig | TextGeneratorConfig]:
-    """The roles that a search of this kind has."""
-    asked: dict[str, VerifierConfig | TextGeneratorConfig] = {"verifier": config.verifier}
+def _roles(kind: Kind, config: SearchConfig) -> dict[str, VerifierConfig | TextGeneratorConfig]:
+    """The models that a search of this kind uses, by their roles."""
+    roles: dict[str, VerifierConfig | TextGeneratorConfig] = {"verifier": config.verifier}
     if kind == "reflect":
-        asked["reflector"] = config.reflector
+        roles["reflector"] = config.reflector
     if kind != "noise":
-        asked["refiner"] = config.refiner
-    return asked
-
-
-def _models(kind: Kind, config: SearchConfig, accounts: Budget) -> Models:
-    meters, asked = accounts.meters, _asked(kind, config)
-    return Models(
-        make_verifier(config.verifier, meters["verifier"]),
-        make_text_generator(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if "reflector" in asked else None,
-        make_text_generator(config.refiner, REFINE_PROMPT, meters["refiner"]) if "refiner" in asked else None,
-    )
+        roles["refiner"] = config.refiner
+    return roles
 
 
 def _load(kind: Kind, config: SearchConfig) -> Any:
@@ -139,42 +154,29 @@ def _load(kind: Kind, config: SearchConfig) -> Any:
     from rflow_jax.parallel.mesh import make_mesh
     from rflow_jax.parallel.sharding import unclaimed
 
-    claims = [claim for role in _asked(kind, config).values() for claim in claimed_devices(role.options)]
+    claims = [claim for model in _roles(kind, config).values() for claim in claimed_devices(model.options)]
     devices = unclaimed(claims)
     mesh = None if devices == jax.local_devices()[:1] else make_mesh(config.mesh, devices)
-    how = {"dtype": config.dtype, "mesh": mesh, "scan_blocks": config.scan_blocks}
-    return load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, **how)
+    return load_pipeline(
+        config.model,
+        lora=config.lora,
+        lora_alpha=config.lora_alpha,
+        dtype=config.dtype,
+        mesh=mesh,
+        scan_blocks=config.scan_blocks,
+    )
 
 
-def _place(where: RunConfig) -> tuple[int, int]:
-    """(number of this process, number of processes)."""
-    if not where.distributed.enabled:
-        return where.place()
+def _process(run_config: RunConfig) -> tuple[int, int]:
+    """(index of this process, number of processes)."""
+    if not run_config.distributed.enabled:
+        return run_config.place()
     import jax
 
     from rflow_jax.parallel.distributed import start_processes
 
-    start_processes(where.distributed)
+    start_processes(run_config.distributed)
     return jax.process_index(), jax.process_count()
-
-
-def _made_with(config: SearchConfig, pipe: Any, models: Models) -> dict[str, Any]:
-    asked = {"verifier": models.verifier, "reflector": models.reflector, "refiner": models.refiner}
-    return {
-        "model": config.model,
-        "lora": config.lora,
-        "lora_alpha": config.lora_alpha,
-        "dtype": config.dtype,
-        "closeness": config.noise.noise_similarity,
-        "models": {role: None if model is None else model.name for role, model in asked.items()},
-        "settings": asdict(pipe.resolve(config.settings)),
-    }
-
-
-def _to_publish(kind: Kind, config: SearchConfig, where: RunConfig) -> dict[str, Any]:
-    """The configuration as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
-    written: dict[str, Any] = asdict(config) | asdict(where) | {"strategy": kind}
-    return written | {role: public_section(getattr(config, role)) for role in MODELS}
 
 
 def _summary(prompts: int, live: SearchProgress, out: Path, accounts: Budget, verified: bool) -> str:
@@ -190,5 +192,5 @@ def _summary(prompts: int, live: SearchProgress, out: Path, accounts: Budget, ve
         least = "at least " if usage.unmetered else ""
         cost = "" if not usage.cost else f" ({least}${usage.cost:.2f})"
         counts.append(f"{usage.prompt_tokens + usage.completion_tokens:,} tokens{cost}")
-    best = f"the best lie in {out}/*/samples_best" if live.scored else f"the images lie in {out}/*/samples"
+    best = f"the best are in {out}/*/samples_best" if live.scored else f"the images are in {out}/*/samples"
     return f"{', '.join(counts)}; {best}"

@@ -1,4 +1,4 @@
-"""The folder of a run, as a whole: who may write there, and whether it is the same search."""
+"""The folder of a run: which process may write there, and whether it contains the same search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 from rflow_jax.writers.base import TextGeneratorConfig
 
 CONFIG = "config.yaml"
-# What may be another at the next start: it changes when, where and for how much, but no result.
+# Settings that may differ at the next start: they change when, where and for how much, but not the results.
 NOT_IN_FINGERPRINT = (
     "prompts",
     "out",
@@ -32,36 +32,28 @@ NOT_IN_FINGERPRINT = (
     "prompts_in_flight",
     "budget",
 )
-FREE_OF_A_MODEL = (
-    "base_url",
-    "api_key_env",
-    "timeout",
-    "concurrency",
-    "max_retries",
-    "price_input",
-    "price_output",
-)
+FREE_OF_A_MODEL = ("base_url", "api_key_env", "timeout", "concurrency", "max_retries", "price_input", "price_output")
 LOCAL = ("nvila", "reward", "clip")
 FREE_OF_A_LOCAL_MODEL = ("batch_size", "devices")
 MODELS = ("verifier", "reflector", "refiner")
 
 
 def require_usable(out: Path) -> None:
-    """Makes the folder of a run, or checks that it is one; before anything expensive begins.
+    """Creates the folder of a run, or checks that it is one, before anything expensive begins.
 
     Raises:
-        InputError: it holds other files, cannot be made, or cannot be written to.
+        InputError: it contains other files, cannot be created, or cannot be written to.
     """
     taken = use_folder(out)
     if taken and not (out / CONFIG).exists():
-        raise InputError(f"{out}: holds files, but no search ({CONFIG} is missing); give another folder as --out")
+        raise InputError(f"{out}: contains files, but no search ({CONFIG} is missing); give another folder as --out")
 
 
 def require_same(out: Path, config: Mapping[str, Any]) -> None:
-    """Makes sure that a run which is to go on is this one; a folder without a run is any.
+    """Checks that a run that is to be resumed has the same configuration; a new folder passes.
 
     Raises:
-        InputError: something that changes results is set otherwise now; names it.
+        InputError: a setting that changes results differs now; names it.
     """
     path = out / CONFIG
     if not path.exists():
@@ -71,13 +63,13 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         assert isinstance(before, dict)
     except (ValueError, AssertionError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read; give another folder as --out") from error
-    was, now = _flat(_meaning(before)), _flat(_meaning(config))
+    was, now = _flat(_fingerprint(before)), _flat(_fingerprint(config))
     other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     if other:
         key = other[0]
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
         raise InputError(
-            f"{out}: holds another search: {key} is {was.get(key)} there and {now.get(key)} now{more}; set it so "
+            f"{out}: contains another search: {key} is {was.get(key)} there and {now.get(key)} now{more}; set it so "
             "again, or give a new folder as --out"
         )
 
@@ -102,14 +94,14 @@ class Claim:
         self.close()
 
     def close(self) -> None:
-        """Gives it up."""
+        """Releases the claim."""
         if self._lock is not None:
             self._lock.unlink(missing_ok=True)  # while it is locked: it must not be another's by then
         self._held.close()
 
 
-def claim(out: Path, config: Mapping[str, Any], place: int) -> Claim:
-    """Writes the configuration if the run is new, and keeps other processes with this place out while this one lives.
+def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
+    """Writes the configuration if the run is new, and locks out other processes with the same index.
 
     Raises:
         InputError: another process works here, or began another search a moment ago.
@@ -118,7 +110,7 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> Claim:
     if not path.exists():
         _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     require_same(out, config)
-    lock = out / f".{CONFIG}.{place}.lock" if place else None  # a file for each process of a run
+    lock = out / f".{CONFIG}.{process_index}.lock" if process_index else None  # a file for each process of a run
     held = try_lock(lock or path)
     if held is None:
         raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another")
@@ -126,7 +118,7 @@ def claim(out: Path, config: Mapping[str, Any], place: int) -> Claim:
 
 
 def _write_first(path: Path, content: str) -> None:
-    """Writes a file that is not there yet; of several processes the first one's stays, for claims are held on it."""
+    """Writes a new file; of several processes the first one wins, as the claims lock that file."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     own.write_text(content, encoding="utf-8")
     try:
@@ -138,8 +130,8 @@ def _write_first(path: Path, content: str) -> None:
     own.unlink(missing_ok=True)
 
 
-def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What results follow from."""
+def _fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that results depend on."""
     kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
     for role in MODELS:
         if isinstance(kept.get(role), Mapping):
@@ -148,7 +140,7 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_affecting(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What the answers of a model follow from, of all that its section of a configuration says."""
+    """The settings of a model that its answers depend on."""
     kept = {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
     name, options = kept.get("name"), kept.get("options")
     if not isinstance(options, Mapping):
@@ -156,10 +148,8 @@ def result_affecting(section: Mapping[str, Any]) -> dict[str, Any]:
     if name in LOCAL:
         kept["options"] = {key: value for key, value in options.items() if key not in FREE_OF_A_LOCAL_MODEL}
     elif name == ENSEMBLE and isinstance(members := options.get("members"), (list, tuple)):
-        kept["options"] = {
-            **options,
-            "members": [result_affecting(m) if isinstance(m, Mapping) else m for m in members],
-        }
+        members = [result_affecting(member) if isinstance(member, Mapping) else member for member in members]
+        kept["options"] = {**options, "members": members}
     return kept
 
 
@@ -171,15 +161,11 @@ def public_section(model: VerifierConfig | TextGeneratorConfig) -> dict[str, Any
     if model.base_url:
         section["base_url"] = public_url(model.base_url)
     if isinstance(model, VerifierConfig) and model.members:
-        pairs = zip(model.members, section["options"]["members"], strict=True)
-        section["options"]["members"] = [_public_member(member, given) for member, given in pairs]
+        members = section["options"]["members"]
+        for k, (member, given) in enumerate(zip(model.members, list(members), strict=True)):
+            kept = {*given, "model"} if member.asks_endpoint else given
+            members[k] = {key: value for key, value in public_section(member).items() if key in kept}
     return section
-
-
-def _public_member(member: VerifierConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """As :func:`public_section`, but what was not given stays away."""
-    section = public_section(member)
-    return {key: value for key, value in section.items() if key in given or (key == "model" and member.asks_endpoint)}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Searches as descriptions of rounds: which images come next, given those that are there and their verdicts.
+"""Search strategies: which images come next, given the existing ones and their verdicts.
 
-A strategy is a row of stages, and knows nothing of models, files or threads. The engine asks it for the next images of
-a prompt once all that it asked for before are judged.
+A strategy is a sequence of stages, and knows nothing of models, files or threads. The engine asks it for the next
+images of a prompt once all earlier ones are judged.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from rflow_jax.search.lineage import Sample, StageName, best_first, last_round, 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """An image that is to be made.
+    """An image to be made.
 
     Attributes:
         parent: position of the sample that it is made from.
@@ -28,7 +28,7 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class Stage(ABC):
-    """Some consecutive rounds of one kind.
+    """Consecutive rounds of one kind.
 
     Attributes:
         rounds: how many there are.
@@ -39,23 +39,22 @@ class Stage(ABC):
     branches: int
 
     independent: ClassVar[bool] = False
-    """Whether a round can be planned before the one ahead of it is judged."""
+    """Whether a round can be planned before the previous one is judged."""
 
     @abstractmethod
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
         """The images of a round.
 
         Args:
-            number: of the round in the whole search.
-            first: it is the stage's first.
+            number: the round, counted over the whole search.
+            first: whether it is the first of the stage.
         """
 
 
 class GivenImages(Stage):
-    """One round of images that are there already, made by another run."""
+    """One round of existing images, made by another run."""
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
-        """One for each image."""
         return [PlannedImage(number, branch, "given") for branch in range(self.branches)]
 
 
@@ -65,7 +64,6 @@ class FreshNoise(Stage):
     independent = True
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
-        """Fresh images."""
         return [PlannedImage(number, branch, "noise") for branch in range(self.branches)]
 
 
@@ -73,7 +71,6 @@ class ZeroOrder(Stage):
     """Fresh images first, then neighbours of the best noise so far: it moves whenever a neighbour is better."""
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
-        """Fresh images, or neighbours of the best."""
         if first:
             return [PlannedImage(number, branch, "noise") for branch in range(self.branches)]
         pivot = best_first(samples, range(len(samples)))[0]
@@ -84,23 +81,21 @@ class RefinedPrompts(Stage):
     """Each branch goes on by itself: an image, a better prompt from it, an image of that, ..."""
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
-        """One image for each branch."""
         parents: Sequence[int | None] = [None] * self.branches if first else last_round(samples)
         return [PlannedImage(number, branch, "prompt", parent) for branch, parent in enumerate(parents)]
 
 
 class Corrections(Stage):
-    """The best images, corrected round by round."""
+    """The best current images, each corrected once a round."""
 
     def drafts(self, samples: Sequence[Sample], number: int, first: bool) -> list[PlannedImage]:
-        """One correction of each of the best current images."""
         parents = next_parents(samples, self.branches)
         return [PlannedImage(number, branch, "reflect", parent) for branch, parent in enumerate(parents)]
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A row of stages, and when it is enough.
+    """A sequence of stages, and when to stop.
 
     Attributes:
         stop_score: the prompt is done once an image reaches this score (and is not judged "no").
@@ -112,7 +107,7 @@ class Strategy:
     max_images: int | None = None
 
     def plan(self, samples: Sequence[Sample]) -> tuple[PlannedImage, ...]:
-        """The images to make next; none: the search is done.
+        """The images to make next; empty when the search is done.
 
         Args:
             samples: everything planned so far, judged.

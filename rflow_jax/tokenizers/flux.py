@@ -1,4 +1,4 @@
-"""What each text encoder is told, and its tokens."""
+"""The prompts of FLUX's text encoders, and their tokens."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Tokenizers:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Transformers' tokenizer in a folder; raises InputError where there is none."""
-    # Else it advises everyone to install PyTorch.
+    """Transformers' tokenizer in a folder; raises InputError if there is none."""
+    # Otherwise Transformers advises to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
 
@@ -64,42 +64,39 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         if not ready.is_file():
             return warm_up_tokenizer(AutoTokenizer.from_pretrained(folder))
-        # As it was saved: Transformers would build T5's again from its sentencepiece model, and say so each time.
+        # As saved: Transformers would rebuild T5's from its sentencepiece model, with a warning each time.
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
+        special = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
+        # Some versions of Transformers write a token's properties along.
+        special = {name: token if isinstance(token, str) else token["content"] for name, token in special.items()}
         return warm_up_tokenizer(PreTrainedTokenizerFast(tokenizer_file=str(ready), **special))
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
 
 
 def warm_up_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer after a first call, which puts aside the padding and the limit that its file may ask for.
+    """Calls a tokenizer once, which resets the padding and truncation set in its file.
 
-    Later calls of the same kind only read it, so that threads may share it.
+    Later calls of the same kind only read it, so threads may share it.
     """
     tokenizer("", truncation=False, verbose=False)
     return tokenizer
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The marks, such as ``<|im_end|>``, that a tokenizer reads as tokens of their own wherever a text holds them."""
+    """The special tokens, such as ``<|im_end|>``, which a tokenizer recognises anywhere in a text."""
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def require_plain(text: str, marks: Iterable[str]) -> str:
-    """What a user says; raises InputError if it holds one of these marks, which would end or begin a message."""
+    """A user's text; raises InputError if it contains one of these marks, which would end or begin a message."""
     if found := [mark for mark in marks if mark in text]:
         raise InputError(f"the prompt holds the special token {found[0]}: leave it out")
     return text
 
 
-def _token(entry: str | dict[str, Any]) -> str:
-    """A special token's text; some versions of Transformers write its properties along."""
-    return entry if isinstance(entry, str) else entry["content"]
-
-
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) -> np.ndarray:
-    # Tokenized without a limit first, so that a cut is seen and said.
+    # Tokenized without a limit first, to warn of a truncation.
     for text, ids in zip(texts, _ids(tokenizer, texts), strict=True):
         if len(ids) > max_length:
             log.warning("%s sees the first %d of %d tokens of %r", name, max_length, len(ids), text[:60])

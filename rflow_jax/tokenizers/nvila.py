@@ -1,4 +1,4 @@
-"""NVILA's tokenizer: texts -> the layout of the language model's input, and the words it answers with."""
+"""NVILA's tokenizer: texts -> the layout of the language model's input, and the words of its answers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class NvilaTokenizer:
     Attributes:
         marks: ids that the layout depends on.
         yes, no: ids of the two answers.
-        size: tokens it knows; the network's rows from there on belong to none.
+        size: its number of tokens; the network's rows from there on are unused.
         context: the longest input, with its answer.
         end: id that ends an answer.
         pad: id that fills a batch.
 
     Raises:
-        InputError: no tokenizer, or one that lacks a token that NVILA needs.
+        InputError: there is no tokenizer, or it lacks a token that NVILA needs.
     """
 
     def __init__(self, folder: Path, language: Qwen2Config):
@@ -49,7 +49,7 @@ class NvilaTokenizer:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def require_plain(self, text: str) -> None:
-        """Raises InputError if what a user says holds marks other than a picture's, which a message loses anyway."""
+        """Raises InputError if a user's text contains marks other than a picture's, which a message drops anyway."""
         require_plain(without_marks(text), self._marks)
 
     def word(self, token: int) -> str:
@@ -57,7 +57,7 @@ class NvilaTokenizer:
         return self._tokenizer.decode([token])
 
     def layout(self, text: str, picture_tokens: int) -> Layout:
-        """The input for a text whose every picture's mark gives ``picture_tokens`` positions and a newline."""
+        """The input for a text: each picture's mark becomes ``picture_tokens`` positions and a newline."""
         return lay_out(self.ids(text), self.marks, picture_tokens)
 
     def _one(self, word: str) -> int:
@@ -74,7 +74,7 @@ class NvilaTokenizer:
 
 
 def _longest(folder: Path) -> int:
-    """As VILA takes it: from the network's config if that says it, else from the tokenizer's."""
+    """The longest input, as in VILA: from the network's config if it has one, else from the tokenizer's."""
     for file in ("config.json", "tokenizer_config.json"):
         limit = read_object(folder / file).get("model_max_length") if (folder / file).is_file() else None
         if isinstance(limit, int | float) and limit > 0:

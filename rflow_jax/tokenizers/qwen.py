@@ -26,15 +26,15 @@ class QwenTokenizer:
     Args:
         folder: holds ``tokenizer.json`` and ``tokenizer_config.json``, and the chat template in the latter or in a file
             of its own.
-        template_from: where the chat template is looked for too (a checkpoint's folder may hold tokens alone).
-        added: special tokens to add where the tokenizer does not know them.
+        template_from: another folder to search for the chat template (a checkpoint's folder may lack it).
+        added: special tokens to add if the tokenizer does not know them.
 
     Raises:
         InputError: one of them is missing or cannot be read.
     """
 
     def __init__(self, folder: Path, *, template_from: Path | None = None, added: Sequence[str] = ()):
-        # Else it advises everyone to install PyTorch.
+        # Otherwise Transformers advises to install PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
@@ -51,8 +51,8 @@ class QwenTokenizer:
         if self._tokenizer.pad_token_id is None:
             raise InputError(f"{folder / _CONFIG}: no pad_token; a batch cannot be padded without one")
         self._marks = special_tokens(self._tokenizer)
-        self._template, self._said_by = _template([folder, *([template_from] if template_from else [])])
-        self.chat(question("", None))  # a template that does not work is said before weights are read
+        self._template, self._template_file = _template([folder, *([template_from] if template_from else [])])
+        self.chat(question("", None))  # so that a broken template is reported before weights are read
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -66,19 +66,19 @@ class QwenTokenizer:
         return self._tokenizer.eos_token_id
 
     def id_of(self, token: str) -> int | None:
-        """The number of a token, or None where the tokenizer does not know it as one."""
+        """The id of a token, or None if the tokenizer does not have it."""
         return self._tokenizer.get_vocab().get(token)
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer with the tokens that were added, as Transformers reads it."""
+        """Writes the tokenizer with its added tokens in the format of Transformers."""
         self._tokenizer.save_pretrained(folder)
 
     def require_plain(self, text: str) -> str:
-        """What a user says; raises InputError if it holds marks of the chat, which :meth:`encode` takes as such."""
+        """A user's text; raises InputError if it contains marks of the chat, which :meth:`encode` recognises."""
         return require_plain(text, self._marks)
 
     def encode(self, text: str) -> np.ndarray:
-        """[t] int32, nothing added and nothing cut; raises InputError for what is no text."""
+        """[t] int32, nothing added and nothing cut; raises InputError if it is not a text."""
         require_text(text, "the text")
         return np.asarray(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
@@ -90,7 +90,7 @@ class QwenTokenizer:
         """A conversation in the model's own form, up to where its answer begins; without ``answer``, up to its end.
 
         Raises:
-            InputError: the template refuses it.
+            InputError: the template fails.
         """
         try:
             return self._tokenizer.apply_chat_template(
@@ -98,7 +98,7 @@ class QwenTokenizer:
             )
         except Exception as error:  # Jinja raises errors of its own, and those of the template's expressions
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{self._said_by}: the chat template does not work ({reason})") from error
+            raise InputError(f"{self._template_file}: the chat template does not work ({reason})") from error
 
 
 def question(*parts: str | None, system: str | None = None) -> list[dict[str, Any]]:
@@ -109,14 +109,14 @@ def question(*parts: str | None, system: str | None = None) -> list[dict[str, An
 
 
 def expand_images(text: str, tokens: Sequence[int]) -> str:
-    """Repeats each picture's token as often as the picture gives tokens.
+    """Repeats each picture's token by the picture's number of tokens.
 
     Raises:
-        InputError: the text speaks of more or fewer pictures.
+        InputError: the text has more or fewer pictures.
     """
     head, *tails = text.split(IMAGE)
     if len(tails) != len(tokens):
-        raise InputError(f"the text holds {len(tails)} times {IMAGE}, for {len(tokens)} pictures")
+        raise InputError(f"the text contains {len(tails)} times {IMAGE}, for {len(tokens)} pictures")
     return head + "".join(IMAGE * count + tail for count, tail in zip(tokens, tails, strict=True))
 
 
@@ -128,9 +128,9 @@ def _text(name: str, entry: Any, path: Path) -> str:
     return text
 
 
-def _template(places: Sequence[Path]) -> tuple[str, Path]:
-    """The chat template of the first folder that has one, and the file that holds it."""
-    for folder in places:
+def _template(folders: Sequence[Path]) -> tuple[str, Path]:
+    """The chat template of the first folder that has one, and its file."""
+    for folder in folders:
         jinja, as_json = (folder / name for name in _TEMPLATES)
         if jinja.is_file():
             try:
@@ -142,4 +142,4 @@ def _template(places: Sequence[Path]) -> tuple[str, Path]:
                 if not isinstance(template, str):
                     raise InputError(f"{path}: chat_template is a {type(template).__name__}; expected a text")
                 return template, path
-    raise InputError(f"{places[0]}: no chat template, neither in {_CONFIG} nor in {' or '.join(_TEMPLATES)}")
+    raise InputError(f"{folders[0]}: no chat template, neither in {_CONFIG} nor in {' or '.join(_TEMPLATES)}")

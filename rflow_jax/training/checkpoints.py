@@ -1,4 +1,4 @@
-"""Sums of the files of checkpoints: damage must not be read as numbers."""
+"""The checkpoints of a run: written, checked against checksums, restored and exported."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _BLOCK = 1 << 24  # bytes
 
 
 class CheckResult(NamedTuple):
-    """What the sums of a checkpoint's files say.
+    """The result of comparing a checkpoint's files with their checksums.
 
     Attributes:
-        whole: all files are as they were written; False also where there are no sums.
-        broken: what is not as it was; empty where nothing is known to be.
+        whole: all files are as they were written; False also without checksums.
+        broken: what has changed; empty if nothing is known to have.
     """
 
     whole: bool
@@ -42,11 +42,11 @@ class CheckResult(NamedTuple):
 
 
 class ChecksumStore:
-    """The sums of a run's checkpoints, a file of JSON for each; the first process alone writes them.
+    """The checksums of a run's checkpoints, one JSON file per checkpoint; only the first process writes them.
 
     Args:
-        folder: of the sums.
-        checkpoints: whose folders are named by their steps.
+        folder: of the checksums.
+        checkpoints: the folder of the checkpoints, whose subfolders are named by their steps.
     """
 
     def __init__(self, folder: Path, checkpoints: Path):
@@ -55,36 +55,35 @@ class ChecksumStore:
         self._pending: Future[None] | None = None
 
     def begin(self, steps: Sequence[int]) -> None:
-        """Begins to sum these checkpoints, which are whole; in a thread, since a large state takes minutes to read."""
+        """Starts computing checksums of complete checkpoints, in a thread: reading a large state takes minutes."""
         self.wait()
         if jax.process_index() == 0:
             self._pending = self._thread.submit(self._write, list(steps))
 
     def wait(self) -> None:
-        """Returns when all that was begun is written; raises what went wrong meanwhile."""
+        """Waits for what :meth:`begin` started, and raises its errors."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Ends the thread."""
         self._thread.shutdown()
 
     def read(self, step: int) -> CheckResult:
-        """Reads a checkpoint's files and compares."""
+        """Compares a checkpoint's files with their checksums."""
         file = self._file(step)
-        if not file.exists():  # the newest of a killed run: it is whole, but not yet summed
+        if not file.exists():  # the newest of a killed run: complete, but without checksums yet
             return CheckResult(False, "")
         try:
             noted = json.loads(file.read_text())
-        except ValueError:  # these are damaged; of the checkpoint that says nothing
+        except ValueError:  # the checksums are damaged, which says nothing about the checkpoint
             return CheckResult(False, "")
-        found = _sums(self._checkpoints / str(step))
+        found = _checksums(self._checkpoints / str(step))
         wrong = sorted(name for name in noted if noted[name] != found.get(name))
         return CheckResult(not wrong, f"{wrong[0]} is not as it was written" if wrong else "")
 
     def remove(self, step: int) -> None:
-        """Deletes the sums of a checkpoint."""
+        """Deletes the checksums of a checkpoint."""
         self._file(step).unlink(missing_ok=True)
 
     def _file(self, step: int) -> Path:
@@ -93,47 +92,39 @@ class ChecksumStore:
     def _write(self, steps: Sequence[int]) -> None:
         for step in steps:
             if not self._file(step).exists():
-                with suppress(FileNotFoundError):  # it is just being removed, since newer ones are there
-                    write_file(self._file(step), json.dumps(_sums(self._checkpoints / str(step))))
+                with suppress(FileNotFoundError):  # the manager is just removing it, to keep newer ones
+                    write_file(self._file(step), json.dumps(_checksums(self._checkpoints / str(step))))
         for file in self._folder.glob("*.json"):
             if not (self._checkpoints / file.stem).exists():
                 file.unlink()
 
 
-def _sums(folder: Path) -> dict[str, int]:
+def _checksums(folder: Path) -> dict[str, int]:
     """File -> checksum."""
-    return {str(file.relative_to(folder)): _sum(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    sums: dict[str, int] = {}
+    for file in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+        total = 0
+        with file.open("rb") as content:
+            while block := content.read(_BLOCK):
+                total = zlib.crc32(block, total)
+        sums[str(file.relative_to(folder))] = total
+    return sums
 
 
-def _sum(file: Path) -> int:
-    total = 0
-    with file.open("rb") as content:
-        while block := content.read(_BLOCK):
-            total = zlib.crc32(block, total)
-    return total
-
-
-# Settings a resumed run must have as they were: else its numbers would mean something else, or its state would not fit.
+# Settings that a resumed run must keep: otherwise its numbers would mean something else, or its state would not fit.
 IMMUTABLE_ON_RESUME = (
-    *("task", "model", "trainable.*", "optimizer.name"),
-    *(
-        "train.batch_size",
-        "train.dtype",
-        "train.seed",
-        "train.*_attn",
-        "train.latent_lora",
-        "train.max_sequence_length",
-    ),
+    *("task", "model", "trainable.*", "optimizer.name", "train.batch_size", "train.dtype", "train.seed"),
+    *("train.*_attn", "train.latent_lora", "train.max_sequence_length"),
     *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*", "data.max_*"),
     "reward.*",
 )
 NAMED = ("data.split_ratios.*",)  # dictionaries whose keys are the user's
-# Those whose change says nothing about the training; of all others (the learning rate, say) it is told.
+# Settings that do not affect training; a change of any other (the learning rate, say) is logged.
 MUTABLE_ON_RESUME = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
 
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 CHECKPOINTS, SEALS = "checkpoints", "checksums"
-# What a checkpoint takes on the disk while it is written: Orbax writes parts, and merges them; and some metadata.
+# Disk space of a checkpoint while it is written: Orbax writes parts and merges them, plus some metadata.
 _COPIES, _OVERHEAD = 2, 1 << 21
 log = logging.getLogger(__name__)
 
@@ -141,7 +132,7 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run's folder.
 
-    A checkpoint becomes visible when all of it is on disk, so a kill at any moment leaves the ones before whole.
+    A checkpoint becomes visible when all of it is on disk, so a kill at any moment leaves the earlier ones intact.
     """
 
     def __init__(self, out: Path, config: CheckpointConfig):
@@ -151,16 +142,14 @@ class Checkpoints:
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
-        """Opened when first needed: a run that cannot begin leaves nothing in its folder."""
+        """Opened when first needed: a run that cannot start leaves nothing in its folder."""
         if self._opened is None:
-            # What Orbax logs as errors it raises too, to be told in one line; of several writes that fail together it
-            # raises the first, and asyncio logs the others.
+            # Orbax also raises what it logs as errors, and we report that in one line; of several writes that fail
+            # together it raises the first, and asyncio logs the others.
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self.config.keep_last,
-                keep_period=self.config.keep_every,
-                enable_async_checkpointing=True,
+                max_to_keep=self.config.keep_last, keep_period=self.config.keep_every, enable_async_checkpointing=True
             )
             handlers = {
                 "state": ocp.StandardCheckpointHandler(),
@@ -179,70 +168,66 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, position: dict[str, Any], config: dict[str, Any], trained: Exporter) -> None:
-        """Begins to write; the state is copied first, so that training can go on.
+        """Starts writing; the state is copied first, so that training can go on.
 
-        A checkpoint that could not be written is noticed here or in :meth:`wait`.
+        A failed write is reported here or in :meth:`wait`.
 
         Args:
-            position: of the data, so that the next run reads on where this one stopped.
+            position: of the data, so that the next run continues where this one stopped.
             config: the run's settings by their dotted names.
 
         Raises:
             RunError: this checkpoint, or the one before it, could not be written.
         """
+        step = int(jax.device_get(state.step))
         with self._disk_errors():
-            self._save(int(jax.device_get(state.step)), state, position, config, trained)
-
-    def _save(
-        self, step: int, state: TrainState, position: dict[str, Any], config: dict[str, Any], trained: Exporter
-    ) -> None:
-        if step in self.steps:
-            return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_tree(state)),
-            position=ocp.args.JsonSave(position),
-            config=ocp.args.JsonSave(config),
-        )
-        self._manager.wait_until_finished()  # the one before it takes room too
-        self._require_space(state)
-        self._manager.save(step, args=items)
-        self._sealed.begin([one for one in self.steps if one < step])
-        if self.config.export and trained.exports:
-            self._export(step, state, trained, trained.exports)
+            if step in self.steps:
+                return
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(_tree(state)),
+                position=ocp.args.JsonSave(position),
+                config=ocp.args.JsonSave(config),
+            )
+            self._manager.wait_until_finished()  # the previous checkpoint takes space too
+            # Checked first: a write that fails halfway makes Orbax's other writes fail noisily.
+            needed = _COPIES * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+            if shutil.disk_usage(self.out).free < needed:
+                raise OSError(errno.ENOSPC, _DISK[errno.ENOSPC], str(self.out))
+            self._manager.save(step, args=items)
+            self._sealed.begin([one for one in self.steps if one < step])
+            if self.config.export and trained.exports:
+                self._export(step, state, trained, trained.exports)
 
     def export_missing(self, state: TrainState, trained: Exporter) -> None:
-        """Exports a state that was restored, where the run before was ended between the checkpoint and its export."""
+        """Exports a restored state if the previous run ended between the checkpoint and its export."""
         step = int(jax.device_get(state.step))
         if not self.config.export or not trained.exports or (self.out / trained.exports.format(step=step)).exists():
             return
         with self._disk_errors():
             self._export(step, state, trained, trained.exports)
 
-    def _require_space(self, state: TrainState) -> None:
-        """Said before a write begins: one that breaks off in the middle leaves Orbax's other writes to fail aloud."""
-        needed = _COPIES * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
-        if shutil.disk_usage(self.out).free < needed:
-            raise OSError(errno.ENOSPC, _DISK[errno.ENOSPC], str(self.out))
-
     def restore(self, like: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that can be read, with the data's position; None if there is no checkpoint.
+        """The newest readable state, with the data's position; None if there is no checkpoint.
 
-        Damaged checkpoints are set aside with a warning, and the one before them is taken. One that is whole and yet
-        cannot be read, for want of memory perhaps, ends the run instead, and nothing is moved.
+        Damaged checkpoints are set aside with a warning, and the one before them is used. An intact one that cannot
+        be read, for lack of memory perhaps, ends the run instead, and nothing is moved.
 
         Args:
-            like: a state with the shapes and places wanted.
+            like: a state with the wanted shapes and shardings.
             config: the run's settings by their dotted names, compared with those of the checkpoint.
 
         Raises:
             InputError: the checkpoint is of another model or run, or none can be read.
         """
         damaged: dict[int, str] = {}
-        for step, seal in self._seals():
+        steps, results = self.steps, ""
+        if jax.process_index() == 0:  # only one reads the files, so no process sees files that another moves
+            results = json.dumps([[step, *self._sealed.read(step)] for step in reversed(steps)])
+        for step, whole, broken in json.loads(allgather_strings(results)[0]):
             try:
-                if seal.broken:
-                    raise _Damaged(seal.broken)
-                found = self._restored(step, seal.whole, like, config)
+                if broken:
+                    raise _Damaged(broken)
+                found = self._restored(step, whole, like, config)
             except _Damaged as error:
                 damaged[step] = str(error)
                 continue
@@ -264,12 +249,16 @@ class Checkpoints:
         _compare(stored, config, self.out / CHECKPOINTS / str(step))
         with _damage(suspected=not whole):
             self._require_fit(step, like)
-            items = {"state": ocp.args.StandardRestore(_abstract(like)), "position": ocp.args.JsonRestore()}
-            read = self._read(step, **items)
-        return _state(like, read["state"]), read["position"]
+            abstract = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+                for name, leaf in _tree(like).items()
+            }
+            read = self._read(step, state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+        state = jax.tree.unflatten(jax.tree.structure(like), [read["state"][name] for name in _tree(like)])
+        return state, read["position"]
 
     def _require_fit(self, step: int, like: TrainState) -> None:
-        """Raises InputError if a checkpoint holds other parameters than those trained now."""
+        """Raises InputError unless a checkpoint has the parameters that are trained now."""
         stored = self._manager.item_metadata(step)["state"]
         if stored is None:
             return
@@ -282,19 +271,8 @@ class Checkpoints:
                     f"{shapes.get(name)}, and now it is {wanted.get(name)}); start afresh with another out"
                 )
 
-    def _seals(self) -> list[tuple[int, CheckResult]]:
-        """What the sums of all checkpoints' files say, the newest first; the same in every process."""
-        steps, told = self.steps, ""
-        if jax.process_index() == 0:  # one reads it all, and no process sees files that another moves
-            told = json.dumps([[step, *self._sealed.read(step)] for step in reversed(steps)])
-        return [(step, CheckResult(*seal)) for step, *seal in json.loads(allgather_strings(told)[0])]
-
     def wait(self) -> None:
-        """Returns when all is on disk.
-
-        Raises:
-            RunError: it could not be written.
-        """
+        """Waits until everything is on disk; raises RunError if it could not be written."""
         if self._opened is not None:
             with self._disk_errors():
                 self._opened.wait_until_finished()
@@ -303,7 +281,7 @@ class Checkpoints:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """A disk that is full is one line, whichever library below noticed it."""
+        """Turns a full disk into one RunError, whichever library noticed it."""
         try:
             yield
         except Exception as error:
@@ -317,7 +295,7 @@ class Checkpoints:
 
     def close(self) -> None:
         if self._opened is not None:
-            with self._disk_errors():  # it waits for what is being written
+            with self._disk_errors():  # waits for pending writes
                 self._opened.close()
         self._sealed.close()
 
@@ -339,13 +317,13 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"damaged {sorted(damaged)}")
         self._manager.reload()
 
-    def _export(self, step: int, state: TrainState, trained: Exporter, place: str) -> None:
+    def _export(self, step: int, state: TrainState, trained: Exporter, path: str) -> None:
         first = jax.process_index() == 0
-        folder = self.out / place.format(step=step)
+        folder = self.out / path.format(step=step)
         trained.export(state.trainable, fresh(folder) if first else None)
         if not first:
             return
-        prefix = Path(place).name.removesuffix("{step}")
+        prefix = Path(path).name.removesuffix("{step}")
         kept = {f"{prefix}{one}" for one in (*self.steps, step)}
         for other in folder.parent.glob(f"{prefix}*"):
             if other.name not in kept and other.name.removeprefix(prefix).isdigit():
@@ -353,14 +331,14 @@ class Checkpoints:
 
 
 class _Damaged(Exception):
-    """A checkpoint is not as it was written."""
+    """A checkpoint has changed since it was written."""
 
 
 @contextmanager
 def _damage(suspected: bool) -> Iterator[None]:
-    """Takes what goes wrong while reading for damage, if that is suspected, unless the machine is to blame.
+    """Turns errors while reading into _Damaged, if damage is suspected and the machine is not to blame.
 
-    All processes read together, so that one's trouble is that of all.
+    All processes read together, so an error in one is raised in all.
     """
     found: Exception | None = None
     try:
@@ -370,47 +348,35 @@ def _damage(suspected: bool) -> Iterator[None]:
         if not suspected or of_machine or isinstance(error, InputError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
         found = error
-    told = allgather_strings("" if found is None else " ".join(str(found).split())[:200] or type(found).__name__)
-    if reason := next(filter(None, told), None):
+    reasons = allgather_strings("" if found is None else " ".join(str(found).split())[:200] or type(found).__name__)
+    if reason := next(filter(None, reasons), None):
         raise _Damaged(reason) from found
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-    """Leaves by their place in the state: nothing of the classes of Flax or optax goes into the file."""
+    """Leaves by their path in the state: no class of Flax or optax goes into the file."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _abstract(like: TrainState) -> dict[str, Any]:
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _tree(like).items()
-    }
-
-
-def _state(like: TrainState, read: dict[str, Any]) -> TrainState:
-    return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in _tree(like)])
-
-
-def _compare(stored: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuses what must stay, and tells of other changes."""
-    changed = {}
-    # A setting that one of them does not have came with another version, but for those that users name.
+def _compare(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raises InputError for settings that must not change, and logs other changes."""
+    changes = []
+    # A setting that only one of them has came with another version, except those that users name.
     for name in [name for name in (stored | wanted) if name in stored.keys() & wanted or _is_one_of(name, NAMED)]:
-        # By way of JSON, as it was stored: tuples are lists there.
+        # Through JSON, as it was stored: tuples are lists there.
         before, now = stored.get(name), json.loads(json.dumps(wanted.get(name)))
-        if before != now:
-            changed[name] = f"{name} {before!r}", f"{now!r}"
-    for name, (before, now) in changed.items():
+        if before == now:
+            continue
         if _is_one_of(name, IMMUTABLE_ON_RESUME):
             raise InputError(
-                f"{where}: was trained with {before}, and now it is {now}; resume with the same, or start afresh with "
-                "another out"
+                f"{folder}: was trained with {name} {before!r}, and now it is {now!r}; resume with the same, or start "
+                "afresh with another out"
             )
-    told = [
-        f"{before} is now {now}" for name, (before, now) in changed.items() if not _is_one_of(name, MUTABLE_ON_RESUME)
-    ]
-    if told:
-        log.warning("resumed with other settings: %s", "; ".join(told))
+        if not _is_one_of(name, MUTABLE_ON_RESUME):
+            changes.append(f"{name} {before!r} is now {now!r}")
+    if changes:
+        log.warning("resumed with other settings: %s", "; ".join(changes))
 
 
 def _is_one_of(name: str, patterns: Sequence[str]) -> bool:

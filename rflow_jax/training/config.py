@@ -1,8 +1,8 @@
-"""What a training run is told: one YAML file, or the flags of ``train.py``."""
+"""The configuration of a training run: one YAML file, or the flags of ``rflow train``."""
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -44,7 +44,7 @@ class TrainableConfig:
         require_least(self, "trainable", rank=1)
         require_positive(self, "trainable", "alpha")
         if self.parameters is not None and self.lora is not None:
-            raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora has no place")
+            raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora cannot be used")
         for name in ("pattern", "parameters"):
             require_pattern(f"trainable.{name}", getattr(self, name))
 
@@ -55,7 +55,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between two.
-        keep_last: so many of the newest are kept.
+        keep_last: how many of the newest are kept.
         keep_every: those at multiples of it are kept for good.
         export: also write what was trained for other programs, such as ``lora/{step}`` of the corrector.
     """
@@ -66,11 +66,7 @@ class CheckpointConfig:
     export: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"checkpoint.{name} is {getattr(self, name)}: give at least 1")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise InputError(f"checkpoint.keep_every is {self.keep_every}: give at least 1, or null")
+        require_least(self, "checkpoint", every=1, keep_last=1, keep_every=1)
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,12 @@ class ValidationConfig:
         shards: of the held-out records; null: no validation.
         format: of these shards, as in ``data``.
         every: steps between two; there is one before the first step too.
-        records: so many of each subset give the loss.
-        pictures: of so many of each subset an image is generated.
+        records: how many of each subset give the loss.
+        pictures: how many images of each subset are generated.
         times: the loss is the mean over these times in (0, 1), 1 is noise.
-        num_inference_steps: denoising steps of a picture; null: the model's own.
-        guidance_scale: of a picture.
-        seed: of noise, in losses and pictures.
+        num_inference_steps: denoising steps of an image; null: the model's own.
+        guidance_scale: of an image.
+        seed: of noise, in losses and images.
     """
 
     shards: str | list[str] | None = None
@@ -137,8 +133,8 @@ class OptimizerConfig:
     Attributes:
         name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
         lr: learning rate, the highest of its schedule.
-        schedule: how it goes on after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
-        warmup_steps: it rises in a straight line over so many steps.
+        schedule: after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
+        warmup_steps: number of steps over which it rises linearly.
         decay_steps: the step at which ``linear`` and ``cosine`` end.
         clip: the gradients' global norm is cut down to this.
         weight_decay: decoupled, as in AdamW.
@@ -179,9 +175,6 @@ class OptimizerConfig:
             )
 
 
-# The key ``task`` of a configuration -> (its dataclass, the class that is made of it and a mesh).
-
-
 @dataclass(frozen=True)
 class LoopConfig:
     """The steps of a run, whatever is trained.
@@ -189,7 +182,7 @@ class LoopConfig:
     Attributes:
         steps: optimizer steps in all.
         batch_size: samples of one optimizer step, on all devices together.
-        accumulation: a batch is taken in so many parts, one after the other, to save memory.
+        accumulation: the batch is processed in this number of parts, one after the other, to save memory.
         remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
         dtype: of the activations and of the parameters that stay as they are.
         seed: every draw derives from it.
@@ -210,7 +203,7 @@ class LoopConfig:
         require_seed("train.seed", self.seed)
 
     def check_batch(self, devices: int) -> None:
-        """Raises InputError unless every device gets as many samples, in every part of the batch."""
+        """Raises InputError unless every device gets the same number of samples, in every part of the batch."""
         if self.batch_size % (devices * self.accumulation):
             raise InputError(
                 f"train.batch_size is {self.batch_size}: give a multiple of {devices * self.accumulation} (samples are "
@@ -225,12 +218,12 @@ class StepConfig(LoopConfig):
     Attributes:
         steps: optimizer steps in all.
         batch_size: samples of one optimizer step, on all devices together.
-        accumulation: a batch is taken in so many parts, one after the other, to save memory.
+        accumulation: the batch is processed in this number of parts, one after the other, to save memory.
         remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
         dtype: of the activations and of the parameters that stay as they are.
         seed: every draw derives from it: data, times, noise and the first LoRA.
         attention: see rflow_jax/models/attention.py.
-        union_cond_attn, add_cond_attn, latent_lora: how the condition takes part, as in ``infer.py``.
+        union_cond_attn, add_cond_attn, latent_lora: how the condition takes part, as in ``rflow``.
         max_sequence_length: T5 tokens; null takes the model's own.
         scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
             time; null: on TPU.
@@ -253,7 +246,7 @@ class StepConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """What every task is told."""
+    """The settings that every task has."""
 
     task: str
     model: str
@@ -310,13 +303,12 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
+# The key ``task`` of a configuration -> (its dataclass, the class that is made from it and a mesh).
 TASKS = {
     "corrector": ("rflow_jax.training.config:RunConfig", "rflow_jax.training.corrector.task:Corrector"),
     "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
     "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
 }
-
-
 DEFAULT_TASK = "corrector"
 
 
@@ -328,9 +320,4 @@ def config_class(task: str) -> type:
     """
     if task not in TASKS:
         raise InputError(f"task is {task!r}: did you mean {nearest(task, TASKS)}? There are {', '.join(TASKS)}")
-    return _named(TASKS[task][0])
-
-
-def _named(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return pkgutil.resolve_name(TASKS[task][0])

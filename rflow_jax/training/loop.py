@@ -1,4 +1,4 @@
-"""The training loop: what a run consists of, its steps, and when it saves and validates."""
+"""The training loop: its preparation, its steps, and when it saves and validates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rflow_jax.training.train_state import TrainState, init_state
 
 
 class Run(NamedTuple):
-    """What a run consists of, once everything is there."""
+    """The parts of a run, once everything is loaded."""
 
     config: CommonConfig
     task: Task
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 def train(config: CommonConfig) -> None:
-    """Trains until the last step, or until SIGTERM; either way everything is saved before it returns."""
+    """Trains until the last step or SIGTERM; either way everything is saved before it returns."""
     start_processes(config.distributed)
     use_compilation_cache()
     with ExitStack() as stack, reproducible(config.train.dtype):
@@ -50,7 +50,7 @@ def train(config: CommonConfig) -> None:
 
 
 def prepare(config: CommonConfig, stack: ExitStack) -> Run:
-    """Checks and loads everything, what is cheap to check first; what must be closed again goes onto the stack."""
+    """Checks and loads everything, cheap checks first; what must be closed later goes onto the stack."""
     out, mesh = Path(config.out), make_mesh(config.mesh)
     config.train.check_batch(samples_along(mesh))
     with raise_on_all():
@@ -71,60 +71,59 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
 
     write_config(out, asdict(config))
     numbers = {"steps": config.train.steps, "batch_size": config.train.batch_size, "flops": task.flops}
-    watch = stack.enter_context(
-        closing(MetricWriter(out, config.watch, **numbers, resumed=start, dtype=config.train.dtype))
-    )
+    writer = MetricWriter(out, config.watch, **numbers, resumed=start, dtype=config.train.dtype)
+    watch = stack.enter_context(closing(writer))
     watch.info(headline(config, mesh, task, start))
     return Run(config, task, state, task.make_step(optimizer, shardings), checkpoints, loader, validation, watch)
 
 
 def loop(run: Run, preemption: Preemption) -> None:
-    """The steps. What a step tells is read while the next one is computed."""
+    """Runs the steps. The metrics of a step are read while the next one is computed."""
     config, state = run.config, run.first
     first = step = int(state.step)
     last = stop = False
     if step:
         run.checkpoints.export_missing(run.task.to_saved(state), run.task.exporter)
     if validation_is_due(run, step) and not run.watch.was_validated(step):
-        validate(run, state, step)  # before the first step, or where the run before was ended too early for it
+        validate(run, state, step)  # before the first step, or because the previous run ended too early for it
     with closing(prefetch_to_device(iter(run.loader), run.task.put)) as batches:
-        untold: tuple[int, Any, Any] | None = None
+        unwritten: tuple[int, Any, Any] | None = None
         while step < config.train.steps and not stop:
             batch, inputs = next(batches)
             with jax.transfer_guard("disallow"):
                 state, report = run.take_step(state, inputs)
-            tell(run, untold)
-            step, untold = step + 1, (step + 1, report, batch)
+            write_metrics(run, unwritten)
+            step, unwritten = step + 1, (step + 1, report, batch)
             if step == first + 1:  # it was compiled
-                tell(run, untold)
-                untold = None
+                write_metrics(run, unwritten)
+                unwritten = None
                 run.watch.restart_clock()
             last = step == config.train.steps
             stop = preemption.asked(step)
             if stop or last or step % config.checkpoint.every == 0:
-                tell(run, untold)  # first, so that a step that went wrong is not saved
-                untold = None
+                write_metrics(run, unwritten)  # first, so that a step with a non-finite loss is not saved
+                unwritten = None
                 position = gather_data_state(run.loader.position(step))
                 with run.watch.paused():
                     run.checkpoints.save(run.task.to_saved(state), position, config.flat(), run.task.exporter)
             if validation_is_due(run, step) and not stop:
-                tell(run, untold)
-                untold = None
+                write_metrics(run, unwritten)
+                unwritten = None
                 validate(run, state, step)
     run.checkpoints.wait()
     done = "stopped by SIGTERM; go on with --resume" if stop and not last else "done"
     run.watch.info(f"step {step} is saved in {config.out}: {done}")
 
 
-def tell(run: Run, untold: tuple[int, Any, Any] | None) -> None:
-    """Hands the numbers of one step to the watch.
+def write_metrics(run: Run, unwritten: tuple[int, Any, Any] | None) -> None:
+    """Writes the metrics of one step.
 
     Raises:
         RunError: the loss or the gradient is not finite.
     """
-    if untold is None:
+    if unwritten is None:
         return
-    step, report, batch = untold
+    step, report, batch = unwritten
     report = jax.device_get(report)
     if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
         kept = run.checkpoints.steps
@@ -138,19 +137,18 @@ def tell(run: Run, untold: tuple[int, Any, Any] | None) -> None:
 
 
 def validation_is_due(run: Run, step: int) -> bool:
-    """Whether the parameters of this step are to be tried: now and then, and at the end."""
+    """Whether the parameters of this step are to be validated."""
     return run.validation is not None and (step % run.validation.every == 0 or step == run.config.train.steps)
 
 
 def validate(run: Run, state: TrainState, step: int) -> None:
-    """Tries the parameters on held-out records."""
-    if run.validation is None:
-        return
-    run.watch.validated(step, run.validation.run(step, state.trainable))
+    """Evaluates the parameters on held-out records."""
+    if run.validation is not None:
+        run.watch.validated(step, run.validation.run(step, state.trainable))
 
 
 def headline(config: CommonConfig, mesh: jax.sharding.Mesh, task: Task, start: int) -> str:
-    """What is trained on what, in one line."""
+    """The task, model, devices and steps of a run in one line."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind, devices = jax.devices()[0].device_kind, jax.device_count()
     return (

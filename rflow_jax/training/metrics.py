@@ -1,4 +1,4 @@
-"""What a run tells while it goes: one line a while, a JSON lines file always, TensorBoard and wandb."""
+"""The numbers of a run while it goes: lines on standard error, a JSON lines file, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rflow_jax.utils.atomic_io import write_file
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 SKIPPED_SHOWN = 10  # records named one by one; all are counted
 
-# Dense bfloat16 TFLOP/s a chip, by how the name begins that JAX has for it: vendors' data sheets. The longest counts.
+# Dense bfloat16 TFLOP/s per chip by a prefix of JAX's device_kind, from vendors' data sheets. The longest prefix wins.
 PEAK_TFLOPS = {
     "NVIDIA A100": 312,
     "NVIDIA H100": 989,
@@ -42,7 +42,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(config: LoggingConfig, dtype: str) -> float | None:
-    """FLOP/s that all devices together could do; None if that is not known, as for float32."""
+    """Peak FLOP/s of all devices together; None if not known, as for float32."""
     tflops = config.peak_tflops
     if tflops is None and dtype == "bfloat16":
         tflops = known_tflops(jax.devices()[0].device_kind)
@@ -56,13 +56,13 @@ def known_tflops(device_kind: str) -> float | None:
 
 
 class MetricWriter:
-    """Writes what each step tells, and one line a while on standard error; only the first process writes.
+    """Writes the metrics of each step, and now and then a line on standard error; only the first process writes.
 
     Args:
         batch_size: samples of a step, of all processes.
-        flops: of one sample in the network that is trained, forward and backward, without what is computed again; the
-            encoders of the corrector (VAE, T5, CLIP) are not in it.
-        resumed: the step that the run goes on from: later lines of an earlier try are dropped.
+        flops: of one sample in the network that is trained, forward and backward, without recomputation and without
+            the encoders of the corrector (VAE, T5, CLIP).
+        resumed: the step that the run continues from: later lines of an earlier try are dropped.
         dtype: of the activations; only bfloat16's peak is known by the device's name.
     """
 
@@ -88,63 +88,70 @@ class MetricWriter:
         self.restart_clock()
         self._board = self._wandb = None
         self._tried: set[int] = set()
-        if self.writes:
-            self._tried = _keep_until(self._file, resumed)
-            self._open_boards(out, resumed)
+        if not self.writes:
+            return
+        self._tried = _keep_until(self._file, resumed)
+        if config.tensorboard:
+            # TensorBoard leaves out what an earlier try wrote from that step on.
+            writer = importlib.import_module("tensorboardX").SummaryWriter
+            self._board = writer(str(out / "tensorboard"), purge_step=resumed + 1)
+        if config.wandb:
+            try:
+                self._wandb = importlib.import_module("wandb")
+            except ImportError as error:
+                raise InputError("watch.wandb: the package is not installed: pip install wandb") from error
+            id_file = out / WANDB_ID  # a resumed run continues the same run of wandb
+            if not id_file.exists():
+                write_file(id_file, uuid.uuid4().hex)
+            self._wandb.init(project=config.wandb, dir=str(out), resume="allow", id=id_file.read_text().strip())
 
     def step(
         self, step: int, report: Any, batch: Any, drawn: Mapping[str, int], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Takes in one step, after it is done; where there are several processes all must call it, in the same order.
+        """Records a finished step; all processes must call it, in the same order.
 
         Args:
             report: the step's numbers, on the host.
             batch: the host's batch.
             drawn: samples of each subset so far, of all processes.
-            metrics: what the step tells besides.
+            metrics: further numbers of the step.
         """
         self._samples += self.batch_size
         self._waited += batch.waited
         self._losses.append(float(report.loss))
-        self._tell_skipped(batch.skipped)
+        # Every process reads records of its own, so each names them on its standard error.
+        source = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+        for reason in batch.skipped[: max(0, SKIPPED_SHOWN - self._skipped)]:
+            self._print(f"{source}skipped {reason}")
+        self._skipped += len(batch.skipped)
         line: dict[str, Any] = {"step": step, "loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
         line |= {} if report.d is None else {"d": float(report.d)}
         line |= {**(metrics or {}), "drawn": dict(drawn), "samples": batch.digest}
         self._names = list(metrics or {})
         if step % self.config.every == 0 or step == self.steps:
-            line |= self._pace()
+            seconds = max(time.perf_counter() - self._since, 1e-9)
+            line |= {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
+            if self._peak:
+                line["mfu"] = self.flops * self._samples / seconds / self._peak
+            line["skipped"] = _sum_over_processes(self._skipped)
             self._show(line)
             self.restart_clock()
             self._losses = []
         self.write(line)
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        """Takes in the losses and metrics on held-out records; the time it took does not count as training."""
+        """Records the metrics on held-out records; the time it took does not count as training."""
         self.write({"step": step, **losses})
         numbers = ", ".join(f"{name.rpartition('/')[2]} {loss:.4f}" for name, loss in losses.items())
         self.info(f"step {step}/{self.steps}, validation: {numbers}")
         self.restart_clock()
 
     def was_validated(self, step: int) -> bool:
-        """Whether an earlier start has validated this step's parameters; all processes must ask, and hear the same."""
+        """Whether an earlier start has validated this step's parameters; all processes must call it."""
         return allgather_strings("yes" if step in self._tried else "no")[0] == "yes"
 
-    def _pace(self) -> dict[str, Any]:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        pace = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
-        if self._peak:
-            pace["mfu"] = self.flops * self._samples / seconds / self._peak
-        return pace | {"skipped": _over_processes(self._skipped)}
-
-    def _tell_skipped(self, skipped: Sequence[str]) -> None:
-        # Every process reads records of its own, so each names them on its standard error.
-        where = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-        for reason in skipped[: max(0, SKIPPED_SHOWN - self._skipped)]:
-            self._print(f"{where}skipped {reason}")
-        self._skipped += len(skipped)
-
     def write(self, line: dict[str, Any]) -> None:
-        """Writes numbers of one step to every place."""
+        """Writes the numbers of one step to the file, TensorBoard and wandb."""
         if not self.writes:
             return
         with self._file.open("a") as file:
@@ -158,12 +165,12 @@ class MetricWriter:
             self._wandb.log(numbers, step=line["step"])
 
     def restart_clock(self) -> None:
-        """Time until now (compiling, validation) does not count as training."""
+        """Leaves the time until now (compiling, validation) out of the training time."""
         self._samples, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here (saving) takes time that does not count as training."""
+        """Leaves the time inside (saving) out of the training time."""
         begin = time.perf_counter()
         try:
             yield
@@ -171,7 +178,7 @@ class MetricWriter:
             self._since += time.perf_counter() - begin
 
     def info(self, text: str) -> None:
-        """One line on the first process's standard error."""
+        """Prints a line on the first process's standard error."""
         if self.writes:
             self._print(text)
 
@@ -195,29 +202,8 @@ class MetricWriter:
         parts += [f"{line['skipped']} skipped"] if line["skipped"] else []
         self.info(", ".join(parts))
 
-    def _open_boards(self, out: Path, resumed: int) -> None:
-        if self.config.tensorboard:
-            # TensorBoard leaves out what an earlier try wrote from that step on.
-            writer = importlib.import_module("tensorboardX").SummaryWriter
-            self._board = writer(str(out / "tensorboard"), purge_step=resumed + 1)
-        if self.config.wandb:
-            try:
-                wandb = importlib.import_module("wandb")
-            except ImportError as error:
-                raise InputError("watch.wandb: the package is not installed: pip install wandb") from error
-            self._wandb = wandb
-            wandb.init(project=self.config.wandb, dir=str(out), resume="allow", id=_run_id(out))
 
-
-def _run_id(out: Path) -> str:
-    """What wandb knows the run by: kept in its folder, so that it goes on there when it is resumed."""
-    file = out / WANDB_ID
-    if not file.exists():
-        write_file(file, uuid.uuid4().hex)
-    return file.read_text().strip()
-
-
-def _over_processes(count: int) -> int:
+def _sum_over_processes(count: int) -> int:
     """The sum over all processes, each of which must call this."""
     if jax.process_count() == 1:
         return count
@@ -225,7 +211,7 @@ def _over_processes(count: int) -> int:
 
 
 def _keep_until(file: Path, step: int) -> set[int]:
-    """Drops lines past ``step``, and one that a kill cut short; returns the steps that were validated."""
+    """Drops lines after ``step``, and a truncated one; returns the steps that were validated."""
     if not file.exists():
         return set()
     kept, tried = [], set()

@@ -1,4 +1,4 @@
-"""Optimizers through optax, after a clip of the gradients' global norm."""
+"""optax optimizers behind a clip of the gradients' global norm."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
         after = optax.cosine_decay_schedule(lr, (config.decay_steps or 0) - warmup)
     if not warmup:
         return after
-    # The first step is not lost on a rate of zero.
+    # Starts above zero, so that the first step is not wasted.
     return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, warmup - 1), after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimizer with its clip in front."""
-    return optax.chain(optax.clip_by_global_norm(config.clip), _after_clip(config))
-
-
-def _after_clip(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optimizer, after a clip of the gradients."""
     if config.name == "sgd":
-        return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(learning_rate(config)))
-    if config.name == "adamw":
+        inner = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(learning_rate(config)))
+    elif config.name == "adamw":
         b1, b2 = config.betas
-        return optax.adamw(learning_rate(config), b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
-    return prodigy(config)
+        inner = optax.adamw(learning_rate(config), b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
+    else:
+        inner = prodigy(config)
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner)
 
 
 def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -74,7 +72,7 @@ def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 class ProdigyNumbers(NamedTuple):
-    """What Prodigy knows of its step size, in the names of the ``prodigyopt`` package."""
+    """Prodigy's estimate of its step size, in the names of the ``prodigyopt`` package."""
 
     d: Float[Array, ""]
     d_max: Float[Array, ""]
@@ -84,7 +82,7 @@ class ProdigyNumbers(NamedTuple):
 
 
 def prodigy_numbers(state: Any, d_coef: float = 1.0) -> ProdigyNumbers | None:
-    """Reads them from an optimizer's state; None for another optimizer."""
+    """Prodigy's numbers in an optimizer's state; None for another optimizer."""
     found = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_prodigy) if _is_prodigy(leaf)]
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""The model that is trained: which of its parameters move, in which number type, and where they live."""
+"""The model that is trained: its trainable and frozen parameters, their dtypes and shardings."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class PartitionedModel:
     """A model in two parts.
 
     Attributes:
-        bundle: everything that stays as it is, without the transformer's weights.
+        bundle: the rest of the model, without the transformer's weights.
         graph: of the transformer, to be merged with both parts.
-        trainable: the parameters that move, float32.
-        frozen: the others, in the bundle's number type.
-        by_block: shapes and shardings of the parameters that move, by block: as they are saved, however the graph has
-            them.
-        scales: of the LoRA, by block; empty where none is trained.
+        trainable: the trained parameters, float32.
+        frozen: the others, in the model's dtype.
+        by_block: shapes and shardings of the trained parameters by block, as they are saved, whether or not the graph
+            stacks them.
+        scales: of the LoRA, by block; empty if none is trained.
     """
 
     bundle: FluxModel
@@ -53,7 +53,7 @@ class PartitionedModel:
 
     @property
     def is_lora(self) -> bool:
-        """Whether what moves is a LoRA."""
+        """Whether a LoRA is trained."""
         return bool(jax.tree.leaves(self.scales))
 
     @property
@@ -61,11 +61,11 @@ class PartitionedModel:
         return "lora/{step}" if self.is_lora else None
 
     def to_saved(self, tree: Any) -> Any:
-        """A tree that has the moving parameters, or numbers of an optimizer for each, with these by block."""
+        """Unstacks the trained parameters (or an optimizer's numbers for each) in a tree into blocks."""
         return self._each_state(lambda state: unstack_blocks(state, self.by_block), tree)
 
     def to_running(self, tree: Any) -> Any:
-        """A tree as :meth:`to_saved` gives it with its parameters as the graph has them; those given are used up."""
+        """The inverse of :meth:`to_saved`: parameters as the graph has them; the argument is donated."""
         return self._each_state(self.graph.stack_loaded, tree)
 
     def _each_state(self, function: Callable[[nnx.State], nnx.State], tree: Any) -> Any:
@@ -78,7 +78,7 @@ class PartitionedModel:
         return jax.tree.map(lambda part: function(part) if is_state(part) else part, tree, is_leaf=is_state)
 
     def export(self, trainable: Any, folder: Path | None) -> None:
-        """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``infer.py``.
+        """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``rflow``.
 
         Args:
             trainable: by block.
@@ -88,7 +88,7 @@ class PartitionedModel:
             export_lora(adapters_in(trainable, self.scales), folder)
 
     def bundle_with(self, trainable: Any) -> FluxModel:
-        """The bundle to generate with, the moving parameters as given."""
+        """The model to generate with, with these trained parameters."""
         weights = self.bundle.weights | {"transformer": (self.frozen, trainable)}
         return replace(
             self.bundle,
@@ -101,7 +101,7 @@ class PartitionedModel:
 def load_trainable_model(
     model: str, config: TrainableConfig, *, seed: int, dtype: str, mesh: Mesh, scan_blocks: bool | None = False
 ) -> PartitionedModel:
-    """Loads a model onto the mesh and takes apart what moves and what stays.
+    """Loads a model onto the mesh and splits it into trainable and frozen parameters.
 
     Args:
         scan_blocks: see :func:`rflow_jax.generation.pipeline.load_pipeline`.
@@ -109,42 +109,48 @@ def load_trainable_model(
     Raises:
         InputError: the model, the LoRA or a pattern is not usable.
     """
-    bundle = load_flux(model, lora=None, lora_alpha=None, dtype=dtype, mesh=mesh)
-    transformer = bundle.graphs.transformer.merge(*bundle.weights.pop("transformer"))
-    if config.parameters is None:
-        _attach(transformer, config, seed, sharding_for(mesh))
-    return partition_params(bundle, transformer, config, scan_blocks=scans_blocks(scan_blocks, mesh))
+    flux = load_flux(model, lora=None, lora_alpha=None, dtype=dtype, mesh=mesh)
+    transformer = flux.graphs.transformer.merge(*flux.weights.pop("transformer"))
+    choose = sharding_for(mesh)
+    if config.parameters is None and config.lora is not None:
+        lora = read_lora(resolve_lora(config.lora), alpha=config.alpha)
+        attach(transformer, lora.adapters, dtype=jnp.float32, put=put_by(choose), where=lora.source)
+    elif config.parameters is None:
+        rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
+        options = {"alpha": config.alpha, "pattern": config.pattern, "sharding_for": choose}
+        init_lora(transformer, config.rank, rngs=rngs, **options)
+    return partition_params(flux, transformer, config, scan_blocks=scans_blocks(scan_blocks, mesh))
 
 
 def partition_params(
-    bundle: FluxModel, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool
+    flux: FluxModel, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool
 ) -> PartitionedModel:
-    """What moves of a transformer, and what stays, which is stacked if blocks are to be scanned.
+    """Splits a transformer into trainable and frozen parameters, stacked if blocks are to be scanned.
 
     Raises:
         InputError: a pattern matches no parameter.
     """
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
-    trainable, frozen, scales = split_trainable(transformer, config, graph, bundle.name)
-    scales = jax.tree.map(np.asarray, scales)  # copied: they are used up below
+    trainable, frozen, scales = split_trainable(transformer, config, graph, flux.name)
+    scales = jax.tree.map(np.asarray, scales)  # copied: stacking donates them
     if config.parameters is not None:
-        # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+        # Steps are far below bfloat16's resolution: trained parameters are float32, and rounded where they are used.
         trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     by_block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
-    return PartitionedModel(bundle, graph, graph.stack_loaded(trainable), graph.stack_loaded(frozen), by_block, scales)
+    return PartitionedModel(flux, graph, graph.stack_loaded(trainable), graph.stack_loaded(frozen), by_block, scales)
 
 
 def split_trainable(
     transformer: FluxTransformer, config: TrainableConfig, graph: FluxGraph, name: str
 ) -> tuple[Any, ...]:
-    """What moves of a transformer, arrays or shapes, what stays, and the scales of the LoRA that moves, all by block.
+    """The trainable part of a transformer, the frozen part, and the scales of the LoRA that is trained, all by block.
 
     Args:
         graph: of the transformer.
         name: of the model, for an error.
 
     Raises:
-        InputError: a pattern matches no parameter, or some blocks' of those that are stacked.
+        InputError: a pattern matches no parameter, or parameters of only some of the stacked blocks.
     """
     if config.parameters is None:
         _, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
@@ -158,7 +164,7 @@ def split_trainable(
 
 
 def on_host(tree: Any) -> Any:
-    """The arrays of a tree as numpy's, whole; all processes must call it where there are several."""
+    """Fetches the whole arrays of a tree as numpy arrays; all processes must call it."""
 
     def fetch(leaf: jax.Array) -> np.ndarray:
         if leaf.is_fully_addressable:
@@ -169,34 +175,24 @@ def on_host(tree: Any) -> Any:
 
 
 def count_params(state: Any) -> int:
-    """Numbers in a state."""
+    """The number of parameters in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def _attach(transformer: FluxTransformer, config: TrainableConfig, seed: int, choose: ShardingFor) -> None:
-    if config.lora is not None:
-        read = read_lora(resolve_lora(config.lora), alpha=config.alpha)
-        attach(transformer, read.adapters, dtype=jnp.float32, put=put_by(choose), where=read.where)
-        return
-    rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
-    how = {"alpha": config.alpha, "pattern": config.pattern, "sharding_for": choose}
-    init_lora(transformer, config.rank, rngs=rngs, **how)
-
-
 def shard_state(state: Any, put: ShardingFor) -> Any:
-    """The state with every leaf where the rules want it; what already lies there stays."""
+    """Moves every leaf of a state to its sharding, unless it is there already."""
 
-    def place(path: Any, leaf: jax.Array) -> jax.Array:
+    def move(path: Any, leaf: jax.Array) -> jax.Array:
         sharding = put(dotted(path), leaf.shape)
         if leaf.sharding == sharding:
             return leaf
-        # By way of the host: the leaf may lie on one device of this process alone.
+        # Through the host: the leaf may be on one device of this process only.
         return jax.device_put(jax.device_get(leaf), sharding)
 
     flat = nnx.to_flat_state(state)
-    return nnx.from_flat_state([(path, variable.replace(place(path, variable.get_value()))) for path, variable in flat])
+    return nnx.from_flat_state([(path, variable.replace(move(path, variable.get_value()))) for path, variable in flat])
 
 
 def dotted(path: Any) -> str:
-    """A path in a state with dots between its parts."""
+    """A path in a state, joined by dots."""
     return ".".join(map(str, path))

@@ -1,4 +1,4 @@
-"""Batches on the devices: tokenized and sent while the step before is computed."""
+"""Batches on the devices: tokenized and sent while the previous step is computed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ AHEAD = 2
 
 def slots_here(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch that this process's devices hold."""
-    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    return sorted({row for rows, *_ in filter(None, places.values()) for row in range(*rows.indices(batch_size))})
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return sorted({row for rows, *_ in filter(None, indices.values()) for row in range(*rows.indices(batch_size))})
 
 
-def put_pixels(bundle: FluxModel, text_length: int, mesh: Mesh) -> Callable[[HostBatch], Inputs]:
+def put_pixels(flux: FluxModel, text_length: int, mesh: Mesh) -> Callable[[HostBatch], Inputs]:
     """A function that tokenizes a batch and puts it onto the mesh."""
-    tokenizers = bundle.tokenizers
 
     def put(batch: HostBatch) -> Inputs:
-        clip_ids = tokenizers.clip(batch.prompts, bundle.clip_length)
-        t5_ids = tokenizers.t5(batch.t5_texts, text_length)
+        clip_ids = flux.tokenizers.clip(batch.prompts, flux.clip_length)
+        t5_ids = flux.tokenizers.t5(batch.t5_texts, text_length)
         return Inputs(*put_batch(mesh, (batch.good, batch.bad, clip_ids, t5_ids, batch.numbers)))
 
     return put
 
 
 def prefetch_to_device(batches: Iterator[Any], put: Callable[[Any], Any]) -> Generator[tuple[Any, Any]]:
-    """(batch, its arrays on the devices); two are made in advance, in a thread.
+    """(batch, its arrays on the devices); :data:`AHEAD` of them are made in advance, in a thread.
 
-    ``waited`` of a batch becomes the seconds for which the consumer waited. A batch that is not made soon after the end
-    is not waited for: it may be a server's that does not answer.
+    ``waited`` of a batch becomes the seconds for which the consumer waited. At the end, a pending batch is not waited
+    for long: it may come from a server that does not answer.
     """
 
     def make() -> tuple[Any, Any]:

@@ -2,9 +2,9 @@
 
 ::
 
-    .lock                           while a run is at work
+    .lock                           while a run is active
     config.yaml                     the resolved configuration, as the newest start had it
-    metrics.jsonl                   one line of numbers every so many steps
+    metrics.jsonl                   one line of numbers per step
     tensorboard/                    the same for TensorBoard
     wandb_id                        what wandb knows the run by
     checkpoints/{step}/             to resume from
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def open_folder(out: Path, resume: bool) -> Iterator[None]:
-    """Makes sure that this run may write here, before anything expensive begins; other runs are kept out meanwhile.
+    """Checks that this run may write here, before anything expensive begins, and locks out other runs meanwhile.
 
-    Of several processes the first looks after the folder.
+    Of several processes only the first checks and locks the folder.
 
     Raises:
-        InputError: another run's files are there and it is not to be resumed, another run is at work, or nothing can be
+        InputError: another run's files are there and it is not to be resumed, another run is active, or nothing can be
             written.
     """
     if jax.process_index():
@@ -58,19 +58,15 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
     if held is None:
         raise InputError(f"{out}: another run is at work in this folder; wait for it, or give another out")
     try:
-        _require_usable(out, resume)
+        taken = any(path.name != LOCK for path in out.iterdir())
+        if taken and not resume:
+            raise InputError(f"{out}: holds files already; add --resume to continue that run, or give an empty folder")
+        if taken and not (out / CONFIG).exists():
+            raise InputError(f"{out}: holds files, but no run ({CONFIG} is missing); give another folder")
         yield
     finally:
         lock.unlink(missing_ok=True)  # while it is held: it must not be another's by then
         held.close()
-
-
-def _require_usable(out: Path, resume: bool) -> None:
-    taken = any(path.name != LOCK for path in out.iterdir())
-    if taken and not resume:
-        raise InputError(f"{out}: holds files already; add --resume to go on with that run, or give an empty folder")
-    if taken and not (out / CONFIG).exists():
-        raise InputError(f"{out}: holds files, but no run ({CONFIG} is missing); give another folder")
 
 
 def write_config(out: Path, config: dict[str, Any]) -> None:
@@ -80,6 +76,6 @@ def write_config(out: Path, config: dict[str, Any]) -> None:
 
 
 def fresh(folder: Path) -> Path:
-    """The folder, empty: what a killed run left of it is made again."""
+    """The folder, after deleting what a killed run left in it."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder

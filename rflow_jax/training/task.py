@@ -1,14 +1,15 @@
-"""What a checkpoint is exported with."""
+"""The interfaces of what can be trained, and of what the loop needs from it."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
-from rflow_jax.training.config import TASKS, _named
+from rflow_jax.training.config import TASKS
 from rflow_jax.training.train_state import StepMetrics, TrainState
 
 
@@ -17,21 +18,21 @@ class Exporter(Protocol):
     """Writes what was trained in the form that other programs read.
 
     Attributes:
-        exports: where in the run's folder that of a step goes, such as ``lora/{step}``, with the step at its end; None:
-            there is no such form.
+        exports: path of a step's export in the run's folder, ending in the step, such as ``lora/{step}``; None: there
+            is no such form.
     """
 
     @property
     def exports(self) -> str | None: ...
 
     def export(self, trainable: Any, folder: Path | None) -> None:
-        """Is called in every process, with a folder to make in the first alone."""
+        """Called in every process, with a folder to make in the first process only."""
         ...
 
 
 @runtime_checkable
 class Validation(Protocol):
-    """Held-out records, tried every so many steps."""
+    """Evaluation on held-out records."""
 
     @property
     def every(self) -> int: ...
@@ -46,9 +47,9 @@ class Task(Protocol):
     """A model that is trained on data, loaded onto the mesh.
 
     Attributes:
-        trained: what was trained, to be exported.
-        trainable: the parameters that move, float32.
-        flops: floating-point operations of a sample, forward and backward, without what is computed again.
+        exporter: of what was trained.
+        trainable: the trained parameters, float32.
+        flops: floating-point operations of a sample, forward and backward, without recomputation.
         title: what is trained, in a few words.
     """
 
@@ -65,11 +66,11 @@ class Task(Protocol):
     def title(self) -> str: ...
 
     def to_saved(self, state: TrainState) -> TrainState:
-        """The state as checkpoints have it, whatever form a run computes with."""
+        """The state in the form of checkpoints."""
         ...
 
     def to_running(self, state: TrainState) -> TrainState:
-        """The state of a checkpoint as the step takes it; that given is used up."""
+        """The state of a checkpoint in the form that the step takes; the argument is donated."""
         ...
 
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> Any:
@@ -89,7 +90,7 @@ class Task(Protocol):
         ...
 
     def open_validation(self, out: Path) -> Validation | None:
-        """Held-out records; None where the configuration names none."""
+        """Held-out records; None if the configuration has none."""
         ...
 
 
@@ -106,4 +107,4 @@ def load_task(config: Any, mesh: Mesh) -> Task:
     Raises:
         InputError: the model or a setting is not usable.
     """
-    return _named(TASKS[config.task][1])(config, mesh)
+    return pkgutil.resolve_name(TASKS[config.task][1])(config, mesh)

@@ -1,4 +1,4 @@
-"""One optimizer step of any objective: differentiate, in parts if need be, clip, move. Compiled over a mesh."""
+"""One optimizer step of any objective, with gradient accumulation. Compiled over a mesh."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class TrainState(NamedTuple):
 
 
 class MeanMetric(NamedTuple):
-    """A metric as a sum and what it is divided by, so that parts of a batch can be added up."""
+    """A mean as a sum and its divisor, so that parts of a batch can be added up."""
 
     total: Float[Array, ""]
     of: Float[Array, ""]
 
 
 Metrics = dict[str, MeanMetric]
-# (trainable, frozen, batch) -> the loss, to be averaged over equal parts of a batch, and what else is told.
+# (trainable, frozen, batch) -> the loss, to be averaged over equal parts of a batch, and further metrics.
 Objective = Callable[[Any, Any, Any], tuple[Float[Array, ""], Metrics]]
 
 
 class StepMetrics(NamedTuple):
-    """What a step tells.
+    """The numbers of a step.
 
     Attributes:
         gradient_norm: before the clip.
@@ -62,15 +62,20 @@ def make_update(
     """A function of (state, frozen parameters, batch), to be compiled by :func:`compile_step`.
 
     Args:
-        accumulation: a batch is taken in so many parts, one after the other.
+        accumulation: number of parts of a batch, processed one after the other.
     """
 
+    @partial(jax.shard_map, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))
+    def split(rows: Array) -> Array:
+        """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
+        return rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
+
     def gradients(trainable: Any, frozen: Any, batch: Any) -> tuple[tuple[Array, Metrics], Any]:
-        """Loss, metrics and gradient of the batch, taken in parts."""
+        """Loss, metrics and gradient of the batch."""
         differentiate = jax.value_and_grad(objective, has_aux=True)
         if accumulation == 1:
             return differentiate(trainable, frozen, batch)
-        parts = jax.tree.map(partial(_in_parts, parts=accumulation, mesh=mesh), batch)
+        parts = jax.tree.map(split, batch)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, differentiate(trainable, frozen, part)), None
@@ -93,21 +98,12 @@ def make_update(
 
 
 def compile_step(step: Callable[..., tuple[TrainState, StepMetrics]], shardings: Any, mesh: Mesh) -> Any:
-    """The jitted step; its first argument, the state, is donated and comes back where ``shardings`` says."""
+    """Compiles a step; its first argument, the state, is donated and comes back with ``shardings``."""
     return jax.jit(traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def _in_parts(x: Array, parts: int, mesh: Mesh) -> Array:
-    """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
-
-    def split(rows: Array) -> Array:
-        return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
-
-    return jax.shard_map(split, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))(x)
-
-
 def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Any]:
-    """The state before the first step, and where its leaves live."""
+    """The state before the first step, and its shardings."""
     shardings = state_shardings(trainable, optimizer, mesh)
     # Copied: Prodigy remembers the first parameters, and a donated buffer must not be in the state twice.
     init = jax.jit(lambda x: optimizer.init(jax.tree.map(jnp.copy, x)), out_shardings=shardings.optimizer)
@@ -116,7 +112,7 @@ def init_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Where the leaves of a state live: an optimizer's numbers with their parameter.
+    """The shardings of a state: an optimizer's numbers are sharded as their parameter.
 
     Args:
         trainable: arrays, or their shapes, with shardings.

@@ -1,4 +1,4 @@
-"""Work on many items, batch by batch, where what is wrong with one is an error of that item alone."""
+"""Processes many items in batches; an error of one item is the result of that item alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rflow_jax.openai_client import CLOSED
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
-BATCHES_AT_ONCE = 4  # items are prepared for so many batches, so that like ones find each other
-THREADS = min(8, os.cpu_count() or 1)  # pictures are decoded and resized without Python's lock
+BATCHES_AT_ONCE = 4  # items are prepared for this many batches, so that similar ones can be batched together
+THREADS = min(8, os.cpu_count() or 1)  # images are decoded and resized without the GIL
 
 
 def map_batched(
@@ -26,15 +26,15 @@ def map_batched(
     batch_size: int,
     closed: threading.Event | None = None,
 ) -> list[Result | InputError]:
-    """One result an item, in order; for an item that cannot be prepared the reason.
+    """One result per item, in order: an InputError for an item that cannot be prepared.
 
-    Items are prepared in threads, the next ones while the work is done on those before them.
+    Threads prepare the next items while ``work`` processes the previous ones.
 
     Args:
-        prepare: what the work is given; may raise InputError.
-        work: one result for each that could be prepared, in order; not called without any.
-        batch_size: of the work; so many more than that are prepared at once, however many items there are.
-        closed: once it is set nothing more is begun; the reason of the rest is ``CLOSED``.
+        prepare: makes the input of ``work`` from an item; may raise InputError.
+        work: returns one result for each prepared item, in order; never called with none.
+        batch_size: of ``work``; ``BATCHES_AT_ONCE`` times as many items are prepared at once.
+        closed: once it is set nothing more is begun; the error of the rest is ``CLOSED``.
     """
     step = BATCHES_AT_ONCE * batch_size
     results: list[Result | InputError] = []
@@ -45,34 +45,23 @@ def map_batched(
 
         following = begin(0)
         for start in range(step, len(items) + step, step):
-            ready, failed = _settled(following)
+            ready: dict[int, Prepared] = {}
+            done: dict[int, Result | InputError] = {}
+            for k, future in enumerate(following):
+                try:
+                    ready[k] = future.result()
+                except InputError as error:
+                    done[k] = error
             if closed is not None and closed.is_set():
                 return results + [InputError(CLOSED)] * (len(items) - len(results))
             following = begin(start)
-            results += _together(ready, failed, work)
+            if ready:
+                done.update(zip(ready, work(list(ready.values())), strict=True))
+            results += [done[k] for k in sorted(done)]
     return results
 
 
-def _settled(futures: Sequence[Future[Prepared]]) -> tuple[dict[int, Prepared], dict[int, InputError]]:
-    ready: dict[int, Prepared] = {}
-    failed: dict[int, InputError] = {}
-    for k, future in enumerate(futures):
-        try:
-            ready[k] = future.result()
-        except InputError as error:
-            failed[k] = error
-    return ready, failed
-
-
-def _together(
-    ready: dict[int, Prepared], failed: dict[int, InputError], work: Callable[[Sequence[Prepared]], Iterable[Result]]
-) -> list[Result | InputError]:
-    done = work(list(ready.values())) if ready else ()
-    results: dict[int, Result | InputError] = {**failed, **dict(zip(ready, done, strict=True))}
-    return [results[k] for k in sorted(results)]
-
-
 def require_fitting(tokens: int, context: int) -> None:
-    """Raises InputError for a prompt, with its pictures, that is longer than the model can read."""
+    """Raises InputError for a prompt, with its images, that exceeds the model's context."""
     if tokens > context:
         raise InputError(f"the prompt is too long: {tokens} tokens, the model reads {context}")

@@ -1,42 +1,40 @@
-"""What can be told to a model and written to a file."""
+"""Checks of settings and texts, and suggestions for misspelt names."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 
 from rflow_jax.errors import InputError
 
 
-def require_text(text: str, where: str) -> str:
-    """The text; raises InputError, which begins with ``where``, if UTF-8 cannot hold it.
+def require_text(text: str, source: str) -> str:
+    """The text; raises InputError, which begins with ``source``, if it cannot be encoded as UTF-8.
 
-    JSON may hold half a surrogate pair, and so may a command line of other bytes; no tokenizer and no file takes it.
+    JSON and command lines may contain lone surrogates, which no tokenizer and no file accepts.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: holds half a surrogate pair, which is no text") from error
+        raise InputError(f"{source}: holds half a surrogate pair, which is not text") from error
     return text
 
 
 DTYPES = ("bfloat16", "float32")
-
-
 LARGEST_SEED = 2**32 - 1
 
 
 def require_dtype(name: str) -> str:
-    """The name of a number type for weights and activations; raises InputError for one that cannot serve."""
+    """The name of a dtype for weights and activations; raises InputError for an unusable one."""
     if name == "float16":
-        raise InputError("dtype is float16: activations go beyond its largest number, 65504; take bfloat16")
+        raise InputError("dtype is float16: activations exceed its largest number, 65504; use bfloat16")
     if name not in DTYPES:
         raise InputError(f"dtype is {name!r}: give {' or '.join(DTYPES)}")
     return name
 
 
 def require_least(config: object, section: str, **least: int) -> None:
-    """Raises InputError unless these fields of ``section`` are null, or finite and at least so much."""
+    """Raises InputError unless these fields of ``section`` are null, or finite and at least the given bounds."""
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not bound <= value < math.inf:
@@ -53,7 +51,7 @@ def require_positive(config: object, section: str, *names: str) -> None:
 
 
 def require_seed(name: str, seed: int) -> None:
-    """Raises InputError unless JAX takes this seed."""
+    """Raises InputError unless JAX accepts this seed."""
     if not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"{name} is {seed}: give a number from 0 to {LARGEST_SEED}")
 
@@ -67,7 +65,7 @@ def require_pattern(name: str, pattern: str | None) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise InputError(f"{name}: no regular expression ({error})") from error
+        raise InputError(f"{name}: not a regular expression ({error})") from error
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -79,3 +77,10 @@ def nearest(key: str, known: Iterable[str]) -> str:
         return max(whole, 0.9 * last)
 
     return max(known, key=likeness)
+
+
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """``did you mean X?`` if a known key is similar, else the list of all."""
+    best = nearest(key, known)
+    similar = SequenceMatcher(None, key, best).ratio() >= 0.6
+    return f"did you mean {best}?" if similar else f"known are {', '.join(known)}"

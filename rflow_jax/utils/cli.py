@@ -24,7 +24,7 @@ from rflow_jax.utils.recipes import find_recipe
 
 T = TypeVar("T")
 
-_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|option |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|[Oo]ption |[Kk]ey )['\"]?([A-Za-z_][\w.-]*)")
 _NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config ('.*?'|".*?") - (.*)""")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 

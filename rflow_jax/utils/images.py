@@ -1,4 +1,4 @@
-"""Pictures on the host: sizes that the network can take."""
+"""Images on the host: reading, resizing and normalisation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def condition_pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a row, as high as the highest."""
+    """Images in a row, scaled to the height of the highest."""
     height = max(image.height for image in images)
     scaled = [image.resize((image.width * height // image.height, height)) for image in images]
     row = Image.new("RGB", (sum(image.width for image in scaled), height))
@@ -43,19 +43,19 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def pixel_levels(mean: Sequence[float], std: Sequence[float], scale: float = 1 / 255) -> np.ndarray:
-    """float32 [256, 3]: what a vision model sees of each level of each channel, rounded as Transformers rounds."""
+    """float32 [256, 3]: the normalised value of each level of each channel, rounded as Transformers rounds."""
     levels = (np.arange(256) * scale).astype(np.float32)[:, None]
     return (levels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
-def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
-    """The levels that a ``preprocessor_config.json`` of Transformers asks for, three channels.
+def levels_in(content: Mapping[str, Any], source: str) -> np.ndarray:
+    """The :func:`pixel_levels` of a ``preprocessor_config.json`` of Transformers, for three channels.
 
     Raises:
-        InputError: it does not say so, or leaves a step out; begins with ``where``.
+        InputError: it lacks them, or skips a step; begins with ``source``.
     """
     if not (content.get("do_rescale", True) and content.get("do_normalize", True)):
-        raise InputError(f"{where}: do_rescale and do_normalize must be true")
+        raise InputError(f"{source}: do_rescale and do_normalize must be true")
     try:
         mean, std = (np.asarray(content[key], np.float32) for key in ("image_mean", "image_std"))
         if not {mean.shape, std.shape} <= {(), (_CHANNELS,)}:
@@ -64,24 +64,29 @@ def levels_in(content: Mapping[str, Any], where: str) -> np.ndarray:
             raise ValueError("not numbers to divide by")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{where}: image_mean and image_std must be there, three numbers each, those of image_std above 0"
+            f"{source}: image_mean and image_std must be there, three numbers each, those of image_std above 0"
         ) from error
     scale = content.get("rescale_factor", 1 / 255)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
-        raise InputError(f"{where}: rescale_factor is {scale!r}; expected a number above 0")
+        raise InputError(f"{source}: rescale_factor is {scale!r}; expected a number above 0")
     mean, std = (np.broadcast_to(numbers, _CHANNELS).tolist() for numbers in (mean, std))
     return pixel_levels(mean, std, scale)
 
 
 def decoded(image: Image.Image) -> Image.Image:
-    """An image in RGB, decoded to its last pixel; 16 bits a channel are scaled to 8.
+    """An image in RGB, fully decoded; 16 bits a channel are scaled to 8.
 
     Raises:
-        InputError: it cannot be, or its levels have no known range.
+        InputError: it cannot be decoded, or its levels have no known range.
     """
     try:
-        if image.mode in _DEEP:
-            return _scaled(image)
+        if image.mode in _DEEP:  # Pillow's own conversion would clip all levels above 255
+            levels = np.asarray(image).astype(np.int64)
+            if levels.min() < 0 or levels.max() > _DEEPEST:
+                raise ValueError(f"levels from {levels.min()} to {levels.max()}; save it with 8 or 16 bits")
+            grey = Image.fromarray(((levels + _TO_8_BITS // 2) // _TO_8_BITS).astype(np.uint8))
+            grey.info = dict(image.info)
+            return grey.convert("RGB")
         if image.mode == "F":
             raise ValueError("floating-point levels; save it with 8 or 16 bits")
         return image.convert("RGB")
@@ -89,31 +94,13 @@ def decoded(image: Image.Image) -> Image.Image:
         raise InputError(f"the image cannot be decoded ({_reason(error)})") from error
 
 
-def _scaled(image: Image.Image) -> Image.Image:
-    """Grey levels from 0 to 65535 as RGB, where Pillow's own conversion would cut all from 255 on."""
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > _DEEPEST:
-        raise ValueError(f"levels from {levels.min()} to {levels.max()}; save it with 8 or 16 bits")
-    grey = Image.fromarray(((levels + _TO_8_BITS // 2) // _TO_8_BITS).astype(np.uint8))
-    grey.info = dict(image.info)
-    return grey.convert("RGB")
-
-
 def image_in(content: bytes) -> Image.Image:
-    """An image in RGB, from the bytes of its file, turned as its EXIF data say.
-
-    Raises:
-        InputError: they are none, or are cut off.
-    """
+    """An image in RGB from the bytes of its file, rotated by its EXIF data; raises InputError if it is unreadable."""
     return _read(BytesIO(content))
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image in RGB, turned as its EXIF data say.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """An image in RGB, rotated by its EXIF data; raises InputError if it is unreadable."""
     try:
         return _read(path)
     except InputError as error:
@@ -126,7 +113,7 @@ def _read(source: Path | BytesIO) -> Image.Image:
             return _upright(decoded(file))
     except InputError:
         raise
-    except UnidentifiedImageError as error:  # of bytes it says no more than where they lie in memory
+    except UnidentifiedImageError as error:  # for bytes, the error only names a memory address
         raise InputError("cannot read this image (not an image file)") from error
     except Exception as error:
         raise InputError(f"cannot read this image ({_reason(error)})") from error
@@ -135,7 +122,7 @@ def _read(source: Path | BytesIO) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # what stands there is no EXIF: the picture itself is whole
+    except Exception:  # invalid EXIF; the image itself is intact
         return image
 
 

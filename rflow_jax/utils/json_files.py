@@ -1,4 +1,4 @@
-"""JSON and JSON lines: read, and checked, with errors that name file, line and key."""
+"""Reads and checks JSON and JSON lines, with errors that name file, line and key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rflow_jax.errors import InputError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises InputError where it is missing, does not parse or holds something else."""
+    """The object in a JSON file; raises InputError if it is missing, does not parse or is not one."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected an object with keys")
@@ -34,9 +34,9 @@ def read_json(path: Path) -> Any:
 
 
 def check_types(config: type, content: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError for a key of ``content`` that a field of the dataclass ``config`` cannot be made of.
+    """Raises InputError for a key of ``content`` of another type than that field of the dataclass ``config``.
 
-    Fields that are configurations themselves are not looked at: they have files, or parts of a file, of their own.
+    Nested configurations are not checked: they have their own files, or parts of a file.
     """
     for key, kind in get_type_hints(config).items():
         if kind not in _IS or key not in content or (content[key] is None and key in _MAY_BE_NULL):
@@ -45,12 +45,13 @@ def check_types(config: type, content: Mapping[str, Any], path: Path) -> None:
         if key == "sample_size" and isinstance(value, list):
             kind = tuple[int, ...]  # height and width
         if not _IS[kind](key, value):
-            raise InputError(f"{path}: {key} is {value!r}; expected {_expected(key, kind)}")
+            expected = _EXPECTED[kind].replace("above 0", "from 0") if key in _MAY_BE_ZERO else _EXPECTED[kind]
+            raise InputError(f"{path}: {key} is {value!r}; expected {expected}")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An InputError that is raised within names the file."""
+    """Prefixes an InputError raised within by the file's path."""
     try:
         yield
     except InputError as error:
@@ -58,11 +59,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 _MAY_BE_NULL = ("shift_factor",)
-
-
 _MAY_BE_ZERO = ("num_layers", "num_single_layers", "eos_token_id", "fullatt_block_indexes")
-
-
 _EXPECTED = {
     bool: "true or false",
     str: "a text",
@@ -70,10 +67,6 @@ _EXPECTED = {
     float: "a number",
     tuple[int, ...]: "a list of whole numbers above 0",
 }
-
-
-def _expected(key: str, kind: Any) -> str:
-    return _EXPECTED[kind].replace("above 0", "from 0") if key in _MAY_BE_ZERO else _EXPECTED[kind]
 
 
 def _is_count(key: str, value: Any) -> bool:
@@ -95,42 +88,39 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(``file:line``, the object of that line) for every line that is not empty.
 
     Raises:
-        InputError: the file cannot be read, a line is no JSON object, or there is none.
+        InputError: the file cannot be read or is empty, or a line is not a JSON object.
     """
     try:
-        # Texts may hold what str.splitlines takes for the end of a line, too.
+        # Not str.splitlines, which also splits at characters that texts may contain.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot read this file ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not in UTF-8") from error
     if not any(line.strip() for line in lines):
-        raise InputError(f"{path}: holds no line")
+        raise InputError(f"{path}: contains no line")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        yield f"{path}:{number}", _object(line, f"{path}:{number}")
+        source = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{source}: not a JSON object, but {line.strip()[:40]!r}")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{source}: holds half of a character ({error.object[error.start]!r})") from error
+        yield source, record
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object, but {line.strip()[:40]!r}")
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: holds half of a character ({error.object[error.start]!r})") from error
-    return record
-
-
-def text_of(record: dict[str, Any], key: str, where: str) -> str:
-    """A text of a record; raises InputError where it is missing or none."""
+def text_of(record: dict[str, Any], key: str, source: str) -> str:
+    """A text of a record; raises InputError if it is missing, blank or not a string."""
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: {key} is {value!r}: give a text")
+        raise InputError(f"{source}: {key} is {value!r}: give a text")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Parts of a run that are chosen by name: those that come along, and classes of a user's own."""
+"""Components chosen by name: built-in ones, and the user's own classes."""
 
 from __future__ import annotations
 
@@ -6,41 +6,28 @@ import importlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from difflib import SequenceMatcher, get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.checks import nearest, suggestion
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
-    """Accepts a known name, or ``package.module:Class``.
-
-    Raises:
-        InputError: it is neither; the nearest known name is suggested.
-    """
+    """Raises InputError, suggesting the nearest name, unless a name is known or ``package.module:Class``."""
     known = list(known)
-    if name in known or _PATH.fullmatch(name):
-        return
-    nearest = max(known, key=lambda candidate: SequenceMatcher(None, name.lower(), candidate).ratio())
-    raise InputError(
-        f"unknown {kind} {name!r}: did you mean {nearest}? known are {', '.join(known)}; "
-        f"a class of your own is written package.module:Class"
-    )
+    if name not in known and not _PATH.fullmatch(name):
+        raise InputError(
+            f"unknown {kind} {name!r}: did you mean {nearest(name.lower(), known)}? known are {', '.join(known)}; "
+            f"a class of your own is written package.module:Class"
+        )
 
 
 def require_limits(kind: str, name: str, made: Any, method: str) -> None:
-    """Checks what a class of a user's own is asked for before it is asked about anything.
-
-    Args:
-        method: what does its work.
-
-    Raises:
-        InputError: it lacks a method, its name, or how much it takes at once.
-    """
+    """Raises InputError if an instance of a user's class lacks a name, its limits, or a method."""
     if not isinstance(getattr(made, "name", None), str):
-        raise InputError(f"{kind} {name}: give it a name, a text that stands in the records")
+        raise InputError(f"{kind} {name}: give it a name, a string for the records")
     for limit in ("concurrency", "batch_size"):
         value = getattr(made, limit, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -51,12 +38,12 @@ def require_limits(kind: str, name: str, made: Any, method: str) -> None:
 
 
 def load_class(kind: str, name: str, table: Mapping[str, str]) -> Any:
-    """The class behind a name; its module is imported only now.
+    """Imports the class of a name in ``table``, or of ``package.module:Class``.
 
     Args:
-        kind: what is looked for, for messages.
-        name: a name in the table, or ``package.module:Class``.
-        table: names and where their classes are.
+        kind: what the class is, for messages.
+        name: a key of the table, or ``package.module:Class``.
+        table: names and the import paths of their classes.
 
     Raises:
         InputError: the name is unknown, or there is no such module or class.
@@ -74,15 +61,11 @@ def load_class(kind: str, name: str, table: Mapping[str, str]) -> Any:
 Config = TypeVar("Config")
 
 
-def parse_options(kind: type[Config], given: Mapping[str, Any], where: str) -> Config:
-    """The dataclass ``kind`` with these fields.
-
-    Args:
-        where: what an error begins with.
+def parse_options(kind: type[Config], given: Mapping[str, Any], source: str) -> Config:
+    """The dataclass ``kind`` with these fields; errors begin with ``source``.
 
     Raises:
-        InputError: a key that is no field (one like it is named, else all), a value of another type, a field that is
-            missing, or what the dataclass itself refuses.
+        InputError: an unknown key, a value of another type, a missing field, or what the dataclass itself refuses.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -91,32 +74,27 @@ def parse_options(kind: type[Config], given: Mapping[str, Any], where: str) -> C
     values = dict(given)
     for key, value in given.items():
         if key not in known:
-            near = get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise InputError(f"{where}: unknown key {key}: {hint}")
+            raise InputError(f"{source}: unknown key {key}: {suggestion(str(key), known)}")
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
-            # Texts, and what holds them, may be addresses with passwords.
+            path = key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
+            # Strings and containers are not repeated: they may be addresses with passwords.
             given_as = f" is {value!r}" if value is None or isinstance(value, (bool, int, float)) else ""
-            raise InputError(f"{where}: {place}{given_as}: {first['msg']}") from error
+            raise InputError(f"{source}: {path}{given_as}: {first['msg']}") from error
     try:
         return kind(**values)
     except (InputError, TypeError) as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
 def check_unused(config: Any, instead: Mapping[str, str]) -> None:
-    """Refuses settings that a model without an endpoint would silently ignore.
+    """Raises InputError for settings that a model without an endpoint would silently ignore.
 
     Args:
         config: the section of a model, with its ``name``.
         instead: fields that must be at their defaults, and what to do otherwise.
-
-    Raises:
-        InputError: one of them is set; says what to do.
     """
     for field in fields(config):
         if field.name in instead and getattr(config, field.name) != field.default:

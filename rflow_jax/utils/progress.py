@@ -1,4 +1,4 @@
-"""Progress bars of the command lines, on standard error; nothing is drawn where that is no terminal."""
+"""Progress bars on standard error, drawn only if it is a terminal."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rich.progress import (
 
 
 def byte_progress(show: bool = True) -> Progress:
-    """For work that is counted in bytes; it disappears when done."""
+    """A bar that counts bytes; it disappears when done."""
     return _progress(show, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
 
 
 def count_progress(show: bool = True) -> Progress:
-    """For work that is counted in pieces; turns while a piece takes long. It disappears when done."""
+    """A bar that counts items, with a spinner; it disappears when done."""
     return _progress(
         show, SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )

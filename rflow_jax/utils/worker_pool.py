@@ -1,4 +1,4 @@
-"""Calls of verifiers and language models, beside the generator: a pool of threads for each of them."""
+"""Thread pools that call verifiers and language models while the generator runs."""
 
 import atexit
 import os
@@ -11,18 +11,18 @@ from typing import Any
 
 INTERRUPTED = 130  # the exit status
 OnResult = Callable[[Any, Any], None]
-AT_ONCE = 0.5  # seconds in which threads without a call end
-PATIENCE = 60.0  # seconds in which a call under way ends, on a model that has been closed
+AT_ONCE = 0.5  # seconds for idle threads to end
+PATIENCE = 60.0  # seconds for a running call to end, on a model that has been closed
 
 
 class BatchingPool:
-    """Asks one model about works; so many calls at once, with so many works each, as the model takes.
+    """Calls one model on tasks, in ``concurrency`` threads and up to ``batch_size`` tasks per call.
 
     Args:
         name: of the threads.
-        call: works -> results in their order.
-        on_result: told each work and its result, by the thread that asked.
-        on_error: told of an exception; the thread goes on.
+        call: function from tasks to results in the same order.
+        on_result: called with each task and its result, by the thread of the call.
+        on_error: called with an exception; the thread goes on.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BatchingPool:
         self._batch_size = batch_size
         self._on_result = on_result
         self._on_error = on_error
-        self._works: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._asked = 0
         self._closed = False
@@ -51,41 +51,40 @@ class BatchingPool:
 
     @property
     def asked(self) -> int:
-        """Works whose answer is being waited for, or that wait for their turn."""
+        """The number of tasks submitted and not yet answered."""
         with self._lock:
             return self._asked
 
     @property
     def waiting(self) -> bool:
-        """Whether works wait for their turn."""
-        return not self._works.empty()
+        """Whether tasks are waiting for a thread."""
+        return not self._tasks.empty()
 
-    def submit(self, work: Any) -> None:
-        """Asks about a work when there is room."""
+    def submit(self, task: Any) -> None:
         with self._lock:
             self._asked += 1
-        self._works.put(work)
+        self._tasks.put(task)
 
     def cancel_pending(self) -> None:
-        """Forgets the works whose turn has not come."""
-        while not (self._works.empty() or self._closed):
+        """Drops the waiting tasks."""
+        while not (self._tasks.empty() or self._closed):
             try:
-                self._works.get_nowait()
+                self._tasks.get_nowait()
             except queue.Empty:
                 return
             with self._lock:
                 self._asked -= 1
 
     def close(self) -> None:
-        """Takes no more works up; what calls under way still answer is dropped, for they may have been given up."""
+        """Begins no more tasks; later results of running calls are dropped, for they may have been cancelled."""
         self._closed = True
-        self._works.put(None)
+        self._tasks.put(None)
 
     def join(self, patience: float = PATIENCE) -> bool:
-        """Whether the threads have ended, in so many seconds; after ``close``, and after the model was told to give up.
+        """Waits up to ``patience`` seconds, after ``close``, and returns whether all threads have ended.
 
-        A thread that is still in native code when the interpreter ends takes the process down with it, be it only to
-        free the arrays of a model of which it holds the last reference.
+        A thread that is still in native code when the interpreter ends crashes the process, even if it only frees the
+        arrays of a model whose last reference it has.
         """
         end = time.monotonic() + patience
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
@@ -94,34 +93,34 @@ class BatchingPool:
         return not any(thread.is_alive() for thread in others)
 
     def _serve(self) -> None:
-        while (works := self._take()) is not None:
+        while (tasks := self._take()) is not None:
             try:
-                for work, result in zip(works, self._call(works), strict=True):
+                for task, result in zip(tasks, self._call(tasks), strict=True):
                     if not self._closed:
-                        self._on_result(work, result)
+                        self._on_result(task, result)
             except BaseException as error:
                 if not self._closed:
                     self._on_error(error)
             finally:
                 with self._lock:
-                    self._asked -= len(works)
+                    self._asked -= len(tasks)
 
     def _take(self) -> list[Any] | None:
-        """At least one work, and more if they wait already."""
-        works = [self._works.get()]
-        while len(works) < self._batch_size and not self._works.empty():
+        """At least one task, and more if they are waiting already."""
+        tasks = [self._tasks.get()]
+        while len(tasks) < self._batch_size and not self._tasks.empty():
             try:
-                works.append(self._works.get_nowait())
+                tasks.append(self._tasks.get_nowait())
             except queue.Empty:  # another thread was quicker
                 break
         if self._closed:
-            self._works.put(None)  # for the next thread
+            self._tasks.put(None)  # for the next thread
             return None
-        return works
+        return tasks
 
 
 def wait_for(*all_calls: BatchingPool) -> None:
-    """Joins them; says so where it takes a while, and an interrupt then ends the process without further waiting."""
+    """Joins them, with a message if that takes a while; an interrupt then ends the process without waiting."""
     try:
         if all(calls.join(AT_ONCE) for calls in all_calls):
             return
@@ -129,6 +128,6 @@ def wait_for(*all_calls: BatchingPool) -> None:
         for calls in all_calls:
             calls.join()
     except KeyboardInterrupt:
-        # As the last step of a regular exit, and instead of what would take the process down (see BatchingPool.join).
+        # As the last step of a regular exit, before a thread can crash the process (see BatchingPool.join).
         atexit.register(os._exit, INTERRUPTED)
         raise

@@ -1,4 +1,4 @@
-"""How well an image shows its prompt: one protocol, and those who follow it by name."""
+"""Verifiers score how well an image shows its prompt: one protocol, and its implementations by name."""
 
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.utils.plugins import load_class, require_limits
@@ -10,7 +10,7 @@ def make_verifier(config: VerifierConfig, meter: UsageTracker | None = None) -> 
     """The verifier that a configuration names; None for "none".
 
     Raises:
-        InputError: the name is unknown, or what the verifier needs is missing, or it is no ``Verifier``.
+        InputError: the name is unknown, something that the verifier needs is missing, or it is not a ``Verifier``.
     """
     if config.name == NONE:
         return None

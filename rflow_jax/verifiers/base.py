@@ -1,4 +1,4 @@
-"""What a verifier is: it looks at images and says how well each shows its prompt."""
+"""The protocol of verifiers, which score how well an image shows its prompt, and their verdicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rflow_jax.utils.images import decoded
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier found about one image.
+    """The verdict of a verifier on one image.
 
     Attributes:
         score: the score, or None if the image could not be scored.
@@ -58,7 +58,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class MemberVerdict:
-    """What one member of an ensemble found, and how much it counts."""
+    """The verdict of one member of an ensemble, and its weight."""
 
     name: str
     weight: float
@@ -67,10 +67,10 @@ class MemberVerdict:
 
 @dataclass(frozen=True)
 class EnsembleVerdict(Verdict):
-    """What the members of an ensemble found about one image.
+    """The verdicts of an ensemble's members on one image.
 
-    Only a set of them can be compared (:mod:`rflow_jax.verifiers.ranking`); the score, where there is one, tells its
-    place in the set.
+    Only a set of them can be compared (:mod:`rflow_jax.verifiers.ranking`); the score, where there is one, is its
+    mean rank in the set.
 
     Attributes:
         members: one verdict each, also of those that failed.
@@ -89,7 +89,7 @@ class EnsembleVerdict(Verdict):
 
 
 def normalize_verdict(verdict: Verdict) -> Verdict:
-    """The verdict with a float as score; without one, free of numbers that JSON cannot hold, and with a reason."""
+    """The verdict with a float as score, or with None, a reason, and nothing that JSON cannot represent."""
     if verdict.score is not None and type(verdict.score) is not float:
         try:
             verdict = replace(verdict, score=float(verdict.score))
@@ -101,10 +101,10 @@ def normalize_verdict(verdict: Verdict) -> Verdict:
 
 
 def score_images(verifier: Verifier, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """One verdict an image, in order: the one place where verifiers are asked, and what they answer is checked.
+    """One verdict an image, in order: the only caller of verifiers, which also checks what they return.
 
     Raises:
-        RunError: the verifier answered with something else.
+        RunError: the verifier returned something else.
     """
     try:
         found = verifier.score(list(images), [deepcopy(dict(item)) for item in items])  # it may change its own
@@ -124,13 +124,11 @@ def score_images(verifier: Verifier, images: Sequence[Image], items: Sequence[Ma
 
 
 def read_verdict(stored: Mapping[str, Any]) -> Verdict:
-    """A verdict that was stored as ``dataclasses.asdict`` makes it; raises KeyError or TypeError where it is none."""
+    """A verdict that was stored as ``dataclasses.asdict`` makes it; raises KeyError or TypeError for anything else."""
     if "members" not in stored:
         return Verdict(**stored)
-    members = tuple(
-        MemberVerdict(member["name"], member["weight"], Verdict(**member["verdict"])) for member in stored["members"]
-    )
-    return EnsembleVerdict(**{**stored, "members": members})
+    members = (MemberVerdict(one["name"], one["weight"], Verdict(**one["verdict"])) for one in stored["members"])
+    return EnsembleVerdict(**{**stored, "members": tuple(members)})
 
 
 @runtime_checkable
@@ -155,12 +153,12 @@ class Verifier(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what is waiting in any thread; those images come back unscored, with the reason."""
+        """Cancels pending calls of all threads; their images come back unscored, with the reason."""
         ...
 
 
 Prepared = TypeVar("Prepared")
-BATCHES_A_CALL = 2 * BATCHES_AT_ONCE  # half of them are prepared while the device works on the others
+BATCHES_A_CALL = 2 * BATCHES_AT_ONCE  # half of them are prepared while the device is busy with the others
 log = logging.getLogger(__name__)
 
 
@@ -176,10 +174,10 @@ def score_each(
     """One verdict an image, in order; an image that cannot be prepared is unscored with the reason.
 
     Args:
-        prepare: (image in RGB, prompt) -> what the model is given; may raise InputError.
+        prepare: (image in RGB, prompt) -> input of the model; may raise InputError.
         score: one verdict for each that could be prepared, in order.
         batch_size: of the model; bounds how many are prepared at once.
-        closed: once it is set, what is not begun is unscored, with ``CLOSED`` as the reason.
+        closed: once it is set, images not begun are unscored, with ``CLOSED`` as the reason.
     """
 
     def prepared(pair: tuple[Image, Mapping[str, Any]]) -> Prepared:
@@ -187,14 +185,17 @@ def score_each(
         return prepare(decoded(image), prompt_of(item))
 
     found = map_batched(list(zip(images, items, strict=True)), prepared, score, batch_size=batch_size, closed=closed)
-    return [
-        _unscored(verdict, item) if isinstance(verdict, InputError) else verdict
-        for verdict, item in zip(found, items, strict=True)
-    ]
+    verdicts = []
+    for verdict, item in zip(found, items, strict=True):
+        if isinstance(verdict, InputError):
+            log.warning("no score for an image of %r: %s", str(item.get("prompt"))[:60], verdict)
+            verdict = Verdict(score=None, error=str(verdict))
+        verdicts.append(verdict)
+    return verdicts
 
 
 def prompt_of(item: Mapping[str, Any]) -> str:
-    """The prompt in an image's metadata; raises InputError where there is none, or no text."""
+    """The prompt in an image's metadata; raises InputError if it is missing or not text."""
     prompt = item.get("prompt")
     if not isinstance(prompt, str):
         raise InputError("the metadata has no prompt")
@@ -204,8 +205,3 @@ def prompt_of(item: Mapping[str, Any]) -> str:
 def unscored_number(what: str) -> Verdict:
     """The verdict on an image for which the model computed no number."""
     return Verdict(score=None, error=f"the model's {what} is not a number; float32 may help (dtype)")
-
-
-def _unscored(error: InputError, item: Mapping[str, Any]) -> Verdict:
-    log.warning("no score for an image of %r: %s", str(item.get("prompt"))[:60], error)
-    return Verdict(score=None, error=str(error))

@@ -1,4 +1,4 @@
-"""Images as CLIP's own processor cuts them, with Pillow alone."""
+"""Scores of CLIP, with images preprocessed as by CLIP's own processor, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from rflow_jax.weights.hub import resolve
 
 @dataclass(frozen=True)
 class ClipImages:
-    """Resize, then the middle.
+    """Resizes images and takes the center crop.
 
     Attributes:
         resized: pixels of the shortest side, or (height, width).
-        side: pixels a side of the square that is cut out of the middle.
+        side: pixels a side of the center crop.
         resample: the filter.
     """
 
@@ -42,54 +42,44 @@ class ClipImages:
     resample: Resampling = Resampling.BICUBIC
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], side: int, where: str) -> ClipImages:
+    def from_json(cls, content: Mapping[str, Any], side: int, source: str) -> ClipImages:
         """From the content of ``preprocessor_config.json``.
 
         Args:
             side: pixels a side that the network takes.
 
         Raises:
-            InputError: the result would have another size; begins with ``where``.
+            InputError: the result would have another size; begins with ``source``.
         """
         size, crop = content.get("size", side), content.get("crop_size", side)
         try:
-            resized = _resized(size)
+            resized = size  # early files give a number, later ones a mapping
+            if not isinstance(size, int):
+                resized = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
             resample = Resampling(content.get("resample", Resampling.BICUBIC))
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: size {size!r} or resample {content.get('resample')!r} is not known") from error
+            raise InputError(f"{source}: size {size!r} or resample {content.get('resample')!r} is not known") from error
         cropped = content.get("do_center_crop", True)
         if cropped and crop not in (side, {"height": side, "width": side}):
-            raise InputError(f"{where}: crop_size is {crop!r}, the network's images have {side} pixels a side")
+            raise InputError(f"{source}: crop_size is {crop!r}, the network's images have {side} pixels a side")
         smallest = min(resized) if isinstance(resized, tuple) else resized
         fits = smallest >= side if cropped else resized == (side, side)
         if not fits or not content.get("do_resize", True):
-            raise InputError(f"{where}: size {size!r} does not give images of {side} pixels a side")
+            raise InputError(f"{source}: size {size!r} does not give images of {side} pixels a side")
         return cls(resized, side, resample)
 
     def cut(self, image: Image) -> np.ndarray:
         """An RGB image -> uint8 [side, side, 3]."""
-        pixels = np.asarray(image.resize(self._size(*image.size), self.resample))
+        size = self.resized
+        height, width = size if isinstance(size, tuple) else (int(size * n / min(image.size)) for n in image.size[::-1])
+        pixels = np.asarray(image.resize((width, height), self.resample))
         top, left = ((length - self.side) // 2 for length in pixels.shape[:2])
         return pixels[top : top + self.side, left : left + self.side]
-
-    def _size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing."""
-        if isinstance(self.resized, tuple):
-            return self.resized[1], self.resized[0]
-        long = int(self.resized * max(width, height) / min(width, height))
-        return (self.resized, long) if width <= height else (long, self.resized)
-
-
-def _resized(size: Any) -> int | tuple[int, int]:
-    """Early files give a number, later ones a mapping."""
-    if isinstance(size, int):
-        return size
-    return size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
 
 
 WANTED = ["*.json", "*.txt", "*.safetensors"]
 Implementation = Literal["auto", "transformers", "own"]
-# (uint8 pictures [b, y, x, 3], tokens [b, t]) -> scores [b]
+# (uint8 images [b, y, x, 3], tokens [b, t]) -> scores [b]
 Scores = Callable[[np.ndarray, np.ndarray], Array]
 
 
@@ -99,7 +89,7 @@ class ClipVerifierConfig:
 
     Attributes:
         model: a folder of Transformers, or an id on the Hub.
-        implementation: "transformers" (its Flax model), "own", or "auto": the first where it can be had.
+        implementation: "transformers" (its Flax model), "own", or "auto": the first where it is available.
         batch_size: images judged together.
         dtype: number type of the activations (with "own" also of the weights), bfloat16 or float32.
     """
@@ -117,7 +107,7 @@ class ClipVerifierConfig:
 
 @dataclass(frozen=True)
 class Pair:
-    """One image and its prompt, prepared."""
+    """One preprocessed image and its tokenized prompt."""
 
     pixels: np.ndarray  # uint8 [y, x, 3]
     ids: np.ndarray  # int32 [t], padded
@@ -150,14 +140,13 @@ class CLIPVerifier:
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens or with special ones, and a score that is no
-        number are errors of that image alone.
+        An image that cannot be decoded, a prompt beyond CLIP's 77 tokens or with special ones, and a score that is not
+        a number are errors of that image alone.
         """
-        how = {"batch_size": self.batch_size, "closed": self._closed}
-        return score_each(images, items, self._pair, self._verdicts, **how)
+        return score_each(images, items, self._pair, self._verdicts, batch_size=self.batch_size, closed=self._closed)
 
     def close(self) -> None:
-        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        """Cancels what a running call has not begun; those images are unscored, with ``CLOSED`` as the reason."""
         self._closed.set()
 
     def _pair(self, image: Image, prompt: str) -> Pair:
@@ -171,16 +160,14 @@ class CLIPVerifier:
     def _verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         size = self.config.batch_size
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        running = [self._scores(*_stacked(batch, size)) for batch in batches]
+        running = []
+        for batch in batches:
+            filled = [*batch, *[batch[-1]] * (size - len(batch))]
+            pixels, ids = np.stack([pair.pixels for pair in filled]), np.stack([pair.ids for pair in filled])
+            running.append(self._scores(pixels, ids))
         for batch, scores in zip(batches, running, strict=True):
             for score in np.asarray(scores)[: len(batch)]:
                 yield Verdict(score=float(score)) if np.isfinite(score) else unscored_number("score")
-
-
-def _stacked(pairs: Sequence[Pair], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch filled up to its size with its last pair."""
-    filled = [*pairs, *[pairs[-1]] * (size - len(pairs))]
-    return np.stack([pair.pixels for pair in filled]), np.stack([pair.ids for pair in filled])
 
 
 def _scores(folder: Path, config: ClipVerifierConfig, levels: np.ndarray) -> Scores:
@@ -211,7 +198,7 @@ def _ours(folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
 
 
 def _theirs(flax_model: Any, folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
-    check_clip_model(folder)  # Transformers would only warn of what is missing, and draw it at random
+    check_clip_model(folder)  # Transformers would only warn about missing weights, and initialise them at random
     try:
         model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
     except (OSError, ValueError) as error:

@@ -27,12 +27,12 @@ INSTEAD = {
     "nvila": {"template": "give options.template, raw or question"},
     REWARD: {"template": "give options.prompt_file", "prompts": "give options.prompt_file"},
 }
-"""What a verifier in this process takes in place of a setting of those over HTTP."""
+"""The options of a verifier in this process that replace a setting of those over HTTP."""
 
 
 @dataclass(frozen=True)
 class EnsembleOptions:
-    """What an ensemble is made of.
+    """The options of an ensemble.
 
     Attributes:
         members: a ``verifier`` section each.
@@ -68,8 +68,17 @@ class VerifierConfig(Endpoint):
         if self.name in VERIFIERS and not self.asks_endpoint:
             other = "give it to the members" if self.name == ENSEMBLE else "leave it out"
             check_unused(self, dict.fromkeys(OF_HTTP, other) | INSTEAD.get(self.name, {}))
-        if self.name == ENSEMBLE:
-            self._check_ensemble()
+        if self.name != ENSEMBLE:
+            return
+        if not self.members:
+            raise InputError(f"{ENSEMBLE}.options: give members, such as [{{name: nvila}}, {{name: clip}}]")
+        if wrong := [member.name for member in self.members if member.name in (ENSEMBLE, NONE)]:
+            raise InputError(f"{ENSEMBLE}.options: a member cannot be {wrong[0]}")
+        if len(self.weights) != len(self.members) or not all(math.isfinite(w) and w > 0 for w in self.weights):
+            raise InputError(
+                f"{ENSEMBLE}.options: weights is {list(self.weights)}: give a number above 0 for each of the "
+                f"{len(self.members)} members"
+            )
 
     @cached_property
     def members(self) -> tuple["VerifierConfig", ...]:
@@ -87,16 +96,5 @@ class VerifierConfig(Endpoint):
 
     @property
     def asks_endpoint(self) -> bool:
-        """Whether it is asked over HTTP."""
+        """Whether it is called over HTTP."""
         return self.name in OVER_HTTP
-
-    def _check_ensemble(self) -> None:
-        if not self.members:
-            raise InputError(f"{ENSEMBLE}.options: give members, such as [{{name: nvila}}, {{name: clip}}]")
-        if wrong := [member.name for member in self.members if member.name in (ENSEMBLE, NONE)]:
-            raise InputError(f"{ENSEMBLE}.options: a member cannot be {wrong[0]}")
-        if len(self.weights) != len(self.members) or not all(math.isfinite(w) and w > 0 for w in self.weights):
-            raise InputError(
-                f"{ENSEMBLE}.options: weights is {list(self.weights)}: give a number above 0 for each of the "
-                f"{len(self.members)} members"
-            )

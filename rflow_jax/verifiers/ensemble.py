@@ -1,4 +1,4 @@
-"""Several verifiers at once; where images are compared, their ranks decide (:mod:`rflow_jax.verifiers.ranking`)."""
+"""Several verifiers together; images are compared by rank aggregation (:mod:`rflow_jax.verifiers.ranking`)."""
 
 from __future__ import annotations
 
@@ -34,15 +34,21 @@ class EnsembleVerifier:
         device = threading.Lock()
         self._members: list[_Member] = []
         try:
-            for place, (member, weight) in enumerate(zip(config.members, config.weights, strict=True)):
-                verifier = _made(member, meter, place)
+            for index, (member, weight) in enumerate(zip(config.members, config.weights, strict=True)):
+                try:
+                    verifier = make_verifier(member, meter)
+                except InputError as error:
+                    raise InputError(f"{ENSEMBLE}.options.members[{index}]: {error}") from error
+                assert verifier is not None
                 turn = nullcontext() if member.asks_endpoint or verifier.concurrency > 1 else device
                 self._members.append(_Member(verifier, weight, turn))
         except BaseException:
             self.close()
             raise
         verifiers = [member.verifier for member in self._members]
-        self._names = _told_apart([verifier.name for verifier in verifiers])
+        names = [verifier.name for verifier in verifiers]
+        # Equal names are numbered.
+        self._names = [f"{n} {names[: k + 1].count(n)}" if names.count(n) > 1 else n for k, n in enumerate(names)]
         self.name = f"ensemble of {', '.join(self._names)}"
         self.batch_size = max(verifier.batch_size for verifier in verifiers)
         # Enough for the member that takes most images at once.
@@ -53,11 +59,11 @@ class EnsembleVerifier:
         """One verdict an image, in order; it holds the members' own, also those that failed."""
         pairs = list(zip(images, items, strict=True))
         asked = [[member.ask(*pair) for pair in pairs] for member in self._members]
-        told = [[future.result() for future in column] for column in asked]
-        return [self._verdict(row) for row in zip(*told, strict=True)]
+        columns = [[future.result() for future in column] for column in asked]
+        return [self._verdict(row) for row in zip(*columns, strict=True)]
 
     def close(self) -> None:
-        """Gives up what is waiting with every member."""
+        """Cancels the pending calls of every member."""
         for member in self._members:
             member.close()
         wait_for(*(member.calls for member in self._members))  # they may have waited for other members' turns
@@ -77,23 +83,9 @@ class EnsembleVerifier:
         )
 
 
-def _made(member: VerifierConfig, meter: UsageTracker | None, place: int) -> Verifier:
-    try:
-        verifier = make_verifier(member, meter)
-    except InputError as error:
-        raise InputError(f"{ENSEMBLE}.options.members[{place}]: {error}") from error
-    assert verifier is not None
-    return verifier
-
-
-def _told_apart(names: Sequence[str]) -> list[str]:
-    """The names; those that are alike are numbered."""
-    return [f"{name} {names[: k + 1].count(name)}" if names.count(name) > 1 else name for k, name in enumerate(names)]
-
-
 @dataclass(frozen=True, eq=False)
-class _Work:
-    """One image before one member."""
+class _Task:
+    """One image for one member to score."""
 
     image: Image
     item: Mapping[str, Any]
@@ -117,19 +109,19 @@ class _Member:
         self.calls = BatchingPool(verifier.name, self._score, *limits, self._answer, self._fail)
 
     def ask(self, image: Image, item: Mapping[str, Any]) -> Future[Verdict]:
-        """The verdict to come; after ``close``, and for what waits at that moment, the reason is ``CLOSED``."""
-        work = _Work(image, item)
+        """The future verdict; after ``close``, and for pending images, it is unscored with ``CLOSED`` as the reason."""
+        task = _Task(image, item)
         with self._lock:
             if self._closed:
-                work.answer.set_result(Verdict(None, error=CLOSED))
-                return work.answer
-            self._waiting.add(work.answer)
-        work.answer.add_done_callback(self._forget)
-        self.calls.submit(work)
-        return work.answer
+                task.answer.set_result(Verdict(None, error=CLOSED))
+                return task.answer
+            self._waiting.add(task.answer)
+        task.answer.add_done_callback(self._forget)
+        self.calls.submit(task)
+        return task.answer
 
     def close(self) -> None:
-        """Gives up what is waiting."""
+        """Cancels pending calls."""
         with self._lock:
             self._closed = True
             waiting = list(self._waiting)
@@ -139,18 +131,18 @@ class _Member:
             with suppress(InvalidStateError):  # it has come meanwhile
                 answer.set_result(Verdict(None, error=CLOSED))
 
-    def _score(self, works: Sequence[_Work]) -> list[Verdict]:
+    def _score(self, tasks: Sequence[_Task]) -> list[Verdict]:
         with self._turn:
             if self._closed:  # while it waited for its turn
-                return [Verdict(None, error=CLOSED)] * len(works)
-            return score_images(self.verifier, [work.image for work in works], [work.item for work in works])
+                return [Verdict(None, error=CLOSED)] * len(tasks)
+            return score_images(self.verifier, [task.image for task in tasks], [task.item for task in tasks])
 
-    def _answer(self, work: _Work, verdict: Verdict) -> None:
+    def _answer(self, task: _Task, verdict: Verdict) -> None:
         with suppress(InvalidStateError):
-            work.answer.set_result(verdict)
+            task.answer.set_result(verdict)
 
     def _fail(self, error: BaseException) -> None:
-        """A bug in the verifier ends the run, whoever waits for it."""
+        """Passes a bug in the verifier to all who wait, and so ends the run."""
         with self._lock:
             waiting = list(self._waiting)
         for answer in waiting:

@@ -60,7 +60,7 @@ def _qwen_chat(config: Any) -> Any:
 
 
 def claimed_devices(options: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """The devices that a role's model takes for itself; those of an ensemble's members are further in.
+    """The devices that a role's model claims for itself, including those of an ensemble's members.
 
     Anything else under these names is left to the class that gets the options.
     """
@@ -81,7 +81,7 @@ def configure(kind: type[Config], model: str | None, options: Mapping[str, Any],
         model: its checkpoint; None takes the default of ``kind``, if it has one.
 
     Raises:
-        InputError: an option that it does not have, a value of another type, or no checkpoint.
+        InputError: an unknown option, a value of another type, or no checkpoint.
     """
     required = any(field.name == "model" and field.default is MISSING for field in fields(kind))  # pyright: ignore[reportArgumentType]
     if model is None and required and "model" not in options:

@@ -74,21 +74,26 @@ class NvilaVerifier:
         self.config = config
         self.batch_size = config.batch_size
         self._closed = threading.Event()
-        how = {"sharding_for": on_devices(config.devices), "quantization": config.quantization}
-        self.model = model or load_nvila(config.model, dtype=getattr(jnp, config.dtype), **how)
+        self.model = model or load_nvila(
+            config.model,
+            dtype=getattr(jnp, config.dtype),
+            sharding_for=on_devices(config.devices),
+            quantization=config.quantization,
+        )
         self._programs = NvilaPrograms(self.model, config.batch_size)
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt that is too long or names special tokens, and a logit that is no
-        number are errors of that image alone.
+        An image that cannot be decoded, a prompt that is too long or names special tokens, and a logit that is not
+        a number are errors of that image alone.
         """
-        how = {"batch_size": self.batch_size, "closed": self._closed}
-        return score_each(images, items, self._question, self._verdicts, **how)
+        return score_each(
+            images, items, self._question, self._verdicts, batch_size=self.batch_size, closed=self._closed
+        )
 
     def close(self) -> None:
-        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        """Cancels what a running call has not begun; those images are unscored, with ``CLOSED`` as the reason."""
         self._closed.set()
 
     def _question(self, image: Image, prompt: str) -> NvilaQuery:

@@ -1,4 +1,4 @@
-"""A verifier over HTTP that answers in JSON, and what verifiers over HTTP share."""
+"""A verifier over HTTP that answers in JSON, and the base class of verifiers over HTTP."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,19 @@ from rflow_jax.writers.prompt_template import read_prompt
 
 
 def required(item: Mapping[str, Any]) -> str:
-    """What the picture must show: ``2 x clock; 1 x dog (right of the teddy bear)``."""
+    """What the image must show: ``2 x clock; 1 x dog (right of the teddy bear)``."""
     objects = item.get("include")
     if not objects:
         return "what the prompt says"
+    found = []
     try:
-        return "; ".join(_required(thing, objects) for thing in objects)
+        for thing in objects:
+            details = [thing["color"]] if "color" in thing else []
+            if "position" in thing:
+                relation, other = thing["position"]
+                details.append(f"{relation} the {objects[other]['class']}")
+            found.append(f"{thing['count']} x {thing['class']}" + (f" ({', '.join(details)})" if details else ""))
+        return "; ".join(found)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return json.dumps(objects)  # metadata of another kind
 
@@ -49,14 +56,6 @@ def excluded(item: Mapping[str, Any]) -> str:
         return json.dumps(objects)
 
 
-def _required(thing: Mapping[str, Any], objects: Any) -> str:
-    details = [thing["color"]] if "color" in thing else []
-    if "position" in thing:
-        relation, other = thing["position"]
-        details.append(f"{relation} the {objects[other]['class']}")
-    return f"{thing['count']} x {thing['class']}" + (f" ({', '.join(details)})" if details else "")
-
-
 SHIPPED = Path(__file__).parent / "prompts"
 
 
@@ -68,7 +67,7 @@ def yes_no_template(template: str) -> Template:
             the path of a file.
 
     Raises:
-        InputError: there is no such file, or the prompt has no place in it.
+        InputError: there is no such file, or it lacks ``$prompt``.
     """
     if template == "raw":
         return Template("$prompt")
@@ -84,8 +83,6 @@ class ChatVerifier:
 
     Args:
         kind: first word of the name.
-        config: where to ask.
-        meter: counts what is used.
     """
 
     batch_size = 1
@@ -96,7 +93,7 @@ class ChatVerifier:
         self.concurrency = config.concurrency
 
     def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
-        """What is asked about one image."""
+        """The request about one image."""
         raise NotImplementedError
 
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
@@ -107,7 +104,7 @@ class ChatVerifier:
         ]
 
     def close(self) -> None:
-        """Gives up what is waiting; those images are unscored, with ``CLOSED`` as the reason."""
+        """Cancels pending calls; those images are unscored, with ``CLOSED`` as the reason."""
         self._chat.close()
 
 
@@ -137,7 +134,15 @@ class OpenAIVerifier(ChatVerifier):
         judge = Template(read_prompt(folder / "judge.md"))
         self._judge = judge if "form" in judge.get_identifiers() else Template(f"{judge.template}\n\n$form")
         self._question = Template(read_prompt(folder / "question.md"))
-        self._aspects = _read_aspects(folder / "aspects.json")
+        path = folder / "aspects.json"
+        try:
+            self._aspects = TypeAdapter(dict[str, dict[str, str]]).validate_json(read_prompt(path))
+        except ValidationError as error:
+            raise InputError(f"{path}: expected {{tag: {{aspect: meaning}}}} in JSON") from error
+        if "default" not in self._aspects:
+            raise InputError(f"{path}: a table 'default' is missing; it serves the tags that have none")
+        if any(_OVERALL in aspects for aspects in self._aspects.values()):
+            raise InputError(f"{path}: {_OVERALL!r} is graded anyway; give that aspect another name")
         super().__init__("openai", config, meter)
 
     def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
@@ -145,8 +150,12 @@ class OpenAIVerifier(ChatVerifier):
         tag = item.get("tag")
         tag = tag if isinstance(tag, str) else None
         aspects = self._aspects.get(tag or "default", self._aspects["default"])
+        # The form of the answer in words, for servers that do not enforce a schema.
+        mark = '{"reason": "<what can be seen>", "score": <number from 0 to 10>}'
+        lines = ",\n".join(f"  {json.dumps(name)}: {mark}" for name in (*aspects, _OVERALL))
         system = self._judge.safe_substitute(
-            aspects="\n".join(f"- {name}: {meaning}" for name, meaning in aspects.items()), form=_in_words(aspects)
+            aspects="\n".join(f"- {name}: {meaning}" for name, meaning in aspects.items()),
+            form=f"Answer with one JSON object of this form and nothing else:\n{{\n{lines}\n}}",
         )
         text = self._question.safe_substitute(
             prompt=item["prompt"],
@@ -173,20 +182,13 @@ def _mark(name: str, value: Any) -> Mark:
         mark = Mark.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join((name, *map(str, first["loc"])))
-        raise UnusableAnswer(f"the answer does not fit its schema: {where}: {first['msg']}") from error
+        field = ".".join((name, *map(str, first["loc"])))
+        raise UnusableAnswer(f"the answer does not fit its schema: {field}: {first['msg']}") from error
     return mark.model_copy(update={"reason": encodable(mark.reason)})
 
 
-def _in_words(aspects: Mapping[str, str]) -> str:
-    """The form of the answer for servers that do not enforce a schema."""
-    mark = '{"reason": "<what can be seen>", "score": <number from 0 to 10>}'
-    lines = ",\n".join(f"  {json.dumps(name)}: {mark}" for name in (*aspects, _OVERALL))
-    return f"Answer with one JSON object of this form and nothing else:\n{{\n{lines}\n}}"
-
-
 def _schema(aspects: Mapping[str, str]) -> dict[str, Any]:
-    """A strict JSON schema; the range stands in words, since not every server takes numeric bounds."""
+    """A strict JSON schema; the range is given in words, since not every server takes numeric bounds."""
 
     def mark(meaning: str) -> dict[str, Any]:
         score = {"type": "number", "description": "from 0 to 10"}
@@ -197,21 +199,5 @@ def _schema(aspects: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _strict(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _read_aspects(path: Path) -> dict[str, dict[str, str]]:
-    try:
-        tables = TypeAdapter(dict[str, dict[str, str]]).validate_json(read_prompt(path))
-    except ValidationError as error:
-        raise InputError(f"{path}: expected {{tag: {{aspect: meaning}}}} in JSON") from error
-    if "default" not in tables:
-        raise InputError(f"{path}: a table 'default' is missing; it serves the tags that have none")
-    if any(_OVERALL in aspects for aspects in tables.values()):
-        raise InputError(f"{path}: {_OVERALL!r} is graded anyway; give that aspect another name")
-    return tables
+    closed = {"required": list(properties), "additionalProperties": False}
+    return {"type": "object", "properties": properties, **closed}

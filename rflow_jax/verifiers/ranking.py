@@ -1,4 +1,4 @@
-"""Which of several images of a prompt is better: the one place where verdicts are compared.
+"""Ranks the images of a prompt by their verdicts: the only place where verdicts are compared.
 
 A plain verdict has a rank of its own (:attr:`Verdict.rank`). Those of an ensemble are compared by rank aggregation
 (Borda's count): each member ranks the images, and the weighted mean of an image's ranks decides.
@@ -11,7 +11,7 @@ is to the middle. An image that no member scored is last. Therefore
 - with one member the order is the member's own;
 - an image that no member ranks below another, and one ranks above it, is before the other, if both were scored by
   the same members;
-- a better score with one member never makes an image's place worse.
+- a better score with one member never makes an image's position worse.
 
 Which of two images is before the other may depend on the images that are compared with them, as always with ranks.
 """
@@ -31,7 +31,10 @@ Rank = tuple[int, float | Fraction]
 
 def best_first(verdicts: Sequence[Verdict | None]) -> list[int]:
     """The positions of all verdicts, the best first; ties in their order, and what has no score last."""
-    ranks = _ranks(verdicts)
+    ranks: list[Rank] = [verdict.rank if verdict else (0, 0.0) for verdict in verdicts]
+    if _aggregated(verdicts):
+        shares = _weighted_shares(verdicts)
+        ranks = [(1, shares[k]) if k in shares else (0, 0.0) for k in range(len(verdicts))]
     # Sorting is stable under reverse=True, so ties keep their order.
     return sorted(range(len(verdicts)), key=ranks.__getitem__, reverse=True)
 
@@ -44,14 +47,6 @@ def with_ensemble_scores(verdicts: Sequence[Verdict | None]) -> list[Verdict | N
 
 def _aggregated(verdicts: Sequence[Verdict | None]) -> bool:
     return any(isinstance(verdict, EnsembleVerdict) for verdict in verdicts)
-
-
-def _ranks(verdicts: Sequence[Verdict | None]) -> list[Rank]:
-    """Greater is better."""
-    if not _aggregated(verdicts):
-        return [verdict.rank if verdict else (0, 0.0) for verdict in verdicts]
-    shares = _weighted_shares(verdicts)
-    return [(1, shares[k]) if k in shares else (0, 0.0) for k in range(len(verdicts))]
 
 
 def _weighted_shares(verdicts: Sequence[Verdict | None]) -> dict[int, Fraction]:
@@ -71,7 +66,7 @@ def _weighted_shares(verdicts: Sequence[Verdict | None]) -> dict[int, Fraction]:
 
 
 def _shares(column: Sequence[MemberVerdict]) -> list[Fraction]:
-    """One member's share for each image."""
+    """The share that one member gives each image."""
     ranks = sorted(member.verdict.rank for member in column if member.verdict.scored)
 
     def share(verdict: Verdict) -> Fraction:

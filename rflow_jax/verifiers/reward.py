@@ -48,7 +48,7 @@ class RewardVerifierConfig:
         merge_lora: add the LoRA to the weights (faster); else it is kept apart.
         prompt_file: the wording around ``$prompt`` that the model was trained with. Without it the prompt stands alone
             where ``model_config.json`` says so (``prompt_template_type: none``), else in the ``prompt.md`` that
-            ``train.py`` leaves with a checkpoint, or in the wording shipped here.
+            ``rflow train`` leaves with a checkpoint, or in the wording shipped here.
         max_pixels: of a picture; null: what the model was trained with.
         devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
             null: the first one, with whatever else is there.
@@ -78,7 +78,7 @@ class RewardVerifier:
     """Scores images in batches; the score is the reward, normalised where the checkpoint has the numbers.
 
     Raises:
-        InputError: no such checkpoint, or one that is not usable.
+        InputError: the checkpoint is missing or not usable.
     """
 
     concurrency = 1
@@ -91,8 +91,8 @@ class RewardVerifier:
         self._closed = threading.Event()
         self._norm = checkpoint.config
         beside = checkpoint.folder / PROMPT_FILE
-        own = str(beside) if beside.is_file() else None
-        self._template = read_template(checkpoint.config, config.prompt_file or own)
+        prompt_file = config.prompt_file or (str(beside) if beside.is_file() else None)
+        self._template = read_template(checkpoint.config, prompt_file)
         added = [SPECIAL_TOKEN] if checkpoint.config.special_tokens else []
         tokenizer = QwenTokenizer(checkpoint.tokenizer, template_from=checkpoint.base, added=added)
         model = checkpoint.load(
@@ -102,8 +102,12 @@ class RewardVerifier:
         )
         quantize(model, config.quantization, LANGUAGE_LINEARS)
         sizes = model.config
-        self._special = _special(checkpoint, tokenizer, sizes.language.vocab_size)
-        self._how = Scoring(checkpoint.config.token, self._special, mrope=config.mrope)
+        special, rows = None, sizes.language.vocab_size
+        if checkpoint.config.special_tokens:
+            special = tokenizer.id_of(SPECIAL_TOKEN)
+            if special is None or special >= rows:
+                raise InputError(f"{checkpoint.step}: the embedding has {rows} rows, none for {SPECIAL_TOKEN}")
+        self._scoring = Scoring(checkpoint.config.token, special, mrope=config.mrope)
         self.prepare = QwenProcessor(
             tokenizer,
             read_image_processor_config(checkpoint.base, sizes),
@@ -116,54 +120,47 @@ class RewardVerifier:
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in order.
 
-        An image that cannot be decoded, a prompt that is too long or names special tokens, and a reward that is no
-        number are errors of that image alone.
+        An image that cannot be decoded, a prompt that is too long or names special tokens, and a reward that is not
+        a number are errors of that image alone.
         """
-        how = {"batch_size": self.batch_size, "closed": self._closed}
-        return score_each(images, items, self._sample, self._verdicts, **how)
+        return score_each(images, items, self._sample, self._verdicts, batch_size=self.batch_size, closed=self._closed)
 
     def close(self) -> None:
-        """Gives up what a call under way has not begun; those images are unscored, with ``CLOSED`` as the reason."""
+        """Cancels what a running call has not begun; those images are unscored, with ``CLOSED`` as the reason."""
         self._closed.set()
 
     def _sample(self, image: Image, prompt: str) -> QwenSample:
-        self.prepare.tokenizer.require_plain(prompt)  # the wording around it may hold the token that is scored
+        self.prepare.tokenizer.require_plain(prompt)  # the wording around it may contain the token that is scored
         return self.prepare.sample((image, self._template.safe_substitute(prompt=prompt)))
 
     def _verdicts(self, samples: Sequence[QwenSample]) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
         for batch in batches(samples, self.batch_size):
-            verdicts |= self._score(batch)
+            own, config = list(batch.values()), self.prepare.config
+            sizes = Sizes.bucketed(own, config, self.batch_size)
+            inputs = batch_of(own, config, pad=self.prepare.tokenizer.pad, sizes=sizes)
+            with on_mesh_of(self._state):
+                raw = rewards(self._graph, self.prepare.rules, self._scoring, self._state, inputs)
+            for k, row in zip(batch, np.asarray(raw, np.float64), strict=False):
+                score = float(row[0])  # the first number is the score; the original has one
+                verdicts[k] = unscored_number("reward")
+                if math.isfinite(score):
+                    verdicts[k] = Verdict(score=self._norm.normalised(score), raw=row.tolist())
         return [verdicts[k] for k in range(len(samples))]
-
-    def _score(self, batch: Mapping[int, QwenSample]) -> dict[int, Verdict]:
-        own, config = list(batch.values()), self.prepare.config
-        sizes = Sizes.bucketed(own, config, self.batch_size)
-        inputs = batch_of(own, config, pad=self.prepare.tokenizer.pad, sizes=sizes)
-        with on_mesh_of(self._state):
-            raw = rewards(self._graph, self.prepare.rules, self._how, self._state, inputs)
-        rows = np.asarray(raw, np.float64)
-        return {k: self._verdict(row) for k, row in zip(batch, rows, strict=False)}
-
-    def _verdict(self, raw: np.ndarray) -> Verdict:
-        """The first number is the score; the original has one."""
-        if not math.isfinite(raw[0]):
-            return unscored_number("reward")
-        return Verdict(score=self._norm.normalised(float(raw[0])), raw=raw.tolist())
 
 
 def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
     """The text around ``$prompt``, which ends in the special token where the model has one.
 
     Raises:
-        InputError: the file cannot be read, does not hold ``$prompt``, or holds the special token twice.
+        InputError: the file cannot be read, does not contain ``$prompt``, or contains the special token twice.
     """
     text = "$prompt"
     if prompt_file or config.template != "none":
         path = Path(prompt_file) if prompt_file else PROMPT
         text = read_prompt(path).strip()
         if "prompt" not in Template(text).get_identifiers():
-            raise InputError(f"{path}: does not hold $prompt")
+            raise InputError(f"{path}: does not contain $prompt")
         if not prompt_file:
             log.warning(
                 "the reward model was trained with the wording %r; its scores are best with that very text: give it as "
@@ -171,15 +168,6 @@ def read_template(config: RewardConfig, prompt_file: str | None) -> Template:
                 config.template,
             )
     if config.special_tokens and text.count(SPECIAL_TOKEN) > 1:
-        raise InputError(f"{prompt_file}: holds {SPECIAL_TOKEN} more than once; one is scored")
+        raise InputError(f"{prompt_file}: contains {SPECIAL_TOKEN} more than once; one is scored")
     missing = config.special_tokens and SPECIAL_TOKEN not in text
     return Template(f"{text} {SPECIAL_TOKEN}" if missing else text)
-
-
-def _special(checkpoint: RewardCheckpoint, tokenizer: QwenTokenizer, rows: int) -> int | None:
-    if not checkpoint.config.special_tokens:
-        return None
-    number = tokenizer.id_of(SPECIAL_TOKEN)
-    if number is None or number >= rows:
-        raise InputError(f"{checkpoint.step}: the embedding has {rows} rows, none for {SPECIAL_TOKEN}")
-    return number

@@ -1,4 +1,4 @@
-"""A verifier that says yes or no: how likely each is as the first word of the answer.
+"""A verifier that decides by the likelihood of yes and no as the first word of the answer.
 
 It serves models that were trained to decide, such as NVILA-Lite-2B-Verifier, and any other behind a server that
 gives log-probabilities (vLLM, SGLang, OpenAI).

@@ -1,4 +1,4 @@
-"""NVILA's compiled programs: one to look at pictures, one for each length of input to answer."""
+"""NVILA's compiled programs: one encodes pictures, and one for each padded input length answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORTEST = 64  # positions
 
 @dataclass(frozen=True)
 class NvilaQuery:
-    """One image and what is asked about it.
+    """One image and the question about it.
 
     Attributes:
         pictures: uint8 [pictures, y, x, 3].
@@ -38,11 +38,11 @@ class NvilaQuery:
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions side by side, filled up to the batch's size and padded on the right to one length.
+    """Questions padded on the right to one length; filler rows make up the batch's size.
 
     Attributes:
         ids, feature: int32 [b, t].
-        lengths: int32 [b]; 1 for a row that is only filling.
+        lengths: int32 [b]; 1 for a filler row.
         tokens: image tokens of all pictures [i, d].
         members: index of each row's question, in the order of the call.
     """
@@ -57,8 +57,8 @@ class Batch:
 class NvilaPrograms:
     """Runs a model over questions in batches of one size.
 
-    A question's numbers do not depend on its neighbours: pictures go through the tower in groups of fixed size, and a
-    batch is made of questions that are padded to the same length anyway.
+    A question's results do not depend on its neighbours: pictures go through the tower in groups of fixed size, and the
+    questions of a batch have the same padded length on their own.
     """
 
     def __init__(self, model: NvilaModel, batch_size: int):
@@ -67,8 +67,8 @@ class NvilaPrograms:
         self._levels = jnp.asarray(model.levels)
 
     def first_logits(self, questions: Sequence[NvilaQuery]) -> np.ndarray:
-        """float32 [questions, tokens]: how likely each token of the tokenizer begins the answer."""
-        # All batches are under way before the first is waited for.
+        """float32 [questions, tokens]: the logits of each answer's first token, for every token of the tokenizer."""
+        # All batches are dispatched before the first is waited for.
         running = [(batch.members, self.answer(batch)) for batch in self.batches(questions)]
         result = np.zeros((len(questions), self.model.tokenizer.size), np.float32)
         for members, logits in running:
@@ -77,8 +77,7 @@ class NvilaPrograms:
 
     def answer(self, batch: Batch) -> Array:
         """float32 [b, tokens]: the logits of the answer's first token."""
-        logits = self._call(answer, *_inputs(batch))
-        return logits[:, : self.model.tokenizer.size]
+        return self._call(answer, *_inputs(batch))[:, : self.model.tokenizer.size]
 
     def greedy(self, batch: Batch, max_new_tokens: int) -> GeneratedTokens:
         """The likeliest answer, token by token, with the logits of every step."""
@@ -87,7 +86,7 @@ class NvilaPrograms:
             max_new_tokens, (tokenizer.end,), tokenizer.pad, vocabulary=tokenizer.size, keep_logits=True
         )
         live = np.arange(len(batch.lengths)) < len(batch.members)
-        return self._call(_continue, *_inputs(batch), live, decoding=decoding)
+        return self._call(_generate, *_inputs(batch), live, decoding=decoding)
 
     def embeddings(self, batch: Batch) -> Array:
         """The language model's input [b, t, d], padded."""
@@ -98,17 +97,19 @@ class NvilaPrograms:
         return self._call(_last_state, *_inputs(batch))
 
     def look(self, pictures: np.ndarray) -> Array:
-        """Image tokens [slots, i, d] of up to as many pictures as a batch can have; the rest is of no meaning."""
+        """Image tokens [slots, i, d] of at most as many pictures as a batch can have; unused slots are meaningless."""
         like = self.model.network.language.embed.embedding[...]
         tokens = jnp.zeros(token_slots(self.model.config, self.batch_size), like.dtype, device=whole_beside(like))
         for start in range(0, len(pictures), PICTURES_AT_ONCE):
-            group = _filled(pictures[start : start + PICTURES_AT_ONCE], PICTURES_AT_ONCE)
+            group = np.zeros((PICTURES_AT_ONCE, *pictures.shape[1:]), np.uint8)
+            chosen = pictures[start : start + PICTURES_AT_ONCE]
+            group[: len(chosen)] = chosen
             tokens = self._call(look, tokens, group, self._levels, start)
         return tokens
 
-    def _call(self, program: Callable[..., Any], *inputs: Any, **how: Any) -> Any:
+    def _call(self, program: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         with on_mesh_of(self.model.weights):
-            return program(self.model.graph, self.model.weights, *inputs, **how)
+            return program(self.model.graph, self.model.weights, *inputs, **options)
 
     def batches(self, questions: Sequence[NvilaQuery]) -> Iterator[Batch]:
         """Questions of one padded length together."""
@@ -152,20 +153,16 @@ def padded_length(length: int, context: int) -> int:
     return max(length, min(padded, context))
 
 
-def _filled(pictures: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([pictures, np.zeros((size - len(pictures), *pictures.shape[1:]), np.uint8)])
-
-
 def _inputs(batch: Batch) -> tuple[Any, ...]:
     return batch.ids, batch.feature, batch.tokens, batch.lengths
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def look(graph: Any, weights: Any, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
-    """The image tokens of a group of pictures, in their place among those of all."""
-    seen = nnx.merge(graph, weights).look(pictures, levels)
-    looked = jax.lax.dynamic_update_slice_in_dim(tokens, seen.astype(tokens.dtype), start, 0)
-    return constrain(looked)  # whole as it came, so that the next group takes the same program
+    """``tokens`` with those of a group of pictures written from ``start`` on."""
+    encoded = nnx.merge(graph, weights).look(pictures, levels)
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, encoded.astype(tokens.dtype), start, 0)
+    return constrain(tokens)  # replicated like the input, so that the next group uses the same program
 
 
 @partial(jax.jit, static_argnums=0)
@@ -187,7 +184,7 @@ def answer(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, 
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="decoding")
-def _continue(
+def _generate(
     graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array, live: Array, *, decoding: Any
 ) -> GeneratedTokens:
     network: Nvila = nnx.merge(graph, weights)

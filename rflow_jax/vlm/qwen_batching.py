@@ -1,4 +1,4 @@
-"""Sizes that arrays are padded to: few, so that few programs are compiled, and close, so that little is wasted."""
+"""Batches of Qwen2.5-VL's inputs, padded to few sizes (few programs are compiled) that are close (little is wasted)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class QwenSample:
     """One chat.
 
     Attributes:
-        ids: [t] tokens, pictures' tokens expanded.
+        ids: [t] tokens, with pictures' tokens expanded.
         pictures: patches [p, f] (bytes, see :func:`rflow_jax.vlm.qwen_processing.patches_of`) and grid of each.
     """
 
@@ -44,12 +44,13 @@ class QwenSample:
 
 
 class QwenInputs(NamedTuple):
-    """A batch as it leaves the host; rows without a sample are filled with one token of padding.
+    """A batch as it leaves the host; rows without a sample contain one token of padding.
 
     Attributes:
         positions: multimodal rotary positions.
         next_position: of the first token after each sample.
-        patches: of all pictures of the batch, each padded; None: no pictures. ``places`` says where they belong.
+        places: for every token the row of the pictures' tokens that replaces it, or -1.
+        patches: of all pictures of the batch, each padded; None: no pictures.
     """
 
     ids: Int[Array | np.ndarray, "b t"]
@@ -63,12 +64,12 @@ class QwenInputs(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a batch is padded to.
+    """Padded sizes of a batch.
 
     Attributes:
         rows: samples.
         tokens: of each sample.
-        pictures: in the whole batch; 0: text alone.
+        pictures: in the whole batch; 0: text only.
         patches, windows: of each picture.
     """
 
@@ -80,7 +81,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def exact(cls, samples: Sequence[QwenSample], config: Qwen25VLConfig) -> Sizes:
-        """No larger than the largest."""
+        """The sizes of the largest sample and picture."""
         pictures = [picture for sample in samples for picture in sample.pictures]
         return cls(
             len(samples),
@@ -92,14 +93,14 @@ class Sizes(NamedTuple):
 
     @classmethod
     def bucketed(cls, samples: Sequence[QwenSample], config: Qwen25VLConfig, rows: int) -> Sizes:
-        """Sizes of which there are few, so that few programs are compiled."""
+        """Sizes rounded up to one of few values, so that few programs are compiled."""
         _, tokens, pictures, patches, windows = cls.exact(samples, config)
         tokens = bucket(tokens, LEAST_TOKENS)
         if not pictures:
             return cls(rows, tokens)
         unit = config.vision.unit
         patches = -(-bucket(patches, LEAST_PATCHES) // unit) * unit
-        # As many pictures in every batch, also in the last: a multiple of the rows.
+        # The same number of pictures in every batch, also in the last: a multiple of the rows.
         return cls(rows, tokens, -(-pictures // rows) * rows, patches, bucket(windows))
 
 
@@ -110,7 +111,7 @@ def batch_of(samples: Sequence[QwenSample], config: Qwen25VLConfig, *, pad: int,
         pad: the token of padding.
 
     Raises:
-        InputError: a sample's tokens are not those of its pictures, or these are no multiple of whole units.
+        InputError: a sample's tokens do not match its pictures, or a picture is not made of whole units.
     """
     ids = np.full((sizes.rows, sizes.tokens), pad, np.int32)
     lengths = np.ones(sizes.rows, np.int32)
@@ -126,17 +127,13 @@ def batch_of(samples: Sequence[QwenSample], config: Qwen25VLConfig, *, pad: int,
     pictures = [picture for sample in samples for picture in sample.pictures]
     everywhere = [grid for _, grid in pictures] + [(0, 0, 0)] * (sizes.pictures - len(pictures))
     tokens = [[grid[1] * grid[2] // config.vision.unit for grid in own] for own in grids]
+    # One frame of every patch.
+    values = config.vision.patch_values // config.vision.temporal_patch_size
+    frames = np.zeros((sizes.pictures, sizes.patches, values), np.uint8)
+    for row, (patches, _) in zip(frames, pictures, strict=False):
+        row[: len(patches)] = patches
     return text._replace(
         places=image_places(ids, lengths, tokens, config, padded=sizes.patches // config.vision.unit),
-        patches=_stacked([patches for patches, _ in pictures], sizes, config),
+        patches=frames,
         layout=layout_of(everywhere, config.vision, patches=sizes.patches, windows=sizes.windows),
     )
-
-
-def _stacked(patches: Sequence[np.ndarray], sizes: Sizes, config: Qwen25VLConfig) -> np.ndarray:
-    """One frame of every patch."""
-    values = config.vision.patch_values // config.vision.temporal_patch_size
-    out = np.zeros((sizes.pictures, sizes.patches, values), np.uint8)
-    for place, one in zip(out, patches, strict=False):
-        place[: len(one)] = one
-    return out

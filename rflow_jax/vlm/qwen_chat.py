@@ -21,7 +21,6 @@ from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.parallel.sharding import on_devices, on_mesh_of
 from rflow_jax.tokenizers.qwen import QwenTokenizer
-from rflow_jax.typing import Array
 from rflow_jax.utils.batching import map_batched
 from rflow_jax.utils.checks import require_dtype
 from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
@@ -34,22 +33,22 @@ from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_
 
 @dataclass(frozen=True)
 class QwenChatConfig:
-    """Which model answers, and how.
+    """A model that answers, and its decoding.
 
     Attributes:
-        model: a folder of Transformers or of ``convert_weights qwen``, or a Hub id.
+        model: a folder of Transformers or of ``rflow convert qwen``, or a Hub id.
         batch_size: questions answered at once; the last batch is filled up.
         max_new_tokens: of an answer.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         top_p: drawn from the likeliest tokens that together have this probability.
-        repetition_penalty: tokens of the question or of the answer so far are made less likely by it; 1 is off. None:
-            what the model's ``generation_config.json`` says.
-        seed: of the drawing; an answer also depends on its question, and on nothing else.
+        repetition_penalty: makes tokens of the question and of the answer so far less likely; 1 is off. None: the value
+            of the model's ``generation_config.json``.
+        seed: of the drawing; an answer depends on it and on its question only.
         max_pixels: of a picture; None: the model's own limit.
-        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
-            None: the first one, with whatever else is there.
+        devices: JAX's numbers of the devices that the model takes for itself; several share its weights. None: the
+            first device, shared with other models.
         quantization: int8 or fp8: the language model's weights in 8 bits.
-        adapter: folder of a LoRA that PEFT or ``train.py`` (task ``sft``) wrote; it is added to the weights.
+        adapter: folder of a LoRA that PEFT or ``rflow train`` (task ``sft``) wrote; it is added to the weights.
     """
 
     model: str
@@ -75,13 +74,13 @@ class QwenChatConfig:
         self.decoding(eos=(), pad=0)
 
     def decoding(self, **model: Any) -> Decoding:
-        """How tokens are chosen.
+        """The decoding of tokens.
 
         Args:
-            model: what the model says besides.
+            model: the model's own settings.
 
         Raises:
-            InputError: a setting that nothing can be chosen by.
+            InputError: a setting is out of its range.
         """
         if self.repetition_penalty is not None:
             model["repetition_penalty"] = self.repetition_penalty
@@ -100,21 +99,21 @@ class QwenChat:
     """Answers questions in batches; one instance serves several roles.
 
     Raises:
-        InputError: no such model, or one that is not usable.
+        InputError: there is no such model, or it is not usable.
     """
 
     def __init__(self, config: QwenChatConfig):
         self.config = config
         folder = resolve_vlm(config.model)
-        sizes = read_qwen_config(folder)  # another network is said first
+        sizes = read_qwen_config(folder)  # first, so that another network is reported early
         context = _context(sizes, config)
         ends, penalty = end_tokens(folder, sizes), repetition_penalty(folder)
         tokenizer = QwenTokenizer(folder)
-        place = on_devices(config.devices)
-        model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=place)
+        sharding_for = on_devices(config.devices)
+        model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=sharding_for)
         if config.adapter is not None:
             adapter = Path(config.adapter).expanduser()
-            model = merged(attach_adapter(model, adapter, published_table(model), sharding_for=place))
+            model = merged(attach_adapter(model, adapter, published_table(model), sharding_for=sharding_for))
         quantize(model, config.quantization, LANGUAGE_LINEARS)
         self._decoding = config.decoding(
             eos=tuple(sorted({*ends, tokenizer.eos} - {None})),
@@ -128,7 +127,7 @@ class QwenChat:
         self._graph, self._state = nnx.split(model)
 
     def answer(self, questions: Sequence[ChatQuery]) -> list[str | InputError]:
-        """An answer a question, in order; an error in place of the answer where a question is unusable."""
+        """One answer per question, in order; an error in its place if a question is unusable."""
         return map_batched(questions, self._prepared, self._answers, batch_size=self.config.batch_size)
 
     def _prepared(self, question: ChatQuery) -> tuple[QwenSample, np.ndarray]:
@@ -142,19 +141,20 @@ class QwenChat:
         samples, keys = zip(*prepared, strict=True)
         answers: dict[int, str] = {}
         for batch in batches(samples, self.config.batch_size):
-            answers |= self._answer(batch, keys)
+            answers |= self._answer_batch(batch, keys)
         return [answers[k] for k in range(len(prepared))]
 
-    def _answer(self, batch: Mapping[int, QwenSample], keys: Sequence[np.ndarray]) -> dict[int, str]:
+    def _answer_batch(self, batch: Mapping[int, QwenSample], keys: Sequence[np.ndarray]) -> dict[int, str]:
         rows, own = self.config.batch_size, list(batch.values())
         sizes = Sizes.bucketed(own, self.prepare.config, rows)
         inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
         data = np.zeros((rows, 2), np.uint32)
         data[: len(own)] = [keys[k] for k in batch]
-        drawn = _keys(data)
+        # The generator is named, so that JAX's default does not matter.
+        drawn = jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
         with on_mesh_of(self._state):
-            made = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, drawn)
-        tokens, lengths = (np.asarray(x) for x in jax.device_get((made.tokens, made.lengths)))
+            generated = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, drawn)
+        tokens, lengths = (np.asarray(x) for x in jax.device_get((generated.tokens, generated.lengths)))
         return {
             k: self.prepare.tokenizer.decode(row[:length])
             for k, row, length in zip(batch, tokens, lengths, strict=False)
@@ -173,7 +173,7 @@ def _context(sizes: Qwen25VLConfig, config: QwenChatConfig) -> int:
 
 
 def batches(samples: Sequence[QwenSample], size: int) -> Iterator[dict[int, QwenSample]]:
-    """At most ``size`` samples each, by their positions; those alike in size go together: little is padding."""
+    """Batches of at most ``size`` samples by index; samples of similar sizes go together, which keeps padding low."""
 
     def patches_and_tokens(k: int) -> tuple[int, int]:
         return sum(len(patches) for patches, _ in samples[k].pictures), len(samples[k].ids)
@@ -189,8 +189,3 @@ def question_key(question: ChatQuery, seed: int) -> np.ndarray:
     for part in question.parts:
         digest.update(b"\0" + (part.encode() if isinstance(part, str) else part.convert("RGB").tobytes()))
     return np.frombuffer(digest.digest(), np.uint32, count=2)
-
-
-def _keys(data: np.ndarray) -> Any | Array:
-    # The generator is named, so that JAX's default does not matter.
-    return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")

@@ -1,7 +1,7 @@
-"""Pictures as Qwen2.5-VL sees them: resized to whole units and cut into patches on the host, normalised on the device.
+"""Qwen2.5-VL's image processing: resized to whole units and cut into patches on the host, normalised on the device.
 
-What goes to the device are bytes, and one frame of the two that a patch has: an eighth of what the processor of
-Transformers makes, with the same numbers in the end.
+The device gets bytes, and one of a patch's two frames: an eighth of the output of Transformers' processor, with the
+same numbers in the end.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageProcessorConfig:
-    """How a picture is prepared, in the names of ``preprocessor_config.json``.
+    """The preparation of a picture, in the names of ``preprocessor_config.json``.
 
     Attributes:
         min_pixels, max_pixels: pixels of the picture that is cut into patches.
         image_mean, image_std: of each channel, or one number for all.
-        temporal_patch_size: frames of a patch; a picture is as many times the same.
+        temporal_patch_size: frames of a patch; a picture's frames are all the same.
     """
 
     patch_size: int = 14
@@ -59,10 +59,8 @@ class ImageProcessorConfig:
         Raises:
             InputError: a step is switched off, or a number cannot be used.
         """
-        off = [
-            step for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb") if not config.get(step, True)
-        ]
-        if off:
+        steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+        if off := [step for step in steps if not config.get(step, True)]:
             raise InputError(f"{_FILE}: {', '.join(off)} is false, which is not supported")
         size = config.get("size") or {}
         if not isinstance(size, Mapping):
@@ -78,12 +76,12 @@ class ImageProcessorConfig:
 
     @property
     def levels(self) -> np.ndarray:
-        """float32 [256, 3]: what the network sees of each level of each channel."""
+        """float32 [256, 3]: the normalised value of each level of each channel."""
         return levels_in(vars(self), _FILE)
 
     @property
     def factor(self) -> int:
-        """Pixels a side of a unit: what becomes one token."""
+        """Pixels a side of a unit, which becomes one token."""
         return self.patch_size * self.merge_size
 
 
@@ -166,8 +164,8 @@ class QwenProcessor:
     """Turns chats into samples.
 
     Attributes:
-        context: tokens that a sample may have.
-        max_pixels: of a picture before the processor's own limits; None: those alone.
+        context: maximum tokens of a sample.
+        max_pixels: of a picture, applied before the processor's own limits; None: only those.
     """
 
     tokenizer: QwenTokenizer
@@ -180,18 +178,18 @@ class QwenProcessor:
         """A user's message of texts and pictures, up to where the answer begins.
 
         Raises:
-            InputError: a picture that cannot be decoded, texts that name special tokens of pictures, a chat longer than
-                the context.
+            InputError: a picture cannot be decoded, a text contains special tokens of pictures, or the chat is longer
+                than the context.
         """
         pictures = tuple(self.picture(part) for part in parts if isinstance(part, Image.Image))
-        told = question(*(part if isinstance(part, str) else None for part in parts), system=instructions)
+        messages = question(*(part if isinstance(part, str) else None for part in parts), system=instructions)
         tokens = [grid[1] * grid[2] // self.config.vision.unit for _, grid in pictures]
-        ids = self.tokenizer.encode(expand_images(self.tokenizer.chat(told), tokens))
+        ids = self.tokenizer.encode(expand_images(self.tokenizer.chat(messages), tokens))
         require_fitting(len(ids), self.context)
         return QwenSample(ids, pictures)
 
     def picture(self, image: Image.Image) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of a picture; raises InputError where it cannot be decoded."""
+        """Patches and grid of a picture; raises InputError if it cannot be decoded."""
         image = decoded(image)
         if self.max_pixels is not None:
             image = limited(image, self.max_pixels, self.rules.factor)
@@ -199,10 +197,10 @@ class QwenProcessor:
 
 
 def read_image_processor_config(folder: Path, config: Qwen25VLConfig) -> ImageProcessorConfig:
-    """The rules of a model folder's ``preprocessor_config.json``, or, as Transformers 5 writes it, of its processor's.
+    """The rules in a model folder's ``preprocessor_config.json``, or ``processor_config.json`` (Transformers 5).
 
     Raises:
-        InputError: there is none, it cannot be used, or its patches are not those of the vision tower.
+        InputError: there is none, it cannot be used, or its patches do not fit the vision tower.
     """
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file() or not whole.is_file():

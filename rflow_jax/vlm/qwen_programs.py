@@ -22,12 +22,12 @@ from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, normalised
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a reward is taken; hashable, as a program's static argument.
+    """The definition of a reward; hashable, as a program's static argument.
 
     Attributes:
         token, special: see :meth:`rflow_jax.models.qwen2_5_vl.model.RewardModel.rewards`.
-        mrope: multimodal rotary positions. The original counts its tokens on all axes alike, pictures' too.
-        lora: whether an adapter that was kept apart acts.
+        mrope: multimodal rotary positions. The original counts all tokens alike on all axes, pictures' too.
+        lora: whether an unmerged adapter acts.
     """
 
     token: RewardToken
@@ -71,31 +71,30 @@ def hidden_states(
 def rewards(
     graph: Any,
     rules: ImageProcessorConfig,
-    how: Scoring,
+    scoring: Scoring,
     state: Any,
     inputs: QwenInputs,
     *,
     attention: AttentionImpl = "auto",
 ) -> Float[Array, "b k"]:
     """Rewards of a batch, before any normalisation."""
-    return score(nnx.merge(graph, state), rules, how, inputs, attention=attention)
+    return score(nnx.merge(graph, state), rules, scoring, inputs, attention=attention)
 
 
 def score(
     model: RewardModel,
     rules: ImageProcessorConfig,
-    how: Scoring,
+    scoring: Scoring,
     inputs: QwenInputs,
     *,
     attention: AttentionImpl = "auto",
     remat: Remat = "none",
 ) -> Float[Array, "b k"]:
-    """Rewards of a batch, for a program that does more with them; ``remat`` as in training."""
-    x = embed(model, rules, inputs, lora=how.lora, attention=attention)
-    hidden = hidden_states(model, x, inputs, how.mrope, lora=how.lora, attention=attention, remat=remat)
-    return model.rewards(
-        hidden, jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths), token=how.token, special=how.special
-    )
+    """As :func:`rewards`, within a larger program; ``remat`` as in training."""
+    x = embed(model, rules, inputs, lora=scoring.lora, attention=attention)
+    hidden = hidden_states(model, x, inputs, scoring.mrope, lora=scoring.lora, attention=attention, remat=remat)
+    ids, lengths = jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths)
+    return model.rewards(hidden, ids, lengths, token=scoring.token, special=scoring.special)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
@@ -112,7 +111,7 @@ def texts(
     """Tokens that continue every chat of a batch.
 
     Args:
-        keys: random keys, one a row; needed where tokens are drawn.
+        keys: random keys, one per row; needed if tokens are drawn.
     """
     model: Qwen25VL = nnx.merge(graph, state)
     prompts = Prompts(

@@ -1,4 +1,4 @@
-"""Reads CLIP as a whole from a folder of Transformers: sizes, weights, how images are prepared."""
+"""The networks of model folders: sizes and tables of names; and CLIP as a whole from a folder of Transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rflow_jax.weights.safetensors_io import TensorFiles
 
 
 def read_clip_config(folder: Path) -> ClipConfig:
-    """The sizes in a folder's ``config.json``; raises InputError where it is missing or not CLIP's."""
+    """The sizes in a folder's ``config.json``; raises InputError if it is missing or not CLIP's."""
     path = folder / "config.json"
     content = read_object(path)
     with naming(path):
@@ -39,7 +39,7 @@ def read_clip_config(folder: Path) -> ClipConfig:
 
 
 def check_clip_model(folder: Path) -> None:
-    """Raises InputError unless a folder holds CLIP's tensors, all of them and no others."""
+    """Raises InputError unless a folder contains exactly CLIP's tensors."""
     _checked(folder, jnp.float32)
 
 
@@ -59,12 +59,12 @@ def load_clip_model(folder: Path, dtype: Any) -> Clip:
 
 
 def _checked(folder: Path, dtype: Any) -> tuple[Clip, TensorFiles]:
-    """The network without numbers, and the files that fit it."""
+    """The abstract network, and its checked files."""
     config, files = read_clip_config(folder), TensorFiles.open(folder)
     network = abstract(lambda rngs: Clip(config, rngs=rngs, dtype=dtype))
     plan(CLIP_WHOLE, parameter_shapes(network)).check_files(files)
     if LOGIT_SCALE not in files:
-        raise InputError(f"{files.where}: {LOGIT_SCALE} missing; is it a CLIP checkpoint of this size?")
+        raise InputError(f"{files.source}: {LOGIT_SCALE} missing; is it a CLIP checkpoint of this size?")
     return network, files
 
 
@@ -85,17 +85,17 @@ class Component:
     table_for: Callable[[Iterable[str], Any], KeyMapping]
 
     def read_config(self, root: Path) -> Any:
-        """The sizes in ``root/<folder>/config.json``; raises InputError where that is missing or not this network's."""
+        """The sizes in ``root/<folder>/config.json``; raises InputError if it is missing or not this network's."""
         path = root / self.folder / "config.json"
         return self.config_of(read_object(path), path)
 
     def config_of(self, content: dict[str, Any], path: Path) -> Any:
-        """The sizes in the content of the file ``path``; raises InputError where they are not this network's."""
+        """The sizes in the content of the file ``path``; raises InputError if they are not this network's."""
         check_types(self.config, content, path)
         return self.config.from_json(content)
 
     def abstract(self, config: Any, dtype: Dtype = jnp.float32) -> Any:
-        """The network without numbers."""
+        """The network without weights."""
         return abstract(lambda rngs: self.network(config, rngs=rngs, dtype=dtype))
 
 
@@ -112,7 +112,7 @@ COMPONENTS = (TRANSFORMER, VAE, CLIP, T5)
 
 
 def read_schedule(root: Path) -> Schedule:
-    """The schedule of a model folder; raises InputError where it is missing or of another kind."""
+    """The schedule of a model folder; raises InputError if it is missing or of another kind."""
     path = root / "scheduler" / "scheduler_config.json"
     content = read_object(path)
     check_types(Schedule, content, path)

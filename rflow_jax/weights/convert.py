@@ -1,11 +1,11 @@
-"""Checkpoints of PyTorch -> our model folder."""
+"""Converts PyTorch checkpoints into model folders of ours."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component
 from rflow_jax.weights.flux import TRANSFORMER_CLASS, ModelPath, describe
-from rflow_jax.weights.key_mapping import KeyMapping, plan
-from rflow_jax.weights.loading import parameter_shapes
+from rflow_jax.weights.key_mapping import KeyMapping
 from rflow_jax.weights.mappings.flux import bfl_config, bfl_mapping
 from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
-from rflow_jax.weights.model_folder import Storage, is_stored, save, write_model_file
+from rflow_jax.weights.model_folder import Storage, is_stored, save, write_json, write_model_file
 from rflow_jax.weights.qwen import read_qwen_config
 from rflow_jax.weights.reward import CONFIG_FILE
 from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
@@ -29,7 +28,7 @@ from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 COPIED = ("scheduler", "tokenizer", "tokenizer_2")
 TEXT = (CLIP.folder, T5.folder, "tokenizer", "tokenizer_2")
 
-# Progress: told (network, bytes of the checkpoint done, bytes in all).
+# Called with (network, bytes of the checkpoint done, bytes in all).
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -54,9 +53,9 @@ class Options:
     Attributes:
         storage: ``safetensors`` or ``orbax``.
         dtype: of all parameters; None keeps each tensor's.
-        allow_pickle: read PyTorch's ``.bin`` and ``.pth`` where there is no safetensors.
-        ae, text: for single files: ``ae.safetensors``, and a folder in diffusers' layout with the text
-            encoders and tokenizers.
+        allow_pickle: read PyTorch's ``.bin`` and ``.pth`` if there is no safetensors.
+        ae, text: for single files: ``ae.safetensors``, and a folder in diffusers' layout with the text encoders and
+            tokenizers.
     """
 
     storage: Storage = "safetensors"
@@ -69,8 +68,7 @@ class Options:
 def convert_flux(src: Path, dst: Path, options: Options = Options(), on_progress: OnProgress | None = None) -> None:
     """Converts a FLUX model (a diffusers folder or single files) into a folder of ours.
 
-    Tensors are written as they are read, so memory holds a bounded window of them. ``dst`` is there when all
-    of it is, and not before.
+    Tensors are written as they are read, so memory holds a bounded window of them. ``dst`` appears when it is complete.
 
     Raises:
         InputError: no such model, a tensor missing, unknown or of a wrong shape, ``dst`` exists, a full disk.
@@ -78,34 +76,34 @@ def convert_flux(src: Path, dst: Path, options: Options = Options(), on_progress
     found = describe(src)
     if found.kind == "converted":
         raise InputError(f"{src}: is a converted model already")
+    conversions: dict[str, Conversion] = {}  # all are checked before anything is written
     sources = _sources(found, options)
-    plans = {source.component.folder: _planned(source, options) for source in sources}
-    size = sum(leaf.nbytes for conversion in plans.values() for leaf in conversion.leaves())
-    need_space(dst, size)
-    total, done = sum(source.files.nbytes for source in sources), 0
-    with atomic_output(dst) as partial:
+    for source in sources:
+        network = source.component.abstract(source.component.config.from_json(source.config))
+        conversions[source.component.folder] = Conversion.checked(source.table, network, source.files, options.dtype)
+    need_space(dst, sum(conversion.nbytes for conversion in conversions.values()))
+    advance = byte_counter(on_progress, sum(source.files.nbytes for source in sources))
+    with atomic_output(dst) as output:
         for source in sources:
             name = source.component.folder
-            (partial / name).mkdir(parents=True)
-            _write_json(partial / name / "config.json", source.config)
-
-            def advance(nbytes: int, name: str = name) -> None:
-                nonlocal done
-                done += nbytes
-                if on_progress:
-                    on_progress(name, done, total)
-
-            save(plans[name], partial / name, options.storage, on_bytes=advance)
-        _copy_rest(found, options, partial)
-        write_model_file(partial, options.storage, plans, str(src))
+            (output / name).mkdir(parents=True)
+            write_json(output / name / "config.json", source.config)
+            save(conversions[name], output / name, options.storage, on_bytes=partial(advance, name))
+        _copy_rest(found, options, output)
+        write_model_file(output, options.storage, conversions, str(src))
 
 
-def _planned(source: Source, options: Options) -> Conversion:
-    """Checks a checkpoint against its network, before anything is written."""
-    config = source.component.config.from_json(source.config)
-    the_plan = plan(source.table, parameter_shapes(source.component.abstract(config)))
-    the_plan.check_files(source.files)
-    return Conversion(the_plan, source.files, options.dtype)
+def byte_counter(on_progress: OnProgress | None, total: int) -> Callable[[str, int], None]:
+    """A function of (network, bytes of one tensor) that reports the bytes done so far."""
+    done = 0
+
+    def advance(name: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress(name, done, total)
+
+    return advance
 
 
 def _sources(found: ModelPath, options: Options) -> list[Source]:
@@ -114,13 +112,17 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
             raise InputError(
                 f"{found.path}: a diffusers folder holds its own autoencoder and text encoders: leave out ae and text"
             )
-        return [
-            _from_folder(c, found.components[c.folder], options) for c in COMPONENTS if c.folder in found.components
-        ]
-    sources = [_bfl_transformer(found.components[TRANSFORMER.folder], options)]
+        present = [component for component in COMPONENTS if component.folder in found.components]
+        return [_from_folder(component, found.components[component.folder], options) for component in present]
+    file = found.components[TRANSFORMER.folder]
+    files = _open_file(file, options.allow_pickle)
+    config = {"_class_name": TRANSFORMER_CLASS} | asdict(bfl_config(files.shapes, str(file)))
+    sources = [Source(TRANSFORMER, config, files, bfl_mapping(files))]
     ae = options.ae or found.components.get(VAE.folder)
     if ae is not None:
-        sources.append(_bfl_autoencoder(ae, options))
+        files, vae_config = _open_file(ae, options.allow_pickle), AutoencoderConfig()
+        config = {"_class_name": "AutoencoderKL"} | asdict(vae_config)
+        sources.append(Source(VAE, config, files, VAE.table_for(files, vae_config)))
     if options.text is not None:
         if missing := [name for name in TEXT if not (options.text / name).is_dir()]:
             raise InputError(f"{options.text}: has no {', '.join(missing)}; expected a folder in diffusers' layout")
@@ -131,22 +133,8 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
 def _from_folder(component: Component, folder: Path, options: Options) -> Source:
     config = read_object(folder / "config.json")
     files = open_folder(folder, options.allow_pickle)
-    return Source(
-        component, config, files, component.table_for(files, component.config_of(config, folder / "config.json"))
-    )
-
-
-def _bfl_transformer(file: Path, options: Options) -> Source:
-    files = _open_file(file, options.allow_pickle)
-    config = asdict(bfl_config(files.shapes, str(file)))
-    return Source(TRANSFORMER, {"_class_name": TRANSFORMER_CLASS} | config, files, bfl_mapping(files))
-
-
-def _bfl_autoencoder(file: Path, options: Options) -> Source:
-    files = _open_file(file, options.allow_pickle)
-    config = AutoencoderConfig()
-    table = VAE.table_for(files, config)
-    return Source(VAE, {"_class_name": "AutoencoderKL"} | asdict(config), files, table)
+    sizes = component.config_of(config, folder / "config.json")
+    return Source(component, config, files, component.table_for(files, sizes))
 
 
 def _open_file(file: Path, allow_pickle: bool) -> TensorFiles:
@@ -154,7 +142,7 @@ def _open_file(file: Path, allow_pickle: bool) -> TensorFiles:
 
 
 def open_folder(folder: Path, allow_pickle: bool) -> TensorFiles:
-    """The tensors in a network's folder; PyTorch's own files only where there is no safetensors, and if allowed."""
+    """The tensors in a network's folder; PyTorch's own files only if there is no safetensors, and if allowed."""
     pickles = sorted(file for file in folder.glob("*") if is_pickle(file))
     if pickles and not any(folder.glob("*.safetensors")):
         return open_pickle(*pickles, allow=allow_pickle)
@@ -170,18 +158,12 @@ def _copy_rest(found: ModelPath, options: Options, dst: Path) -> None:
             shutil.copytree(root / name, dst / name)
     if found.kind == "diffusers":
         if found.info:
-            _write_json(dst / "model_index.json", found.info)
+            write_json(dst / "model_index.json", found.info)
         return
     config = FluxConfig.from_json(read_object(dst / TRANSFORMER.folder / "config.json"))
     (dst / "scheduler").mkdir()
-    _write_json(dst / "scheduler" / "scheduler_config.json", _scheduler(config))
-    if all((dst / component.folder).is_dir() for component in COMPONENTS):
-        _write_json(dst / "model_index.json", {"_class_name": "FluxPipeline"})
-
-
-def _scheduler(config: FluxConfig) -> dict[str, Any]:
-    """The schedule FLUX.1 was published with: dev's is shifted by the number of tokens, schnell's is not."""
-    return {
+    # The schedule FLUX.1 was published with: dev's is shifted by the number of tokens, schnell's is not.
+    schedule = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "use_dynamic_shifting": config.guidance_embeds,
@@ -191,10 +173,9 @@ def _scheduler(config: FluxConfig) -> dict[str, Any]:
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(dst / "scheduler" / "scheduler_config.json", schedule)
+    if all((dst / component.folder).is_dir() for component in COMPONENTS):
+        write_json(dst / "model_index.json", {"_class_name": "FluxPipeline"})
 
 
 _QWEN_FILES = (
@@ -226,23 +207,14 @@ def convert_qwen(
         raise InputError(f"{src}: is a converted model already")
     model = abstract_qwen2_5_vl(read_qwen_config(src))
     files = TensorFiles.open(src)
-    the_plan = plan(qwen2_5_vl_mapping(files, head=model.language.head is not None), parameter_shapes(model))
-    the_plan.check_files(files)
-    conversion = Conversion(the_plan, files, dtype)
-    need_space(dst, sum(leaf.nbytes for leaf in conversion.leaves()))
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if on_progress:
-            on_progress("qwen2_5_vl", done, files.nbytes)
-
-    with atomic_output(dst) as partial:
-        partial.mkdir(parents=True, exist_ok=True)
-        save(conversion, partial, storage, on_bytes=advance)
-        config = read_object(src / "config.json")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    table = qwen2_5_vl_mapping(files, head=model.language.head is not None)
+    conversion = Conversion.checked(table, model, files, dtype)
+    need_space(dst, conversion.nbytes)
+    advance = partial(byte_counter(on_progress, files.nbytes), "qwen2_5_vl")
+    with atomic_output(dst) as output:
+        output.mkdir(parents=True, exist_ok=True)
+        save(conversion, output, storage, on_bytes=advance)
+        write_json(output / "config.json", read_object(src / "config.json"))
         for name in (name for name in _QWEN_FILES if (src / name).is_file()):
-            shutil.copy(src / name, partial / name)
-        write_model_file(partial, storage, (), str(src))
+            shutil.copy(src / name, output / name)
+        write_model_file(output, storage, (), str(src))

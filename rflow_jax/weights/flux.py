@@ -1,8 +1,9 @@
-"""What a path holds: a model of ours, one in diffusers' layout, or Black Forest Labs' single files."""
+"""Finds and loads FLUX models: converted by us, in diffusers' layout, or Black Forest Labs' single files."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from rflow_jax.utils.progress import byte_progress
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, Component, read_schedule
 from rflow_jax.weights.hub import resolve, resolve_lora
+from rflow_jax.weights.key_mapping import KeyMapping
 from rflow_jax.weights.loading import ShardingFor, load_into
 from rflow_jax.weights.lora.read import read_lora
 from rflow_jax.weights.mappings.flux import is_bfl
@@ -49,7 +51,7 @@ class ModelPath:
     """A model that was found.
 
     Attributes:
-        components: subfolder's name -> where that network lies (a folder, or a single file).
+        components: subfolder's name -> the path of that network (a folder, or a single file).
         info: content of ``rflow_model.json`` or ``model_index.json``.
     """
 
@@ -63,50 +65,38 @@ def describe(path: Path) -> ModelPath:
     """Says what kind of model lies at ``path``.
 
     Raises:
-        InputError: nothing there, no model, an interrupted conversion, or one of a newer version.
+        InputError: nothing there, not a model, an interrupted conversion, or one of a newer version.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; {EXPECTED}")
     if path.name.endswith(PARTIAL):
         raise InputError(f"{path}: a conversion that was interrupted; convert again")
     if path.is_file():
-        return _single_file(path)
+        # A pickle's content is not looked at before it is known to be wanted.
+        if not is_pickle(path) and not is_bfl(TensorFiles.open(path)):
+            raise InputError(f"{path}: is not a FLUX transformer: {EXPECTED}")
+        return ModelPath("bfl", path, {TRANSFORMER.folder: path})
     if (path / MODEL_FILE).is_file():
-        return _converted(path)
+        info = read_object(path / MODEL_FILE)
+        if info.get("format") != FORMAT:
+            raise InputError(f"{path / MODEL_FILE}: not written by rflow convert")
+        if (version := info.get("version")) != VERSION:
+            raise InputError(f"{path}: format version {version}, this program reads {VERSION}; convert again")
+        return ModelPath("converted", path, {name: path / name for name in info.get("components", ())}, info)
     if (path / "model_index.json").is_file():
         info = read_object(path / "model_index.json")
         found = {c.folder: path / c.folder for c in COMPONENTS if (path / c.folder / "config.json").is_file()}
         if TRANSFORMER.folder not in found:
             raise InputError(f"{path}: has a model_index.json but no transformer/config.json; fetch the whole folder")
         return ModelPath("diffusers", path, found, info)
-    if _is_transformer(path):
+    config = path / "config.json"
+    if config.is_file() and read_object(config).get("_class_name") == TRANSFORMER_CLASS:
         return ModelPath("diffusers", path, {TRANSFORMER.folder: path})
     single = sorted(path.glob("flux1-*.safetensors"))
     if len(single) == 1:
         ae = {"vae": path / "ae.safetensors"} if (path / "ae.safetensors").is_file() else {}
         return ModelPath("bfl", path, {TRANSFORMER.folder: single[0]} | ae)
-    raise InputError(f"{path}: is no model: {EXPECTED}")
-
-
-def _single_file(path: Path) -> ModelPath:
-    # What a pickle holds is not looked at before it is known to be wanted.
-    if not is_pickle(path) and not is_bfl(TensorFiles.open(path)):
-        raise InputError(f"{path}: is no FLUX transformer: {EXPECTED}")
-    return ModelPath("bfl", path, {TRANSFORMER.folder: path})
-
-
-def _converted(path: Path) -> ModelPath:
-    info = read_object(path / MODEL_FILE)
-    if info.get("format") != FORMAT:
-        raise InputError(f"{path / MODEL_FILE}: not written by convert_weights")
-    if info.get("version") != VERSION:
-        raise InputError(f"{path}: format version {info.get('version')}, this program reads {VERSION}; convert again")
-    return ModelPath("converted", path, {name: path / name for name in info.get("components", ())}, info)
-
-
-def _is_transformer(path: Path) -> bool:
-    config = path / "config.json"
-    return config.is_file() and read_object(config).get("_class_name") == TRANSFORMER_CLASS
+    raise InputError(f"{path}: is not a model: {EXPECTED}")
 
 
 DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
@@ -128,7 +118,7 @@ class FluxModel:
 
     Attributes:
         name: what it was loaded from.
-        weights: ``transformer`` -> (base, LoRA), the LoRA's state empty where there is none; ``vae``, ``clip``, ``t5``.
+        weights: ``transformer`` -> (base, LoRA), the LoRA's state empty if there is none; ``vae``, ``clip``, ``t5``.
         dtype: of the activations.
     """
 
@@ -191,21 +181,21 @@ def load_flux(
     """Reads a model folder; see :func:`rflow_jax.generation.pipeline.load_pipeline` for the arguments and errors."""
     kind: Any = getattr(jnp, require_dtype(dtype))
     root = resolve(model)
-    places = _folders(model, describe(root))
+    paths = _component_paths(model, describe(root))
     adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
     configs = {component.folder: component.read_config(root) for component in COMPONENTS}
     schedule = read_schedule(root)
     choose = None if mesh is None else sharding_for(mesh)
-    with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds: meanwhile, read weights
+    with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds; weights are read meanwhile
         tokenizers = aside.submit(Tokenizers, root)
         networks = {component.folder: component.abstract(configs[component.folder], kind) for component in COMPONENTS}
         transformer: Any = networks[components.TRANSFORMER.folder]
-        if adapters is not None:  # said before gigabytes are read, and not after
-            check_fit(adapters.adapters, linear_shapes(transformer), adapters.where)
-        _load_networks(networks, places, configs, kind, choose, progress)
+        if adapters is not None:  # before gigabytes are read
+            check_fit(adapters.adapters, linear_shapes(transformer), adapters.source)
+        _load_networks(networks, paths, configs, kind, choose, progress)
     if adapters is not None:
         put = None if choose is None else put_by(choose)
-        attach(transformer, adapters.adapters, dtype=kind, put=put, where=adapters.where)
+        attach(transformer, adapters.adapters, dtype=kind, put=put, where=adapters.source)
     graph = FluxGraph.of(transformer, scan_blocks=scans_blocks(scan_blocks, mesh))
     _, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
     parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}
@@ -230,66 +220,66 @@ def load_flux(
 
 
 def scans_blocks(wanted: bool | None, mesh: jax.sharding.Mesh | None) -> bool:
-    """Whether blocks are stacked: as wanted; None: on TPU, where a network written out compiles too long."""
+    """Whether blocks are stacked; None: only on TPU, where an unrolled network takes too long to compile."""
     if wanted is not None:
         return wanted
     return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "tpu"
 
 
-def _folders(model: str, found: ModelPath) -> dict[str, Path]:
-    """Where each network lies; raises InputError unless all four are there."""
+def _component_paths(model: str, found: ModelPath) -> dict[str, Path]:
+    """The path of each network; raises InputError unless all four are there."""
     if found.kind == "bfl":
-        raise InputError(f"{model}: a single file; first convert it with python -m convert_weights flux")
+        raise InputError(f"{model}: a single file; first convert it with rflow convert flux")
     missing = [component.folder for component in COMPONENTS if component.folder not in found.components]
     if missing:
-        raise InputError(f"{model}: holds no {', '.join(missing)}; generating needs all four networks of a FLUX model")
+        raise InputError(f"{model}: has no {', '.join(missing)}; generating needs all four networks of a FLUX model")
     if missing := [name for name in (CLIP_TOKENIZER, T5_TOKENIZER) if not (found.path / name).is_dir()]:
-        raise InputError(f"{model}: holds no {', '.join(missing)}; fetch the whole folder")
+        raise InputError(f"{model}: has no {', '.join(missing)}; fetch the whole folder")
     return found.components
 
 
 def _load_networks(
     networks: dict[str, Any],
-    places: dict[str, Path],
+    paths: dict[str, Path],
     configs: dict[str, Any],
     dtype: Any,
     choose: ShardingFor | None,
     progress: bool,
 ) -> None:
     """Fills every network with its weights; one bar, in bytes, over all of them."""
-    sources = {folder: Source.open(place) for folder, place in places.items()}
+    sources = {folder: Source.open(path) for folder, path in paths.items()}
     with byte_progress(progress) as bar:
         task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
         for component in COMPONENTS:
             name = component.folder
             bar.update(task, description=f"loading {name}")
-            how = {"dtype": dtype, "sharding_for": choose, "on_bytes": lambda done: bar.advance(task, done)}
-            sources[name].load(networks[name], component, configs[name], **how)
+            options = {"dtype": dtype, "sharding_for": choose, "on_bytes": lambda done: bar.advance(task, done)}
+            sources[name].load(networks[name], component, configs[name], **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The stored weights of one network, in its own layout or in ours."""
 
-    place: Path
+    path: Path
     nbytes: int
     files: TensorFiles | None  # None: in our layout
 
     @classmethod
-    def open(cls, place: Path) -> Source:
-        """Looks at the headers only."""
-        if is_stored(place):
-            return cls(place, stored_bytes(place), None)
-        files = TensorFiles.open(place)
-        return cls(place, files.nbytes, files)
+    def open(cls, path: Path) -> Source:
+        """Reads the headers only."""
+        if is_stored(path):
+            return cls(path, stored_bytes(path), None)
+        files = TensorFiles.open(path)
+        return cls(path, files.nbytes, files)
 
-    def load(self, network: nnx.Module, component: Component, config: Any, **how: Any) -> None:
-        """Puts the weights of an abstract network on the devices.
+    def load(self, network: nnx.Module, component: Component, config: Any, **options: Any) -> None:
+        """Puts the weights of an abstract network on the devices; ``options`` as in :func:`load_into`."""
+        self.load_with(network, lambda files: component.table_for(files, config), **options)
 
-        Args:
-            how: as in :func:`rflow_jax.weights.loading.load_into`.
-        """
+    def load_with(self, network: nnx.Module, table_for: Callable[[TensorFiles], KeyMapping], **options: Any) -> None:
+        """As :meth:`load`, with the table of a checkpoint's names for its files."""
         if self.files is None:
-            load_stored(network, self.place, **how)
+            load_stored(network, self.path, **options)
         else:
-            load_into(network, component.table_for(self.files, config), self.files, **how)
+            load_into(network, table_for(self.files), self.files, **options)

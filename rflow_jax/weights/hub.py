@@ -1,4 +1,4 @@
-"""A model's name -> a folder on this machine: a path, a tiny model that comes along, or a copy from the Hub."""
+"""A model's name -> a folder on this machine: a path, a bundled tiny model, or a copy from the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rflow_jax.errors import InputError
 
 BUNDLED = Path(__file__).parents[1] / "testing" / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# What a diffusers-layout repository holds besides these (single files, other formats) is not fetched.
+# Other files of a diffusers-layout repository (single files, other formats) are not fetched.
 WANTED = [
     "model_index.json",
     "rflow_model.json",
@@ -27,9 +27,8 @@ def resolve(model: str, wanted: list[str] = WANTED) -> Path:
     """The folder of a model.
 
     Args:
-        model: a folder, one of the tiny models that come along (``tiny-flux``), or ``owner/name``
-            (``owner/name@revision``) on the Hub. Fetched files stay in
-            huggingface_hub's cache, and a cached copy serves without a network; ``HF_TOKEN`` is honoured.
+        model: a folder, a bundled tiny model (``tiny-flux``), or ``owner/name`` (``owner/name@revision``) on the Hub.
+            Fetched files stay in huggingface_hub's cache, which also serves offline; ``HF_TOKEN`` is honoured.
         wanted: patterns of the files to fetch.
 
     Raises:
@@ -51,7 +50,6 @@ def resolve_vlm(model: str, *, reward: bool = False) -> Path:
 
 
 def _local(name: str) -> Path | None:
-    """What is on this machine under this name."""
     paths = [Path(name).expanduser(), *([BUNDLED / name] if name and "/" not in name else [])]
     return next((path for path in paths if path.exists()), None)
 

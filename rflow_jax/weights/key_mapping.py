@@ -1,11 +1,11 @@
-"""Names of a PyTorch checkpoint <-> names of our parameters, as tables that are a bijection or an error.
+"""Names of a PyTorch checkpoint <-> names of our parameters, as tables that must be bijections.
 
-A table is a list of :class:`Rule`, one for each kind of module. Its left side is a regular expression over
-*our* module paths (``double_blocks.7.attn.to_q``), its right side the name of the module in the checkpoint.
-The last part of a name follows from :data:`LEAVES` (``kernel`` <-> ``weight``). Where several of our parameters have
-the same name on the right, the checkpoint holds them fused: they are its row blocks, in the order of the rules.
+A table is a list of :class:`Rule`, one for each kind of module: ``flax`` is a regular expression over *our* module
+paths (``double_blocks.7.attn.to_q``), ``torch`` the name of the module in the checkpoint. The last part of a name
+follows from :data:`LEAVES` (``kernel`` <-> ``weight``). Several of our parameters with the same ``torch`` name are
+fused in the checkpoint: they are its row blocks, in the order of the rules.
 
-One plan made from a table reads and writes: sizes come from our parameters, never from a literal.
+The plan made from a table serves reading and writing: sizes come from our parameters, never from a literal.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Rule:
     """One kind of module.
 
     Attributes:
-        ours: regular expression that must match the whole of our module path.
-        theirs: the checkpoint's module, a template for ``re.Match.expand`` (``\\1`` is the first group).
-        via: a change of the numbers besides the transposition of kernels: ``swap_halves`` exchanges the two
-            halves of the rows (scale and shift), ``pointwise`` reads a 1 x 1 convolution as a linear.
+        flax: regular expression that must match our whole module path.
+        torch: the checkpoint's module, a template for ``re.Match.expand`` (``\\1`` is the first group).
+        via: a conversion besides the transposition of kernels: ``swap_halves`` exchanges the two halves of the rows
+            (scale and shift), ``pointwise`` reads a 1 x 1 convolution as a linear.
     """
 
     flax: str
@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """Rules, and patterns of checkpoint keys that carry nothing (tied copies, constants)."""
+    """Rules, and patterns of checkpoint keys to ignore (tied copies, constants)."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -64,7 +64,7 @@ class KeyMapping:
 
 @dataclass(frozen=True)
 class TensorTarget:
-    """One of our parameters, as it lies in a checkpoint's tensor."""
+    """One of our parameters, as part of a checkpoint's tensor."""
 
     path: str  # dotted: "double_blocks.0.attn.to_q.kernel"
     shape: tuple[int, ...]  # ours
@@ -114,13 +114,13 @@ class TensorTarget:
         if self.via != "swap_halves":
             return tensor
         half = tensor.shape[0] // 2
-        # As a reshape and a flip, so that it works on numpy and JAX arrays alike.
+        # A reshape and a flip work on both numpy and JAX arrays.
         return tensor.reshape(2, half, *tensor.shape[1:])[::-1].reshape(tensor.shape)
 
 
 @dataclass
 class MappingPlan:
-    """Every tensor of a checkpoint with the parameters it holds, in row order."""
+    """Every tensor of a checkpoint with its parameters, in row order."""
 
     table: KeyMapping
     entries: dict[str, tuple[TensorTarget, ...]] = field(default_factory=dict)
@@ -130,26 +130,26 @@ class MappingPlan:
         return (first[0] + sum(shape[0] for shape in rest), *first[1:])
 
     def check_files(self, files: TensorFiles) -> None:
-        """Raises :class:`InputError` unless these are exactly the plan's tensors, none of integers; names the file."""
-        self.check(files.shapes, files.where, files.home_of)
+        """Raises :class:`InputError`, naming the file, unless these are the plan's tensors, in floating point."""
+        self.check(files.shapes, files.source, files.home_of)
         for key in self.entries:
             if (dtype := files[key].dtype).kind in _INTEGERS:
                 raise InputError(f"{files.home_of(key)}: {key} is stored as {dtype}; expected floating-point numbers")
 
     def check(
-        self, shapes: Mapping[str, tuple[int, ...]], where: str, home_of: Callable[[str], str] | None = None
+        self, shapes: Mapping[str, tuple[int, ...]], source: str, home_of: Callable[[str], str] | None = None
     ) -> None:
-        """Raises :class:`InputError` unless ``shapes`` holds exactly the plan's tensors, each in its shape.
+        """Raises :class:`InputError` unless ``shapes`` are exactly those of the plan's tensors.
 
         Args:
-            where: what an error begins with.
-            home_of: what the error of a tensor begins with instead, by its key.
+            source: the origin of the shapes, for messages.
+            home_of: key -> the origin of that tensor, for messages.
         """
-        home_of = home_of or (lambda key: where)
+        home_of = home_of or (lambda key: source)
         found = {key for key in shapes if not self.table.ignores(key)}
         missing, unknown = self.entries.keys() - found, found - self.entries.keys()
         if missing:
-            raise InputError(f"{where}: {_some(missing)} missing; is it a {self.table.name} checkpoint of this size?")
+            raise InputError(f"{source}: {_some(missing)} missing; is it a {self.table.name} checkpoint of this size?")
         if unknown:
             home = home_of(min(unknown))
             raise InputError(f"{home}: {_some(unknown)} not known to a {self.table.name} checkpoint of this size")
@@ -180,7 +180,7 @@ def plan(table: KeyMapping, shapes: Mapping[str, tuple[int, ...]]) -> MappingPla
         shapes: dotted path of each of our parameters -> its shape.
 
     Raises:
-        LookupError: a module that no rule, or more than one, speaks of (a mistake in the table).
+        LookupError: a module matches no rule, or more than one (a mistake in the table).
     """
     grouped: dict[str, list[tuple[int, TensorTarget]]] = {}
     for path, shape in shapes.items():

@@ -22,12 +22,13 @@ from rflow_jax.tokenizers.nvila import NvilaTokenizer
 from rflow_jax.utils.images import levels_in
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.utils.progress import byte_progress
-from rflow_jax.weights.convert import OnProgress, Options, open_folder
+from rflow_jax.weights.convert import OnProgress, Options, byte_counter, open_folder
+from rflow_jax.weights.flux import Source
 from rflow_jax.weights.hub import resolve
-from rflow_jax.weights.key_mapping import KeyMapping, plan
-from rflow_jax.weights.loading import ShardingFor, load_into, parameter_shapes
+from rflow_jax.weights.key_mapping import KeyMapping
+from rflow_jax.weights.loading import ShardingFor
 from rflow_jax.weights.mappings import nvila, qwen
-from rflow_jax.weights.model_folder import MODEL_FILE, is_stored, load_stored, save, stored_bytes, write_model_file
+from rflow_jax.weights.model_folder import MODEL_FILE, save, write_model_file
 from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 
@@ -44,7 +45,7 @@ class NvilaModel:
     Attributes:
         name: what it was loaded from.
         graph, weights: the network and its parameters.
-        levels: float32 [256, 3]: what the tower sees of each level of a picture.
+        levels: float32 [256, 3]: each 8-bit pixel value as the tower gets it.
     """
 
     name: str
@@ -68,33 +69,28 @@ def load_nvila(
     quantization: Quantization | None = None,
     progress: bool = True,
 ) -> NvilaModel:
-    """Reads a published checkpoint, or a folder that ``convert_weights nvila`` wrote, onto the devices.
+    """Reads a published checkpoint, or a folder that ``rflow convert nvila`` wrote, onto the devices.
 
     Args:
         model: a folder, or an id on the Hub.
         dtype: of parameters and activations.
-        sharding_for: where each parameter lives; None puts all on the default device.
+        sharding_for: of each parameter; None puts all on the default device.
         quantization: of the language model's weights.
 
     Raises:
-        InputError: no such folder, another network, or tensors that are not exactly this network's.
+        InputError: no such folder, another network, or other tensors than this network's.
     """
     root = resolve(model, WANTED)
     config = read_nvila_config(root)
     tokenizer, levels = NvilaTokenizer(root / LANGUAGE, config.language), _levels(root, config)
     network = abstract_nvila(config, dtype)
-    places = {part: root / part for part in PARTS}
-    sizes = (stored_bytes(place) if is_stored(place) else TensorFiles.open(place).nbytes for place in places.values())
+    sources = {part: Source.open(root / part) for part in PARTS}
     with byte_progress(progress) as bar:
-        task = bar.add_task("loading", total=sum(sizes))
-        for part, place in places.items():
+        task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
+        options = {"dtype": dtype, "sharding_for": sharding_for, "on_bytes": partial(bar.advance, task)}
+        for part, source in sources.items():
             bar.update(task, description=f"loading {part}")
-            how = {"dtype": dtype, "sharding_for": sharding_for, "on_bytes": partial(bar.advance, task)}
-            if is_stored(place):
-                load_stored(_part(network, part), place, **how)
-            else:
-                files = TensorFiles.open(place)
-                load_into(_part(network, part), _table(part, files, config), files, **how)
+            source.load_with(_part(network, part), partial(_table, part, config), **options)
     quantize(network.language, quantization)
     return NvilaModel(model, config, *nnx.split(network), tokenizer, levels)
 
@@ -113,7 +109,7 @@ def read_nvila_config(root: Path) -> NvilaConfig:
 
 
 def convert_nvila(src: Path, dst: Path, options: Options = Options(), on_progress: OnProgress | None = None) -> None:
-    """Converts a published checkpoint into a folder of ours, tensor by tensor; ``dst`` is there when all of it is.
+    """Converts a published checkpoint into a folder of ours, tensor by tensor; ``dst`` appears when it is complete.
 
     Raises:
         InputError: no such checkpoint, a tensor missing, unknown or of a wrong shape, ``dst`` exists, a full disk.
@@ -123,46 +119,41 @@ def convert_nvila(src: Path, dst: Path, options: Options = Options(), on_progres
     config = read_nvila_config(src)
     NvilaTokenizer(src / LANGUAGE, config.language)
     network = abstract_nvila(config)
-    conversions = {}
+    conversions: dict[str, Conversion] = {}
     for part in PARTS:
         files = open_folder(src / part, options.allow_pickle)
-        the_plan = plan(_table(part, files, config), parameter_shapes(_part(network, part)))
-        the_plan.check_files(files)
-        conversions[part] = Conversion(the_plan, files, options.dtype)
-    need_space(dst, sum(leaf.nbytes for conversion in conversions.values() for leaf in conversion.leaves()))
-    total, done = sum(conversion.files.nbytes for conversion in conversions.values()), 0
-    with atomic_output(dst) as partial:
+        table = _table(part, config, files)
+        conversions[part] = Conversion.checked(table, _part(network, part), files, options.dtype)
+    need_space(dst, sum(conversion.nbytes for conversion in conversions.values()))
+    advance = byte_counter(on_progress, sum(conversion.files.nbytes for conversion in conversions.values()))
+    with atomic_output(dst) as output:
         for part, conversion in conversions.items():
-
-            def advance(nbytes: int, part: str = part) -> None:
-                nonlocal done
-                done += nbytes
-                if on_progress:
-                    on_progress(part, done, total)
-
-            _copy_rest(src / part, partial / part)
-            save(conversion, partial / part, options.storage, on_bytes=advance)
-        shutil.copyfile(src / "config.json", partial / "config.json")
-        write_model_file(partial, options.storage, conversions, str(src))
+            (output / part).mkdir(parents=True)
+            for file in (src / part).iterdir():
+                if file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, output / part / file.name)
+            save(conversion, output / part, options.storage, on_bytes=partial(advance, part))
+        shutil.copyfile(src / "config.json", output / "config.json")
+        write_model_file(output, options.storage, conversions, str(src))
 
 
 def _part(network: Nvila, part: str) -> nnx.Module:
     return {TOWER: network.tower, PROJECTOR: network.projector, LANGUAGE: network.language}[part]
 
 
-def _table(part: str, files: TensorFiles, config: NvilaConfig) -> KeyMapping:
+def _table(part: str, config: NvilaConfig, files: TensorFiles) -> KeyMapping:
     if part == TOWER:
         return nvila.siglip_mapping(files)
     return nvila.PROJECTOR if part == PROJECTOR else qwen.qwen2_mapping(head=not config.language.tie_word_embeddings)
 
 
 def _levels(root: Path, config: NvilaConfig) -> np.ndarray:
-    """How the tower's pictures are normalised; raises InputError where that is not said or cannot be done."""
+    """The normalised pixel values of the tower; raises InputError for an unusable ``preprocessor_config.json``."""
     path = root / TOWER / "preprocessor_config.json"
     content, side = read_object(path), config.vision.image_size
     size = content.get("size")
     if size not in (side, {"height": side, "width": side}):
-        raise InputError(f"{path}: size is {size!r}, the tower's pictures have {side} pixels a side")
+        raise InputError(f"{path}: size is {size!r}, the tower's images have {side} pixels a side")
     return levels_in(content, str(path))
 
 
@@ -178,10 +169,3 @@ def _read(path: Path, require: Callable[[dict[str, Any]], None]) -> dict[str, An
     with naming(path):
         require(content)
     return content
-
-
-def _copy_rest(src: Path, dst: Path) -> None:
-    dst.mkdir(parents=True)
-    for file in src.iterdir():
-        if file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, dst / file.name)

@@ -23,12 +23,12 @@ from orbax.checkpoint import type_handlers
 
 from rflow_jax.errors import InputError
 from rflow_jax.weights.safetensors_io import WINDOW
-from rflow_jax.weights.saving import Conversion, Leaf, OnBytes
+from rflow_jax.weights.saving import Conversion, Leaf, OnBytes, in_windows
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A leaf of the tree to be saved, whose numbers are read when its turn comes."""
+    """A leaf of the tree to be saved, which is read when its turn comes."""
 
     leaf: Leaf
     read: Callable[[], np.ndarray]
@@ -38,7 +38,7 @@ class Pending:
         return self.leaf.shape
 
     @property
-    def size(self) -> int:  # asked for by versions before 0.12.4
+    def size(self) -> int:  # needed by versions before 0.12.4
         return math.prod(self.shape)
 
     @property
@@ -95,9 +95,9 @@ def save_orbax(conversion: Conversion, folder: Path, *, on_bytes: OnBytes | None
 
 @contextmanager
 def _os_errors(folder: Path) -> Iterator[None]:
-    """Errors of files are ``OSError`` again: TensorStore reports a full disk as a ``ValueError``.
+    """Turns file errors back into ``OSError``: TensorStore reports a full disk as a ``ValueError``.
 
-    Orbax's log is silent meanwhile: it would print the traceback of what it also raises.
+    Orbax's log is silenced meanwhile: it would print the traceback of what it also raises.
     """
     log = logging.getLogger("absl")
     before, log.disabled = log.disabled, True
@@ -112,11 +112,7 @@ def _os_errors(folder: Path) -> Iterator[None]:
 
 
 def orbax_leaves(folder: Path) -> dict[str, Leaf]:
-    """Our dotted path -> what is stored there.
-
-    Raises:
-        InputError: no Orbax checkpoint, or an incomplete one.
-    """
+    """Our dotted path -> the stored leaf; raises InputError without a complete Orbax checkpoint."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
@@ -134,29 +130,19 @@ def read_orbax(
     window_bytes: int = WINDOW,
 ) -> Iterator[tuple[Leaf, jax.Array]]:
     """Every leaf on its devices, read a window at a time."""
+    sharding_of = {leaf.path: sharding for leaf, sharding in zip(leaves, shardings, strict=True)}
     with _os_errors(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        for window in _windows(list(zip(leaves, shardings, strict=True)), window_bytes):
-            item = {tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf, _ in window}
+        for window in in_windows(leaves, window_bytes):
+            item = {tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in window}
             args = {
                 tuple(leaf.path.split(".")): ocp.ArrayRestoreArgs(
-                    restore_type=jax.Array, sharding=sharding, dtype=dtype or leaf.dtype
+                    restore_type=jax.Array, sharding=sharding_of[leaf.path], dtype=dtype or leaf.dtype
                 )
-                for leaf, sharding in window
+                for leaf in window
             }
             restore = ocp.args.PyTreeRestore(
                 item=unflatten_dict(item), restore_args=unflatten_dict(args), partial_restore=True
             )
             found: dict[str, Any] = flatten_dict(checkpointer.restore(folder.absolute(), args=restore), sep=".")
-            for leaf, _ in window:
+            for leaf in window:
                 yield leaf, found[leaf.path]
-
-
-def _windows(entries: list[tuple[Leaf, Any]], limit: int) -> Iterator[list[tuple[Leaf, Any]]]:
-    window: list[tuple[Leaf, Any]] = []
-    for entry in entries:
-        if window and sum(leaf.nbytes for leaf, _ in [*window, entry]) > limit:
-            yield window
-            window = []
-        window.append(entry)
-    if window:
-        yield window

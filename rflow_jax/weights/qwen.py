@@ -1,4 +1,4 @@
-"""Reads Qwen2.5-VL: a folder of Transformers, or one that ``convert_weights qwen`` wrote."""
+"""Reads Qwen2.5-VL: a folder of Transformers, or one that ``rflow convert qwen`` wrote."""
 
 from __future__ import annotations
 
@@ -25,26 +25,14 @@ from rflow_jax.weights.saving import write_safetensors
 
 _TEXTS = (".json", ".jinja")
 _GENERATION = "generation_config.json"
-# Rules by which Transformers chooses other tokens than the likeliest, and the values that switch them off.
-_NOT_FOLLOWED = (
-    "num_beams",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "min_length",
-    "min_new_tokens",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "guidance_scale",
-    "penalty_alpha",
-    "stop_strings",
+# Settings of Transformers that are not supported here, and the values that switch them off.
+_UNSUPPORTED = (
+    *("num_beams", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"),
+    *("min_length", "min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "exponential_decay_length_penalty"),
+    *("guidance_scale", "penalty_alpha", "stop_strings"),
 )
-_NO_RULE = (None, 0, 1, [], {})
+_OFF = (None, 0, 1, [], {})
 log = logging.getLogger(__name__)
 
 
@@ -65,23 +53,23 @@ def read_qwen_config(folder: Path) -> Qwen25VLConfig:
 
 
 def end_tokens(folder: Path, config: Qwen25VLConfig) -> tuple[int, ...]:
-    """The tokens that end a text, as ``generation_config.json`` says, or else ``config.json``; empty: neither does.
+    """The tokens that end a text, from ``generation_config.json`` or else ``config.json``; empty if neither has them.
 
     Raises:
-        InputError: they are no tokens.
+        InputError: they are not tokens.
     """
     with naming(folder / _GENERATION):
         return end_tokens_in(_generation(folder)) or config.eos_token_ids
 
 
 def repetition_penalty(folder: Path) -> float:
-    """What ``generation_config.json`` says; 1, which is none, where it does not. Warns of rules not followed here.
+    """The penalty in ``generation_config.json``, by default 1 (none). Warns of settings that are not supported here.
 
     Raises:
-        InputError: it is no penalty.
+        InputError: it is not a penalty.
     """
     path, content = folder / _GENERATION, _generation(folder)
-    if rules := [f"{name} {content[name]!r}" for name in _NOT_FOLLOWED if content.get(name) not in _NO_RULE]:
+    if rules := [f"{name} {content[name]!r}" for name in _UNSUPPORTED if content.get(name) not in _OFF]:
         log.warning("%s: %s is not followed here; answers may differ from Transformers'", path, ", ".join(rules))
     penalty = content.get("repetition_penalty")
     penalty = 1.0 if penalty is None else penalty
@@ -105,10 +93,10 @@ def load_qwen(
     """The network with its weights on the devices.
 
     Args:
-        dtype: of the parameters, and so of what is computed.
+        dtype: of the parameters, and so of the activations.
 
     Raises:
-        InputError: not a Qwen2.5-VL, or keys or shapes that are not exactly its.
+        InputError: not a Qwen2.5-VL, or keys or shapes other than its own.
     """
     config = read_qwen_config(folder)
     model = abstract_qwen2_5_vl(config, dtype)
@@ -120,7 +108,7 @@ def load_qwen(
 
 
 def open_qwen(folder: Path) -> TensorFiles:
-    """The tensors of a model folder as they are published, also where ``convert_weights qwen`` wrote it.
+    """The tensors of a model folder as they are published, also where ``rflow convert qwen`` wrote it.
 
     Raises:
         InputError: not a Qwen2.5-VL, or one that was stored by Orbax.
@@ -142,7 +130,7 @@ def nested_table(model: Qwen25VL) -> KeyMapping:
 
 
 def export_qwen(model: Qwen25VL, base: Path, folder: Path) -> None:
-    """Writes a folder of Transformers: the network's parameters, and all that is text of the folder it came from.
+    """Writes a folder of Transformers: the network's parameters, and the text files of the base folder.
 
     Args:
         model: without adapters.
@@ -152,10 +140,10 @@ def export_qwen(model: Qwen25VL, base: Path, folder: Path) -> None:
     for file in base.iterdir():
         if file.is_file() and (file.suffix in _TEXTS or file.name == "merges.txt") and ".index." not in file.name:
             shutil.copyfile(file, folder / file.name)
-    the_plan, values = plan(published_table(model), parameter_shapes(model)), parameter_values(model)
+    mapping_plan, values = plan(published_table(model), parameter_shapes(model)), parameter_values(model)
     infos = {
-        key: (np.dtype(values[targets[0].path].dtype), the_plan.their_shape(key))
-        for key, targets in the_plan.entries.items()
+        key: (np.dtype(values[targets[0].path].dtype), mapping_plan.their_shape(key))
+        for key, targets in mapping_plan.entries.items()
     }
-    tensors = ((key, the_plan.join(key, values).astype(dtype)) for key, (dtype, _) in infos.items())
+    tensors = ((key, mapping_plan.join(key, values).astype(dtype)) for key, (dtype, _) in infos.items())
     write_safetensors(folder / "model.safetensors", infos, tensors, {"format": "pt"})

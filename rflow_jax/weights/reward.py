@@ -1,4 +1,4 @@
-"""Which of a reward model's checkpoints is meant; nothing here imports JAX."""
+"""Checkpoints of reward models in the original's format: found, read and written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import adapters_of, attach
-from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, RewardToken
+from rflow_jax.models.qwen2_5_vl.config import RewardToken
 from rflow_jax.models.qwen2_5_vl.model import RewardModel, SpecialTokenEmbedding, abstract_reward_model
 from rflow_jax.parallel.sharding import put_by
 from rflow_jax.utils.atomic_io import write_file
@@ -38,9 +38,8 @@ def find_step(folder: Path, step: int | None = None) -> tuple[int, Path]:
     Raises:
         InputError: there is none, or none of this number.
     """
-    found = {
-        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
+    found = {int(match[1]): path for match, path in matches if match}
     if not found:
         raise InputError(f"{folder}: no folder checkpoint-N; is it the folder of a reward model?")
     if step is not None and step not in found:
@@ -50,21 +49,21 @@ def find_step(folder: Path, step: int | None = None) -> tuple[int, Path]:
 
 
 CONFIG_FILE = "model_config.json"
-PROMPT_FILE = "prompt.md"  # beside it, where the wording was one of the run's own
+PROMPT_FILE = "prompt.md"  # beside it, if the run had its own prompt template
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What ``model_config.json`` says; the defaults are the original's.
+    """The content of ``model_config.json``; the defaults are the original's.
 
     Attributes:
         base: the model it was trained from: a folder or a Hub id.
-        outputs: numbers a picture gets; the first is the score.
+        outputs: numbers per image; the first is the score.
         token: whose hidden state is scored.
         special_tokens: the tokenizer has the special token, and it is the one that is scored.
         rank, alpha, rslora: of the LoRA.
-        max_pixels: of a picture, before the processor sees it.
-        template: the name of the prompt's wording.
+        max_pixels: of an image, before the processor sees it.
+        template: the name of the prompt template.
         mean, std: of the scores, to normalise them; None: not given.
     """
 
@@ -90,7 +89,7 @@ class RewardConfig:
 
     @classmethod
     def read(cls, folder: Path) -> RewardConfig:
-        """From a checkpoint's folder; raises InputError where there is no ``model_config.json``, or it is unusable."""
+        """From a checkpoint's folder; raises InputError without a usable ``model_config.json``."""
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise InputError(f"{path}: no such file; a reward model's folder holds {CONFIG_FILE} and checkpoint-N")
@@ -101,10 +100,15 @@ class RewardConfig:
         try:
             pixels = data.get("max_frame_pixels")
             special = bool(model.get("use_special_tokens", False))
+            token = "special" if special else model.get("reward_token", cls.token)
+            if token == "special" and not special:
+                raise InputError("reward_token is 'special', but use_special_tokens is false")
+            if token not in get_args(RewardToken):
+                raise InputError(f"reward_token is {token!r}; expected last, mean or special")
             return cls(
                 base=str(model["model_name_or_path"]),
                 outputs=int(model.get("output_dim", cls.outputs)),
-                token=_token(model, special),
+                token=token,
                 special_tokens=special,
                 rank=int(lora.get("lora_r", cls.rank)),
                 alpha=float(lora.get("lora_alpha", cls.alpha)),
@@ -120,27 +124,17 @@ class RewardConfig:
             raise InputError(f"{path}: not the configuration of a reward model ({error!r})") from error
 
     def normalised(self, score: float) -> float:
-        """The score by mean and deviation, where the configuration has both."""
+        """The score normalised by mean and deviation, if the configuration has both."""
         return score if self.mean is None or self.std is None else (score - self.mean) / self.std
 
 
-def _token(model: Mapping[str, Any], special: bool) -> RewardToken:
-    """Whose hidden state is scored: where there is a special token, its."""
-    token = "special" if special else model.get("reward_token", RewardConfig.token)
-    if token == "special" and not special:
-        raise InputError("reward_token is 'special', but use_special_tokens is false")
-    if token not in get_args(RewardToken):
-        raise InputError(f"reward_token is {token!r}; expected last, mean or special")
-    return token
-
-
 SPECIAL_TOKEN = "<|VQ_reward|>"
-_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class RewardCheckpoint:
-    """A reward model that was found, nothing of it read yet.
+    """A reward model that was found, but not read yet.
 
     Attributes:
         step: the folder ``checkpoint-N``.
@@ -161,17 +155,17 @@ class RewardCheckpoint:
             base: a folder or a Hub id, instead of what the configuration names.
 
         Raises:
-            InputError: no such checkpoint, no such base, or one that is another network.
+            InputError: no such checkpoint, no such base, or the base is another network.
         """
         config = RewardConfig.read(folder)
         beside = folder / config.base
         root = resolve_vlm(base) if base else beside if beside.is_dir() else resolve_vlm(config.base)
-        read_qwen_config(root)  # another network is said before anything is read of it
+        read_qwen_config(root)  # fails early for another network
         return cls(folder, find_step(folder, step)[1], root, config)
 
     @property
     def tokenizer(self) -> Path:
-        """Where the tokenizer lies: with the checkpoint, or the base's."""
+        """The folder of the tokenizer: the checkpoint's, or the base's."""
         own = self.step / "tokenizer"
         return own if own.is_dir() else self.step if (self.step / "tokenizer.json").is_file() else self.base
 
@@ -187,23 +181,23 @@ class RewardCheckpoint:
 
         Args:
             dtype: of the parameters, and so of what is computed.
-            merge: add the LoRA to the weights; else it is kept apart, and acts where the call says.
+            merge: add the LoRA to the weights; otherwise it stays separate, and calls choose where it applies.
 
         Raises:
-            InputError: keys or shapes that are not exactly the network's, an adapter of an unknown linear.
+            InputError: keys or shapes other than the network's, an adapter of an unknown linear.
         """
         files = self._files()
-        config = read_qwen_config(self.base)
-        if _EMBEDDING not in files:
-            raise InputError(f"{files.where}: {_EMBEDDING} is missing")
-        config = _with_vocabulary(config, files[_EMBEDDING].shape[0])
-        model = abstract_reward_model(config, self.config.outputs, dtype)
-        own = self.config
-        how = {"rank": own.rank, "alpha": own.alpha, "rslora": own.rslora, "said_by": f"{CONFIG_FILE} says lora_r"}
-        adapters = find_adapters(files, model, reward_mapping(), **how)
+        sizes, config = read_qwen_config(self.base), self.config
+        if EMBEDDING not in files:
+            raise InputError(f"{files.source}: {EMBEDDING} is missing")
+        # The checkpoint's embedding has the special token, and may lack rows that no token owned.
+        sizes = replace(sizes, language=replace(sizes.language, vocab_size=files[EMBEDDING].shape[0]))
+        model = abstract_reward_model(sizes, config.outputs, dtype)
+        lora = {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora}
+        adapters = find_adapters(files, model, reward_mapping(), **lora, origin=f"{CONFIG_FILE} says lora_r")
         load_into(model, reward_mapping(), files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
         if adapters:
-            attach(model, adapters, where=files.where, put=put_by(sharding_for) if sharding_for else None)
+            attach(model, adapters, where=files.source, put=put_by(sharding_for) if sharding_for else None)
         return merged(model) if merge else model
 
     def _files(self) -> LayeredFiles:
@@ -217,34 +211,30 @@ class RewardCheckpoint:
         return LayeredFiles(layers, common_name)
 
     def _rest(self) -> TensorFiles:
-        """What is no LoRA; of two files with the same tensors the one that needs no torch."""
+        """The tensors besides LoRA; of two files with the same tensors the one that needs no torch."""
         for name in ("non_lora_state_dict.safetensors", "non_lora_state_dict.pth"):
             if (file := self.step / name).is_file():
                 return TensorFiles.open(file) if file.suffix == ".safetensors" else open_pickle(file, allow=True)
-        raise InputError(f"{self.step}: no model.pth and no non_lora_state_dict.pth (or .safetensors); no reward model")
-
-
-def _with_vocabulary(config: Qwen25VLConfig, rows: int) -> Qwen25VLConfig:
-    """The checkpoint's embedding has the special token, and may have lost rows that no token owned."""
-    return replace(config, language=replace(config.language, vocab_size=rows))
+        raise InputError(
+            f"{self.step}: no model.pth and no non_lora_state_dict.pth (or .safetensors); not a reward model"
+        )
 
 
 TABLE, ADDED = "language.embed.embedding", "language.embed.special"
-EMBEDDING = "model.embed_tokens.weight"
 SaveTo = Callable[[Path], None]
 REST, TOKENIZER = "non_lora_state_dict.safetensors", "tokenizer"
 
 
 @dataclass(frozen=True)
 class RewardExport:
-    """What a checkpoint says besides its numbers.
+    """The contents of a checkpoint besides its weights.
 
     Attributes:
         base: folder or Hub id of the base model.
-        vocabulary: rows of the embedding: the tokens with the special one.
+        vocabulary: rows of the embedding, with the special token.
         loss: that it was trained with.
-        vision: whether the vision tower has moved.
-        prompt: the wording around ``$prompt``; None: the prompt alone.
+        vision: whether the vision tower was trained.
+        prompt: the template around ``$prompt``; None: the prompt alone.
     """
 
     config: RewardConfig
@@ -261,57 +251,49 @@ def export_reward(
     """Writes ``checkpoint-N`` and, beside it, ``model_config.json``.
 
     Args:
-        trained: dotted paths of the parameters that have moved, besides LoRA.
+        trained: dotted paths of the trained parameters, besides LoRA.
         save_tokenizer: writes the tokenizer, with the special token, into a folder.
         step: the folder ``checkpoint-N``.
     """
+    adapters = adapters_of(model)
     with atomic_output(step) as partial:
         partial.mkdir()
-        _write_step(model, trained, what, save_tokenizer, partial)
-    _write_json(step.parent / CONFIG_FILE, _model_config(what, lora=bool(adapters_of(model))))
+        if adapters:
+            export_adapter(adapters, reward_mapping(), what.base, partial)
+        rest = {f"{PREFIX}{name}": value for name, value in _rest(model, trained, what.vocabulary).items()}
+        save_tensors(partial / REST, rest, {"format": "pt"})
+        save_tokenizer(partial / TOKENIZER)
+    content = json.dumps(_model_config(what, lora=bool(adapters)), indent=2)
+    write_file(step.parent / CONFIG_FILE, content + "\n")
     if what.prompt is not None:
         write_file(step.parent / PROMPT_FILE, what.prompt)
 
 
-def _write_step(model: RewardModel, trained: set[str], what: RewardExport, save_tokenizer: SaveTo, step: Path) -> None:
-    if adapters := adapters_of(model):
-        export_adapter(adapters, reward_mapping(), what.base, step)
-    rest = {f"{PREFIX}{name}": value for name, value in _rest(model, trained, what.vocabulary).items()}
-    save_tensors(step / REST, rest, {"format": "pt"})
-    save_tokenizer(step / TOKENIZER)
-
-
 def _rest(model: RewardModel, trained: set[str], vocabulary: int) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors that have moved and are no LoRA; the whole embedding where a row of it has."""
+    """The checkpoint's trained tensors besides LoRA; the whole embedding if a row of it was trained."""
     shapes = {path: shape for path, shape in parameter_shapes(model).items() if path not in (TABLE, ADDED)}
     values = parameter_values(model)
-    the_plan = plan(reward_mapping(), shapes)
-    moved = {
-        key: the_plan.join(key, values)
-        for key, targets in the_plan.entries.items()
+    mapping_plan = plan(reward_mapping(), shapes)
+    rest = {
+        key: mapping_plan.join(key, values)
+        for key, targets in mapping_plan.entries.items()
         if any(target.path in trained for target in targets)
     }
     if {TABLE, ADDED} & trained:
-        moved[EMBEDDING] = _embedding(model, vocabulary)
-    return moved
-
-
-def _embedding(model: RewardModel, vocabulary: int) -> np.ndarray:
-    embed: Any = model.language.embed
-    table = np.asarray(embed.embedding[...])
-    if not isinstance(embed, SpecialTokenEmbedding):
-        return table
-    grown = np.zeros((vocabulary, table.shape[1]), table.dtype)
-    grown[: len(table)] = table[:vocabulary]
-    grown[embed.token] = np.asarray(embed.special[...])[0].astype(table.dtype)
-    return grown
+        embed: Any = model.language.embed
+        table = rest[EMBEDDING] = np.asarray(embed.embedding[...])
+        if isinstance(embed, SpecialTokenEmbedding):
+            grown = rest[EMBEDDING] = np.zeros((vocabulary, table.shape[1]), table.dtype)
+            grown[: len(table)] = table[:vocabulary]
+            grown[embed.token] = np.asarray(embed.special[...])[0].astype(table.dtype)
+    return rest
 
 
 def _model_config(what: RewardExport, *, lora: bool) -> Mapping[str, Any]:
     config = what.config
     norm = {"VQ_mean": config.mean, "VQ_std": config.std}
     return {
-        # The original wants the keys of its own data, too.
+        # The original also needs the keys of its own data.
         "data_config": {
             "meta_data": "",
             "data_dir": "",
@@ -334,7 +316,3 @@ def _model_config(what: RewardExport, *, lora: bool) -> Mapping[str, Any]:
             "use_rslora": config.rslora,
         },
     } | ({} if config.mean is None else {"inference_config": norm})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_file(path, json.dumps(content, indent=2) + "\n")

@@ -37,14 +37,14 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 HEADER_LIMIT = 100 * 2**20  # the format's own limit
-WINDOW = 2**28  # bytes of tensors on the host at once; a tensor that is larger is alone
+WINDOW = 2**28  # bytes of tensors on the host at once; a larger tensor is alone
 _PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
 _PIECES = 4  # threads of one such tensor
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """Location and type of one tensor."""
 
     file: Path
     dtype: np.dtype
@@ -85,7 +85,15 @@ class TensorFiles(Mapping[str, TensorInfo]):
             raise InputError(f"{path}: no such file or folder")
         indexes = sorted(path.glob("*.safetensors.index.json"))
         if indexes:
-            return cls(_shards_of(indexes[0]))
+            index = indexes[0]
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
+            for name in names:
+                if not (path / name).is_file():
+                    raise InputError(f"{path / name}: missing, though {index.name} names it; fetch the whole folder")
+            return cls(path / name for name in names)
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
@@ -102,8 +110,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     @property
-    def where(self) -> str:
-        """What to call these tensors in a message: the file, or the folder of several."""
+    def source(self) -> str:
+        """The name of these tensors in a message: the file, or the folder of several."""
         first = self.files[0]
         return str(first if len(self.files) == 1 else first.parent)
 
@@ -126,7 +134,12 @@ class TensorFiles(Mapping[str, TensorInfo]):
         view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
 
         def fill(start: int) -> None:
-            self._fill(key, file.fileno(), view[start : start + _PIECE], info.offset + start)
+            done, end = start, min(start + _PIECE, info.nbytes)
+            while done < end:
+                got = os.preadv(file.fileno(), [view[done:end]], info.offset + done)
+                if got <= 0:
+                    raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
+                done += got
 
         with open(info.file, "rb", buffering=0) as file:
             if info.nbytes <= _PIECE:
@@ -139,11 +152,11 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def stream(
         self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = WINDOW
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, tensor) in the order asked for, read ahead by ``threads``.
+        """(key, tensor) in the given order, read ahead by ``threads``.
 
         Args:
-            ahead: bytes of tensors held here at once, the one that the caller has taken among them if it lets go of it
-                before it asks for the next. A tensor that is larger is alone.
+            ahead: bytes of tensors held at once, including the one that the caller has, if it releases that before it
+                asks for the next. A larger tensor is alone.
         """
         waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
         in_flight = 0
@@ -159,34 +172,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
             while waiting:
                 yield _result(*waiting.popleft())
 
-    def _fill(self, key: str, file: int, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            got = os.preadv(file, [view[done:]], offset + done)
-            if got <= 0:
-                raise InputError(f"{self._infos[key].file}: ended while {key} was read; copy the file again")
-            done += got
-
 
 def _result(key: str, future: Future[np.ndarray]) -> tuple[str, np.ndarray]:
-    """What was read; in a function of its own, for a name in a generator would hold the tensor beyond its turn."""
+    """The tensor; in a function of its own, since a local of the generator would keep it alive too long."""
     return key, future.result()
 
 
-def _shards_of(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
-    files = [index.parent / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: missing, though {index.name} names it; fetch the whole folder")
-    return files
-
-
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The header: 8 bytes of length, then JSON with dtype, shape and byte range of each tensor."""
+    """Reads the header: 8 bytes of length, then JSON with dtype, shape and byte range of each tensor."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         head = stream.read(8)
@@ -235,11 +228,15 @@ class PickledTensors(TensorFiles):
         self._infos = {}
         self._tensors: dict[str, Any] = {}
         for file in self.files:
-            tensors = _load(file)
+            tensors = _load_pickle(file)
             if twice := self._infos.keys() & tensors.keys():
                 raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
             self._tensors |= tensors
-            self._infos |= {key: _pickled_info(file, tensor) for key, tensor in tensors.items()}
+            for key, tensor in tensors.items():
+                name = str(tensor.dtype).removeprefix("torch.")
+                dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+                nbytes = dtype.itemsize * int(np.prod(tensor.shape, dtype=np.int64))
+                self._infos[key] = TensorInfo(file, dtype, tuple(tensor.shape), 0, nbytes)
 
     def read(self, key: str) -> np.ndarray:
         tensor = self._tensors[key].detach().contiguous()
@@ -255,13 +252,13 @@ def open_pickle(*files: Path, allow: bool) -> PickledTensors:
     """Opens one or several PyTorch files.
 
     Raises:
-        InputError: no such file, ``allow`` is not given, torch is not installed, or a file of something else.
+        InputError: no such file, ``allow`` is false, torch is not installed, or the file contains something else.
     """
     if missing := [file for file in files if not file.is_file()]:
         raise InputError(f"{missing[0]}: no such file")
     if not allow:
         raise InputError(
-            f"{files[0]}: a PyTorch pickle, not read unasked; add --allow_pickle (torch then reads it with "
+            f"{files[0]}: a PyTorch pickle, not read by default; add --allow_pickle (torch then reads it with "
             "weights_only, which runs no code), or convert it to safetensors"
         )
     if importlib.util.find_spec("torch") is None:
@@ -269,13 +266,15 @@ def open_pickle(*files: Path, allow: bool) -> PickledTensors:
     return PickledTensors(files)
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load_pickle(file: Path) -> dict[str, Any]:
     import pickle
 
     import torch  # pyright: ignore[reportMissingImports] (an extra)
 
+    with open(file, "rb") as stream:
+        is_zip = stream.read(2) == b"PK"
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{file}: torch cannot read it as weights only ({reason})") from error
@@ -286,23 +285,11 @@ def _load(file: Path) -> dict[str, Any]:
     return loaded
 
 
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(2) == b"PK"
-
-
-def _pickled_info(file: Path, tensor: Any) -> TensorInfo:
-    name = str(tensor.dtype).removeprefix("torch.")
-    dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-    shape = tuple(tensor.shape)
-    return TensorInfo(file, dtype, shape, 0, dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
-
-
 class LayeredFiles(TensorFiles):
     """The tensors of several checkpoints under common names.
 
     Args:
-        layers: checkpoints, the last word last.
+        layers: checkpoints; later ones take precedence.
         rename: a checkpoint's key -> the common name; None leaves the tensor out.
 
     Raises:
@@ -321,15 +308,15 @@ class LayeredFiles(TensorFiles):
                 if (name := rename(key)) is None:
                     continue
                 if name in own:
-                    raise InputError(f"{layer.where}: {own[name]} and {key} are both {name}")
+                    raise InputError(f"{layer.source}: {own[name]} and {key} are both {name}")
                 own[name] = key
             self._homes |= {name: (layer, key) for name, key in own.items()}
             self._infos |= {name: replace(layer[key]) for name, key in own.items()}
 
     @property
-    def where(self) -> str:
-        """What to call these tensors in a message: every checkpoint, the last word last."""
-        return " and ".join(layer.where for layer in self._layers)
+    def source(self) -> str:
+        """The name of these tensors in a message: every checkpoint, in order of precedence."""
+        return " and ".join(layer.source for layer in self._layers)
 
     def read(self, key: str) -> np.ndarray:
         files, name = self._homes[key]

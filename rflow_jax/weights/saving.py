@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, and outputs that are either whole or not there."""
+"""Safetensors files written tensor by tensor, and outputs that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from rflow_jax.errors import InputError
-from rflow_jax.weights.key_mapping import MappingPlan
+from rflow_jax.weights.key_mapping import KeyMapping, MappingPlan, plan
+from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.safetensors_io import DTYPES, TensorFiles
 
 PARTIAL = ".partial"
@@ -33,11 +35,19 @@ def write_safetensors(
     """Writes one file; ``tensors`` come in the order of ``infos`` and are held one at a time.
 
     Args:
-        infos: key -> (dtype, shape), from which the header is made before the first tensor is there.
+        infos: key -> (dtype, shape), for the header, which is written before the first tensor is there.
         metadata: string pairs for the header.
     """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for key, (dtype, shape) in infos.items():
+        end = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
     with open(path, "wb") as file:
-        file.write(_header(infos, metadata))
+        file.write(struct.pack("<Q", len(text)) + text)
         expected = iter(infos.items())
         for key, tensor in tensors:
             want_key, (dtype, shape) = next(expected)
@@ -59,8 +69,8 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 def atomic_output(dst: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path beside ``dst`` to write a file or folder to, which becomes ``dst`` when all is written.
 
-    After an error nothing stays behind; after a crash only ``dst`` with :data:`PARTIAL` at its end, which is
-    no model and is replaced by the next attempt.
+    After an error nothing stays behind; after a crash only ``dst`` with the suffix :data:`PARTIAL`, which the next
+    attempt replaces.
 
     Raises:
         InputError: ``dst`` exists.
@@ -68,7 +78,7 @@ def atomic_output(dst: str | os.PathLike[str]) -> Iterator[Path]:
     """
     dst = Path(dst)
     if dst.exists():
-        raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another place")
+        raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another path")
     partial = dst.with_name(dst.name + PARTIAL)
     dst.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -87,23 +97,11 @@ def atomic_output(dst: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def need_space(dst: Path, nbytes: int) -> None:
-    """Raises InputError if the disk that ``dst`` is to lie on has less than ``nbytes`` free."""
-    there = next(p for p in (dst.absolute(), *dst.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    """Raises InputError if the disk of ``dst`` has less than ``nbytes`` free."""
+    existing = next(p for p in (dst.absolute(), *dst.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise InputError(f"{dst}: needs {nbytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
-
-
-def _header(infos: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
-    for key, (dtype, shape) in infos.items():
-        end = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGN)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _remove(path: Path) -> None:
@@ -131,18 +129,43 @@ class Leaf:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
+def in_windows(leaves: Iterable[Leaf], limit: int) -> Iterator[list[Leaf]]:
+    """Cuts leaves into runs of at most ``limit`` bytes; a larger leaf is alone."""
+    window: list[Leaf] = []
+    size = 0
+    for leaf in leaves:
+        if window and size + leaf.nbytes > limit:
+            yield window
+            window, size = [], 0
+        window.append(leaf)
+        size += leaf.nbytes
+    if window:
+        yield window
+
+
 class Conversion:
-    """A checkpoint seen through a plan: what it will become, and that, one parameter at a time.
+    """The parameters that a checkpoint's tensors become, one at a time.
 
     Args:
         dtype: of the parameters; None keeps each tensor's.
     """
 
-    def __init__(self, the_plan: MappingPlan, files: TensorFiles, dtype: Any = None):
-        self.plan = the_plan
+    def __init__(self, plan: MappingPlan, files: TensorFiles, dtype: Any = None):
+        self.plan = plan
         self.files = files
         self.dtype = None if dtype is None else np.dtype(dtype)
-        self.keys = [key for key in files if key in the_plan.entries]
+        self.keys = [key for key in files if key in plan.entries]
+
+    @classmethod
+    def checked(cls, table: KeyMapping, network: nnx.Module, files: TensorFiles, dtype: Any) -> Conversion:
+        """Raises InputError unless the files contain exactly the network's tensors."""
+        mapping_plan = plan(table, parameter_shapes(network))
+        mapping_plan.check_files(files)
+        return cls(mapping_plan, files, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves())
 
     def leaves(self) -> list[Leaf]:
         """Every parameter, in the order of the checkpoint's files."""

@@ -1,4 +1,4 @@
-"""What to change in an image, and a better prompt: one protocol, and those who follow it by name."""
+"""Writers of reflections and refined prompts: one protocol, and its implementations by name."""
 
 from pathlib import Path
 
@@ -17,12 +17,10 @@ def make_text_generator(
     """The writer that a configuration names.
 
     Args:
-        config: which one.
         default_prompt: its role: ``REFLECTION_PROMPT`` or ``REFINE_PROMPT``.
-        meter: counts what is used.
 
     Raises:
-        InputError: the name is unknown, or what the writer needs is missing, or it is no ``TextGenerator``.
+        InputError: the name is unknown, something that the writer needs is missing, or it is not a ``TextGenerator``.
     """
     writer = load_class("writer", config.name, WRITERS)(config, default_prompt, meter)
     require_limits("writer", config.name, writer, "write")

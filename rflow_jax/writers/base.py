@@ -1,4 +1,4 @@
-"""What the language models of a search do: write a reflection on an image, and refine its prompt."""
+"""The protocol of a search's language models, which write reflections and refine prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +16,7 @@ class PastImage:
     """An earlier image of a chain.
 
     Attributes:
-        image: the image.
-        reflection: what it was made with; empty for a first image.
+        reflection: the one that it was made with; empty for a first image.
         evaluation: the verifier's findings about it in words.
     """
 
@@ -31,7 +30,6 @@ class WriterInput:
     """One image to write about.
 
     Attributes:
-        image: the image.
         prompt: the original prompt.
         current_prompt: the prompt that the image was made with (the original or its last refinement).
         evaluation: the verifier's findings in words.
@@ -75,7 +73,7 @@ class TextGenerator(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what is waiting in any thread; those cases come back without a text, with the reason."""
+        """Cancels pending calls of all threads; their cases come back without a text, with the reason."""
         ...
 
 
@@ -84,7 +82,7 @@ WRITERS = {HTTP: "rflow_jax.writers.http:HttpTextGenerator", "qwen": "rflow_jax.
 """Names and their classes, which are made as ``Class(config, default_prompt, meter)`` and follow ``TextGenerator``."""
 
 INSTEAD = {"temperature": "give options.temperature", "max_tokens": "give options.max_new_tokens"}
-"""What a writer in this process takes in place of a setting of those over HTTP."""
+"""The options of a writer in this process that replace a setting of those over HTTP."""
 
 
 @dataclass(frozen=True)
@@ -110,5 +108,5 @@ class TextGeneratorConfig(Endpoint):
 
     @property
     def asks_endpoint(self) -> bool:
-        """Whether it is asked over HTTP."""
+        """Whether it is called over HTTP."""
         return self.name == HTTP

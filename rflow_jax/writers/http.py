@@ -26,19 +26,18 @@ class HttpTextGenerator:
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
         """One text a case, in order; a case without a usable answer carries the reason."""
-        answers = self._chat.ask_all([self._ask_about(case) for case in cases])
+        requests = []
+        for case in cases:
+            *earlier, (text, image) = self._parts.messages(case)
+            requests.append(ChatRequest(vision_messages(self._parts.instructions, text, image, earlier), _clean))
         return [
             WriterOutput(None, str(answer)) if isinstance(answer, ChatError) else WriterOutput(answer)
-            for answer in answers
+            for answer in self._chat.ask_all(requests)
         ]
 
     def close(self) -> None:
-        """Gives up what is waiting; those cases have no text, with ``CLOSED`` as the reason."""
+        """Cancels pending calls; those cases have no text, with ``CLOSED`` as the reason."""
         self._chat.close()
-
-    def _ask_about(self, case: WriterInput) -> ChatRequest:
-        *earlier, (text, image) = self._parts.told(case)
-        return ChatRequest(vision_messages(self._parts.instructions, text, image, earlier), _clean)
 
 
 def _clean(answer: Answer) -> str:

@@ -1,4 +1,4 @@
-"""Files that hold what a model is told; users can replace them."""
+"""Prompt files with a model's instructions; users can replace them."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ def read_prompt(path: Path) -> str:
     """The text of a prompt file.
 
     Raises:
-        InputError: there is no such file, or it is no text.
+        InputError: the file is missing or not text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def read_prompt(path: Path) -> str:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """What a prompt file holds."""
+    """The parts of a prompt file."""
 
     instructions: str
     past: Template
@@ -38,7 +38,7 @@ class PromptFile:
         """Reads a file.
 
         Args:
-            shipped: has the middle part, if this file does not.
+            shipped: gives the middle part, if this file has none.
 
         Raises:
             InputError: it cannot be read, or has other parts.
@@ -54,16 +54,12 @@ class PromptFile:
 
     @classmethod
     def of(cls, own: str | Path | None, default: Path) -> "PromptFile":
-        """A user's own file, if there is one, with the earlier pictures of the default where it says nothing of them.
-
-        Raises:
-            InputError: as :meth:`read`.
-        """
+        """A user's own file if given, else the default; the part about earlier images defaults to the shipped one."""
         shipped = cls.read(default)
         return cls.read(Path(own), shipped) if own else shipped
 
-    def told(self, case: WriterInput) -> list[tuple[str, Image]]:
-        """What is said and shown of a case: its earlier pictures, the oldest first, and then the one in hand."""
+    def messages(self, case: WriterInput) -> list[tuple[str, Image]]:
+        """The texts and images of a case: its earlier images, the oldest first, and then the current one."""
         earlier = [
             self.past.safe_substitute(
                 number=number,

@@ -17,7 +17,7 @@ class QwenTextGenerator:
     Args:
         chat: the model.
         default_prompt: its role: ``REFLECTION_PROMPT`` or ``REFINE_PROMPT``.
-        prompt_file: what the model is told instead, as :mod:`rflow_jax.writers.prompt_template` says.
+        prompt_file: the instructions instead, as described in :mod:`rflow_jax.writers.prompt_template`.
 
     Raises:
         InputError: the prompt file is not usable.
@@ -33,15 +33,14 @@ class QwenTextGenerator:
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
         """One text a case, in order; a case without a usable answer carries the reason."""
-        answers = self._chat.answer([self._ask_about(case) for case in cases])
-        return [_written(answer) for answer in answers]
+        queries = []
+        for case in cases:
+            parts = [part for pair in self._parts.messages(case) for part in pair]
+            queries.append(ChatQuery(self._parts.instructions, tuple(parts)))
+        return [_written(answer) for answer in self._chat.answer(queries)]
 
     def close(self) -> None:
-        """Nothing waits."""
-
-    def _ask_about(self, case: WriterInput) -> ChatQuery:
-        parts = [part for pair in self._parts.told(case) for part in pair]
-        return ChatQuery(self._parts.instructions, tuple(parts))
+        """Does nothing: no calls are pending."""
 
 
 def _written(answer: str | InputError) -> WriterOutput:

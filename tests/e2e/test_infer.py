@@ -127,7 +127,7 @@ def test_a_second_run_on_a_finished_folder_does_nothing_and_says_so(run):
         assert (done.returncode, done.stdout) == (0, f"{out}: all 3 prompts are done; nothing to do\n"), done.stderr
         other = infer(*command, "--seed=1", server=server)
     assert other.returncode == 2
-    assert other.stderr.startswith(f"error: {out}: holds another search: seed is 0 there and 1 now")
+    assert other.stderr.startswith(f"error: {out}: contains another search: seed is 0 there and 1 now")
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*")}
 
 

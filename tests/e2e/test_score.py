@@ -1,4 +1,4 @@
-"""``python infer.py score`` as a user calls it: models in this process, and a local HTTP server."""
+"""``rflow score`` as a user calls it: models in this process, and a local HTTP server."""
 
 import json
 import os

@@ -191,8 +191,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(place, whole, small_disk):
 def test_latents_made_before_give_the_losses_of_pictures(place):
     latents = place.root / "latents"
     sizes = ["--data.target_size", "64", "--data.condition_size", "32", "--data.crop", "center"]
-    command = [sys.executable, "-m", "rflow_jax.commands.dataset", "precompute", "--model", "tests/golden/pipeline"]
+    command = [sys.executable, "-m", "rflow_jax.commands.main", "data", "precompute"]
     command += [
+        "--model",
+        "tests/golden/pipeline",
         *sizes,
         "--data.shards",
         f"{place.shards}/{{000..001}}.tar",

@@ -82,7 +82,7 @@ def our_batch(run: SftRun) -> Any:
 def our_loss(run: SftRun) -> float:
     chats = weighed(our_batch(run), 1)
     with jax.default_matmul_precision("highest"):
-        return float(run.task._objective(run.state.trainable, run.task.trained.parts.frozen, chats)[0])
+        return float(run.task._objective(run.state.trainable, run.task.exporter.parts.frozen, chats)[0])
 
 
 def test_the_loss_and_its_gradient_are_those_of_transformers(case):
@@ -104,9 +104,9 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(case):
 
 def exported(run: SftRun, out: Path) -> Path:
     kept = Checkpoints(out, CheckpointConfig())
-    kept.save(run.state, {}, {}, run.task.trained)
+    kept.save(run.state, {}, {}, run.task.exporter)
     kept.close()
-    return out / run.task.trained.exports.format(step=int(run.state.step))
+    return out / run.task.exporter.exports.format(step=int(run.state.step))
 
 
 def test_the_adapter_loads_in_peft_and_in_our_chat(case, tmp_path):

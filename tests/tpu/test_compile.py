@@ -18,7 +18,7 @@ if os.environ.get("RFLOW_REQUIRE_TPU_COMPILER") != "1":
 
 def compiled(folder, *words: str) -> tuple[subprocess.CompletedProcess[str], dict]:
     file = folder / "result.json"
-    command = [sys.executable, "-m", "rflow_jax.parallel.aot", "--json", str(file), *words]
+    command = [sys.executable, "-m", "rflow_jax.commands.main", "compile", "--json", str(file), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done, json.loads(file.read_text()) if file.exists() else {}
 

@@ -142,7 +142,7 @@ def test_forms_of_replica_groups(said, groups):
 
 
 def test_an_unknown_form_of_replica_groups_is_refused():
-    with pytest.raises(ValueError, match="not a form"):
+    with pytest.raises(ValueError, match="not a known form"):
         replica_groups("something")
 
 

@@ -41,7 +41,7 @@ def test_a_step_is_compiled_for_what_it_is_given(tmp_path, task):
         run = SftRun(sft_config(kit.make_chats(tmp_path), mesh=MESH), 8)
     [program] = qwen_training_programs(run.task._config, run.mesh)
     batch = next(iter(run.task.open_loader(0, None)))
-    assert taken(program) == given((run.state, run.task.trained.parts.frozen, run.task.put(batch)))
+    assert taken(program) == given((run.state, run.task.exporter.parts.frozen, run.task.put(batch)))
     assert program.flops == run.task._config.train.batch_size * run.task.flops
     assert program.devices == 8
     assert program.resident_bytes > 0
@@ -51,7 +51,7 @@ def test_parameters_and_their_optimizers_numbers_lie_where_the_real_ones_do(tmp_
     how = QwenTrainableConfig(rank=4, parameters=r"vision\.merger\..*")
     prodigy = OptimizerConfig("prodigy")
     run = SftRun(sft_config(kit.make_chats(tmp_path), mesh=MESH, trainable=how, optimizer=prodigy), 8)
-    parts = run.task.trained.parts
+    parts = run.task.exporter.parts
     model = abstract_qwen2_5_vl(run.task._maker.prepare.config, np.float32)
     shapes = abstract_parts(model, how, run.mesh)
     state, _ = abstract_state(shapes.trainable, make_optimizer(prodigy), run.mesh)

@@ -58,8 +58,9 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "generate,noise,noise-prompt,reflect,"),
-        ("nois", "'nois'"),
+        ("", "give a command: generate, noise, noise-prompt, reflect,"),
+        ("nois", "unknown command nois: did you mean noise?"),
+        ("convert flx", "unknown command convert flx: did you mean convert flux?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean settings.height?"),
@@ -161,7 +162,7 @@ def test_an_error_of_the_system_that_nobody_can_act_on_keeps_its_traceback():
 
 
 def test_output_that_nobody_reads_on_ends_quietly():
-    code = "import sys; from rflow_jax import cli; sys.exit(cli.run(lambda: print('x' * 10_000_000)))"
+    code = "import sys; from rflow_jax.utils import cli; sys.exit(cli.run(lambda: print('x' * 10_000_000)))"
     command = f"{sys.executable} -c {shlex.quote(code)} | head -c 1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("x", "")
@@ -169,7 +170,10 @@ def test_output_that_nobody_reads_on_ends_quietly():
 
 def test_help_is_quick_and_loads_no_network():
     begin = time.monotonic()
-    code = "import sys, infer\ntry: infer.main()\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
+    code = (
+        "import sys\\nfrom rflow_jax.commands.main import main\\n"
+        "try: sys.exit(main())\\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
+    )
     for words in (["--help"], ["reflect", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -231,8 +235,8 @@ def test_a_list_takes_all_words():
     [
         ("filter a b", "b is too much; give one folder"),
         ("filter", "missing: folder"),
-        ("filter /none", "/none: no folder of a search"),
-        ("filter --corrections_only /none", "/none: no folder of a search"),
+        ("filter /none", "/none: not the folder of a search"),
+        ("filter --corrections_only /none", "/none: not the folder of a search"),
         ("filter /none --k=[]", "k is []: give numbers of images from 1"),
         ("filter /none --kk=[1]", "did you mean k?"),
         ("pairs a b", "b is too much; give one file"),
@@ -324,7 +328,7 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
     said = capsys.readouterr()
     assert re.fullmatch(
         r"2 prompts, 12 images, 6 scored, 6 without a score, 8 texts failed, [\d,]+ tokens; "
-        rf"the best lie in {out}/\*/samples_best\n",
+        rf"the best are in {out}/\*/samples_best\n",
         said.out,
     )
     assert said.err.startswith("the first failure was: score: HTTP 401: the key in OPENAI_API_KEY is not accepted")
@@ -356,7 +360,7 @@ def test_another_runs_folder_is_left_alone(pipe, prompts, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/x").write_text("kept")
     argv = reflect_argv(prompts, tmp_path / "run", "http://localhost:1")
-    assert "holds files, but no search (config.yaml is missing)" in error_of(capsys, *argv)
+    assert "contains files, but no search (config.yaml is missing)" in error_of(capsys, *argv)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["x"]
 
 
@@ -364,7 +368,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_folder_free(pipe, prompts, tmp
     argv = ["noise", "--prompts", prompts, "--out", tmp_path / "run", "--verifier.name=none"]
     assert "broken: not a model" in error_of(capsys, *argv, "--model=broken")
     assert call(*argv, "--model=m", "--noise.search_rounds=1", "--settings.height=16", "--settings.width=16") == 0
-    assert "8 images; the images lie in" in capsys.readouterr().out
+    assert "8 images; the images are in" in capsys.readouterr().out
     assert pipe.loaded["lora"] is None
 
 

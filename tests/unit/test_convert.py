@@ -204,13 +204,13 @@ class TestErrors:
     def test_what_is_no_model(self, tmp_path):
         with pytest.raises(InputError, match="no such file or folder; expected a converted folder"):
             describe(tmp_path / "none")
-        with pytest.raises(InputError, match="is no model: expected a converted folder"):
+        with pytest.raises(InputError, match="is not a model: expected a converted folder"):
             describe(tmp_path)
         (tmp_path / "model_index.json").write_text("{}")
         with pytest.raises(InputError, match=r"no transformer/config\.json"):
             describe(tmp_path)
         (tmp_path / MODEL_FILE).write_text('{"format": "other"}')
-        with pytest.raises(InputError, match="not written by convert_weights"):
+        with pytest.raises(InputError, match="not written by rflow convert"):
             describe(tmp_path)
         (tmp_path / MODEL_FILE).write_text('{"format": "rflow_jax model", "version": 99}')
         with pytest.raises(InputError, match="format version 99"):
@@ -219,7 +219,7 @@ class TestErrors:
         with pytest.raises(InputError, match="was interrupted"):
             describe(tmp_path / f"x{PARTIAL}")
         save_file({"a": np.zeros(1)}, tmp_path / "x.safetensors")
-        with pytest.raises(InputError, match="is no FLUX transformer"):
+        with pytest.raises(InputError, match="is not a FLUX transformer"):
             describe(tmp_path / "x.safetensors")
 
     def test_nothing_is_written_before_the_checkpoint_is_checked(self, tmp_path, single_file):
@@ -307,7 +307,7 @@ class TestCommandLine:
     def test_messages_are_in_the_words_of_the_command_line(self, tmp_path):
         for argv, message in (
             (["flux"], "^missing: src, dst$"),
-            (["lora", "a", "b", "--alpha", "x"], "^alpha is x: give a number$"),
+            (["lora", "a", "b", "--alpha", "x"], "^alpha is x: give a number or null$"),
             (["flux", "nowhere", str(tmp_path)], "^nowhere: no such file or folder, and not a Hub id"),
         ):
             with pytest.raises(InputError, match=message):

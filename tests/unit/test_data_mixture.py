@@ -154,7 +154,7 @@ def test_the_only_record_has_no_replacement():
         ({"ratios": RATIOS | {"edit": [1.0, 1.0]}}, "unknown subset edit; did you mean editing"),
         (
             {"ratios": RATIOS | {"landscape": [1.0, 1.0]}},
-            "unknown subset landscape; the known ones are general, length",
+            "unknown subset landscape; known are general, length",
         ),
         ({"ratios": RATIOS | {"rule": [0.1]}}, r"split_ratios.rule: 1 ratios for 2 training_stages"),
         ({"ratios": RATIOS | {"rule": [0.1, -0.1]}}, r"split_ratios.rule: \[0.1, -0.1\] must be numbers of at least 0"),

@@ -191,12 +191,12 @@ def test_a_dead_worker_is_an_error():
 
 
 def test_workers_do_not_import_jax():
-    script = "import sys; import rflow_jax.precompute.precompute; assert 'jax' not in sys.modules"
+    script = "import sys; import rflow_jax.precompute.prepare; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_the_command_says_what_is_missing():
-    command = [sys.executable, "-m", "rflow_jax.commands.dataset", "precompute", "--data.shards", "nowhere", "out"]
+    command = [sys.executable, "-m", "rflow_jax.commands.main", "data", "precompute", "--data.shards", "nowhere", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

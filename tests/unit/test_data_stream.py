@@ -104,7 +104,7 @@ def test_processes_share_the_stream(config, shards, slots):
 
     def keys(route: ShardAssignment, epoch: int) -> list[str]:
         stream, keys = Stream(route, SOON, StreamPosition(epoch, 0, 0)), []
-        while stream.place.epoch == epoch:
+        while stream.position.epoch == epoch:
             keys += [one[1].key for one in [stream.read()] if one]
         return keys
 

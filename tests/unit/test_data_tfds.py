@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rflow_jax.commands import dataset as convert
+from rflow_jax.commands import dataset
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.data.sources.open import open_loader
 from rflow_jax.data.sources.tar import TarSource, open_tars
 from rflow_jax.data.sources.tfds import open_tfds
 from rflow_jax.errors import InputError
+from rflow_jax.utils import cli
 from tests.kit.genref_tars import flat, keys_of, tar_bytes, write_shards
 
 pytest.importorskip("tensorflow_datasets")
@@ -118,7 +119,7 @@ def test_a_conversion_that_breaks_off_leaves_no_data_set(made, monkeypatch, tmp_
 
 
 def test_a_folder_is_not_written_over(made):
-    with pytest.raises(InputError, match="holds a data set already"):
+    with pytest.raises(InputError, match="contains a data set already"):
         write_tfds(made.source, made.root / "out", show=False)
 
 
@@ -130,11 +131,11 @@ def test_a_damaged_description_is_one_line(made, tmp_path):
 
 def test_tensorflow_is_not_imported_and_the_command_says_what_it_wrote(made, tmp_path):
     script = (
-        "import sys; from rflow_jax.commands.dataset import main; main(); "
+        "import sys; from rflow_jax.commands.main import main; main(); "
         "assert not {'tensorflow', 'jax'} & set(sys.modules)"
     )
     places = [str(made.tars / "000.tar"), str(made.tars / "001.tar"), str(tmp_path / "out")]
-    command = [sys.executable, "-c", script, "tfds", *places, "--cache", str(tmp_path / "index")]
+    command = [sys.executable, "-c", script, "data", "tfds", *places, "--cache", str(tmp_path / "index")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
@@ -148,11 +149,8 @@ def test_a_missing_package_is_one_line(made, monkeypatch):
 
 
 def test_bare_words_are_the_shards_and_the_folder():
-    assert convert.name_places(["tfds", "a", "b"]) == ["tfds", "--out=b", "--shards=a"]
-    assert convert.name_places(["tfds", "--cache", "c", "a", "b", "d"]) == [
-        "tfds",
-        "--out=d",
-        '--shards=["a", "b"]',
-        "--cache",
-        "c",
-    ]
+    seen = []
+    command = replace(dataset.command("data tfds", ()), run=seen.append)
+    cli.run_command(command, ["a", "b"])
+    cli.run_command(command, ["--cache", "c", "a", "b", "d"])
+    assert seen == [dataset.TfdsConfig("a", "b"), dataset.TfdsConfig(["a", "b"], "d", "c")]

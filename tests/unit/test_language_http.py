@@ -93,7 +93,7 @@ def test_chaos_changes_no_text():
     asked = cases(25)
     with OpenAIServer() as server:
         quiet = write(server, asked)
-    with OpenAIServer(chaos=Chaos(0.3, seed=1, hang=5)) as server:
+    with OpenAIServer(chaos=Chaos(0.3, seed=1, hang=5.0)) as server:
         assert write(server, asked, max_retries=12, timeout=1.0, concurrency=25) == quiet
         assert len(server.calls) > 28
 

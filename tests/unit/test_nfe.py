@@ -1,4 +1,4 @@
-"""``infer.py filter``."""
+"""``rflow filter``."""
 
 import random
 
@@ -92,7 +92,7 @@ def test_prompts_that_are_not_done_are_counted(run, capsys):
 
 
 def test_folders_that_cannot_be_filtered_are_said(tmp_path):
-    with pytest.raises(InputError, match=r"no folder of a search \(config\.yaml is missing\)"):
+    with pytest.raises(InputError, match=r"not the folder of a search \(config\.yaml is missing\)"):
         filter_nfe(FilterConfig(str(tmp_path)))
     (tmp_path / CONFIG).write_text("")
     with pytest.raises(InputError, match="none of its 0 prompts is done yet"):

@@ -1,4 +1,4 @@
-"""``infer.py pairs``."""
+"""``rflow pairs``."""
 
 import json
 
@@ -79,9 +79,9 @@ def test_text_with_separators_is_one_line(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no pairs"),
-        ("[]", "holds no pairs"),
-        ("[{]", "pairs.json:1: no JSON"),
+        ("", "contains no pairs"),
+        ("[]", "contains no pairs"),
+        ("[{]", "pairs.json:1: not JSON"),
         ("{}\n{half", "pair 0: bad_image must be a text"),
         ('["a"]', "pair 0: expected an object with bad_image"),
         ('[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": "x"}]', "pair 0: reflection must be a text"),
@@ -115,7 +115,7 @@ def test_a_list_that_cannot_be_used_is_said(folder, content, message):
 def test_a_broken_line_is_named_and_files_that_are_none(folder):
     path = listed(folder, [entry(0)], lines=True)
     path.write_text(path.read_text() + "\n{half")
-    with pytest.raises(InputError, match=r"pairs\.json:3: no JSON object"):
+    with pytest.raises(InputError, match=r"pairs\.json:3: not a JSON object"):
         read_pairs(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):

@@ -302,14 +302,14 @@ def test_errors_name_what_to_do(golden, tmp_path):
     for model, message in (
         ("nowhere/at/all", "not a Hub id"),
         ("../none", "not a Hub id"),
-        (str(tmp_path), "is no model"),
-        (str(golden / "pipeline" / "transformer" / "config.json"), "is no FLUX transformer|not a safetensors file"),
+        (str(tmp_path), "is not a model"),
+        (str(golden / "pipeline" / "transformer" / "config.json"), "is not a FLUX transformer|not a safetensors file"),
     ):
         with pytest.raises(InputError, match=message) as error:
             load_pipeline(model, progress=False)
         assert "\n" not in str(error.value)
     shutil.copytree(golden / "pipeline", tmp_path / "part", ignore=shutil.ignore_patterns("tokenizer_2"))
-    with pytest.raises(InputError, match="holds no tokenizer_2"):
+    with pytest.raises(InputError, match="has no tokenizer_2"):
         load_pipeline(str(tmp_path / "part"), progress=False)
     for dtype, message in (("int7", "give bfloat16 or float32"), ("float16", "take bfloat16")):
         with pytest.raises(InputError, match=message):

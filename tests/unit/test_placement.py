@@ -14,11 +14,11 @@ import qwix
 from flax import nnx
 from PIL import Image
 
-from rflow_jax.commands import search as command
 from rflow_jax.errors import InputError
 from rflow_jax.models import attention
 from rflow_jax.models.lora import linears
 from rflow_jax.parallel.sharding import on_devices, on_mesh_of, pick, unclaimed
+from rflow_jax.search import run as command
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.verifiers.config import VerifierConfig
 from rflow_jax.verifiers.factory import claimed_devices

@@ -77,7 +77,7 @@ def test_bad_folders_are_one_line(tmp_path, folder):
         ("{}", "no file"),
         ({"round": "one"}, "round is 'one'"),
         ({"verdict": {"score": "high"}}, "score is 'high'"),
-        ({"parent": 2}, "parent is 2, which is no earlier record"),
+        ({"parent": 2}, "parent is 2, which is not an earlier record"),
         ({"file": "../../x.png"}, "outside the prompt's folder"),
         ({"file": "/etc/x.png"}, "outside the prompt's folder"),
     ],

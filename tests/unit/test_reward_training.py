@@ -59,7 +59,7 @@ def test_only_the_lora_the_head_and_the_special_tokens_vector_move(pairs):
     assert others == {"reward.kernel", "language.embed.special"}
     assert all(path.startswith("language.blocks.") for path in paths - others)
     # No optimizer state of the size of the table.
-    rows = run.task.trained.parts.frozen["language"]["embed"]["embedding"].get_value().shape[0]
+    rows = run.task.exporter.parts.frozen["language"]["embed"]["embedding"].get_value().shape[0]
     assert not any(rows in leaf.shape for leaf in jax.tree.leaves(run.state))
     before = jax.device_get(run.state.trainable)
     run.losses(2)
@@ -90,7 +90,7 @@ def test_the_verifier_gives_the_scores_of_the_trained_model(pairs, tmp_path, tra
     with jax.default_matmul_precision("highest"):
         want = validation.rewards(run.state.trainable)
         kept = Checkpoints(tmp_path, CheckpointConfig())
-        kept.save(run.state, {}, {}, run.task.trained)
+        kept.save(run.state, {}, {}, run.task.exporter)
         kept.close()
         folder = tmp_path / "reward"
         how = RewardVerifierConfig(str(folder), dtype="float32", merge_lora=merge, mrope=task.mrope, batch_size=4)
@@ -109,7 +109,7 @@ def test_the_wording_goes_with_the_export(pairs, tmp_path):
     (tmp_path / "wording.txt").write_text("How well does it show $prompt?")
     how = RewardTaskConfig(prompt_file=str(tmp_path / "wording.txt"))
     run = RewardRun(reward_config(pairs, reward=how))
-    run.task.trained.export(run.state.trainable, tmp_path / "reward" / "checkpoint-0")
+    run.task.exporter.export(run.state.trainable, tmp_path / "reward" / "checkpoint-0")
     verifier = RewardVerifier(RewardVerifierConfig(str(tmp_path / "reward"), dtype="float32"))
     assert verifier._template.template == f"How well does it show $prompt? {SPECIAL_TOKEN}"
 
@@ -119,7 +119,7 @@ def test_exports_that_go_with_their_checkpoints(pairs, tmp_path):
     kept = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
     for _ in range(2):
         run.losses(1)
-        kept.save(run.state, {}, {}, run.task.trained)
+        kept.save(run.state, {}, {}, run.task.exporter)
     kept.close()
     # The first checkpoint is there until the second is whole.
     found = {path.name for path in (tmp_path / "reward").iterdir()}
@@ -222,7 +222,7 @@ def test_a_line_that_is_not_usable_is_named(tmp_path, content, message):
 
 def test_a_file_without_a_line(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
-    with pytest.raises(InputError, match="holds no line"):
+    with pytest.raises(InputError, match="contains no line"):
         PairFile.open(tmp_path / "pairs.jsonl")
 
 

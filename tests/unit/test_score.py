@@ -1,4 +1,4 @@
-"""``infer.py score`` with a verifier that answers at once."""
+"""``rflow score`` with a verifier that answers at once."""
 
 import io
 import json
@@ -250,7 +250,7 @@ def test_a_killed_run_has_lost_no_line(folder, asked, tmp_path, monkeypatch, cap
         (["{run}", "--prompt= "], "prompt is empty"),
         (["{run}", "--verifier.name=none"], "verifier.name is none"),
         (["{run}", "--verifier.nam=x"], "did you mean verifier.name?"),
-        (["{run}", "--out={run}/00000/metadata.jsonl"], "metadata.jsonl:1: no line of infer.py score"),
+        (["{run}", "--out={run}/00000/metadata.jsonl"], "metadata.jsonl:1: not a line of rflow score"),
     ],
 )
 def test_bad_input_is_one_line(folder, asked, capsys, argv, message):
@@ -264,7 +264,11 @@ def test_bad_input_is_one_line(folder, asked, capsys, argv, message):
 
 
 def test_lines_of_a_list_that_are_none_are_said(tmp_path, asked, capsys):
-    for content, message in (("", "names no images"), ("{half", ":1: no JSON object"), ('{"prompt": "x"}', ":1: exp")):
+    for content, message in (
+        ("", "names no images"),
+        ("{half", ":1: not a JSON object"),
+        ('{"prompt": "x"}', ":1: exp"),
+    ):
         (tmp_path / "l").write_text(content)
         assert call("--prompts", tmp_path / "l", HASH) == 2
         assert message in capsys.readouterr().err
@@ -361,7 +365,7 @@ def test_a_file_of_another_kind_stays_as_it_is(folder, asked, tmp_path, capsys, 
         assert call(folder, HASH, "--out", out) == 0
         return
     assert call(folder, HASH, "--out", out) == 2
-    assert "no line of infer.py score" in capsys.readouterr().err
+    assert "not a line of rflow score" in capsys.readouterr().err
     assert out.read_bytes() == content
 
 
@@ -380,7 +384,7 @@ def test_an_out_that_is_no_file_of_its_own_is_refused(folder, asked, tmp_path, c
     os.mkfifo(tmp_path / "pipe")
     for out in ("/dev/null", tmp_path / "pipe", tmp_path):
         assert call(folder, HASH, "--out", out) == 2
-        assert "is no regular file" in capsys.readouterr().err
+        assert "is not a regular file" in capsys.readouterr().err
     (tmp_path / "list").write_text('{"image": "a.png", "prompt": "x"}')
     (tmp_path / "link").symlink_to("list")
     assert call("--prompts", tmp_path / "list", "--out", tmp_path / "link", HASH) == 2
@@ -423,11 +427,11 @@ def test_what_pillow_raises_of_its_own_is_an_error_of_that_image(folder, asked, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "a", "prompt": ' + "[" * 100_000, "no JSON object"),
-        ('{"image": "a", "prompt": "x", "n": ' + "1" * 5000 + "}", "no JSON object"),
+        ('{"image": "a", "prompt": ' + "[" * 100_000, "not a JSON object"),
+        ('{"image": "a", "prompt": "x", "n": ' + "1" * 5000 + "}", "not a JSON object"),
         (r'{"image": "a", "prompt": "\ud800"}', "holds half a surrogate pair"),
         (r'{"image": "a\udcff", "prompt": "x"}', "holds half a surrogate pair"),
-        (r'{"image": "a\u0000", "prompt": "x"}', "image holds a NUL"),
+        (r'{"image": "a\u0000", "prompt": "x"}', "image contains a NUL"),
     ],
 )
 def test_what_no_file_can_hold_is_said_with_its_line(folder, tmp_path, asked, capsys, line, message):
@@ -436,7 +440,7 @@ def test_what_no_file_can_hold_is_said_with_its_line(folder, tmp_path, asked, ca
     said = capsys.readouterr().err
     assert f"l:2: {message}" in said
     assert said.count("\n") == 1
-    if "image holds" not in message and "udcff" not in line:
+    if "image contains" not in message and "udcff" not in line:
         (folder / "00000/metadata.jsonl").write_text(line)
         assert call(folder, HASH) == 1
         assert "no prompt: " in capsys.readouterr().out
@@ -502,7 +506,7 @@ def test_a_failed_start_leaves_no_file(folder, tmp_path, capsys):
     assert call(folder, "--verifier.name=tests.kit.searching:no_such", "--out", out) == 2
     assert not out.parent.exists()
     assert call(folder, HASH, "--out", folder / "00000/metadata.jsonl/o.jsonl") == 2
-    assert "is no folder that can be written to" in capsys.readouterr().err
+    assert "is not a writable folder" in capsys.readouterr().err
 
 
 def test_the_share_of_yes_is_among_those_that_say_yes_or_no(folder, asked, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""``infer.py noise``, ``noise-prompt`` and ``reflect`` with a pipeline and models that answer at once."""
+"""``rflow noise``, ``noise-prompt`` and ``reflect`` with a pipeline and models that answer at once."""
 
 import json
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_another_setting_is_named_before_a_model_is_loaded(pipe, given, tmp_path
     assert call("noise", given, out, "--seed=5") == 2
     assert "seed is 0 there and 5 now" in capsys.readouterr().err
     assert call("reflect", given, out) == 2
-    assert "holds another search" in capsys.readouterr().err
+    assert "contains another search" in capsys.readouterr().err
     given[1].write_text('{"prompt": "other"}\n')
     assert call("noise", given, out) == 2
     assert "another prompt than number 0" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_what_was_written_is_a_configuration_of_this_search_alone(pipe, given, t
     assert read_records(tmp_path / "again/00000") == read_records(tmp_path / "run/00000")
     capsys.readouterr()
     assert call("noise-prompt", again, tmp_path / "other") == 2
-    assert "strategy is noise: this configuration is of infer.py noise" in capsys.readouterr().err
+    assert "strategy is noise: this configuration is of rflow noise" in capsys.readouterr().err
 
 
 def test_reflect_begins_with_the_images_of_another_run(pipe, given, tmp_path):

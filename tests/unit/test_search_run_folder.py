@@ -97,7 +97,7 @@ def test_a_folder_with_other_files_is_refused_and_a_runs_own_is_not(tmp_path):
     require_usable(tmp_path / "new/run")
     require_usable(tmp_path / "new/run")
     (tmp_path / "new/run/kept.txt").write_text("x")
-    with pytest.raises(InputError, match=r"holds files, but no search \(config\.yaml is missing\)"):
+    with pytest.raises(InputError, match=r"contains files, but no search \(config\.yaml is missing\)"):
         require_usable(tmp_path / "new/run")
     (tmp_path / "new/run/config.yaml").write_text("seed: 1")
     require_usable(tmp_path / "new/run")

@@ -109,7 +109,7 @@ def test_chats_that_do_not_fit_are_replaced_and_counted(chats, tmp_path):
         ({}, "messages is None"),
         ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
         ({"messages": [{"role": "human", "content": "a"}]}, "role is 'human'"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "is no message"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "is not a message"),
         (
             {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]},
             "<image> stands 1 times in the messages, for 0 images",
@@ -169,5 +169,5 @@ def test_settings_that_make_no_sense():
         ChatDataConfig()
     with pytest.raises(InputError, match=r"validation\.every"):
         ChatValidationConfig(every=0)
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a regular expression"):
         QwenTrainableConfig(parameters="(")

@@ -162,5 +162,5 @@ class TestBlackForestLabs:
             bfl_config(shapes, "file")
 
     def test_another_network(self):
-        with pytest.raises(InputError, match="no FLUX transformer of Black Forest Labs"):
+        with pytest.raises(InputError, match="not a FLUX transformer of Black Forest Labs"):
             bfl_config({"img_in.weight": (8, 8)}, "file")

@@ -170,7 +170,7 @@ def test_only_a_complaint_about_the_form_changes_it(status):
 def test_chaos_loses_no_score_and_mixes_none_up():
     images = pictures(60)
     meter = UsageTracker()
-    with OpenAIServer(chaos=Chaos(0.3, hang=5), spread=0.05) as server:
+    with OpenAIServer(chaos=Chaos(0.3, hang=5.0), spread=0.05) as server:
         verdicts = score(server, images, meter, max_retries=12, timeout=1.0, concurrency=30)
         struck = len(server.calls) - 60
     assert [verdict.score for verdict in verdicts] == expected(images)

@@ -105,7 +105,7 @@ def test_what_decides_nothing_is_asked_again_and_then_an_error(kind, reason):
 
 def test_chaos_mixes_no_decision_up():
     images = pictures(30)
-    with OpenAIServer(chaos=Chaos(0.3, hang=5), spread=0.05) as server:
+    with OpenAIServer(chaos=Chaos(0.3, hang=5.0), spread=0.05) as server:
         check(score(server, images, max_retries=12, timeout=1.0, concurrency=20), images)
         assert len(server.calls) > 35
 

@@ -102,7 +102,7 @@ def test_a_check_that_breaks_off_fails_what_it_owed(one_file):
 
 
 def test_bad_folders(tmp_path, one_file):
-    with pytest.raises(InputError, match="holds no recordings"):
+    with pytest.raises(InputError, match="contains no recordings"):
         verify(tmp_path / "none")
     (one_file / "golden" / "06_scheduler.npz").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(InputError, match=r"06_scheduler\.npz: cannot be read"):

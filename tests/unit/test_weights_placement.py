@@ -42,7 +42,7 @@ from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.loading import load_into
 from rflow_jax.weights.model_folder import load_stored
-from rflow_jax.weights.key_mapping import Rule, Table
+from rflow_jax.weights.key_mapping import KeyMapping, Rule
 
 folder, storage, fsdp, tensor, dtype = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5]
 count, width, window = map(int, sys.argv[6:])
@@ -52,7 +52,7 @@ class Network(nnx.Module):
         each = (Linear(width, width, use_bias=False, rngs=rngs, dtype=jnp.bfloat16) for _ in range(count))
         self.blocks = nnx.List(each)
 
-table = Table("network", (Rule(r"blocks\\.(\\d+)", r"layers.\\1"),))
+table = KeyMapping("network", (Rule(r"blocks\\.(\\d+)", r"layers.\\1"),))
 choose = sharding_for(make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]))
 how = {"dtype": jnp.dtype(dtype), "sharding_for": choose, "window": window}
 

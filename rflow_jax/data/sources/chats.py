@@ -1,4 +1,4 @@
-"""Chats with pictures to learn answers from: JSON lines in LLaMA-Factory's form."""
+"""Chats with images for supervised fine-tuning: JSON lines in LLaMA-Factory's format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rflow_jax.data.records import read_image
 from rflow_jax.errors import InputError
 from rflow_jax.utils.json_files import fingerprint_of, read_lines
 
-PICTURE = "<image>"  # stands for the next picture in a message
+PICTURE = "<image>"  # placeholder of the next image in a message
 ROLES = ("system", "user", "assistant")
 
 
@@ -19,9 +19,9 @@ class Chat(NamedTuple):
     """One conversation.
 
     Attributes:
-        key: what to call it in messages.
+        key: the name of the chat in error messages.
         messages: (role, text) of each.
-        images: encoded pictures, one for each ``<image>`` in the texts.
+        images: encoded, one for each ``<image>`` in the texts.
     """
 
     key: str
@@ -30,7 +30,7 @@ class Chat(NamedTuple):
 
 
 class _Line(NamedTuple):
-    where: str
+    source: str
     messages: tuple[tuple[str, str], ...]
     images: tuple[str, ...]
 
@@ -45,43 +45,34 @@ class ChatFile:
 
     @classmethod
     def open(cls, path: Path) -> ChatFile:
-        """Reads the lines, and none of the pictures.
-
-        Raises:
-            InputError: a line is not usable; names it.
-        """
-        lines = tuple(_line(where, record) for where, record in read_lines(path))
+        """Reads the lines but not the images; raises InputError, naming the line, if one is unusable."""
+        lines = tuple(_line(source, record) for source, record in read_lines(path))
         return cls(path.parent, lines, fingerprint_of(path))
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def read(self, index: int) -> Chat:
-        """Reads one chat; raises RecordError where a picture cannot be read."""
+        """Reads one chat; raises RecordError if an image cannot be read."""
         line = self.lines[index]
-        return Chat(
-            line.where, line.messages, tuple(read_image(self.folder / name, line.where) for name in line.images)
-        )
+        images = tuple(read_image(self.folder / name, line.source) for name in line.images)
+        return Chat(line.source, line.messages, images)
 
 
-def _line(where: str, record: Mapping[str, Any]) -> _Line:
+def _line(source: str, record: Mapping[str, Any]) -> _Line:
     messages, images = record.get("messages"), record.get("images") or []
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: messages is {messages!r}: give a list of role and content")
-    told = tuple(_message(where, message) for message in messages)
-    if not any(role == "assistant" for role, _ in told):
-        raise InputError(f"{where}: no message of the assistant, so there is nothing to learn")
+        raise InputError(f"{source}: messages is {messages!r}: give a list of role and content")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise InputError(f"{source}: {str(message)[:60]!r} is not a message: give role and content")
+        if message.get("role") not in ROLES:
+            raise InputError(f"{source}: role is {message.get('role')!r}: give {', '.join(ROLES)}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{source}: no message of the assistant, so there is nothing to learn")
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise InputError(f"{where}: images is {images!r}: give a list of files")
-    asked = sum(text.count(PICTURE) for _, text in told)
+        raise InputError(f"{source}: images is {images!r}: give a list of files")
+    asked = sum(message["content"].count(PICTURE) for message in messages)
     if asked != len(images):
-        raise InputError(f"{where}: {PICTURE} stands {asked} times in the messages, for {len(images)} images")
-    return _Line(where, told, tuple(images))
-
-
-def _message(where: str, message: Any) -> tuple[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise InputError(f"{where}: {str(message)[:60]!r} is no message: give role and content")
-    if message.get("role") not in ROLES:
-        raise InputError(f"{where}: role is {message.get('role')!r}: give {', '.join(ROLES)}")
-    return message["role"], message["content"]
+        raise InputError(f"{source}: {PICTURE} stands {asked} times in the messages, for {len(images)} images")
+    return _Line(source, tuple((message["role"], message["content"]) for message in messages), tuple(images))

@@ -1,11 +1,11 @@
-"""GenRef as the encoders see it, kept in files: latents and text embeddings, so that training runs no encoder.
+"""GenRef as precomputed latents and text embeddings, so that training runs no encoder.
 
 ::
 
-    settings.json                       what it was made with
-    shared.safetensors                  a black condition, and T5 without a text
+    settings.json                       the settings of the encoders
+    shared.safetensors                  a black condition, and T5 of an empty text
     {subset}-{first:08d}.safetensors    64 records: {number}.good_mean and so on; their texts are in the header
-    complete.json                       how many records there are; written last, without it there is no data set
+    complete.json                       the number of records; written last, and without it the data set is incomplete
 """
 
 from __future__ import annotations
@@ -61,15 +61,7 @@ class PrecomputeConfig:
 
 @dataclass(frozen=True)
 class LatentMetadata:
-    """What latents and embeddings were made with.
-
-    Attributes:
-        model: name of the model, for messages.
-        identity: of its encoders.
-        text_length: T5's tokens.
-        dtype: of the encoders and of what is kept.
-        fingerprint: of the records and their order.
-    """
+    """How latents and embeddings were made; ``identity`` is the encoders', ``fingerprint`` the records'."""
 
     model: str
     identity: str
@@ -83,11 +75,7 @@ class LatentMetadata:
 
 
 class Entry(NamedTuple):
-    """A record's texts.
-
-    Attributes:
-        trouble: why the record cannot be used; empty if it can.
-    """
+    """A record's texts; ``trouble`` says why it cannot be used and is empty if it can."""
 
     key: str
     prompt: str
@@ -96,19 +84,19 @@ class Entry(NamedTuple):
 
     @property
     def has_reflection(self) -> bool:
-        """Whether there is one to be told to T5."""
+        """Whether T5 gets the reflection."""
         return len(self.reflection.strip()) >= SHORTEST_REFLECTION
 
     @property
     def texts(self) -> tuple[str, str]:
         """T5's with the reflection, and without it."""
-        told = Drops(text=False, image=False, reflection=not self.has_reflection)
-        alone = told._replace(reflection=True)
-        return t5_text(self.prompt, self.reflection, told), t5_text(self.prompt, self.reflection, alone)
+        both = (Drops(text=False, image=False, reflection=drop) for drop in (not self.has_reflection, True))
+        first, second = (t5_text(self.prompt, self.reflection, drops) for drops in both)
+        return first, second
 
 
 class Latents(NamedTuple):
-    """A sample after the encoders, on the host. Numbers are of the number type in which they were kept.
+    """A sample after the encoders, on the host, in the dtype of the files.
 
     Attributes:
         good, bad: (mean, log variance) of the autoencoder's posterior, [y, x, z] each.
@@ -133,11 +121,7 @@ class LatentExample(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """This process's samples of one optimizer step, as ``HostBatch`` in all but the pictures.
-
-    Attributes:
-        latents: with a first axis of samples.
-    """
+    """This process's samples of one optimizer step: a ``HostBatch`` with latents instead of images."""
 
     step: int
     numbers: np.ndarray
@@ -151,64 +135,53 @@ class LatentBatch(NamedTuple):
 
 
 class LatentSource:
-    """The files of a folder, with random access. It can be pickled.
+    """Random access to the files of a folder; can be pickled.
 
     Raises:
-        InputError: there is none, or it is not whole.
+        InputError: the folder is missing or incomplete.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.settings = read_settings(folder)
-        self.counts: Mapping[str, int] = _read_counts(folder)
+        if not (folder / COMPLETE).exists():
+            raise InputError(f"{folder}: not all records are encoded yet; give the same precompute command again")
+        counts = _read_json(folder / COMPLETE)
+        self.counts: Mapping[str, int] = {name: int(counts.get(name, 0)) for name in SUBSETS}
         shared = TensorFiles.open(folder / SHARED)
         self._black = (shared.read("black_mean"), shared.read("black_logvar"))
         self._empty_text = shared.read("empty_text")
 
     @property
     def fingerprint(self) -> str:
-        """That of the records it was made from: a run may go on with either."""
+        """That of the records it was made from: a run may continue with either."""
         return self.settings.fingerprint
 
     def entry(self, subset: str, index: int) -> Entry:
-        """The texts of a record.
-
-        Raises:
-            InputError: its file is gone or damaged.
-            IndexError: the subset has no such record.
-        """
+        """The texts of a record; raises InputError if its file is missing or damaged."""
         if not 0 <= index < self.counts[subset]:
             raise IndexError(f"{subset} {index}: there are {self.counts[subset]} records")
         return _open_file(self.folder / file_name(subset, index))[1][index % RECORDS_IN_FILE]
 
     def read(self, subset: str, index: int, drops: Drops) -> Latents:
-        """A record's latents, with what is dropped left out.
-
-        Raises:
-            RecordError: it could not be used when the latents were made.
-            InputError: its file is gone or damaged.
-        """
+        """A record's latents after drops; raises RecordError if it could not be used when they were made."""
         entry = self.entry(subset, index)
         if entry.trouble:
             raise RecordError(entry.trouble)
         files, _ = _open_file(self.folder / file_name(subset, index))
-        place = index % RECORDS_IN_FILE
 
-        def kept(name: str) -> np.ndarray:
-            return files.read(f"{place}.{name}")
+        def read(name: str) -> np.ndarray:
+            return files.read(f"{index % RECORDS_IN_FILE}.{name}")
 
-        def text() -> np.ndarray:
-            if drops.text:
-                return self._empty_text
-            return kept("text" if drops.reflection or not entry.has_reflection else "text_with_reflection")
-
-        bad = self._black if drops.image else (kept("bad_mean"), kept("bad_logvar"))
-        return Latents((kept("good_mean"), kept("good_logvar")), bad, kept("pooled"), text())
+        bad = self._black if drops.image else (read("bad_mean"), read("bad_logvar"))
+        text_name = "text" if drops.reflection or not entry.has_reflection else "text_with_reflection"
+        text = self._empty_text if drops.text else read(text_name)
+        return Latents((read("good_mean"), read("good_logvar")), bad, read("pooled"), text)
 
 
 @dataclass(frozen=True)
 class MakeFromLatents:
-    """Reads what a draw names, less what is dropped."""
+    """Makes the example of a drawn sample from its latents."""
 
     source: LatentSource
     config: DataConfig
@@ -223,15 +196,15 @@ class MakeFromLatents:
             return WorkerResult(None, b"", str(error))
         text = t5_text(entry.prompt, entry.reflection, drops)
         example: Any = LatentExample(latents, entry.prompt, text, entry.key, draw.subset)
-        # The numbers follow from these, and are too many to be hashed at each step.
-        told = "\0".join([entry.key, draw.subset, entry.prompt, text, str(drops.image)])
-        return WorkerResult(example, hashlib.sha256(told.encode()).digest())
+        # These determine the latents, which are too large to be hashed at each step.
+        identity = "\0".join([entry.key, draw.subset, entry.prompt, text, str(drops.image)])
+        return WorkerResult(example, hashlib.sha256(identity.encode()).digest())
 
 
 class LatentLoader(Loader):
-    """Batches of a plan; read by a thread, since there is nothing to decode."""
+    """Batches of a plan, read by a thread since there is nothing to decode."""
 
-    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
+    def _batch(self, numbers: np.ndarray, examples: list[Any], common_fields: dict[str, Any], /) -> Any:
         found: list[Latents] = [example.latents for example in examples]
         latents = Latents(
             _stack_pairs([one.good for one in found]),
@@ -239,15 +212,11 @@ class LatentLoader(Loader):
             np.stack([one.pooled for one in found]),
             np.stack([one.text for one in found]),
         )
-        return LatentBatch(numbers=numbers, latents=latents, **texts_of(examples), **told)
+        return LatentBatch(numbers=numbers, latents=latents, **texts_of(examples), **common_fields)
 
 
 def open_latents(folder: str | list[str]) -> LatentSource:
-    """Opens what ``python -m rflow_jax.commands.dataset precompute`` wrote.
-
-    Raises:
-        InputError: there is none, or it is not whole.
-    """
+    """Opens the output of ``rflow data precompute``; raises InputError if it is missing or incomplete."""
     if not isinstance(folder, str):
         raise InputError("data.shards: give one folder with data.format precomputed, not a list")
     return LatentSource(Path(folder).expanduser().absolute())
@@ -262,38 +231,32 @@ def open_latent_loader(
     start: int = 0,
     position: Mapping[str, Any] | None = None,
 ) -> LatentLoader:
-    """The batches from step ``start`` on: the samples that are drawn from tars, too.
+    """The batches from step ``start`` on: the same samples that are drawn from tars.
 
     Raises:
-        InputError: the files are not usable, not made with these sizes, or not the records of the position.
+        InputError: the files are unusable, made with other sizes, or do not fit the position.
     """
     source = open_latents(config.shards)
-    kept = source.settings
-    require_same(
-        source.folder, kept, {name: getattr(config, name) for name in ("target_size", "condition_size", "crop")}
-    )
+    wanted = {name: getattr(config, name) for name in ("target_size", "condition_size", "crop")}
+    require_same(source.folder, source.settings, wanted)
     plan = RecordSampler(source, config, seed=seed, batch_size=batch_size, slots=slots, position=position)
     return LatentLoader(plan, MakeFromLatents(source, config, seed), replace(config, workers=0), start)
 
 
 def require_same(folder: Path, kept: LatentMetadata, wanted: Mapping[str, Any]) -> None:
-    """Raises InputError, naming the first, if latents were made with other settings than these."""
+    """Raises InputError, naming the first difference, if latents were made with other settings."""
     for name, value in wanted.items():
         if (made := getattr(kept, name)) != value:
-            raise InputError(f"{folder}: made with {name} {made}, not {value}; set it alike, or precompute again")
+            raise InputError(f"{folder}: made with {name} {made}, not {value}; set it to that, or precompute again")
 
 
 def file_name(subset: str, index: int) -> str:
-    """The file that holds a record."""
+    """The file of a record."""
     return f"{subset}-{index // RECORDS_IN_FILE * RECORDS_IN_FILE:08d}.safetensors"
 
 
 def read_settings(folder: Path) -> LatentMetadata:
-    """What a folder was made with.
-
-    Raises:
-        InputError: it was not made by us, or not by this version.
-    """
+    """The settings of a folder; raises InputError if they are unreadable or of another version."""
     content = _read_json(folder / SETTINGS)
     try:
         settings = LatentMetadata(**content)
@@ -305,28 +268,19 @@ def read_settings(folder: Path) -> LatentMetadata:
 
 
 def settings_text(settings: LatentMetadata) -> str:
-    """What ``settings.json`` holds."""
+    """The content of ``settings.json``."""
     return json.dumps(asdict(settings), indent=1)
-
-
-def _read_counts(folder: Path) -> dict[str, int]:
-    if not (folder / COMPLETE).exists():
-        raise InputError(f"{folder}: not all records are encoded yet; give the same precompute command again")
-    counts = _read_json(folder / COMPLETE)
-    return {name: int(counts.get(name, 0)) for name in SUBSETS}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); python -m rflow_jax.commands.dataset precompute writes it"
-        ) from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); rflow data precompute writes it") from error
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged (no object)")
+        raise InputError(f"{path}: damaged (not an object)")
     return content
 
 
@@ -340,5 +294,5 @@ def _open_file(path: Path) -> tuple[TensorFiles, list[Entry]]:
 
 
 def _stack_pairs(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    first, second = (np.stack(one) for one in zip(*pairs, strict=True))
+    first, second = (np.stack(part) for part in zip(*pairs, strict=True))
     return first, second

@@ -1,4 +1,4 @@
-"""Opens the records of a training, in whatever format they lie."""
+"""Opens training records of any format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_source(config: DataConfig) -> RecordSource:
         cache = Path(config.cache) if config.cache else None
         return open_tars(config.shards, cache=cache, patience=config.patience)
     if config.format == "tfds":
-        from rflow_jax.data.sources.tfds import open_tfds  # of an extra that need not be installed
+        from rflow_jax.data.sources.tfds import open_tfds  # an optional extra
 
         return open_tfds(config.shards)
     raise InputError(f"data.format is {config.format}: it has no random access; give tar or tfds")
@@ -44,16 +44,16 @@ def open_loader(
 
     Args:
         batch_size: samples of a step, over all processes.
-        slots: which of them this process makes.
-        position: as :meth:`Loader.position` gave it, of a run that goes on.
+        slots: those of them that this process makes.
+        position: of a resumed run, from :meth:`Loader.position`.
 
     Raises:
-        InputError: the records are not usable, or not those of the position.
+        InputError: the records are unusable, or not those of the position.
     """
-    how = {"seed": seed, "batch_size": batch_size, "slots": slots, "position": position}
+    options = {"seed": seed, "batch_size": batch_size, "slots": slots, "position": position}
     if config.format == "precomputed":
-        return open_latent_loader(config, **how, start=start)
+        return open_latent_loader(config, **options, start=start)
     if config.format == "stream":
-        return open_stream(config, **how, start=start)
+        return open_stream(config, **options, start=start)
     source = open_source(config)
-    return Loader(RecordSampler(source, config, **how), RecordCollator(source, config, seed), config, start)
+    return Loader(RecordSampler(source, config, **options), RecordCollator(source, config, seed), config, start)

@@ -1,4 +1,4 @@
-"""Pairs of pictures of one prompt, and which of the two is preferred: JSON lines, or records of GenRef."""
+"""Pairs of images of one prompt with a preference: JSON lines, or records of GenRef."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rflow_jax.data.sources.open import open_source
 from rflow_jax.errors import InputError
 from rflow_jax.utils.json_files import fingerprint_of, read_lines, text_of
 
-# The original's numbers for what is preferred.
+# The original's label numbers.
 A, B, TIE, INVALID = 1, -1, 0, 22
 LABELS = {"A": A, "B": B, "same": TIE}
 NO_SCORE = 0.0  # the original's, too
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """Two encoded pictures of one prompt.
+    """Two encoded images of one prompt.
 
     Attributes:
-        key: what to call the pair in messages.
+        key: the name of the pair in messages.
         label: A, B, TIE or INVALID.
-        score_a, score_b: what people gave the pictures; 0 where nobody did.
+        score_a, score_b: ratings by people; 0 where there are none.
     """
 
     key: str
@@ -46,8 +46,8 @@ class PairSource(Protocol):
 
     Attributes:
         fingerprint: of the pairs and their order.
-        labels: those that there are.
-        has_scores: whether any picture has a score.
+        labels: those that occur.
+        has_scores: whether any image has a score.
     """
 
     @property
@@ -67,7 +67,7 @@ class PairSource(Protocol):
 
 
 class _Line(NamedTuple):
-    where: str
+    source: str
     prompt: str
     image_a: str
     image_b: str
@@ -79,8 +79,7 @@ class _Line(NamedTuple):
 class PairFile:
     """The pairs of a file of JSON lines: ``prompt``, ``image_a`` and ``image_b`` (relative to the file), ``label``.
 
-    ``label`` is ``A``, ``B`` or ``same``, or anything else where nobody knows; ``score_a`` and ``score_b`` may be
-    missing.
+    ``label`` is ``A``, ``B`` or ``same``, or anything else if unknown; ``score_a`` and ``score_b`` are optional.
     """
 
     folder: Path
@@ -89,12 +88,8 @@ class PairFile:
 
     @classmethod
     def open(cls, path: Path) -> PairFile:
-        """Reads the lines, and none of the pictures.
-
-        Raises:
-            InputError: a line is not usable; names it.
-        """
-        lines = tuple(_line(where, record) for where, record in read_lines(path))
+        """Reads the lines but not the images; raises InputError, naming the line, if one is unusable."""
+        lines = tuple(_line(source, record) for source, record in read_lines(path))
         if without := sum(line.label == INVALID for line in lines):
             log.warning("%s: %d of %d lines have no label A, B or same", path, without, len(lines))
         return cls(path.parent, lines, fingerprint_of(path))
@@ -112,13 +107,13 @@ class PairFile:
 
     def read(self, index: int) -> Pair:
         line = self.lines[index]
-        a, b = (read_image(self.folder / name, line.where) for name in (line.image_a, line.image_b))
-        return Pair(line.where, line.prompt, a, b, line.label, *line.scores)
+        a, b = (read_image(self.folder / name, line.source) for name in (line.image_a, line.image_b))
+        return Pair(line.source, line.prompt, a, b, line.label, *line.scores)
 
 
 @dataclass(frozen=True)
 class GenRefPairs:
-    """The records of GenRef, whose good picture is A and preferred to the bad one."""
+    """The records of GenRef; the good image is A and preferred."""
 
     source: RecordSource
     labels = frozenset({A})
@@ -140,35 +135,35 @@ class GenRefPairs:
         raise IndexError(index)
 
 
-def open_pairs(pairs: str | None, shards: str | list[str] | None, **how: Any) -> PairSource:
+def open_pairs(pairs: str | None, shards: str | list[str] | None, **options: Any) -> PairSource:
     """The pairs of a file of JSON lines, or of shards of GenRef.
 
     Args:
-        how: fields of :class:`~rflow_jax.data.config.DataConfig` that say how the shards are read.
+        options: further fields of :class:`~rflow_jax.data.config.DataConfig` for the shards.
 
     Raises:
-        InputError: they are not usable, or there are none.
+        InputError: they are unusable, or there are none.
     """
     if pairs is not None:
         return PairFile.open(Path(pairs).expanduser())
     assert shards is not None
-    found = GenRefPairs(open_source(DataConfig(shards, **how)))
+    found = GenRefPairs(open_source(DataConfig(shards, **options)))
     if not len(found):
-        raise InputError(f"{shards}: hold no record")
+        raise InputError(f"{shards}: contain no records")
     return found
 
 
-def _line(where: str, record: Mapping[str, Any]) -> _Line:
+def _line(source: str, record: Mapping[str, Any]) -> _Line:
     label = LABELS.get(str(record.get("label")), INVALID)
-    prompt, image_a, image_b = (text_of(dict(record), key, where) for key in ("prompt", "image_a", "image_b"))
-    scores = _score(record, "score_a", where), _score(record, "score_b", where)
-    return _Line(where, prompt, image_a, image_b, label, scores)
+    prompt, image_a, image_b = (text_of(dict(record), key, source) for key in ("prompt", "image_a", "image_b"))
+    scores = _score(record, "score_a", source), _score(record, "score_b", source)
+    return _Line(source, prompt, image_a, image_b, label, scores)
 
 
-def _score(record: Mapping[str, Any], key: str, where: str) -> float:
+def _score(record: Mapping[str, Any], key: str, source: str) -> float:
     value = record.get(key)
     if value is None:
         return NO_SCORE
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{where}: {key} is {value!r}: give a number")
+        raise InputError(f"{source}: {key} is {value!r}: give a number")
     return float(value)

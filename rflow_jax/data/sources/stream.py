@@ -1,8 +1,8 @@
-"""GenRef as a stream: each shard is read once in an epoch, and nothing needs an index or byte ranges.
+"""GenRef as a stream: each shard is read once in an epoch, without an index or byte ranges.
 
-Records are routed to one buffer for each subset, from which samples are drawn at random. When the mixture asks for more
-of a subset than the stream holds, the others' buffers run over: a newcomer then takes the place of a random one, which
-is not seen in this epoch. So memory is bounded, and the scarcest subset sets the pace.
+Records go to one buffer for each subset, from which samples are drawn at random. When the mixture asks for more of a
+subset than the stream contains, the others' buffers overflow: a new record then replaces a random one, which is not
+seen in this epoch. So memory is bounded, and the scarcest subset sets the pace.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from rflow_jax.data.sources.stream_shards import (
     StreamPosition,
 )
 from rflow_jax.data.sources.tar_index import make_record
-from rflow_jax.data.storage.shards import Shard, expand
+from rflow_jax.data.storage.shards import expand
 from rflow_jax.data.transforms import make_example
 from rflow_jax.errors import InputError
 
-_FIRST_FILL = 16  # records of a subset that are there before its first sample is drawn; later more are
+_FIRST_FILL = 16  # records of a subset to read before its first sample is drawn; later ones need more
 
 
 class StreamJob:
-    """A sample to be made. Only the record travels to a worker, and not those that may take its place."""
+    """A sample to be made. Only the record is pickled for a worker, not its possible replacements."""
 
     def __init__(self, number: int, raw: RawSample, spares: Sequence[BufferedSample] = ()):
         self.number, self.raw, self.spares = number, raw, spares
@@ -65,7 +65,7 @@ class Buffers:
     """Records of each subset, waiting to be drawn.
 
     Attributes:
-        troubles: what could not be used of what was read; whoever tells them empties the list.
+        errors: of what was read since they were last reported; who reports them empties the list.
 
     Args:
         wanted: subsets that are drawn from; others are not kept.
@@ -79,16 +79,16 @@ class Buffers:
         self._seen = dict.fromkeys(wanted, 0)  # in this epoch
         self._in_epoch: dict[str, int] | None = None  # in the one before
         self._without = dict.fromkeys(wanted, 0)  # shards since the last one of it
-        self.troubles: list[str] = []
+        self.errors: list[str] = []
 
     def draw(self, subset: str, number: int) -> StreamJob:
-        """A random record of a subset, which leaves the buffer.
-
-        Raises:
-            InputError: no shard holds one.
-        """
+        """Takes a random record of a subset out of its buffer; raises InputError if no shard has one."""
         items = self._items[subset]
-        while len(items) < self._fill(subset):
+        while True:
+            # More and more, so that the first sample does not wait for a full buffer.
+            most = self._size if self._in_epoch is None else min(self._size, self._in_epoch[subset])
+            if len(items) >= max(1, min(most, _FIRST_FILL + self._drawn[subset])):
+                break
             self._read_on(subset)
         word = int(random_words(self._seed, BUFFER, (number, 0), 1)[0])
         chosen = items.pop(word % len(items))
@@ -96,10 +96,10 @@ class Buffers:
         return StreamJob(number, chosen.raw, tuple(items))
 
     def snapshot(self) -> dict[str, Any]:
-        """All that the next draws depend on, as JSON."""
+        """The state that the next draws depend on, as JSON."""
         return {
-            "place": list(self._stream.place),
-            "items": {name: [list(item.place) for item in items] for name, items in self._items.items()},
+            "place": list(self._stream.position),
+            "items": {name: [list(item.position) for item in items] for name, items in self._items.items()},
             "drawn": dict(self._drawn),
             "seen": dict(self._seen),
             "in_epoch": self._in_epoch and dict(self._in_epoch),
@@ -107,60 +107,51 @@ class Buffers:
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Reads again what was in the buffers; the stream stands at the snapshot's place already.
+        """Reads the buffers' records again; the stream is at the snapshot's position already.
 
         Raises:
-            InputError: a record is not there any more, or the snapshot is none.
+            InputError: a record is missing, or the snapshot is unusable.
         """
         try:
-            kept = {name: [StreamPosition(*place) for place in snapshot["items"][name]] for name in self._items}
+            kept = {name: [StreamPosition(*item) for item in snapshot["items"][name]] for name in self._items}
             self._drawn, self._seen = dict(snapshot["drawn"]), dict(snapshot["seen"])
             self._in_epoch, self._without = snapshot["in_epoch"], dict(snapshot["without"])
         except (KeyError, TypeError) as error:
             raise InputError(f"the checkpoint's data position is not one of these subsets' stream ({error})") from error
-        found = self._stream.items([place for places in kept.values() for place in places])
-        self._items = {name: [found[place] for place in places] for name, places in kept.items()}
+        found = self._stream.items([position for positions in kept.values() for position in positions])
+        self._items = {name: [found[position] for position in positions] for name, positions in kept.items()}
 
-    def _fill(self, subset: str) -> int:
-        """Records that must be there to draw one: more and more, so that the first sample does not wait for all."""
-        most = self._size if self._in_epoch is None else min(self._size, self._in_epoch[subset])
-        return max(1, min(most, _FIRST_FILL + self._drawn[subset]))
-
-    def _read_on(self, subset: str) -> None:
-        """Takes in one more sample."""
+    def _read_on(self, wanted: str) -> None:
+        """Reads one more sample into its buffer."""
         found = self._stream.read()
         if found is None:
-            self._end_shard(subset)
-        elif found[1].trouble:
-            if found[0].epoch == 0 or not found[1].key:  # a bad sample is told once, a bad shard in each epoch
-                self.troubles.append(f"{found[1].key} {found[1].trouble}".strip())
-        elif found[1].subset in self._items:
-            self._add(BufferedSample(*found))
-
-    def _add(self, item: BufferedSample) -> None:
-        subset = item.raw.subset
-        items = self._items[subset]
-        self._seen[subset] += 1
-        self._without[subset] = 0
-        if len(items) < self._size:
-            items.append(item)
+            self._end_shard(wanted)
             return
-        epoch, shard, sample = item.place
-        word = int(random_words(self._seed, REPLACEMENT, (epoch << 32 | shard, 1 + sample), 1)[0])
-        items[word % len(items)] = item
+        (epoch, shard, sample), raw = found
+        if raw.trouble:
+            if epoch == 0 or not raw.key:  # a bad sample is reported once, a bad shard in each epoch
+                self.errors.append(f"{raw.key} {raw.trouble}".strip())
+        elif (items := self._items.get(raw.subset)) is not None:
+            self._seen[raw.subset] += 1
+            self._without[raw.subset] = 0
+            if len(items) < self._size:
+                items.append(BufferedSample(*found))
+            else:
+                word = int(random_words(self._seed, REPLACEMENT, (epoch << 32 | shard, 1 + sample), 1)[0])
+                items[word % len(items)] = BufferedSample(*found)
 
     def _end_shard(self, subset: str) -> None:
-        if self._stream.place[1:] == (0, 0):
+        if self._stream.position[1:] == (0, 0):
             self._in_epoch, self._seen = self._seen, dict.fromkeys(self._seen, 0)
         for name in self._without:
             self._without[name] += 1
         if not self._items[subset] and self._without[subset] >= self._route.patience:
-            last = f" ({self.troubles[-1]})" if self.troubles else ""
+            last = f" ({self.errors[-1]})" if self.errors else ""
             raise InputError(f"split_ratios.{subset}: positive, but there are no records of it{last}; set it to 0")
 
 
 class StreamPlan:
-    """Samples of one process, drawn from its buffers step by step; steps are asked for in order."""
+    """The plan of one process, drawn from its buffers; steps must be asked for in order."""
 
     def __init__(
         self, choice: SubsetSchedule, buffers: Buffers, share: ProcessShare, fingerprint: str, start: int, kept: int
@@ -168,7 +159,7 @@ class StreamPlan:
         self._choice, self._buffers, self._share, self._fingerprint = choice, buffers, share, fingerprint
         self._kept = kept
         self._snapshots: dict[int, dict[str, Any]] = {start: buffers.snapshot()}
-        self._troubles: dict[int, list[str]] = {}
+        self._errors: dict[int, list[str]] = {}
         self._counted = 0, np.zeros(len(SUBSETS), np.int64)
 
     def jobs(self, step: int) -> list[StreamJob]:
@@ -177,11 +168,11 @@ class StreamPlan:
         first = step * self._choice.batch_size
         subsets = self._choice.subsets(first, first + self._choice.batch_size)
         jobs = [self._buffers.draw(SUBSETS[subsets[slot]], first + slot) for slot in self._share.slots]
-        self._troubles[step], self._buffers.troubles = self._buffers.troubles, []
+        self._errors[step], self._buffers.errors = self._buffers.errors, []
         return jobs
 
     def replacement(self, job: StreamJob, attempt: int) -> StreamJob:
-        """One that was in the buffer beside it, and stays there: what is drawn later does not depend on it.
+        """Another record of the same buffer, which stays there: later draws do not depend on it.
 
         Raises:
             InputError: there was no other.
@@ -191,9 +182,9 @@ class StreamPlan:
         word = int(random_words(self._choice.seed, REPLACEMENT, (job.number, 0), 1)[0])
         return StreamJob(job.number, job.spares[(word + attempt) % len(job.spares)].raw, job.spares)
 
-    def troubles(self, step: int) -> list[str]:
-        """What could not be used of what was read for a step; told once."""
-        return self._troubles.pop(step, [])
+    def pop_errors(self, step: int) -> list[str]:
+        """The errors of what was read for a step; a second call returns none."""
+        return self._errors.pop(step, [])
 
     def drawn(self, step: int) -> dict[str, int]:
         number = step * self._choice.batch_size
@@ -203,27 +194,23 @@ class StreamPlan:
         return dict(zip(SUBSETS, counts.tolist(), strict=True))
 
     def position(self, step: int) -> dict[str, Any]:
-        """Of this process; :func:`merge_positions` makes one of all processes'.
-
-        Raises:
-            KeyError: the step was not asked for yet, or long ago.
-        """
+        """The position of this process, for a recent step; :func:`merge_positions` merges those of all processes."""
         common = {"number": step * self._choice.batch_size, "drawn": self.drawn(step), "fingerprint": self._fingerprint}
         return common | {"streams": {self._share.name: self._snapshots[step]}}
 
 
 class StreamLoader(Loader):
-    """Batches of a stream; what is damaged in it counts as skipped."""
+    """Batches of a stream; its damaged parts count as skipped."""
 
-    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
+    def _batch(self, numbers: np.ndarray, examples: list[Any], common_fields: dict[str, Any], /) -> Any:
         assert isinstance(self._plan, StreamPlan)
-        troubles = self._plan.troubles(told["step"])
-        self._skip(troubles)
-        return super()._batch(numbers, examples, told | {"skipped": troubles + told["skipped"]})
+        errors = self._plan.pop_errors(common_fields["step"])
+        self._skip(errors)
+        return super()._batch(numbers, examples, common_fields | {"skipped": errors + common_fields["skipped"]})
 
 
 def merge_positions(positions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One position of those of all processes, to be kept by one of them; others than streams' are all the same."""
+    """Merges the positions of all processes; only those of streams differ."""
     merged = dict(positions[0])
     if "streams" in merged:
         merged["streams"] = {name: one for position in positions for name, one in position["streams"].items()}
@@ -241,39 +228,31 @@ def open_stream(
 ) -> StreamLoader:
     """The batches from step ``start`` on; see :func:`~rflow_jax.data.sources.open.open_loader`.
 
-    A run that goes on needs its position, and reads again the shards of which its buffers held records.
+    A resumed run needs its position, and reads again the shards whose records were in its buffers.
 
     Raises:
-        InputError: no shard can be read, or the position is not of this stream or of other processes.
+        InputError: no shard can be read, or the position is of another stream or number of processes.
     """
     choice = SubsetSchedule(config.split_ratios, config.training_stages, seed, batch_size)
     shards = expand(config.shards, allow_shell=config.allow_shell, patience=config.patience)
-    fingerprint = _fingerprint(shards)
+    identity = [[shard.name, shard.size] for shard in shards]
+    fingerprint = hashlib.sha256(json.dumps(["stream", identity]).encode()).hexdigest()[:32]
     require_same_records(position, fingerprint)
     share = ProcessShare.of(slots, batch_size)
-    snapshot = _own_snapshot(position, share, start)
+    snapshot = None
+    if position is not None:
+        streams = position.get("streams", {})
+        if share.name not in streams:
+            raise InputError(
+                f"data.format is stream: the run was of {len(streams)} processes with other samples; use as many again"
+            )
+        snapshot = streams[share.name]
+    elif start:
+        raise InputError(f"data.format is stream: cannot begin at step {start} without the position of a run")
     route = ShardAssignment(shards, share, seed)
-    place = StreamPosition(*snapshot["place"]) if snapshot else StreamPosition(0, 0, 0)
-    buffers = Buffers(Stream(route, config.patience, place), route, choice.wanted, config.buffer, seed)
+    begin = StreamPosition(*snapshot["place"]) if snapshot else StreamPosition(0, 0, 0)
+    buffers = Buffers(Stream(route, config.patience, begin), route, choice.wanted, config.buffer, seed)
     if snapshot:
         buffers.restore(snapshot)
     plan = StreamPlan(choice, buffers, share, fingerprint, start, kept=config.prefetch + 16)
     return StreamLoader(plan, MakeFromRaw(config, seed), config, start)
-
-
-def _fingerprint(shards: Sequence[Shard]) -> str:
-    identity = [[shard.name, shard.size] for shard in shards]
-    return hashlib.sha256(json.dumps(["stream", identity]).encode()).hexdigest()[:32]
-
-
-def _own_snapshot(position: Mapping[str, Any] | None, share: ProcessShare, start: int) -> dict[str, Any] | None:
-    if position is None:
-        if start:
-            raise InputError(f"data.format is stream: step {start} cannot be begun at without the position of a run")
-        return None
-    streams = position.get("streams", {})
-    if share.name not in streams:
-        raise InputError(
-            f"data.format is stream: the run was of {len(streams)} processes with other samples; take as many again"
-        )
-    return streams[share.name]

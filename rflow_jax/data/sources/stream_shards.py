@@ -1,7 +1,7 @@
-"""Which records one process reads from a stream of shards, and in which order.
+"""The records that one process reads from a stream of shards, and their order.
 
-Processes share the shards of an epoch, each reading its own part; parts move on from epoch to epoch. Where there are
-fewer shards than processes, all read all shards and each keeps every n-th record of n processes.
+Processes split the shards of an epoch, and the split rotates from epoch to epoch. With fewer shards than processes, all
+read all shards and each of n processes keeps every n-th record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sampling import SHARD_ORDER, random_words
-from rflow_jax.data.sources.tar_index import SUBSET, DamagedTar, Sample, headers, open_tar, samples, subset_of
+from rflow_jax.data.sources.tar_index import SUBSET, DamagedTar, headers, open_tar, samples, subset_of
 from rflow_jax.data.storage.http import http_get
 from rflow_jax.data.storage.retry import RetryPolicy, TransientError, is_http, with_retries
 from rflow_jax.data.storage.shards import PIPE, RangeFile, Shard
@@ -29,10 +29,10 @@ from rflow_jax.errors import InputError
 
 
 class StreamPosition(NamedTuple):
-    """Where a record lies in the stream of one process.
+    """The position of a record in the stream of one process.
 
     Attributes:
-        epoch: how often the shards have been gone through before.
+        epoch: how often all shards have been read before.
         shard: its number in this epoch's order.
         sample: its number in the shard.
     """
@@ -45,17 +45,13 @@ class StreamPosition(NamedTuple):
 class BufferedSample(NamedTuple):
     """A record in a buffer."""
 
-    place: StreamPosition
+    position: StreamPosition
     raw: RawSample
 
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """The part of the samples and of the stream that is one process's.
-
-    Attributes:
-        own: of ``parts`` parts.
-    """
+    """One process's share of the samples (``slots``) and of the stream (``own``, out of ``parts``)."""
 
     slots: tuple[int, ...]
     own: frozenset[int]
@@ -63,7 +59,7 @@ class ProcessShare:
 
     @classmethod
     def of(cls, slots: Sequence[int], batch_size: int) -> ProcessShare:
-        """From the slots alone, so that processes with the same slots read the same."""
+        """The share of a process; depends on the slots alone, so that equal slots read equal records."""
         size, first = len(slots), slots[0]
         if list(slots) == list(range(first, first + size)) and batch_size % size == 0 and first % size == 0:
             return cls(tuple(slots), frozenset([first // size]), batch_size // size)
@@ -71,12 +67,12 @@ class ProcessShare:
 
     @property
     def name(self) -> str:
-        """Of this process's part of a position."""
+        """The key of this process in a position."""
         return ",".join(map(str, self.slots))
 
 
 class ShardAssignment:
-    """Which records of which shards one process reads, epoch by epoch."""
+    """Assigns shards and records to one process, epoch by epoch."""
 
     def __init__(self, shards: Sequence[Shard], share: ProcessShare, seed: int):
         self._shards, self._share, self._seed = shards, share, seed
@@ -84,65 +80,62 @@ class ShardAssignment:
 
     @property
     def patience(self) -> int:
-        """After so many shards without a record of some subset there is none."""
+        """The number of shards without a record of a subset after which there is none."""
         return (1 + (self._share.parts > 1) * self._share.parts) * len(self._shards) + 1
 
     def shards(self, epoch: int) -> list[Shard]:
-        """The shards of an epoch, in their order. Over as many epochs as there are parts, each process reads all."""
+        """The shards of an epoch, in order. Over as many epochs as there are parts, each process reads all."""
         turn = epoch // self._share.parts if self._dealt else epoch
         words = random_words(self._seed, SHARD_ORDER, (turn, 0), len(self._shards))
         order = np.argsort(words, kind="stable").tolist()
         return [self._shards[i] for n, i in enumerate(order) if not self._dealt or self._is_own(n + epoch)]
 
-    def takes(self, place: StreamPosition, number: int) -> bool:
-        """Whether a record is read, that has this number in its subset and shard."""
-        return self._dealt or self._is_own(number + place.epoch)
+    def takes(self, position: StreamPosition, number: int) -> bool:
+        """Whether this process takes the record with this number in its subset and shard."""
+        return self._dealt or self._is_own(number + position.epoch)
 
     def _is_own(self, number: int) -> bool:
         return number % self._share.parts in self._share.own
 
 
 class Stream:
-    """The records of one process, one after the other and for ever, from any place on."""
+    """The endless records of one process, from any position on; ``position`` is that of the next sample."""
 
-    def __init__(self, route: ShardAssignment, patience: RetryPolicy, place: StreamPosition = StreamPosition(0, 0, 0)):
-        self._route, self._patience = route, patience
-        self.place = place  # of the next sample
+    def __init__(
+        self, route: ShardAssignment, patience: RetryPolicy, position: StreamPosition = StreamPosition(0, 0, 0)
+    ):
+        self._route, self._patience, self.position = route, patience, position
         self._open: Iterator[tuple[StreamPosition, RawSample]] | None = None
-        self._shards = route.shards(place.epoch)
+        self._shards = route.shards(position.epoch)
 
     def read(self) -> tuple[StreamPosition, RawSample] | None:
-        """The next sample with its place; None at the end of a shard."""
+        """The next sample with its position; None at the end of a shard."""
         if self._open is None:
-            self._open = self._read(self.place)
+            self._open = self._read(self.position)
         found = next(self._open, None)
         if found is not None:
-            self.place = found[0]._replace(sample=found[0].sample + 1)
+            self.position = found[0]._replace(sample=found[0].sample + 1)
             return found
         self._open = None
-        epoch, shard, _ = self.place
-        self.place = StreamPosition(epoch, shard + 1, 0)
-        if self.place.shard >= len(self._shards):
-            self.place = StreamPosition(epoch + 1, 0, 0)
+        epoch, shard, _ = self.position
+        self.position = StreamPosition(epoch, shard + 1, 0)
+        if self.position.shard >= len(self._shards):
+            self.position = StreamPosition(epoch + 1, 0, 0)
             self._shards = self._route.shards(epoch + 1)
         return None
 
-    def items(self, places: Sequence[StreamPosition]) -> dict[StreamPosition, BufferedSample]:
-        """The records at these places, read again.
-
-        Raises:
-            InputError: one is not there any more.
-        """
+    def items(self, positions: Sequence[StreamPosition]) -> dict[StreamPosition, BufferedSample]:
+        """Reads the records at these positions again; raises InputError if one is missing."""
         found: dict[StreamPosition, BufferedSample] = {}
-        for epoch, shard in sorted({place[:2] for place in places}):
-            wanted = {place for place in places if place[:2] == (epoch, shard)}
+        for epoch, shard in sorted({position[:2] for position in positions}):
+            wanted = {position for position in positions if position[:2] == (epoch, shard)}
             begin = StreamPosition(epoch, shard, 0)
-            for place, raw in Stream(self._route, self._patience, begin)._read(begin):
-                if place in wanted and not raw.trouble:
-                    found[place] = BufferedSample(place, raw)
-                if place.sample >= max(wanted).sample:
+            for position, raw in Stream(self._route, self._patience, begin)._read(begin):
+                if position in wanted and not raw.trouble:
+                    found[position] = BufferedSample(position, raw)
+                if position.sample >= max(wanted).sample:
                     break
-        if missing := set(places) - found.keys():
+        if missing := set(positions) - found.keys():
             shard = self._route.shards(min(missing).epoch)[min(missing).shard]
             raise InputError(
                 f"{shard.shown}: sample {min(missing).sample} is not there any more, so it cannot be resumed"
@@ -150,16 +143,16 @@ class Stream:
         return found
 
     def _read(self, begin: StreamPosition) -> Iterator[tuple[StreamPosition, RawSample]]:
-        """The samples of a shard that this process takes; the numbers of those before are counted."""
+        """The samples of a shard that this process takes, from ``begin`` on."""
         shard = self._shards[begin.shard]
         counts: dict[str, int] = dict.fromkeys(SUBSETS, 0)
         for number, raw in enumerate(read_shard(shard, self._patience)):
-            place = begin._replace(sample=number)
-            taken = bool(raw.trouble) or self._route.takes(place, counts[raw.subset])
+            position = begin._replace(sample=number)
+            taken = bool(raw.trouble) or self._route.takes(position, counts[raw.subset])
             if not raw.trouble:
                 counts[raw.subset] += 1
             if taken and number >= begin.sample:
-                yield place, raw
+                yield position, raw
 
 
 _BLOCK = 1 << 20
@@ -183,8 +176,8 @@ class RawSample(NamedTuple):
 def read_shard(shard: Shard, patience: RetryPolicy) -> Iterator[RawSample]:
     """The samples of a shard.
 
-    After a broken connection it is read from its beginning again, and what came before is passed over. What makes the
-    rest of it unreadable is its last sample, one with a trouble and without a key: damage, or no answer.
+    After a broken connection it is read from the beginning again, and earlier samples are skipped. If the rest cannot
+    be read, the last sample has no key and says why: damage, or no answer.
     """
     reader: Iterator[RawSample] | None = None
     done = 0
@@ -220,7 +213,12 @@ def _read_once(shard: Shard, patience: RetryPolicy, skip: int) -> Iterator[RawSa
                 break
             number += 1
             if number > skip:
-                yield _raw(sample)
+                named = sample.found[SUBSET]
+                subset = None if named is None else subset_of(named)
+                if sample.trouble or subset is None:
+                    yield RawSample(sample.key, "", [], sample.trouble or "has an unknown subset")
+                else:
+                    yield RawSample(sample.key, SUBSETS[subset], [content or b"" for content in sample.found])
     if damage and number >= skip:
         yield RawSample("", "", [], f"{shard.shown}: {damage[0]}; {number} samples before it")
 
@@ -239,21 +237,8 @@ def _members(file: Any, damage: list[str]) -> Iterator[tuple[str, bytes]]:
         damage.append(str(error) or type(error).__name__)
 
 
-def _raw(sample: Sample[bytes]) -> RawSample:
-    named = sample.found[SUBSET]
-    subset = None if named is None else subset_of(named)
-    if sample.trouble or subset is None:
-        return RawSample(sample.key, "", [], sample.trouble or "has an unknown subset")
-    return RawSample(sample.key, SUBSETS[subset], [content or b"" for content in sample.found])
-
-
 def _open(shard: Shard, patience: RetryPolicy, stack: ExitStack) -> Any:
-    """Something to read from; what must be closed again goes onto the stack.
-
-    Raises:
-        TransientError: another attempt may help.
-        InputError: none will.
-    """
+    """A readable file of a shard, to be closed by the stack."""
     if shard.is_pipe:
         return _Pipe(shard, patience, stack)
     if is_http(shard.url):
@@ -270,7 +255,7 @@ def _open(shard: Shard, patience: RetryPolicy, stack: ExitStack) -> Any:
 
 
 class _Chunks:
-    """Pieces of any size as a file."""
+    """A file of chunks of any size."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks, self._rest, self._at = chunks, b"", 0
@@ -289,12 +274,12 @@ class _Chunks:
 
 
 class _Pipe:
-    """What a shell command writes. It is ended when it is silent for too long, and when it is not read to its end."""
+    """The output of a shell command, which is killed if it is silent too long or not read to its end."""
 
     def __init__(self, shard: Shard, patience: RetryPolicy, stack: ExitStack):
         self._shard, self._patience = shard, patience
         command = shard.url.removeprefix(PIPE)
-        # A session of its own, so that all that the shell has started ends with it.
+        # In its own session, so that everything the shell has started ends with it.
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
         stack.callback(self._end)
         assert self._process.stdout is not None
@@ -310,15 +295,14 @@ class _Pipe:
         if not self._ready.select(self._patience.timeout):
             raise TransientError(f"no byte for {self._patience.timeout:g} s")
         data = os.read(self._fd, _BLOCK)
-        if not data and (status := self._status()):
-            raise TransientError(f"the command ended with status {status}")
+        if not data:
+            try:
+                status = self._process.wait(self._patience.timeout)
+            except subprocess.TimeoutExpired as error:
+                raise TransientError("the command does not end") from error
+            if status:
+                raise TransientError(f"the command ended with status {status}")
         return data
-
-    def _status(self) -> int:
-        try:
-            return self._process.wait(self._patience.timeout)
-        except subprocess.TimeoutExpired as error:
-            raise TransientError("the command does not end") from error
 
     def _end(self) -> None:
         assert self._process.stdout is not None

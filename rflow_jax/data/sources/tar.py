@@ -1,4 +1,4 @@
-"""GenRef in tar shards, with random access: one ranged read for each record."""
+"""GenRef in tar shards with random access: about one ranged read for each record."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from rflow_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# Members are read together if no more than this lies between them: a second request costs more.
+# Members are read together if no more bytes than this are between them: a second request costs more.
 _LARGEST_GAP = 1 << 16
 
 
 class TarSource:
-    """The records of indexed shards; a ``RecordSource``.
-
-    The records of a subset are in the order of the shards and of the samples in them.
+    """The records of indexed shards, in the order of the shards and of their samples; a ``RecordSource``.
 
     Attributes:
-        unusable: samples that were left out; a warning has named some.
+        unusable: the number of samples left out; a warning names some.
 
     Raises:
         InputError: there is no usable sample.
@@ -40,7 +38,16 @@ class TarSource:
         subsets = np.concatenate([index.subsets for index in indexes]) if indexes else np.zeros(0, np.uint8)
         self._rows = {name: np.flatnonzero(subsets == number) for number, name in enumerate(SUBSETS)}
         self.unusable = sum(index.troubles.samples for index in indexes)
-        self._report()
+        named = []
+        for shard, index in zip(shards, indexes, strict=True):
+            if index.troubles.damage:
+                log.warning("%s: %s; %d samples before it", shard.shown, index.troubles.damage, len(index))
+            named += [f"{shard.shown}: {name}" for name in index.troubles.named]
+        if not len(subsets):
+            raise InputError(named[0] if named else "the shards contain no sample (KEY.good_image.jpg and so on)")
+        if named:
+            total = self.unusable + len(subsets)
+            log.warning("%d of %d samples cannot be used: %s", self.unusable, total, "; ".join(named[:5]))
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -49,7 +56,7 @@ class TarSource:
 
     @property
     def fingerprint(self) -> str:
-        """The same wherever the shards lie: of their names, sizes, samples and order."""
+        """A hash of the shards' names, sizes, samples and order, independent of their location."""
         pairs = zip(self._shards, self._indexes, strict=True)
         identity = [[shard.name, shard.size, len(index)] for shard, index in pairs]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -58,9 +65,8 @@ class TarSource:
         """Reads one record.
 
         Raises:
-            RecordError: a text or picture of it cannot be used.
-            InputError: its shard changed, is gone or does not answer.
-            IndexError: the subset has no such record.
+            RecordError: a text or image of it cannot be used.
+            InputError: its shard changed, is missing or does not answer.
         """
         rows = self._rows[subset]
         if not 0 <= index < len(rows):
@@ -68,32 +74,15 @@ class TarSource:
         number = int(np.searchsorted(self._ends, rows[index], side="right"))
         found = self._indexes[number]
         row = int(rows[index] - self._ends[number]) + len(found)
-        members = self._members(self._shards[number], found.offsets[row].tolist(), found.sizes[row].tolist())
-        return make_record(found.key(row), subset, members)
-
-    def _members(self, shard: Shard, offsets: list[int], sizes: list[int]) -> list[bytes]:
+        offsets, sizes = found.offsets[row].tolist(), found.sizes[row].tolist()
         members = [b""] * len(MEMBERS)
         for group in _neighbours(offsets, sizes):
             start = offsets[group[0]]
             length = max(offsets[i] + sizes[i] for i in group) - start
-            data = read_range(shard, start, length, self._patience)
+            data = read_range(self._shards[number], start, length, self._patience)
             for i in group:
                 members[i] = data[offsets[i] - start : offsets[i] - start + sizes[i]]
-        return members
-
-    def _report(self) -> None:
-        named = []
-        for shard, index in zip(self._shards, self._indexes, strict=True):
-            if index.troubles.damage:
-                log.warning("%s: %s; %d samples before it", shard.shown, index.troubles.damage, len(index))
-            named += [f"{shard.shown}: {one}" for one in index.troubles.named]
-        total = sum(self.counts.values())
-        if total == 0:
-            raise InputError(named[0] if named else "the shards hold no sample (KEY.good_image.jpg and its fellows)")
-        if named:
-            log.warning(
-                "%d of %d samples cannot be used: %s", self.unusable, self.unusable + total, "; ".join(named[:5])
-            )
+        return make_record(found.key(row), subset, members)
 
 
 def open_tars(
@@ -104,7 +93,7 @@ def open_tars(
     threads: int = 16,
     show: bool = True,
 ) -> TarSource:
-    """Looks up shards, indexes what is not in the cache, and gives access to their records.
+    """Looks up shards, indexes those not in the cache, and gives access to their records.
 
     Args:
         patterns: as in :func:`~rflow_jax.data.storage.shards.expand`.
@@ -121,7 +110,7 @@ def open_tars(
 
 
 def _neighbours(offsets: list[int], sizes: list[int]) -> list[list[int]]:
-    """Members in the order in which they lie, in groups that are worth one read each."""
+    """Members by offset, in groups that are read at once."""
     groups: list[list[int]] = []
     end = 0
     for i in sorted(range(len(offsets)), key=offsets.__getitem__):

@@ -1,4 +1,4 @@
-"""The members of a tar of GenRef, grouped to samples the way WebDataset does."""
+"""Indexes of GenRef's tars: members, grouped to samples the way WebDataset does."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 # The same split as webdataset.tariterators.base_plus_ext: the key ends at the first dot of the base name.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
-# A plain TarFile takes these for the end of the archive. They are not in the type stubs.
+# A plain TarFile takes these for the end of the archive. They are missing in the type stubs.
 _BAD_HEADERS: tuple[type[Exception], ...] = tuple(
     getattr(tarfile, name) for name in ("InvalidHeaderError", "TruncatedHeaderError", "EmptyHeaderError")
 )
 
 
 class DamagedTar(Exception):
-    """A tar that cannot be read on from here; says why."""
+    """A tar that cannot be read further; says why."""
 
 
 @dataclass
 class Sample(Generic[T]):
-    """Members that follow each other and share a key.
+    """Consecutive members with the same key.
 
     Attributes:
-        found: for each of :data:`MEMBERS` what was found; None where there is none.
+        found: the content of each of :data:`MEMBERS`, or None.
         trouble: why it cannot be used; empty if it can.
     """
 
@@ -57,7 +57,7 @@ class Sample(Generic[T]):
     trouble: str = ""
 
     def check(self) -> Sample[T]:
-        """Itself, with its trouble said if a member is missing."""
+        """Itself, with ``trouble`` set if a member is missing."""
         missing = [name for name, one in zip(MEMBERS, self.found, strict=True) if one is None]
         if missing and not self.trouble:
             self.trouble = f"has no {' and no '.join(missing)}"
@@ -65,7 +65,7 @@ class Sample(Generic[T]):
 
 
 class _Header(TarInfo):
-    """A header that is not taken for the end of the tar when it is damaged or cut."""
+    """A header that raises when it is damaged or truncated, instead of ending the tar."""
 
     @classmethod
     def fromtarfile(cls, tarfile: TarFile) -> TarInfo:
@@ -76,10 +76,7 @@ class _Header(TarInfo):
 
 
 def open_tar(file: Any, *, stream: bool) -> TarFile:
-    """A tar whose damage shows as an error.
-
-    Args:
-        file: seekable, unless it is a stream, which may be compressed too.
+    """A tar whose damage raises an error; a stream need not be seekable, and may be compressed.
 
     Raises:
         DamagedTar: it does not begin like a tar.
@@ -91,11 +88,7 @@ def open_tar(file: Any, *, stream: bool) -> TarFile:
 
 
 def headers(tar: TarFile) -> Iterator[TarInfo]:
-    """The regular files of a tar, one after the other; memory does not grow.
-
-    Raises:
-        DamagedTar: the tar is damaged or cut here.
-    """
+    """The regular files of a tar, in constant memory; raises DamagedTar where it is damaged or truncated."""
     try:
         while (header := tar.next()) is not None:
             vars(tar)["members"] = []  # it would keep them all
@@ -106,22 +99,21 @@ def headers(tar: TarFile) -> Iterator[TarInfo]:
 
 
 def samples(members: Iterable[tuple[str, T]]) -> Iterator[Sample[T]]:
-    """Groups members that follow each other; those of other data sets and lone files are left out.
-
-    Args:
-        members: name in the tar, and what stands for its content.
-    """
+    """Groups consecutive (name, content) members; those of other data sets and lone files are left out."""
     current: Sample[T] | None = None
     for name, content in members:
         match = _NAME.fullmatch(name)
         if match is None:
             continue
-        key, member = match[1], _member(match[2].lower())
+        key, rest = match[1], match[2].lower()
+        stem, _, extension = rest.rpartition(".")
+        name = stem if extension in _EXTENSIONS else rest
         if current is not None and key != current.key:
             yield current.check()
             current = None
-        if member is None:
+        if name not in MEMBERS:
             continue
+        member = MEMBERS.index(name)
         if current is None:
             current = Sample(key, [None] * len(MEMBERS))
         if current.found[member] is not None:
@@ -132,7 +124,7 @@ def samples(members: Iterable[tuple[str, T]]) -> Iterator[Sample[T]]:
 
 
 def subset_of(text: bytes) -> int | None:
-    """The place in :data:`~rflow_jax.data.records.SUBSETS` of what a ``subset.txt`` says; None if not there."""
+    """The index in :data:`~rflow_jax.data.records.SUBSETS` of the content of a ``subset.txt``; None if unknown."""
     name = text.decode("utf-8", "replace").strip()
     return SUBSETS.index(name) if name in SUBSETS else None
 
@@ -141,7 +133,7 @@ def make_record(key: str, subset: str, members: list[bytes]) -> Record:
     """A record from the contents of its members.
 
     Raises:
-        RecordError: a text is no UTF-8, or a picture is empty.
+        RecordError: a text is not UTF-8, or an image is empty.
     """
     for member in (GOOD, BAD):
         if not members[member]:
@@ -153,27 +145,20 @@ def make_record(key: str, subset: str, members: list[bytes]) -> Record:
     return Record(key, subset, prompt, reflection, members[GOOD], members[BAD])
 
 
-def _member(rest: str) -> int | None:
-    """Which member it is, of what follows the key; None for one that is none of ours."""
-    stem, _, extension = rest.rpartition(".")
-    name = stem if extension in _EXTENSIONS else rest
-    return MEMBERS.index(name) if name in MEMBERS else None
-
-
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _LONGEST_SUBSET = 64
-_NAMED = 5  # samples that are named, of those that cannot be used
+_NAMED = 5  # unusable samples to name
 _BUFFER = 8192
 
 
 @dataclass
 class Troubles:
-    """What cannot be used of a shard.
+    """The unusable parts of a shard.
 
     Attributes:
-        samples: how many samples.
+        samples: the number of unusable samples.
         named: the first of them, and why.
         damage: why the shard cannot be read to its end; empty if it can.
     """
@@ -182,23 +167,17 @@ class Troubles:
     named: list[str] = field(default_factory=list)
     damage: str = ""
 
-    def add(self, sample: Sample[Any]) -> None:
-        """Counts a sample, and names it if it is one of the first."""
-        self.samples += 1
-        if len(self.named) < _NAMED:
-            self.named.append(f"{sample.key} {sample.trouble}")
-
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one shard, n of them.
+    """The n samples of one shard.
 
     Attributes:
-        keys: their names, one after the other in UTF-8.
-        key_ends: [n] int64; where each ends in ``keys``.
+        keys: their names, concatenated in UTF-8.
+        key_ends: [n] int64; the end of each in ``keys``.
         offsets: [n, 5] int64; the first byte of each member, in the order of ``MEMBERS``.
         sizes: [n, 5] int64; bytes of each member.
-        subsets: [n] uint8; places in ``SUBSETS``.
+        subsets: [n] uint8; indexes in ``SUBSETS``.
         troubles: what was left out.
     """
 
@@ -221,7 +200,7 @@ class ShardIndex:
 _File = BinaryIO | RangeFile
 
 
-class _Place(NamedTuple):
+class _Extent(NamedTuple):
     start: int
     size: int
     subset: int | None = None
@@ -238,18 +217,25 @@ def index_shards(
     """An index of each shard: from the cache, or else from the shard's headers.
 
     Args:
-        cache: folder of the kept indexes, one file a shard; a damaged one is made anew.
+        cache: folder of cached indexes, one file per shard; a damaged one is rebuilt.
         threads: shards read at once.
         show: draw a progress bar.
 
     Raises:
-        InputError: a shard is no tar, is gone, does not answer, or cannot be read by range.
+        InputError: a shard is not a tar, is missing, does not answer, or cannot be read by range.
     """
     with count_progress(show) as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task("Indexing shards", total=len(shards))
 
         def index(shard: Shard) -> ShardIndex:
-            found = _indexed(shard, cache, patience)
+            if shard.is_pipe:
+                raise InputError(f"{shard.shown}: a pipe cannot be indexed; stream it")
+            identity = json.dumps([_FORMAT, shard.url, shard.size, shard.version])
+            file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+            found = _load(file)
+            if found is None:
+                found = build_index(shard, patience)
+                _save(file, found)
             progress.advance(task)
             return found
 
@@ -261,32 +247,36 @@ def index_shards(
             raise
 
 
-def _indexed(shard: Shard, cache: Path, patience: RetryPolicy) -> ShardIndex:
-    if shard.is_pipe:
-        raise InputError(f"{shard.shown}: a pipe cannot be indexed; stream it")
-    identity = json.dumps([_FORMAT, shard.url, shard.size, shard.version])
-    file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    kept = _load(file)
-    if kept is not None:
-        return kept
-    made = build_index(shard, patience)
-    _save(file, made)
-    return made
-
-
 def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> ShardIndex:
-    """Reads the headers and ``subset.txt`` of each sample, and no picture.
-
-    Raises:
-        InputError: as :func:`index_shards`.
-    """
+    """Reads the headers and ``subset.txt`` of each sample, but no image; raises as :func:`index_shards`."""
     with _open(shard, patience) as file:
         try:
             tar = open_tar(file, stream=False)
         except DamagedTar as error:
             raise InputError(f"{shard.shown}: {error}; fetch it again, or stream it if it is compressed") from error
         troubles = Troubles()
-        return _pack(_usable(samples(_places(tar, file, troubles)), troubles), troubles)
+        keys, offsets, sizes, subsets = [], [], [], []
+        for sample in samples(_extents(tar, file, troubles)):
+            extents = [extent or _Extent(0, 0) for extent in sample.found]
+            if not sample.trouble and extents[SUBSET].subset is None:
+                sample.trouble = "has an unknown subset"
+            if not sample.trouble:
+                keys.append(sample.key.encode("utf-8", "surrogateescape"))
+                offsets.append([extent.start for extent in extents])
+                sizes.append([extent.size for extent in extents])
+                subsets.append(extents[SUBSET].subset)
+            elif not (troubles.damage and "has no" in sample.trouble):  # the one at the cut is the damage
+                troubles.samples += 1
+                if len(troubles.named) < _NAMED:
+                    troubles.named.append(f"{sample.key} {sample.trouble}")
+    return ShardIndex(
+        np.frombuffer(b"".join(keys), np.uint8),
+        np.cumsum([len(key) for key in keys], dtype=np.int64),
+        np.asarray(offsets, np.int64).reshape(-1, len(MEMBERS)),
+        np.asarray(sizes, np.int64).reshape(-1, len(MEMBERS)),
+        np.asarray(subsets, np.uint8),
+        troubles,
+    )
 
 
 def _open(shard: Shard, patience: RetryPolicy) -> _File:
@@ -297,12 +287,12 @@ def _open(shard: Shard, patience: RetryPolicy) -> _File:
     except OSError as error:
         raise InputError(f"{shard.url}: cannot be read ({error.strerror})") from error
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would fetch the pictures
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # read-ahead would fetch the images
     return file
 
 
-def _places(tar: tarfile.TarFile, file: _File, troubles: Troubles) -> Iterator[tuple[str, _Place]]:
-    """Name and place of each member, up to where the tar is damaged."""
+def _extents(tar: tarfile.TarFile, file: _File, troubles: Troubles) -> Iterator[tuple[str, _Extent]]:
+    """Name and byte extent of each member, up to where the tar is damaged."""
     total = file.seek(0, os.SEEK_END)
     try:
         for header in headers(tar):
@@ -312,38 +302,9 @@ def _places(tar: tarfile.TarFile, file: _File, troubles: Troubles) -> Iterator[t
             if header.name.lower().endswith(MEMBERS[SUBSET]) and header.size <= _LONGEST_SUBSET:
                 file.seek(header.offset_data)
                 subset = subset_of(file.read(header.size))
-            yield header.name, _Place(header.offset_data, header.size, subset)
+            yield header.name, _Extent(header.offset_data, header.size, subset)
     except DamagedTar as error:
         troubles.damage = str(error)
-
-
-def _usable(found: Iterable[Sample[_Place]], troubles: Troubles) -> Iterator[Sample[_Place]]:
-    for sample in found:
-        place = sample.found[SUBSET]
-        if not sample.trouble and place is not None and place.subset is None:
-            sample.trouble = "has an unknown subset"
-        if not sample.trouble:
-            yield sample
-        elif not (troubles.damage and "has no" in sample.trouble):  # the one at the cut is the damage
-            troubles.add(sample)
-
-
-def _pack(usable: Iterable[Sample[_Place]], troubles: Troubles) -> ShardIndex:
-    keys, offsets, sizes, subsets = [], [], [], []
-    for sample in usable:
-        places = [place or _Place(0, 0) for place in sample.found]
-        keys.append(sample.key.encode("utf-8", "surrogateescape"))
-        offsets.append([place.start for place in places])
-        sizes.append([place.size for place in places])
-        subsets.append(places[SUBSET].subset)
-    return ShardIndex(
-        np.frombuffer(b"".join(keys), np.uint8),
-        np.cumsum([len(key) for key in keys], dtype=np.int64),
-        np.asarray(offsets, np.int64).reshape(-1, len(MEMBERS)),
-        np.asarray(sizes, np.int64).reshape(-1, len(MEMBERS)),
-        np.asarray(subsets, np.uint8),
-        troubles,
-    )
 
 
 def _load(file: Path) -> ShardIndex | None:
@@ -368,7 +329,7 @@ def _save(file: Path, index: ShardIndex) -> None:
             temporary = out.name
             np.savez(out, **arrays)
         os.replace(temporary, file)
-    except OSError as error:  # a full or read-only disk costs time at the next start, no more
+    except OSError as error:  # a full or read-only disk only costs time at the next start
         log.warning("%s: the index is not kept (%s)", file, error)
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ _INFO = "dataset_info.json"
 
 
 class TfdsSource:
-    """The records of a data set; a ``RecordSource``. The order of a subset is that of the source it was made from.
+    """The records of a data set, in the order of the source it was made from; a ``RecordSource``.
 
     Args:
         folder: the one that holds ``dataset_info.json``.
@@ -38,7 +38,7 @@ class TfdsSource:
 
     @property
     def fingerprint(self) -> str:
-        """That of the source it was made from: a run may go on with either."""
+        """That of the source it was made from: a run may continue with either."""
         return self._fingerprint
 
     def read(self, subset: str, index: int) -> Record:
@@ -46,16 +46,17 @@ class TfdsSource:
 
         Raises:
             RecordError: it could not be read when the data set was made.
-            InputError: its file is gone or damaged.
-            IndexError: the subset has no such record.
+            InputError: its file is missing or damaged.
         """
         if not 0 <= index < self._counts[subset]:
             raise IndexError(f"{subset} {index}: there are {self._counts[subset]} records")
         if subset not in self._splits:
-            self._splits[subset] = _open_split(self._folder, subset)
+            skip = import_tfds().decode.SkipDecoding()
+            decoders = {"good_image": skip, "bad_image": skip}
+            self._splits[subset] = _builder(self._folder).as_data_source(split=subset, decoders=decoders)
         try:
             found = self._splits[subset][index]
-        except Exception as error:  # array_record raises errors of many kinds
+        except Exception as error:  # array_record raises many kinds
             raise InputError(f"{self._folder}: {subset} {index} cannot be read ({_line(error)})") from error
         if found["trouble"]:
             raise RecordError(found["trouble"].decode())
@@ -63,17 +64,17 @@ class TfdsSource:
         return Record(key, subset, prompt, reflection, found["good_image"], found["bad_image"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_splits": {}}  # open files stay with their process
+        return self.__dict__ | {"_splits": {}}  # open files are not pickled
 
 
 def open_tfds(folder: str | list[str]) -> TfdsSource:
     """Opens a data set.
 
     Args:
-        folder: what ``python -m rflow_jax.commands.dataset tfds`` was given, or the folder with ``dataset_info.json``.
+        folder: what ``rflow data tfds`` was given, or the folder with ``dataset_info.json``.
 
     Raises:
-        InputError: there is no data set of GenRef, or the package that reads it is not installed.
+        InputError: there is no data set of GenRef, or a package is not installed.
     """
     if not isinstance(folder, str):
         raise InputError("data.shards: give one folder with data.format tfds, not a list")
@@ -81,7 +82,7 @@ def open_tfds(folder: str | list[str]) -> TfdsSource:
     found = [root, *sorted((root / "genref").glob("*"))]
     home = next((path for path in found if (path / _INFO).is_file() and "incomplete" not in path.name), None)
     if home is None:
-        raise InputError(f"{root}: no data set of TFDS here; python -m rflow_jax.commands.dataset tfds makes one")
+        raise InputError(f"{root}: no data set of TFDS here; rflow data tfds makes one")
     source = TfdsSource(home.absolute())
     if not any(source.counts.values()):
         raise InputError(f"{home}: no split of it is a subset of GenRef ({', '.join(SUBSETS)})")
@@ -89,11 +90,7 @@ def open_tfds(folder: str | list[str]) -> TfdsSource:
 
 
 def import_tfds() -> Any:
-    """The package tensorflow_datasets.
-
-    Raises:
-        InputError: it, or what reads ArrayRecord, is not installed.
-    """
+    """The package tensorflow_datasets; raises InputError if it or array_record is not installed."""
     try:
         import array_record  # noqa: F401
         import tensorflow_datasets
@@ -108,13 +105,8 @@ def _builder(folder: Path) -> Any:
     tfds = import_tfds()
     try:
         return tfds.builder_from_directory(str(folder))
-    except Exception as error:  # of a damaged description it raises errors of many kinds
+    except Exception as error:  # a damaged description raises many kinds
         raise InputError(f"{folder}: no usable data set of TFDS ({_line(error)})") from error
-
-
-def _open_split(folder: Path, subset: str) -> Any:
-    skip = import_tfds().decode.SkipDecoding()
-    return _builder(folder).as_data_source(split=subset, decoders={"good_image": skip, "bad_image": skip})
 
 
 def _line(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""Where files lie: on this machine, behind HTTP, in object stores and on the Hub."""
+"""File access: on this machine, over HTTP, in object stores and on the Hub."""

@@ -1,6 +1,6 @@
-"""Files over HTTP(S) and on the Hub: how large they are, and byte ranges of them.
+"""Files over HTTP(S) and on the Hub: their sizes, and byte ranges of them.
 
-The client belongs to one process and is made when first used, so that nothing here hinders forking or pickling.
+Each process makes its client when first needed, so that nothing here hinders forking or pickling.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def probe_http(url: str, patience: RetryPolicy) -> Probe:
             if response.status_code == 200:
                 length = response.headers.get("Content-Length")
                 return Probe(int(length) if length else None, version, False)
-            total = _content_range(response)[2]
-            return Probe(total, version, True)
+            return Probe(_content_range(response)[2], version, True)
 
     return with_retries(attempt, url, patience)
 
@@ -95,7 +94,7 @@ def http_get(
 
     Raises:
         TransientError: another attempt may help.
-        InputError: none will.
+        InputError: retrying will not help.
     """
     import httpx
 

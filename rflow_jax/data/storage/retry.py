@@ -1,4 +1,4 @@
-"""How long a server is waited for: time-outs, and attempts with growing, jittered pauses."""
+"""Time-outs, and retries with exponential, jittered back-off."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SLOWEST = 64 * 1024  # bytes per second; what comes slower than this for a whole time-out is asked for again
+SLOWEST = 64 * 1024  # bytes per second; a transfer slower than this for a whole time-out is retried
 _LONGEST_RETRY_AFTER = 300.0
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a server is waited for.
+    """How long to wait for a server.
 
     Attributes:
         timeout: seconds without a byte, and the seconds by which an answer may lag behind 64 KiB/s.
@@ -40,7 +40,7 @@ class RetryPolicy:
 
 
 class TransientError(Exception):
-    """An attempt that failed in a way that another may not."""
+    """A failed attempt; another may succeed."""
 
     def __init__(self, reason: str, retry_after: float = 0.0):
         super().__init__(reason)
@@ -48,7 +48,7 @@ class TransientError(Exception):
 
 
 def is_http(url: str) -> bool:
-    """Whether the file comes over HTTP: http(s) addresses and those of the Hub."""
+    """Whether a file is fetched over HTTP: http(s) addresses and those of the Hub."""
     return url.startswith(("http://", "https://", "hf://"))
 
 
@@ -87,10 +87,10 @@ def with_retries(attempt: Callable[[], T], url: str, patience: RetryPolicy) -> T
 
 
 def enforce_min_throughput(chunks: Iterable[bytes], timeout: float) -> Iterator[bytes]:
-    """The chunks, as long as they come fast enough; time that the consumer takes does not count.
+    """The chunks, as long as they come fast enough; the consumer's own time does not count.
 
     Raises:
-        TransientError: the sender lags ``timeout`` seconds behind the slowest speed that is put up with.
+        TransientError: the sender lags ``timeout`` seconds behind the lowest speed allowed.
     """
     waited, got, source = 0.0, 0, iter(chunks)
     while True:

@@ -1,4 +1,4 @@
-"""Sizes of a FLUX transformer, and how it treats a condition."""
+"""Sizes of a FLUX transformer, its operations, and the flags of its condition."""
 
 from __future__ import annotations
 
@@ -45,11 +45,9 @@ class FluxConfig:
     def from_json(cls, config: Mapping[str, Any]) -> FluxConfig:
         """From the content of a diffusers ``transformer/config.json``; raises InputError for another network."""
         if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
-            raise InputError(f"transformer config: a {name}; this is no FLUX transformer")
-        if config.get("patch_size", 1) != 1 or config.get("out_channels") not in (
-            None,
-            config.get("in_channels"),
-        ):
+            raise InputError(f"transformer config: a {name}; this is not a FLUX transformer")
+        out_channels = config.get("out_channels")
+        if config.get("patch_size", 1) != 1 or out_channels not in (None, config.get("in_channels")):
             raise InputError("transformer config: only patch_size 1 and out_channels equal to in_channels are FLUX")
         known = {key: config[key] for key in cls.__dataclass_fields__ if key in config}
         if "axes_dims_rope" in known:
@@ -59,13 +57,13 @@ class FluxConfig:
 
 @dataclass(frozen=True)
 class ConditionFlags:
-    """How condition tokens take part; the names and defaults of the original's ``model`` config.
+    """Flags of the condition branch; the names and defaults of the original's ``model`` config.
 
     Attributes:
-        union_cond_attn: everything attends to everything; False: the condition and the rest do not see each other.
+        union_cond_attn: all tokens attend to all; False: the condition and the rest do not attend to each other.
         add_cond_attn: add the condition's attention output to the image stream (needs as many condition
             tokens as image tokens).
-        latent_lora: the LoRA also acts on image and text tokens, not on condition tokens alone.
+        latent_lora: the LoRA also acts on image and text tokens, not only on condition tokens.
     """
 
     union_cond_attn: bool = True
@@ -74,7 +72,7 @@ class ConditionFlags:
 
 
 def block_weights(config: FluxConfig) -> int:
-    """Weights of all blocks that tokens are multiplied with; modulations are not among them."""
+    """Weights of all blocks without the modulations: those that tokens are multiplied with."""
     streams = 2 * config.num_layers + config.num_single_layers
     return streams * _weights_a_token(config)
 
@@ -87,7 +85,7 @@ def forward_parts(config: FluxConfig, *, text: int, image: int, condition: int =
 
 
 def forward_flops(config: FluxConfig, *, text: int, image: int, condition: int = 0) -> float:
-    """Floating-point operations of one sample's forward pass, products and attention alone.
+    """Floating-point operations of one sample's forward pass, products and attention only.
 
     Args:
         text, image, condition: numbers of tokens.
@@ -98,15 +96,15 @@ def forward_flops(config: FluxConfig, *, text: int, image: int, condition: int =
 def training_flops(
     config: FluxConfig, *, text: int, image: int, condition: int = 0, lora: bool = True, remat: Remat = "full"
 ) -> float:
-    """Operations of one sample's training step as the device does them, what is computed again included.
+    """Operations of one sample's training step on the device, recomputation included.
 
     A product with a weight has one product for its input's gradient, and one for the weight's if that is trained;
-    attention's two products have four. ``remat`` "full" does the whole forward pass of the blocks again, "dots" only
-    attention, whose products it does not keep. Left out as in :func:`forward_flops`: adapters, modulations, what is at
-    the ends of the network, and the scores that a flash kernel makes once more in its backward pass.
+    attention's two products have four. ``remat`` "full" repeats the whole forward pass of the blocks, "dots" only
+    attention, whose products it does not keep. Left out as in :func:`forward_flops`: adapters, modulations, both ends
+    of the network, and the scores that a flash kernel computes once more in its backward pass.
 
-    ``Corrector.flops`` (training) is another figure: the model's, for a utilisation, without what
-    is computed again and with attention's gradient as one forward pass.
+    ``Corrector.flops`` (training) is another figure: the model's, for a utilisation, without recomputation and with
+    attention's gradient as one forward pass.
     """
     weights, attention = forward_parts(config, text=text, image=image, condition=condition)
     again = {"none": 0, "dots": attention, "full": weights + attention}[remat]
@@ -115,5 +113,5 @@ def training_flops(
 
 
 def _weights_a_token(config: FluxConfig) -> int:
-    """Both kinds of block hold 4 d^2 + 2 d m weights a token: q, k, v, out and the feed-forward part."""
+    """Both kinds of block have 4 d^2 + 2 d m weights a token: q, k, v, out and the feed-forward part."""
     return 4 * config.width * config.width + 2 * config.width * config.mlp_width

@@ -1,4 +1,4 @@
-"""Positions and times: rotary tables, sinusoidal time features and the small networks behind them."""
+"""The layers of FLUX: rotary positions, time features, modulations, and both kinds of block."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Rope(NamedTuple):
 def rope_table(ids: np.ndarray, axes: tuple[int, ...], theta: float) -> Rope:
     """Rotary angles of tokens at the positions ``ids``.
 
-    Computed on the host in float64: positions follow from the sizes of the images alone, and the recordings'
-    accuracy needs more than float32 angles.
+    Computed on the host in float64: positions follow from the image sizes only, and the recordings' accuracy needs more
+    than float32 angles.
 
     Args:
         ids: [s, axes] positions (0, row, column).
@@ -62,9 +62,9 @@ def apply_rope(x: Float[Array, "b s n h"], rope: Rope) -> Float[Array, "b s n h"
 def time_frequencies() -> np.ndarray:
     """The [128] angular frequencies of the time features, float32.
 
-    The angles are large, so the last bit of a frequency shows: rounded to float32 before and after the exponential, as
-    PyTorch does. PyTorch's own exponential is off the nearest number by one bit at a few of them, and at which ones
-    depends on its processor: at a guidance of 10 that bit moves a feature by 2e-4.
+    The angles are large, so the last bit of a frequency matters: rounded to float32 before and after the exponential,
+    like PyTorch. PyTorch's own exponential is off the nearest number by one bit for a few of them, depending on the
+    processor: at a guidance of 10 that bit moves a feature by 2e-4.
     """
     half = TIME_FEATURES // 2
     exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(MAX_PERIOD)) / np.float32(half)
@@ -93,15 +93,15 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Context:
-    """What every block is told besides its tokens.
+    """The arguments of every block besides its tokens.
 
     Attributes:
         rope: angles of [text, image, condition].
-        n_condition: condition tokens, the last ones of every array that holds some; 0: no condition.
-        flags: how the condition takes part.
+        n_condition: condition tokens, the last ones of every array that has some; 0: no condition.
+        flags: of the condition branch.
         condition_scale: scalar; its logarithm is added to the attention logits between the condition and the rest.
         attention: see :func:`rflow_jax.models.attention.attend`.
-        remat: what the backward pass computes again, see :data:`rflow_jax.models.stack.Remat`.
+        remat: see :data:`rflow_jax.models.options.Remat`.
     """
 
     rope: Rope
@@ -112,7 +112,7 @@ class Context:
     remat: Remat = "none"
 
     def lora_rows(self, tokens: int) -> LoraRows:
-        """The rows of an array that ends in the condition's on which the LoRA acts."""
+        """The rows that the LoRA acts on, in an array that ends in the condition's."""
         if self.flags.latent_lora:
             return ALL_ROWS
         return slice(tokens - self.n_condition, None) if self.n_condition else None
@@ -148,7 +148,7 @@ def per_token(vector: Float[Array, "b k d"], tokens: int, n_condition: int) -> F
     """Row 0 for every token but the last ``n_condition``, row 1 for these."""
     if vector.shape[1] == 1:
         return vector
-    # A select between two broadcasts is fused into what reads it; a concatenation might be written out.
+    # A select between two broadcasts is fused into its consumer; a concatenation might be written out.
     is_condition = (jnp.arange(tokens) >= tokens - n_condition)[None, :, None]
     return jnp.where(is_condition, vector[:, 1:], vector[:, :1])
 
@@ -166,8 +166,8 @@ class Modulation(Linear):
         self.chunks = chunks
 
     def __call__(self, x: Float[Array, "b k d"], lora: LoraRows = None) -> Float[Array, "b k o"]:
-        # Every channel of these few vectors is wanted everywhere. Left to itself XLA cuts them, and computes wrong
-        # gradients where a mesh has data, fsdp and tensor axes of more than one device (JAX 0.10.2).
+        # Every device needs all channels of these few vectors. Otherwise XLA cuts them, and computes wrong gradients
+        # on a mesh with data, fsdp and tensor axes of more than one device (JAX 0.10.2).
         return constrain(super().__call__(jax.nn.silu(x), lora), BATCH)
 
 
@@ -190,12 +190,9 @@ class QKV(nnx.Module):
         self.norm_k = RMSNorm(h, eps=NORM_EPS, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope, lora: LoraRows) -> tuple[Array, Array, Array]:
-        q, k, v = (self._heads(linear(x, lora)) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(x, lora).reshape(*x.shape[:-1], self.heads, -1) for linear in (self.q, self.k, self.v))
         q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
         return _whole_sequence(q), _whole_sequence(k), _whole_sequence(v)
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 class FeedForward(nnx.Module):
@@ -224,7 +221,7 @@ class Stream(nnx.Module):
 
 
 class DoubleModulation(NamedTuple):
-    """What a double-stream block's two modulations give: shift, scale, gate of the attention, then of the rest."""
+    """The output of a double-stream block's two modulations: shift, scale, gate of the attention, then of the rest."""
 
     image: Float[Array, "b k o"]
     text: Float[Array, "b 1 o"]
@@ -238,13 +235,13 @@ class DoubleBlock(nnx.Module):
         self.text = Stream(config, rngs=rngs, dtype=dtype)
 
     def modulation(self, vector: Float[Array, "b k d"], ctx: Context) -> DoubleModulation:
-        """Depends on the time, the guidance and the pooled text alone, and not on any token."""
+        """Depends only on the time, the guidance and the pooled text, not on any token."""
         return DoubleModulation(self.image.mod(vector, ctx.lora_vectors), self.text.mod(vector[:, :1], ctx.lora_text))
 
     def __call__(
         self, text: Float[Array, "b t d"], image: Float[Array, "b ic d"], modulation: DoubleModulation, ctx: Context
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b ic d"]]:
-        """``image`` holds image tokens, then condition tokens."""
+        """``image`` consists of image tokens, then condition tokens."""
         t, c = text.shape[1], ctx.n_condition
         text_rope, image_rope = (Rope(*(part[rows] for part in ctx.rope)) for rows in (slice(t), slice(t, None)))
         text_mod = per_token_chunks(modulation.text, 6, t, 0)
@@ -278,13 +275,13 @@ class SingleBlock(nnx.Module):
         self.out = Linear(d + m, d, rngs=rngs, dtype=dtype)
 
     def modulation(self, vector: Float[Array, "b k d"], ctx: Context) -> Float[Array, "b k o"]:
-        """shift, scale, gate; depends on the time, the guidance and the pooled text alone."""
+        """shift, scale, gate; depends only on the time, the guidance and the pooled text."""
         return self.mod(vector, ctx.lora_vectors)
 
     def __call__(
         self, x: Float[Array, "b s d"], modulation: Float[Array, "b k o"], ctx: Context
     ) -> Float[Array, "b s d"]:
-        """``x`` holds text, image and condition tokens."""
+        """``x`` consists of text, image and condition tokens."""
         rows = ctx.lora_rows(x.shape[1])
         shift, scale, gate = per_token_chunks(modulation, 3, x.shape[1], ctx.n_condition)
         y = modulate(x, shift, scale)
@@ -294,11 +291,11 @@ class SingleBlock(nnx.Module):
 
 
 def _whole_sequence(x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:
-    """Tokens cut over the mesh are exchanged for heads before streams are joined: no join is then across devices."""
+    """Exchanges tokens cut over the mesh for heads before streams are joined, so that no join is across devices."""
     return constrain(x, BATCH, None, HEADS) if has_axis(SEQUENCE) else x
 
 
 def _merge_heads(x: Float[Array, "b s n h"]) -> Float[Array, "b s d"]:
-    """Heads side by side; on a mesh that cuts tokens, each device has its own again."""
+    """Joins the heads; on a mesh that cuts tokens, each device gets its own tokens again."""
     x = x.reshape(*x.shape[:2], -1)
     return constrain(x, BATCH, TOKENS, (TENSOR,)) if has_axis(SEQUENCE) else x

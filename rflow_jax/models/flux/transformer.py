@@ -31,13 +31,13 @@ from rflow_jax.models.partitioning import BATCH, TOKENS, constrain
 from rflow_jax.models.stack import blocks_of, of_some_blocks, over_blocks, stack_blocks
 from rflow_jax.typing import Array, Float
 
-CONDITION_GUIDANCE = 1.0  # the guidance the condition's modulation vector is made with
+CONDITION_GUIDANCE = 1.0  # the guidance of the condition's modulation vector
 
 
 class Modulations(NamedTuple):
-    """What every block is modulated with; the last one is the head's.
+    """The modulations of every block and of the head.
 
-    Lists for blocks that are written out; arrays with a leading dimension of blocks for stacked ones.
+    Lists for a list of blocks; arrays with a leading dimension of blocks for stacked ones.
     """
 
     double: list[DoubleModulation] | DoubleModulation
@@ -89,17 +89,17 @@ class FluxTransformer(nnx.Module):
         """The velocity x_1 - x_0 at x_t = (1 - t) x_0 + t x_1.
 
         Args:
-            latents: packed noisy latents x_t; their dtype is the one computed in.
+            latents: packed noisy latents x_t; their dtype is that of the computation.
             text: T5's hidden states.
             pooled: CLIP's pooled embedding.
             t: time in [0, 1], 1 is noise.
             rope: angles of [text, image, condition] (:func:`rflow_jax.flow.latents.rope_for`).
-            guidance: the distilled guidance, as the user says it (3.5); unused by networks without it.
+            guidance: the distilled guidance in the user's units (3.5); unused by networks without it.
             condition: packed clean latents of the image to correct.
             c_t: the condition's time.
             condition_scale: strength of the attention between the condition and the rest; None is 1.
             flags, attention: see their classes.
-            remat: what training computes again to save memory, see :data:`rflow_jax.models.stack.Remat`.
+            remat: see :data:`rflow_jax.models.options.Remat`.
 
         Raises:
             InputError: flags that exclude each other, or that don't fit the number of tokens.
@@ -119,8 +119,8 @@ class FluxTransformer(nnx.Module):
     ) -> Modulations:
         """The modulations of every block, which depend on no token.
 
-        A sampler makes those of all its steps at once, the steps as one batch: their weights are a quarter of the
-        network's, and are then read once for an image and not once for each step.
+        A sampler computes those of all its steps in one batch: their weights are a quarter of the network's, and are
+        then read once per image instead of once per step.
         """
         vector = self.embed_vectors(t, guidance, pooled, c_t, dtype, ctx)
 
@@ -139,7 +139,7 @@ class FluxTransformer(nnx.Module):
         modulations: Modulations,
         ctx: Context,
     ) -> Float[Array, "b i f"]:
-        """The part of the network that depends on tokens; :meth:`__call__` says what goes in and out."""
+        """The part of the network that depends on tokens; arguments and result as of :meth:`__call__`."""
 
         def double(block: DoubleBlock, streams: tuple[Array, Array], modulation: Any) -> tuple[Any, None]:
             text, image = block(*streams, modulation, ctx)
@@ -195,7 +195,7 @@ class FluxTransformer(nnx.Module):
         dtype: Dtype,
         ctx: Context,
     ) -> Float[Array, "b k d"]:
-        """What the modulations are made of: row 0 for image and text, row 1 (if there is one) for the condition."""
+        """The input of the modulations: row 0 for image and text, row 1 (if any) for the condition."""
         rows = ctx.lora_vectors
         times = self._with_condition(t, c_t, ctx)
         vector = self.time_in(time_features(times).astype(dtype), rows)
@@ -224,12 +224,12 @@ class FluxTransformer(nnx.Module):
 
 
 def _as_tokens(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-    """Said between blocks: samples and tokens are cut, and channels whole, or a compiler may gather them instead."""
+    """The sharding between blocks: samples and tokens are cut, channels whole, or the compiler may gather instead."""
     return constrain(x, BATCH, TOKENS)
 
 
 def abstract_flux(config: FluxConfig, dtype: Dtype = jnp.float32, *, scan_blocks: bool = False) -> FluxTransformer:
-    """The network without numbers, to be filled by a loader or counted."""
+    """The network as shapes, to be filled by a loader or counted."""
     return abstract(lambda rngs: FluxTransformer(config, rngs=rngs, dtype=dtype, scan_blocks=scan_blocks))
 
 
@@ -240,7 +240,7 @@ class FluxGraph:
     Attributes:
         graph: NNX's part of it.
         config: its sizes.
-        scan_blocks: whether blocks are stacked. Parameters may be given by block all the same.
+        scan_blocks: whether blocks are stacked. Parameters may still be given by block.
     """
 
     graph: Any
@@ -274,7 +274,7 @@ class FluxGraph:
         return nnx.merge(self.graph, *(self.stacked(state) for state in states))
 
     def require_stackable(self, chosen: nnx.State) -> None:
-        """Raises InputError for parameters to be trained that only some of the blocks to be stacked have."""
+        """Raises InputError for trained parameters that only some of the stacked blocks have."""
         if self.scan_blocks and (path := of_some_blocks(chosen, block_counts(self.config))):
             raise InputError(
                 f"trainable.parameters names {path} of some blocks only, and stacked blocks move together: set "
@@ -282,14 +282,14 @@ class FluxGraph:
             )
 
     def stack_loaded(self, state: nnx.State) -> nnx.State:
-        """The same for parameters on devices, outside of any program; those given are used up."""
+        """As :meth:`stacked` for parameters on devices, outside of any program; those given are deleted."""
         return stack_blocks(state, block_counts(self.config), free=True) if self.scan_blocks else state
 
     def stacked(self, state: nnx.State) -> nnx.State:
-        """Parameters in the form that the network has them."""
+        """Parameters in the network's form."""
         return stack_blocks(state, block_counts(self.config)) if self.scan_blocks else state
 
 
 def block_counts(config: FluxConfig) -> dict[str, int]:
-    """Numbers of blocks by the name of the list that holds them."""
+    """Numbers of blocks by the name of their list."""
     return {"double_blocks": config.num_layers, "single_blocks": config.num_single_layers}

@@ -72,13 +72,19 @@ class Qwen2Config:
         """From the content of a ``config.json``, in the layout of Transformers 4 or 5.
 
         Raises:
-            InputError: another network, or one with what is not supported here (sliding windows, scaled rotary angles).
+            InputError: another network, or an unsupported variant (sliding windows, scaled rotary angles).
         """
         if (kind := config.get("model_type", "qwen2")) not in _KINDS:
             raise InputError(f"language model config: model_type {kind!r} is not supported, only {', '.join(_KINDS)}")
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"language model config: hidden_act {config['hidden_act']!r}; Qwen2 has 'silu'")
-        _refuse_sliding(config)
+        layers = config.get("layer_types")
+        sliding = isinstance(layers, list) and "sliding_attention" in layers
+        if not layers and config.get("use_sliding_window"):
+            first, count = config.get("max_window_layers"), config.get("num_hidden_layers")
+            sliding = type(first) is not int or first < (count or cls.num_hidden_layers)
+        if sliding:
+            raise InputError("language model config: layers with a sliding window are not supported")
         known: dict[str, Any] = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
         known |= _rope_in(config)
         known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_attention_heads))
@@ -86,7 +92,7 @@ class Qwen2Config:
 
 
 def _rope_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of rotary angles, wherever a version of Transformers writes it."""
+    """The settings of rotary positions, in any version's layout of ``config.json``."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise InputError(f"language model config: rope_scaling is {rope!r}; expected an object with keys")
@@ -101,13 +107,3 @@ def _rope_in(config: Mapping[str, Any]) -> dict[str, Any]:
             f"language model config: mrope_section is {section!r}; expected a list of whole numbers above 0"
         )
     return {"rope_theta": float(theta), "mrope_section": tuple(section)}
-
-
-def _refuse_sliding(config: Mapping[str, Any]) -> None:
-    layers = config.get("layer_types")
-    sliding = isinstance(layers, list) and "sliding_attention" in layers
-    if not layers and config.get("use_sliding_window"):
-        first, count = config.get("max_window_layers"), config.get("num_hidden_layers")
-        sliding = type(first) is not int or first < (count or Qwen2Config.num_hidden_layers)
-    if sliding:
-        raise InputError("language model config: layers with a sliding window are not supported")

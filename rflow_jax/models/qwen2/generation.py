@@ -1,4 +1,4 @@
-"""Text from embedded prompts, as one program: prefill, then a loop that ends when every sample has."""
+"""Text generation from embedded prompts as one program: prefill, then a loop until every sample has ended."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NEVER = float(jnp.finfo(jnp.float32).min)
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen, and when to stop; hashable, as a program's static argument.
+    """The choice of tokens, and the end of a text; hashable, as a program's static argument.
 
     Attributes:
-        max_new_tokens: at most so many.
-        min_new_tokens: no end before so many.
+        max_new_tokens: the longest text.
+        min_new_tokens: no end before this many tokens.
         temperature: 0 takes the likeliest token; above, a token is drawn by the sample's key.
         top_p: drawn from the likeliest tokens that together have this probability.
-        repetition_penalty: positive logits of tokens that the prompt or the text so far holds are divided by it,
-            negative ones multiplied; 1 is off.
+        repetition_penalty: positive logits of tokens in the prompt or the text so far are divided by it, negative ones
+            multiplied; 1 is off.
         eos: tokens that end a text.
-        pad: what follows the end.
-        vocabulary: tokens from this one on are never chosen (embeddings may have rows that no token owns); None: all.
+        pad: the token after the end.
+        vocabulary: tokens from this one on are never chosen (embeddings may have rows without a token); None: all.
         keep_logits: also return the logits of every step.
     """
 
@@ -64,10 +64,10 @@ class Prompts(NamedTuple):
         x: embeddings, padded on the right.
         positions: rotary positions of the embeddings, as :class:`Qwen2` takes them.
         lengths: embeddings of each prompt before its padding, from 1.
-        next_position: rotary position (on all axes) of the first made token.
-        live: rows that are no filling; the others make nothing.
-        keys: random keys, one a row; None where nothing is drawn.
-        ids: the prompts' tokens, pictures' among them; None where repetition is not penalised.
+        next_position: rotary position (on all axes) of the first new token.
+        live: False for filler rows, which generate nothing.
+        keys: random keys, one per row; None if nothing is drawn.
+        ids: the prompts' tokens, pictures' included; None if repetition is not penalised.
     """
 
     x: Float[Array, "b t d"]
@@ -80,7 +80,7 @@ class Prompts(NamedTuple):
 
 
 class GeneratedTokens(NamedTuple):
-    """What was made: tokens, padded after their end; how many, the end counted; logits where they were kept."""
+    """Tokens, padded after their end; their numbers, the end counted; logits if kept."""
 
     tokens: Int[Array, "b m"]
     lengths: Int[Array, " b"]
@@ -93,7 +93,7 @@ class _State(NamedTuple):
     done: Bool[Array, " b"]
     made: GeneratedTokens
     cache: Cache
-    seen: Bool[Array, "b v"] | None  # tokens of the prompt and of the text so far; None: nothing asks for them
+    seen: Bool[Array, "b v"] | None  # tokens of the prompt and of the text so far; None: not needed
 
 
 def generate(
@@ -106,8 +106,8 @@ def generate(
 ) -> GeneratedTokens:
     """Continues every prompt; to be jitted, with ``decoding`` static.
 
-    A sample's tokens follow from its prompt and its key; its neighbours and its padding change them no more than
-    rounding changes the logits.
+    A sample's tokens depend on its prompt and its key; neighbours and padding affect them only through the rounding of
+    the logits.
     """
     capacity = prompts.x.shape[1] + decoding.max_new_tokens
     hidden, cache = decoder.prefill(
@@ -118,8 +118,8 @@ def generate(
 
     def advance(state: _State) -> _State:
         x = decoder.embed(state.token[:, None]).astype(prompts.x.dtype)
-        where = (prompts.next_position + state.step - 1)[:, None]
-        hidden, cache = decoder.step(x, where, state.cache, lora=lora)
+        positions = (prompts.next_position + state.step - 1)[:, None]
+        hidden, cache = decoder.step(x, positions, state.cache, lora=lora)
         return _take(state._replace(cache=cache), decoder.logits(hidden[:, 0]), choose, decoding)
 
     b, m = prompts.x.shape[0], decoding.max_new_tokens
@@ -136,7 +136,7 @@ _Choose = Callable[[Array, Array], Array]
 
 
 def _tokens_of(prompts: Prompts, vocabulary: int) -> Bool[Array, "b v"]:
-    """Whether each prompt holds each token, its padding not counted."""
+    """Whether each prompt contains each token, its padding not counted."""
     if prompts.ids is None:
         raise InputError("a repetition_penalty needs the tokens of the prompts")
     b, t = prompts.ids.shape
@@ -153,7 +153,7 @@ def penalised(logits: Float[Array, "b v"], seen: Bool[Array, "b v"], penalty: fl
 
 
 def _take(state: _State, logits: Float[Array, "b v"], choose: _Choose, decoding: Decoding) -> _State:
-    """Chooses a token from the logits and writes it down."""
+    """Chooses a token from the logits and adds it to the state."""
     fair = logits if state.seen is None else penalised(logits, state.seen, decoding.repetition_penalty)
     token = jnp.where(state.done, decoding.pad, choose(fair, state.step))
     made = GeneratedTokens(

@@ -1,4 +1,4 @@
-"""Rotary positions of one axis, or of three (time, row, column)."""
+"""The Qwen2 language model: rotary positions of one or three axes, blocks, and the cache of generation."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def rope_of(
         positions: [b, s]; or [3, b, s], time, row and column of each token.
         head_dim: channels of a head.
         theta: base of the frequencies.
-        sections: how many of the frequencies, from the highest, each of the three axes turns.
+        sections: number of frequencies, from the highest, that each of the three axes turns.
     """
-    # Rounded as PyTorch rounds them: the power in float32, then its inverse.
+    # Rounded like PyTorch's: the power in float32, then its inverse.
     powers = np.power(np.float32(theta), np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     frequencies = (np.float32(1) / powers).astype(np.float32)
-    where = positions.astype(jnp.float32)
+    position = positions.astype(jnp.float32)
     if positions.ndim == 2:
-        angle = where[..., None] * frequencies
+        angle = position[..., None] * frequencies
     else:
         axis = np.repeat(np.arange(len(sections)), sections)
-        angle = jnp.moveaxis(where[axis], 0, -1) * frequencies
+        angle = jnp.moveaxis(position[axis], 0, -1) * frequencies
     return Rope(jnp.cos(angle), jnp.sin(angle))
 
 
@@ -57,50 +57,49 @@ def apply_rope(x: Float[Array, "b s n h"], rope: Rope) -> Float[Array, "b s n h"
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one layer; heads before tokens, as a step's products want them."""
+    """Keys and values of one layer; heads before tokens, the layout of a step's products."""
 
     k: Float[Array, "b kv s h"]
     v: Float[Array, "b kv s h"]
 
     def grown(self, capacity: int) -> KeyValue:
-        """With places for ``capacity`` tokens in all."""
+        """Padded to ``capacity`` tokens."""
         more = ((0, 0), (0, 0), (0, capacity - self.k.shape[2]), (0, 0))
         return KeyValue(jnp.pad(self.k, more), jnp.pad(self.v, more))
 
-    def written(self, k: Float[Array, "b 1 kv h"], v: Float[Array, "b 1 kv h"], place: Int[Array, ""]) -> KeyValue:
-        """With one token's keys and values in their place."""
+    def written(self, k: Float[Array, "b 1 kv h"], v: Float[Array, "b 1 kv h"], slot: Int[Array, ""]) -> KeyValue:
+        """With one token's keys and values written at a slot."""
         new = (x.swapaxes(1, 2).astype(self.k.dtype) for x in (k, v))
-        return KeyValue(
-            *(jax.lax.dynamic_update_slice_in_dim(old, one, place, 2) for old, one in zip(self, new, strict=True))
-        )
+        pairs = zip(self, new, strict=True)
+        return KeyValue(*(jax.lax.dynamic_update_slice_in_dim(old, one, slot, 2) for old, one in pairs))
 
 
 class Cache(NamedTuple):
-    """Everything a step needs to know of the tokens before it."""
+    """The state of generation between steps."""
 
     layers: tuple[KeyValue, ...]
     lengths: Int[Array, " b"]  # of the prompts
-    padded: Int[Array, ""]  # length that the prompts were padded to: the first made token's place
+    padded: Int[Array, ""]  # length that the prompts were padded to: the first new token's slot
     made: Int[Array, ""]  # tokens made so far
 
     @property
-    def place(self) -> Int[Array, ""]:
-        """Where the next token goes."""
+    def slot(self) -> Int[Array, ""]:
+        """The next token's slot."""
         return self.padded + self.made
 
     def visible(self) -> Bool[Array, "b s"]:
-        """The places that the next token sees: its prompt, what was made, itself."""
-        places = jnp.arange(self.layers[0].k.shape[2])
-        made = (places >= self.padded) & (places <= self.place)
-        return (places < self.lengths[:, None]) | made
+        """The slots that the next token attends to: its prompt, the tokens made so far, itself."""
+        slots = jnp.arange(self.layers[0].k.shape[2])
+        made = (slots >= self.padded) & (slots <= self.slot)
+        return (slots < self.lengths[:, None]) | made
 
 
 class KeyValueCache(NamedTuple):
     """One layer's cache at a step."""
 
     cache: KeyValue
-    place: Int[Array, ""]  # where the step's token is written
-    visible: Bool[Array, "b s"]  # the places it sees
+    slot: Int[Array, ""]  # where the step's token is written
+    visible: Bool[Array, "b s"]  # the slots it attends to
 
 
 class Qwen2Block(nnx.Module):
@@ -152,7 +151,7 @@ class GroupedAttention(nnx.Module):
             attended = attend(q, k, v, causal=True, impl=attention)
             cache = KeyValue(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            cache = past.cache.written(k, v, past.place)
+            cache = past.cache.written(k, v, past.slot)
             attended = attend_one(q, cache, past.visible)
         return self.out(attended.reshape(*x.shape[:2], -1), lora), cache
 
@@ -170,7 +169,7 @@ class GatedFeedForward(nnx.Module):
 
 
 def attend_one(q: Float[Array, "b 1 n h"], cache: KeyValue, visible: Bool[Array, "b s"]) -> Float[Array, "b 1 n h"]:
-    """Attention of one token a sample over the visible places of a cache; scores and softmax in float32."""
+    """Attention of one token per sample over the visible slots of a cache; scores and softmax in float32."""
     b, _, n, h = q.shape
     grouped = q.reshape(b, cache.k.shape[1], -1, h)
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, cache.k, preferred_element_type=jnp.float32) * h**-0.5
@@ -194,15 +193,15 @@ Positions = Int[Array, "b t"] | Int[Array, "3 b t"]
 
 
 class Qwen2(nnx.Module):
-    """A decoder of embeddings; what is embedded, and where a token stands, is the caller's affair.
+    """A decoder of embeddings; the caller provides embeddings and positions.
 
-    Batches are padded on the right: attention is causal, so no real token sees the padding, and what the padding's own
-    places give means nothing. It computes in the dtype of its input; norms, rotary angles and softmax in float32.
+    Batches are padded on the right: attention is causal, so no real token sees the padding, whose own results are
+    meaningless. It computes in the dtype of its input; norms, rotary angles and softmax in float32.
 
     Source: ``Qwen2ForCausalLM`` and the language model of ``Qwen2_5_VLForConditionalGeneration`` of Transformers.
 
     Args:
-        head: whether it has the matrix that turns hidden states into logits (tied models need none).
+        head: whether it has a language head (models with tied embeddings need none).
     """
 
     def __init__(self, config: Qwen2Config, *, head: bool = True, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
@@ -230,7 +229,7 @@ class Qwen2(nnx.Module):
             x: embeddings, padded on the right.
             positions: [b, t]; or [3, b, t] (time, row, column) where the config has ``mrope_section``.
             lora: the tokens that adapters act on; None: none.
-            remat: what training computes again to save memory, see :data:`rflow_jax.models.stack.Remat`.
+            remat: see :data:`rflow_jax.models.options.Remat`.
         """
         x, rope = as_samples(x), self.rope(positions)
         for block in self.blocks:
@@ -247,11 +246,11 @@ class Qwen2(nnx.Module):
         lora: LoraRows = None,
         attention: AttentionImpl = "auto",
     ) -> tuple[Float[Array, "b t d"], Cache]:
-        """As a call, and the cache to go on from.
+        """As a call, and the cache for :meth:`step`.
 
         Args:
             lengths: tokens of each prompt before its padding.
-            capacity: places of the cache: the padded length and the tokens to be made.
+            capacity: slots of the cache: the padded length plus the tokens to be made.
         """
         x, rope = as_samples(x), self.rope(positions)
         layers: list[KeyValue] = []
@@ -264,16 +263,16 @@ class Qwen2(nnx.Module):
     def step(
         self, x: Float[Array, "b 1 d"], positions: Positions, cache: Cache, *, lora: LoraRows = None
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """One more token a sample: its hidden state after the last norm, and the cache that holds it."""
-        x, rope, place, visible = as_samples(x), self.rope(positions), cache.place, cache.visible()
+        """One more token per sample: its hidden state after the last norm, and the cache with it."""
+        x, rope, slot, visible = as_samples(x), self.rope(positions), cache.slot, cache.visible()
         layers: list[KeyValue] = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x, layer = block(x, rope, KeyValueCache(layer, place, visible), lora)
+            x, layer = block(x, rope, KeyValueCache(layer, slot, visible), lora)
             layers.append(layer)
         return self.final_norm(x), cache._replace(layers=tuple(layers), made=cache.made + 1)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Scores of every token to come next, float32."""
+        """Logits of the next token, float32."""
         if self.head is not None:
             return matmul(hidden, self.head.kernel.get_value(), dtype=jnp.float32)
         table = self.embed.embedding[...].astype(hidden.dtype)
@@ -286,5 +285,5 @@ class Qwen2(nnx.Module):
 
 
 def abstract_qwen2(config: Qwen2Config, dtype: Dtype = jnp.float32, *, head: bool = True) -> Qwen2:
-    """The network without numbers, to be filled by a loader or counted."""
+    """The network as shapes, to be filled by a loader or counted."""
     return abstract(lambda rngs: Qwen2(config, head=head, rngs=rngs, dtype=dtype))

@@ -11,8 +11,8 @@ from rflow_jax.models.qwen2.config import Qwen2Config
 
 MODEL_TYPE = "qwen2_5_vl"
 MROPE_SECTION = (16, 24, 24)  # of the published sizes
-# What Transformers assumes where the config.json is silent, if not the values of the published sizes.
-_SILENT: dict[str, Any] = {"hidden_size": 3584}
+# The defaults of Transformers for values missing in config.json that are not those of the published sizes.
+_DEFAULTS: dict[str, Any] = {"hidden_size": 3584}
 _COUNTS = (
     "depth",
     "hidden_size",
@@ -85,7 +85,7 @@ class VisionConfig:
         """From the content of ``vision_config``; raises InputError for another network."""
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"vision config: hidden_act {config['hidden_act']!r}; Qwen2.5-VL has 'silu'")
-        known = _SILENT | {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        known = _DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
         if "fullatt_block_indexes" in known:
             known["fullatt_block_indexes"] = tuple(known["fullatt_block_indexes"])
         return cls(**known)
@@ -93,14 +93,14 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Qwen25VLConfig:
-    """Sizes of the whole model, and the tokens that stand for pictures; the defaults are those of Qwen2.5-VL-7B."""
+    """Sizes of the whole model, and the tokens of pictures; the defaults are those of Qwen2.5-VL-7B."""
 
     language: Qwen2Config = Qwen2Config(mrope_section=MROPE_SECTION)
     vision: VisionConfig = VisionConfig()
     image_token_id: int = 151_655
     vision_start_token_id: int = 151_652
     video_token_id: int = 151_656
-    eos_token_ids: tuple[int, ...] = field(default=())  # what the file says; tokenizers know better
+    eos_token_ids: tuple[int, ...] = field(default=())  # from the file; a tokenizer's are more reliable
 
     def __post_init__(self) -> None:
         if self.vision.out_hidden_size != self.language.hidden_size:
@@ -115,8 +115,8 @@ class Qwen25VLConfig:
     def from_json(cls, config: Mapping[str, Any]) -> Qwen25VLConfig:
         """From the content of a ``config.json``.
 
-        Read are the layout with the language model's sizes at the top (Transformers up to 4.51) and those with a
-        ``text_config`` (later 4.x and 5).
+        It may have the language model's sizes at the top (Transformers up to 4.51) or in ``text_config`` (later 4.x
+        and 5).
 
         Raises:
             InputError: another network.
@@ -128,7 +128,7 @@ class Qwen25VLConfig:
 
 
 def parts_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a ``config.json`` says of the language model and of the vision tower, without what it leaves open.
+    """The non-null settings of the language model and of the vision tower in a ``config.json``.
 
     Raises:
         InputError: another network.
@@ -142,21 +142,18 @@ def parts_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         text = config
     elif not isinstance(text, Mapping):
         raise InputError(f"config: text_config is {text!r}; expected an object with keys")
-    else:  # Whether the embeddings are tied is a matter of the whole model to some versions.
+    else:  # some versions write tie_word_embeddings at the top
         text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | dict(text)
     vision = {"in_channels": vision.get("in_chans")} | dict(vision)  # the original's name
-    return _said(text), _said(vision)
-
-
-def _said(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if value is not None}
+    text, vision = ({key: value for key, value in part.items() if value is not None} for part in (text, vision))
+    return text, vision
 
 
 def end_tokens_in(content: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text, as a file of Transformers says; empty: it does not.
+    """The tokens that end a text in a file of Transformers; empty if it has none.
 
     Raises:
-        InputError: they are no tokens.
+        InputError: they are not tokens.
     """
     ends = content.get("eos_token_id")
     tokens = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -1,12 +1,13 @@
-"""Where the patches of pictures lie, worked out on the host from the pictures' sizes.
+"""Positions of pictures' patches and tokens, computed on the host from the pictures' sizes.
 
-The processor hands over the patches of a picture unit by unit: a unit is the square of patches that becomes one token,
-and units run row by row. Most blocks attend within windows of whole units. The original reorders all patches by window;
-here they stay where they are, and a window's patches are fetched for its attention and brought back.
+The processor returns the patches of a picture unit by unit: a unit is the square of patches that becomes one token, and
+units are in row-major order. Most blocks attend within windows of whole units. The original reorders all patches by
+window; here a window's patches are gathered for its attention and scattered back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,14 +21,14 @@ Grid = tuple[int, int, int]  # frames, rows and columns of patches
 
 
 class VisionLayout(NamedTuple):
-    """The places of a batch of pictures, each padded to ``p`` patches and ``w`` windows of ``s`` slots.
+    """The layout of a batch of pictures, each padded to ``p`` patches and ``w`` windows of ``s`` slots.
 
     Attributes:
         positions: row and column of every patch.
         lengths: patches of each picture, from 1.
         windows: the patch in every slot.
         window_lengths: slots in use of each window, from 1; they come first.
-        slots: the slot, counted over all windows, in which each patch lies.
+        slots: the slot of each patch, counted over all windows.
     """
 
     positions: Int[Array | np.ndarray, "b p 2"]
@@ -41,7 +42,7 @@ def layout_of(grids: Sequence[Grid], config: VisionConfig, *, patches: int, wind
     """The layout of pictures.
 
     Args:
-        grids: of each picture; (0, 0, 0) for a place of the batch that holds none.
+        grids: of each picture; (0, 0, 0) for a filler row of the batch.
         patches, windows: padded sizes, at least those of the largest picture.
     """
     b, slots = len(grids), config.window_units**2 * config.unit
@@ -76,22 +77,22 @@ def check_grid(grid: Grid, config: VisionConfig) -> None:
     if grid[0] != 1:
         raise InputError(f"a picture of {grid[0]} frames: videos are not supported")
     if grid[1] < merge or grid[2] < merge or grid[1] % merge or grid[2] % merge:
-        raise InputError(f"a picture of {grid[1]} x {grid[2]} patches, which are no multiples of {merge}")
+        raise InputError(f"a picture of {grid[1]} x {grid[2]} patches, which are not multiples of {merge}")
 
 
 def patch_positions(grid: Grid, config: VisionConfig) -> Int[np.ndarray, "p 2"]:
     """Row and column of every patch, in the processor's order."""
     _, rows, columns = grid
     merge = config.spatial_merge_size
-    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
-    units = places.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    positions = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
+    units = positions.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
     return units.reshape(-1, 2)
 
 
 def window_order(grid: Grid, config: VisionConfig) -> tuple[Int[np.ndarray, " u"], Int[np.ndarray, " w"]]:
     """The units of a picture window by window, and the patches of each window.
 
-    As in the original, a side that windows fill exactly gets an empty one more.
+    As in the original, a side that windows fill exactly gets one more empty window.
     """
     _, rows, columns = (side // config.spatial_merge_size for side in grid)
     side = config.window_units
@@ -103,12 +104,12 @@ def window_order(grid: Grid, config: VisionConfig) -> tuple[Int[np.ndarray, " u"
 
 
 def window_count(grid: Grid, config: VisionConfig) -> int:
-    """Windows of a picture that hold something."""
+    """The number of a picture's non-empty windows."""
     rows, columns = (-(-side // (config.spatial_merge_size * config.window_units)) for side in grid[1:])
     return rows * columns
 
 
-PADDED = 1  # the position of padding, as the original has it; nothing depends on it
+PADDED = 1  # the position of padding, as in the original; nothing depends on it
 
 
 def rope_positions(
@@ -119,8 +120,8 @@ def rope_positions(
 ) -> tuple[Int[np.ndarray, "3 b t"], Int[np.ndarray, " b"]]:
     """Positions of a batch, and the position after each sample's last.
 
-    Text counts on all three axes alike. A picture's tokens share one time and count rows and columns, from where the
-    text before it stopped; the text after it goes on from the largest of them.
+    Text counts alike on all three axes. A picture's tokens share one time and count rows and columns, from the end of
+    the text before it; the text after it continues from the largest of them.
 
     Args:
         ids: padded on the right; pictures' tokens already expanded.
@@ -128,7 +129,7 @@ def rope_positions(
         grids: of each sample's pictures, in order.
 
     Raises:
-        InputError: runs of picture tokens that are not those of the pictures.
+        InputError: the runs of picture tokens do not match the pictures.
     """
     positions = np.full((3, *ids.shape), PADDED, np.int32)
     following = np.zeros(len(ids), np.int32)
@@ -148,25 +149,26 @@ def image_places(
     *,
     padded: int,
 ) -> Int[np.ndarray, "b t"]:
-    """For every token the row of the pictures' tokens that takes its place, or -1.
+    """For every token the row of the pictures' tokens that replaces it, or -1.
 
     Args:
-        tokens: of each sample's pictures; the batch's pictures lie one after another, each padded to ``padded``.
+        tokens: of each sample's pictures; the batch's pictures follow one another, each padded to ``padded``.
     """
     places = np.full(ids.shape, -1, np.int32)
     first = 0
-    for row, length, own, place in zip(ids, lengths, tokens, places, strict=True):
+    for row, length, own, out in zip(ids, lengths, tokens, places, strict=True):
         rows = [padded * (first + number) + np.arange(count) for number, count in enumerate(own)]
-        where = np.flatnonzero(row[:length] == config.image_token_id)
-        _check_count(len(where), sum(own))
-        place[where] = np.concatenate(rows) if rows else []
+        indices = np.flatnonzero(row[:length] == config.image_token_id)
+        _check_count(len(indices), sum(own))
+        out[indices] = np.concatenate(rows) if rows else []
         first += len(own)
     return places
 
 
 def _parts(ids: np.ndarray, grids: Sequence[Grid], config: Qwen25VLConfig) -> Iterator[np.ndarray]:
     """The positions [3, ...] of each stretch of text and of each picture."""
-    _check_count(int(np.sum(ids == config.image_token_id)), sum(_units(grid, config) for grid in grids))
+    units = [math.prod(grid) // config.vision.unit for grid in grids]
+    _check_count(int(np.sum(ids == config.image_token_id)), sum(units))
     done = following = 0
     for grid in grids:
         start = done + int(np.argmax(ids[done:] == config.image_token_id))
@@ -184,10 +186,6 @@ def _parts(ids: np.ndarray, grids: Sequence[Grid], config: Qwen25VLConfig) -> It
 
 def _text(first: int, count: int) -> np.ndarray:
     return np.broadcast_to(np.arange(first, first + count, dtype=np.int32), (3, count))
-
-
-def _units(grid: Grid, config: Qwen25VLConfig) -> int:
-    return grid[0] * grid[1] * grid[2] // config.vision.unit
 
 
 def _check_count(found: int, wanted: int) -> None:

@@ -1,4 +1,4 @@
-"""The vision tower: patches of pictures -> tokens of the language model."""
+"""Qwen2.5-VL: the vision tower, the whole network, and the reward model on it."""
 
 from __future__ import annotations
 
@@ -43,31 +43,27 @@ class VisionTower(nnx.Module):
         lora: LoraRows = None,
         attention: AttentionImpl = "auto",
     ) -> Float[Array, "b u o"]:
-        """Tokens in the order of the units; those of padding mean nothing.
+        """Tokens in the order of the units; those of padding are meaningless.
 
         Args:
             patches: normalised pixels, in the processor's order.
-            layout: places of these pictures.
+            layout: of these pictures.
             lora: the patches that adapters act on; None: none.
         """
         x = as_samples(self.patch_in(patches))
-        whole, windowed = self._scopes(layout)
+        positions, lengths, windows, window_lengths, slots = (jnp.asarray(x) for x in layout)
+        angle = rope_angles(positions, self.config)
+        rope = Rope(jnp.cos(angle), jnp.sin(angle))
+        in_windows = Rope(*(_fetch(table, windows) for table in rope))
+        whole, windowed = Scope(rope, lengths), Scope(in_windows, window_lengths.reshape(-1), windows, slots)
         for number, block in enumerate(self.blocks):
             scope = whole if number in self.config.fullatt_block_indexes else windowed
             x = block(x, scope, lora, attention)
         return self.merger(x, lora)
 
-    def _scopes(self, layout: VisionLayout) -> tuple[Scope, Scope]:
-        """The whole pictures, and the windows."""
-        positions, lengths, windows, window_lengths, slots = (jnp.asarray(x) for x in layout)
-        angle = rope_angles(positions, self.config)
-        rope = Rope(jnp.cos(angle), jnp.sin(angle))
-        in_windows = Rope(*(_fetch(table, windows) for table in rope))
-        return Scope(rope, lengths), Scope(in_windows, window_lengths.reshape(-1), windows, slots)
-
 
 class Scope(NamedTuple):
-    """Over which patches an attention goes: those of a picture, or of a window where there are any."""
+    """The patches that attend to each other: those of a picture, or of a window if there are windows."""
 
     rope: Rope
     lengths: Int[Array, " bw"]
@@ -105,7 +101,7 @@ class VisionBlock(nnx.Module):
         y = self.attn_norm(x)
         if scope.windows is None or scope.slots is None:
             y = self.attn(y, scope.rope, scope.lengths, lora, attention)
-        else:  # each window is a row of the batch of its own
+        else:  # each window is a row of the batch
             rows = as_samples(_fetch(y, scope.windows))
             windows = as_samples(self.attn(rows, scope.rope, scope.lengths, lora, attention))
             y = _take(windows.reshape(x.shape[0], -1, x.shape[-1]), scope.slots)
@@ -195,9 +191,9 @@ class Qwen25VL(nnx.Module):
         """Embeddings of the tokens, pictures in their places.
 
         Args:
-            patches, layout: of all pictures of the batch; None: text alone.
+            patches, layout: of all pictures of the batch; None: text only.
             places: for every token the row of the pictures' tokens (all pictures one after another, each with its
-                padding) that takes its place, or -1.
+                padding) that replaces it, or -1.
             lora: the patches that the tower's adapters act on; None: none.
         """
         text = self.language.embed(ids)
@@ -210,13 +206,13 @@ class Qwen25VL(nnx.Module):
 def place_pictures(
     text: Float[Array, "b t d"], seen: Float[Array, "i u d"], places: Int[Array, "b t"]
 ) -> Float[Array, "b t d"]:
-    """Puts the pictures' tokens where ``places`` names their row, and leaves the text where it is negative."""
+    """Puts the pictures' tokens at the positions whose ``places`` name their row, and keeps the text elsewhere."""
     rows = seen.reshape(-1, seen.shape[-1])[jnp.maximum(places, 0)]
     return jnp.where(places[..., None] < 0, text, rows.astype(text.dtype))
 
 
 def abstract_qwen2_5_vl(config: Qwen25VLConfig, dtype: Dtype = jnp.float32, *, head: bool = True) -> Qwen25VL:
-    """The network without numbers, to be filled by a loader or counted."""
+    """The network as shapes, to be filled by a loader or counted."""
     return abstract(lambda rngs: Qwen25VL(config, head=head, rngs=rngs, dtype=dtype))
 
 
@@ -226,7 +222,7 @@ class RewardModel(Qwen25VL):
     Source: ``Qwen2VLRewardModelBT`` of ReflectionFlow's ``reward_modeling``.
 
     Args:
-        outputs: numbers a picture gets.
+        outputs: number of rewards of a picture.
     """
 
     def __init__(self, config: Qwen25VLConfig, outputs: int = 1, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
@@ -249,25 +245,25 @@ class RewardModel(Qwen25VL):
             lengths: tokens of each sample before its padding.
             token: whose hidden state is scored: the last one's, the special one's, or the mean over all but the last
                 (which the original leaves out).
-            special: the special token; each sample holds it once.
+            special: the special token; each sample has it once.
         """
         if token == "mean":
             counted = jnp.arange(ids.shape[1]) < jnp.maximum(lengths - 1, 1)[:, None]
             scores = self._score(hidden)
             return jnp.sum(jnp.where(counted[..., None], scores, 0), axis=1) / jnp.sum(counted, axis=1, keepdims=True)
-        places = lengths - 1 if token == "last" else jnp.argmax(ids == special, axis=1)
-        return self._score(jnp.take_along_axis(hidden, places[:, None, None], axis=1))[:, 0]
+        index = lengths - 1 if token == "last" else jnp.argmax(ids == special, axis=1)
+        return self._score(jnp.take_along_axis(hidden, index[:, None, None], axis=1))[:, 0]
 
     def _score(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t k"]:
         return matmul(hidden, self.reward.kernel.get_value(), dtype=jnp.float32)
 
 
 class SpecialTokenEmbedding(nnx.Module):
-    """A table of vectors, and apart from it the vector of one token, which can move while the table stays.
+    """A table of vectors, and a separate vector of one token, which can be trained while the table is frozen.
 
     Args:
         embedding: the table.
-        token: the token, which may have a row in the table or not.
+        token: the token, which may also have a row in the table.
         special: [1, d], its vector.
     """
 
@@ -284,7 +280,7 @@ class SpecialTokenEmbedding(nnx.Module):
 def reward_model_of(
     base: Qwen25VL, kernel: Float[Array, "d k"], token: int | None, special: Float[Array, "1 d"] | None
 ) -> RewardModel:
-    """A reward model on a language model, whose parameters it takes over and whose head it leaves out.
+    """A reward model that takes over the parameters of a language model without its head.
 
     Args:
         kernel: of the reward head.
@@ -302,5 +298,5 @@ def reward_model_of(
 
 
 def abstract_reward_model(config: Qwen25VLConfig, outputs: int = 1, dtype: Dtype = jnp.float32) -> RewardModel:
-    """The network without numbers, to be filled by a loader or counted."""
+    """The network as shapes, to be filled by a loader or counted."""
     return abstract(lambda rngs: RewardModel(config, outputs, rngs=rngs, dtype=dtype))

@@ -39,12 +39,12 @@ def put_latents(mesh: Mesh) -> Callable[[LatentBatch], LatentInputs]:
     return lambda batch: LatentInputs(*put_batch(mesh, (*batch.latents, batch.numbers)))
 
 
-def make_encode_latents(bundle: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, LatentInputs], Examples]:
-    """A jitted function of (anything, inputs): only the draws from the posteriors are left to do.
+def make_encode_latents(flux: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, LatentInputs], Examples]:
+    """A jitted function of (anything, inputs), which only draws from the posteriors.
 
-    They are those of ``make_encode`` for the same numbers.
+    The draws are those of ``make_encode`` for the same numbers.
     """
-    config, dtype = bundle.vae_config, recipe.dtype
+    config, dtype = flux.vae_config, recipe.dtype
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(BATCH, BATCH), out_specs=BATCH, check_vma=False)
     def tokens(inputs: LatentInputs, keys: Array) -> tuple[Array, Array]:
@@ -65,15 +65,15 @@ def make_encode_latents(bundle: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[
     return encode
 
 
-def require_latents_of(folder: str | list[str], bundle: Any, recipe: StepSpec) -> LatentMetadata:
-    """What the latents in a folder were made with.
+def require_latents_of(folder: str | list[str], flux: Any, recipe: StepSpec) -> LatentMetadata:
+    """Checks what the latents in a folder were made with, and returns it.
 
     Raises:
-        InputError: they cannot be used, or another model, number type or length of texts is trained with.
+        InputError: they cannot be used, or training uses another model, dtype or length of texts.
     """
     source = open_latents(folder)
     kept = source.settings
     require_same(source.folder, kept, {"dtype": jnp.dtype(recipe.dtype).name, "text_length": recipe.shape.text})
-    if kept.identity != (identity := identity_of(bundle)):
-        require_same(source.folder, kept, {"identity": f"{identity} ({bundle.name}; it was {kept.model})"})
+    if kept.identity != (identity := identity_of(flux)):
+        require_same(source.folder, kept, {"identity": f"{identity} ({flux.name}; it was {kept.model})"})
     return kept

@@ -1,4 +1,4 @@
-"""What the corrector is trained on: the velocity of the straight path between a picture and noise."""
+"""The loss of the corrector: the velocity of the straight path between an image and noise."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Examples(NamedTuple):
     """A batch of encoded examples.
 
     Attributes:
-        x_0: packed latents of the good pictures.
+        x_0: packed latents of the good images.
         condition: packed latents of the bad ones; None trains without a condition.
-        text, pooled: what T5 and CLIP make of the prompts.
+        text, pooled: the prompts' embeddings by T5 and CLIP.
     """
 
     x_0: Float[Array, "b i f"]
@@ -76,19 +76,19 @@ def flow_matching_losses(
     t: Float[Array, " b"],
     x_1: Float[Array, "b i f"],
     rope: Rope,
-    **how: Any,
+    **options: Any,
 ) -> Float[Array, " b"]:
     """Mean squared error of the velocity to x_1 - x_0, of each sample.
 
     Args:
         t: times in [0, 1], 1 is noise; the corrector is trained with the sigmoid of a standard normal.
         x_1: packed noise.
-        how: as in :func:`predict`.
+        options: as in :func:`predict`.
     """
-    velocity = predict(network, examples, noisy(examples.x_0, x_1, t), t, rope, **how)
+    velocity = predict(network, examples, noisy(examples.x_0, x_1, t), t, rope, **options)
     return jnp.mean(jnp.square(velocity - (x_1 - examples.x_0)), axis=(1, 2))
 
 
-def flow_matching_loss(*args: Any, **how: Any) -> Float[Array, ""]:
+def flow_matching_loss(*args: Any, **options: Any) -> Float[Array, ""]:
     """The mean of :func:`flow_matching_losses` over the batch."""
-    return jnp.mean(flow_matching_losses(*args, **how))
+    return jnp.mean(flow_matching_losses(*args, **options))

@@ -1,4 +1,4 @@
-"""The corrector's step: encode a batch, draw times and noise, move. Compiled over a mesh."""
+"""The corrector's step: encode a batch, draw times and noise, update. Compiled over a mesh."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from rflow_jax.typing import Array, Float, Int, UInt8, UInt32
 # What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
 TIME, NOISE, GOOD, BAD = range(4)
 INIT = 2**32 - 1  # no sample has this number
-ENCODERS = ("vae", "clip", "t5")  # whose weights what make_encode gives is called with
+ENCODERS = ("vae", "clip", "t5")  # whose weights the function from make_encode takes
 
 
 class Inputs(NamedTuple):
     """A batch as it leaves the host.
 
     Attributes:
-        numbers: of the samples, counted from the beginning of the run: all randomness of a sample follows from it.
+        numbers: of the samples, counted from the beginning of the run; they determine all randomness of a sample.
     """
 
     good: UInt8[Array, "b y x 3"]
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenShape:
-    """Sizes of a training batch, in tokens; rotary angles follow from them."""
+    """Sizes of a training batch, in tokens; they determine the rotary angles."""
 
     text: int
     image: tuple[int, int]
@@ -59,7 +59,7 @@ class StepSpec:
 
     Attributes:
         dtype: of the activations.
-        accumulation: a batch is taken in so many parts, one after the other.
+        accumulation: number of parts of a batch, processed one after the other.
     """
 
     seed: int
@@ -72,14 +72,14 @@ class StepSpec:
 
 
 def sample_keys(seed: int, numbers: UInt32[Array, " b"]) -> Array:
-    """One key a sample, [b], whatever the batch it lies in."""
+    """One key per sample, [b], which does not depend on the batch it is in."""
     run = jax.random.key(seed, impl="threefry2x32")
     return jax.vmap(partial(jax.random.fold_in, run))(numbers)
 
 
-def make_encode(bundle: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, Inputs], Examples]:
+def make_encode(flux: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, Inputs], Examples]:
     """A jitted function of (the encoders' weights, inputs)."""
-    graphs, dtype = bundle.graphs, recipe.dtype
+    graphs, dtype = flux.graphs, recipe.dtype
 
     # Pictures go one at a time through the autoencoder to bound memory, on each device its own.
     @partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), BATCH, BATCH), out_specs=BATCH, check_vma=False)
@@ -109,13 +109,12 @@ def batch_losses(
     Args:
         t: times to take instead of drawn ones, [b].
     """
-    draw = partial(jax.vmap, in_axes=0)
     if t is None:
-        t = jax.nn.sigmoid(draw(lambda key: jax.random.normal(jax.random.fold_in(key, TIME)))(keys))
+        t = jax.nn.sigmoid(jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, TIME)))(keys))
     shape = examples.x_0.shape[1:]
-    x_1 = draw(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), shape))(keys)
-    how = {"dtype": recipe.dtype, "flags": recipe.flags, "attention": recipe.attention, "remat": recipe.remat}
-    return flow_matching_losses(network, examples, t, x_1, rope, **how)
+    x_1 = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), shape))(keys)
+    options = {"dtype": recipe.dtype, "flags": recipe.flags, "attention": recipe.attention, "remat": recipe.remat}
+    return flow_matching_losses(network, examples, t, x_1, rope, **options)
 
 
 def make_step(

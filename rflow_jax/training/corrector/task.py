@@ -32,87 +32,84 @@ class Corrector:
 
     def __init__(self, config: RunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        how = config.train
-        self.trained = load_trainable_model(
-            *(config.model, config.trainable),
-            seed=how.seed,
-            dtype=how.dtype,
-            mesh=mesh,
-            scan_blocks=how.scan_blocks,
-        )
-        self.trainable = self.trained.trainable
-        self.title = "a LoRA" if self.trained.is_lora else "parameters"
-        self._recipe = make_step_spec(config, self.trained)
-        self._put, self._encode = self._open_encoders()
+        options = {"seed": config.train.seed, "dtype": config.train.dtype, "scan_blocks": config.train.scan_blocks}
+        self.model = load_trainable_model(config.model, config.trainable, mesh=mesh, **options)
+        self.trainable = self.model.trainable
+        self.title = "a LoRA" if self.model.is_lora else "parameters"
+        self._recipe = make_step_spec(config, self.model)
+        self._put: Callable[[Any], Any]
+        self._encode: Callable[[Any, Any], Examples]
+        flux, recipe, data = self.model.bundle, self._recipe, config.data
+        if data.format != "precomputed":
+            self._put, self._encode = put_pixels(flux, recipe.shape.text, mesh), make_encode(flux, recipe, mesh)
+            return
+        require_latents_of(data.shards, flux, recipe)
+        if config.validation.shards is None:
+            for name in ENCODERS:  # no longer needed
+                del flux.weights[name]
+        self._put, self._encode = put_latents(mesh), make_encode_latents(flux, recipe, mesh)
+
+    @property
+    def exporter(self) -> PartitionedModel:
+        """What writes the LoRA of a checkpoint."""
+        return self.model
 
     @property
     def flops(self) -> float:
-        """Of frozen weights no gradient is computed, only that of what passes through them."""
+        """Frozen weights get no gradient, only the activations that pass through them."""
         shape = self._recipe.shape
         (rows, columns), (c_rows, c_columns) = shape.image, shape.condition
-        config = self.trained.bundle.flux_config
+        config = self.model.bundle.flux_config
         forward = forward_flops(config, text=shape.text, image=rows * columns, condition=c_rows * c_columns)
-        return forward * (2 if self.trained.is_lora else 3)
+        return forward * (2 if self.model.is_lora else 3)
 
     def to_saved(self, state: TrainState) -> TrainState:
-        """The state with parameters by block: the same whether blocks are stacked or not."""
-        return self.trained.to_saved(state)
+        """The state with parameters by block, whether or not the network stacks them."""
+        return self.model.to_saved(state)
 
     def to_running(self, state: TrainState) -> TrainState:
         """The state of a checkpoint in the form of this run's network."""
-        return self.trained.to_running(state)
+        return self.model.to_running(state)
 
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> Loader:
         """Batches of GenRef from a step on."""
-        how = self._config.train
-        slots = slots_here(self._mesh, how.batch_size)
-        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots}
-        return open_loader(self._config.data, **sizes, start=start, position=position)
+        seed, batch_size = self._config.train.seed, self._config.train.batch_size
+        options = {"seed": seed, "batch_size": batch_size, "slots": slots_here(self._mesh, batch_size)}
+        return open_loader(self._config.data, **options, start=start, position=position)
 
     def put(self, batch: Any) -> Any:
-        """Pictures and tokens on the mesh, or latents."""
+        """Images and tokens on the mesh, or latents."""
         return self._put(batch)
 
     def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
-        """Encodes a batch, then moves the parameters."""
-        trained, recipe, bundle = self.trained, self._recipe, self.trained.bundle
-        step = make_step(trained.graph, optimizer, recipe, self._mesh, shardings)
-        encode, encoders = self._encode, {name: bundle.weights[name] for name in ENCODERS if name in bundle.weights}
+        """Encodes a batch, then updates the parameters."""
+        trained, weights = self.model, self.model.bundle.weights
+        step = make_step(trained.graph, optimizer, self._recipe, self._mesh, shardings)
+        encode, encoders = self._encode, {name: weights[name] for name in ENCODERS if name in weights}
 
         def take(state: TrainState, inputs: Any) -> tuple[TrainState, StepMetrics]:
             return step(state, trained.frozen, encode(encoders, inputs), inputs.numbers)
 
         return take
 
-    def _open_encoders(self) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Examples]]:
-        """How a batch is put onto the mesh, and how it is encoded there."""
-        config, bundle, recipe, mesh = self._config, self.trained.bundle, self._recipe, self._mesh
-        if config.data.format != "precomputed":
-            return put_pixels(bundle, recipe.shape.text, mesh), make_encode(bundle, recipe, mesh)
-        require_latents_of(config.data.shards, bundle, recipe)
-        if config.validation.shards is None:
-            for name in ENCODERS:  # nothing asks them any more
-                del bundle.weights[name]
-        return put_latents(mesh), make_encode_latents(bundle, recipe, mesh)
-
     def open_validation(self, out: Path) -> Validation | None:
-        """Losses and pictures of held-out records."""
+        """Losses and images of held-out records."""
         config = self._config
         if config.validation.shards is None:
             return None
-        return Validation(config.validation, config.data, self.trained, self._recipe, self._mesh, out)
+        return Validation(config.validation, config.data, self.model, self._recipe, self._mesh, out)
 
 
 def make_step_spec(config: RunConfig, trained: PartitionedModel) -> StepSpec:
     """How a step is computed, the sizes in the model's own tokens.
 
     Raises:
-        InputError: the pictures' sizes do not fit the model.
+        InputError: the images' sizes do not fit the model.
     """
-    bundle, how, data = trained.bundle, config.train, config.data
-    data.require_grid(bundle.token_pixels)
-    image, condition = data.target_size // bundle.token_pixels, data.condition_size // bundle.token_pixels
-    text = how.max_sequence_length or bundle.default_t5_length
+    train, data, pixels = config.train, config.data, trained.bundle.token_pixels
+    data.require_grid(pixels)
+    image, condition = data.target_size // pixels, data.condition_size // pixels
+    text = train.max_sequence_length or trained.bundle.default_t5_length
     shape = TokenShape(text, (image, image), (condition, condition))
-    dtype = jnp.dtype(how.dtype)
-    return StepSpec(how.seed, dtype, shape, how.flags, how.remat, how.accumulation, how.attention)
+    dtype = jnp.dtype(train.dtype)
+    return StepSpec(train.seed, dtype, shape, train.flags, train.remat, train.accumulation, train.attention)

@@ -1,4 +1,4 @@
-"""How good the corrector is by now: its loss and its pictures on records it is never trained on."""
+"""Validation of the corrector: its loss and its images on held-out records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.records import SUBSETS, Record, RecordSource, first_held_out
+from rflow_jax.data.records import SUBSETS, Record, first_held_out
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.data.transforms import Example, make_example
 from rflow_jax.errors import InputError
@@ -36,7 +36,7 @@ FOLDER = "validation"
 
 
 class Validation:
-    """Held-out records, read and encoded once; each call tries the parameters of one step on them.
+    """Held-out records, read and encoded once; each run evaluates the parameters of one step on them.
 
     Raises:
         InputError: the shards are not usable.
@@ -51,32 +51,42 @@ class Validation:
         mesh: Mesh,
         out: Path,
     ):
-        self.config, self.trained, self.mesh, self.out = config, trained, mesh, out
+        self.config, self.model, self.mesh, self.out = config, trained, mesh, out
         self._recipe = replace(recipe, seed=config.seed, remat="none", accumulation=1)
         self.held_out = read_held_out(config, data)
         self._batches = list(self._encode())
-        self._losses = self._compile_losses()
+        recipe, graph = self._recipe, trained.graph
+        rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
+
+        @partial(jax.jit, out_shardings=replicated(mesh))
+        @partial(traced_on, mesh)
+        def losses(trainable: Any, frozen: Any, examples: Examples, numbers: Array, t: Array) -> Array:
+            keys = sample_keys(recipe.seed, numbers)
+            return batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys, t)
+
+        self._losses: Any = losses
         self._pipe = Pipeline(trained.bundle_with(trained.trainable), attention=recipe.attention)
 
     @property
     def every(self) -> int:
-        """Steps between two."""
+        """Steps between two runs."""
         return self.config.every
 
     def run(self, step: int, trainable: Any) -> dict[str, float]:
-        """Writes the pictures and returns the losses: ``validation/{subset}`` and ``validation/all``."""
+        """Writes the images and returns the losses: ``validation/{subset}`` and ``validation/all``."""
         losses = self.losses(trainable)
         if self.config.pictures:
-            self._write_pictures(step, trainable)
+            self._write_images(step, trainable)
         return losses
 
     def losses(self, trainable: Any) -> dict[str, float]:
         """The mean loss of each subset over records and times, and of all records."""
         found = np.zeros(len(self.held_out))
         for first, examples, numbers in self._batches:
-            for t in self._times(len(numbers)):
+            for time in self.config.times:
+                t = put_batch(self.mesh, np.full(len(numbers), time, np.float32), whole=True)
                 with reproducible(self._recipe.dtype):
-                    losses = self._losses(trainable, self.trained.frozen, examples, numbers, t)
+                    losses = self._losses(trainable, self.model.frozen, examples, numbers, t)
                 kept = found[first : first + len(numbers)]  # the last batch is padded
                 kept += np.asarray(losses)[: len(kept)] / len(self.config.times)
         subsets = np.asarray([example.subset for _, example in self.held_out])
@@ -84,17 +94,17 @@ class Validation:
         return {f"{FOLDER}/{name}": mean for name, mean in means.items()} | {f"{FOLDER}/all": float(found.mean())}
 
     def _encode(self) -> Iterator[tuple[int, Examples, Array]]:
-        bundle, size = self.trained.bundle, samples_along(self.mesh)
-        encode = make_encode(bundle, self._recipe, self.mesh)
-        encoders = {name: bundle.weights[name] for name in ENCODERS}
+        flux, size = self.model.bundle, samples_along(self.mesh)
+        encode = make_encode(flux, self._recipe, self.mesh)
+        encoders = {name: flux.weights[name] for name in ENCODERS}
         for first in range(0, len(self.held_out), size):
             numbers = np.minimum(np.arange(first, first + size), len(self.held_out) - 1).astype(np.uint32)
             chosen = [self.held_out[number][1] for number in numbers]
             host = (
                 np.stack([example.good for example in chosen]),
                 np.stack([example.bad for example in chosen]),
-                bundle.tokenizers.clip([example.prompt for example in chosen], bundle.clip_length),
-                bundle.tokenizers.t5([example.t5_text for example in chosen], self._recipe.shape.text),
+                flux.tokenizers.clip([example.prompt for example in chosen], flux.clip_length),
+                flux.tokenizers.t5([example.t5_text for example in chosen], self._recipe.shape.text),
                 numbers,
             )
             # Every process reads all records, and keeps the rows of its devices.
@@ -102,25 +112,14 @@ class Validation:
             with reproducible(self._recipe.dtype):
                 yield first, encode(encoders, inputs), inputs.numbers
 
-    def _compile_losses(self) -> Any:
-        recipe, graph = self._recipe, self.trained.graph
-        rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
-
-        @partial(jax.jit, out_shardings=replicated(self.mesh))
-        @partial(traced_on, self.mesh)
-        def losses(trainable: Any, frozen: Any, examples: Examples, numbers: Array, t: Array) -> Array:
-            keys = sample_keys(recipe.seed, numbers)
-            return batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys, t)
-
-        return losses
-
-    def _times(self, size: int) -> Iterator[Array]:
-        for t in self.config.times:
-            yield put_batch(self.mesh, np.full(size, t, np.float32), whole=True)
-
-    def _write_pictures(self, step: int, trainable: Any) -> None:
-        chosen = list(self._with_picture())
-        recipe, pixels = self._recipe, self.trained.bundle.token_pixels
+    def _write_images(self, step: int, trainable: Any) -> None:
+        taken: Counter[str] = Counter()
+        chosen: list[tuple[str, Record, Example]] = []
+        for record, example in self.held_out:
+            if taken[record.subset] < self.config.pictures:
+                chosen.append((f"{record.subset}_{taken[record.subset]}.png", record, example))
+                taken[record.subset] += 1
+        recipe, pixels = self._recipe, self.model.bundle.token_pixels
         settings = SamplingConfig(
             height=recipe.shape.image[0] * pixels,
             width=recipe.shape.image[1] * pixels,
@@ -132,7 +131,7 @@ class Validation:
             add_cond_attn=recipe.flags.add_cond_attn,
             latent_lora=recipe.flags.latent_lora,
         )
-        self._pipe.bundle = self.trained.bundle_with(trainable)
+        self._pipe.bundle = self.model.bundle_with(trainable)
         images = self._pipe.generate(
             [record.prompt for _, record, _ in chosen],
             seeds=[(self.config.seed, i) for i in range(len(chosen))],
@@ -147,13 +146,6 @@ class Validation:
         for (name, _, example), image in zip(chosen, images, strict=True):
             side_by_side([Image.fromarray(example.bad), Image.fromarray(example.good), image]).save(folder / name)
 
-    def _with_picture(self) -> Iterator[tuple[str, Record, Example]]:
-        taken: Counter[str] = Counter()
-        for record, example in self.held_out:
-            if taken[record.subset] < self.config.pictures:
-                yield f"{record.subset}_{taken[record.subset]}.png", record, example
-                taken[record.subset] += 1
-
 
 def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Record, Example]]:
     """The first usable records of each subset, cut from their centre and with nothing dropped.
@@ -162,18 +154,17 @@ def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Reco
         InputError: the shards are not usable.
     """
     assert config.shards is not None
-    none = {"drop_text_prob": 0.0, "drop_image_prob": 0.0, "drop_reflection_prob": 0.0}
-    whole = replace(data, shards=config.shards, format=config.format, crop="center", **none)
+    nothing_dropped = {"drop_text_prob": 0.0, "drop_image_prob": 0.0, "drop_reflection_prob": 0.0}
+    whole = replace(data, shards=config.shards, format=config.format, crop="center", **nothing_dropped)
     source = open_source(whole)
-    found = [one for subset in SUBSETS for one in _first(source, subset, whole, config.records)]
+
+    def prepare(index: int, subset: str) -> tuple[Record, Example]:
+        record = source.read(subset, index)
+        return record, make_example(record, whole, seed=0, number=0)
+
+    found: list[tuple[Record, Example]] = []
+    for subset in SUBSETS:
+        found += first_held_out(partial(prepare, subset=subset), source.counts.get(subset, 0), config.records)[0]
     if not found:
         raise InputError(f"validation.shards: {config.shards} hold no usable record")
     return found
-
-
-def _first(source: RecordSource, subset: str, config: DataConfig, count: int) -> list[tuple[Record, Example]]:
-    def prepare(index: int) -> tuple[Record, Example]:
-        record = source.read(subset, index)
-        return record, make_example(record, config, seed=0, number=0)
-
-    return first_held_out(prepare, source.counts.get(subset, 0), count)[0]

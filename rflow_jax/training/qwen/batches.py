@@ -1,4 +1,4 @@
-"""Samples -> arrays of one fixed size, one row a sample: one program, and rows that any device can take."""
+"""Samples -> arrays of one fixed size, one row per sample, so that one program serves them and any device any row."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Rows(NamedTuple):
 
     Attributes:
         positions: multimodal rotary positions.
-        places: for every token the one of its row's picture tokens that takes its place, or -1.
-        patches: of each row's pictures, each padded; None: no pictures.
-        layout: of these pictures, its arrays with the rows in front.
+        places: for every token the index of the image token (of its row) that replaces it, or -1.
+        patches: of each row's images, each padded; None: no images.
+        layout: of these images, with arrays that begin with the rows.
     """
 
     ids: Int[Array | np.ndarray, "b t"]
@@ -43,8 +43,8 @@ class RowSizes(NamedTuple):
     """What every row is padded to.
 
     Attributes:
-        pictures: of a row.
-        patches, windows: of a picture.
+        pictures: images of a row.
+        patches, windows: of an image.
     """
 
     tokens: int
@@ -63,19 +63,19 @@ class RowSizes(NamedTuple):
         max_pixels: int,
         max_ratio: float,
     ) -> RowSizes:
-        """Sizes that hold every picture of at most so many pixels and so unequal sides."""
+        """Sizes for every image of at most ``max_pixels`` and of sides no more unequal than ``max_ratio``."""
         units = max(max_pixels, rules.min_pixels) // rules.factor**2 + 1
         side = vision.window_units
         windows = max(
             math.ceil(rows / side) * math.ceil(units // rows / side)
             for rows in range(1, math.isqrt(units) + 1)
-            # Sides are rounded to whole units, so a picture at the limit may be a unit longer.
+            # Sides are rounded to whole units, so an image at the limit may be a unit longer.
             if units // rows <= max_ratio * rows + 1
         )
         return cls(tokens, pictures, units * vision.unit, windows)
 
     def require(self, sample: QwenSample, config: Qwen25VLConfig, key: str) -> QwenSample:
-        """The sample; raises RecordError where it does not fit in."""
+        """The sample; raises RecordError if it does not fit."""
         if len(sample.ids) > self.tokens:
             raise RecordError(f"{key}: {len(sample.ids)} tokens, more than data.max_tokens ({self.tokens})")
         if len(sample.pictures) > self.pictures:
@@ -87,10 +87,10 @@ class RowSizes(NamedTuple):
 
 
 def rows_of(samples: Sequence[QwenSample], config: Qwen25VLConfig, *, pad: int, sizes: RowSizes) -> Rows:
-    """Pads samples, each a row.
+    """Pads samples into rows.
 
     Args:
-        pad: the token of padding.
+        pad: the padding token.
     """
     b, unit = len(samples), config.vision.unit
     ids = np.full((b, sizes.tokens), pad, np.int32)
@@ -103,23 +103,27 @@ def rows_of(samples: Sequence[QwenSample], config: Qwen25VLConfig, *, pad: int, 
         return text
     grids = [[*sample.grids, *[(0, 0, 0)] * (sizes.pictures - len(sample.grids))] for sample in samples]
     layout = layout_of(list(chain.from_iterable(grids)), config.vision, patches=sizes.patches, windows=sizes.windows)
-    tokens = [[grid[1] * grid[2] // unit for grid in sample.grids] for sample in samples]
-    places = [
-        image_places(ids[k : k + 1], lengths[k : k + 1], [own], config, padded=sizes.patches // unit)
-        for k, own in enumerate(tokens)
-    ]
+    places: list[np.ndarray] = []
+    values = config.vision.patch_values // config.vision.temporal_patch_size
+    patches = np.zeros((b, sizes.pictures, sizes.patches, values), np.uint8)
+    for k, sample in enumerate(samples):
+        tokens = [grid[1] * grid[2] // unit for grid in sample.grids]
+        row = slice(k, k + 1)
+        places.append(image_places(ids[row], lengths[row], [tokens], config, padded=sizes.patches // unit))
+        for slot, (own, _) in zip(patches[k], sample.pictures, strict=False):
+            slot[: len(own)] = own
     return text._replace(
         places=np.concatenate(places),
-        patches=_patches(samples, config, sizes),
+        patches=patches,
         layout=VisionLayout(*(x.reshape(b, sizes.pictures, *x.shape[1:]) for x in layout)),
     )
 
 
 def inputs_of(rows: Rows, unit: int) -> QwenInputs:
-    """The batch as the network takes it, all pictures one after another; on the device.
+    """The batch as the network takes it, all images one after another; on the device.
 
     Args:
-        unit: patches of a token.
+        unit: patches per token.
     """
     ids, lengths = jnp.asarray(rows.ids), jnp.asarray(rows.lengths)
     live, following = jnp.ones_like(lengths, dtype=bool), jnp.zeros_like(lengths)
@@ -135,18 +139,9 @@ def inputs_of(rows: Rows, unit: int) -> QwenInputs:
     return text._replace(places=places, patches=patches, layout=layout)
 
 
-def _patches(samples: Sequence[QwenSample], config: Qwen25VLConfig, sizes: RowSizes) -> np.ndarray:
-    values = config.vision.patch_values // config.vision.temporal_patch_size
-    out = np.zeros((len(samples), sizes.pictures, sizes.patches, values), np.uint8)
-    for row, sample in zip(out, samples, strict=True):
-        for place, (patches, _) in zip(row, sample.pictures, strict=False):
-            place[: len(patches)] = patches
-    return out
-
-
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records. It can be pickled, to be read in worker processes.
+    """Random access to records; can be pickled, to be read in worker processes.
 
     Attributes:
         fingerprint: of the records and their order.
@@ -158,16 +153,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Any:
-        """Reads one record; raises RecordError where it cannot be used."""
+        """Reads one record; raises RecordError if it cannot be used."""
         ...
 
 
 @runtime_checkable
 class Collator(Protocol):
-    """Makes what the network is given. It can be pickled, too."""
+    """Turns records into the inputs of the network; can be pickled too."""
 
     def example(self, record: Any, /) -> Any:
-        """One prepared record; raises RecordError where it cannot be used."""
+        """One prepared record; raises RecordError if it cannot be used."""
         ...
 
     def inputs(self, examples: Sequence[Any], count: int) -> Any:
@@ -191,7 +186,7 @@ class ArrayBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class MakeExample:
-    """Reads the record that a job names, and prepares it; runs in a worker."""
+    """Reads and prepares the record of a job; runs in a worker."""
 
     source: Source
     maker: Collator
@@ -211,8 +206,8 @@ class ArrayLoader(Loader):
         super().__init__(plan, MakeExample(source, maker), config, start)
         self._maker = maker
 
-    def _batch(self, numbers: np.ndarray, examples: list[Any], told: dict[str, Any]) -> Any:
-        return ArrayBatch(inputs=self._maker.inputs(examples, len(examples)), **told)
+    def _batch(self, numbers: np.ndarray, examples: list[Any], common_fields: dict[str, Any]) -> Any:
+        return ArrayBatch(inputs=self._maker.inputs(examples, len(examples)), **common_fields)
 
 
 def open_array_loader(
@@ -222,10 +217,10 @@ def open_array_loader(
     *,
     start: int,
     position: Mapping[str, Any] | None,
-    **how: Any,
+    **options: Any,
 ) -> ArrayLoader:
-    """Batches from a step on; ``how`` as in :class:`~rflow_jax.data.loader.ShuffledSampler`."""
-    plan = ShuffledSampler(len(source), fingerprint=source.fingerprint, position=position, **how)
+    """Batches from a step on; ``options`` as in :class:`~rflow_jax.data.loader.ShuffledSampler`."""
+    plan = ShuffledSampler(len(source), fingerprint=source.fingerprint, position=position, **options)
     return ArrayLoader(plan, source, maker, config, start)
 
 
@@ -235,7 +230,7 @@ def first_usable(source: Source, maker: Collator, count: int) -> list[Any]:
     Raises:
         InputError: there is none.
     """
-    found, trouble = first_held_out(lambda index: maker.example(source.read(index)), len(source), count)
+    found, error = first_held_out(lambda index: maker.example(source.read(index)), len(source), count)
     if not found:
-        raise InputError(f"validation: no record is usable; the last: {trouble}")
+        raise InputError(f"validation: no record is usable; the last: {error}")
     return found

@@ -20,7 +20,7 @@ class QwenTrainableConfig:
             ``vision.blocks.0.ff.up`` and so on.
         rank: of the LoRA.
         alpha: its strength is alpha / rank; null is the rank.
-        parameters: regular expression on dotted parameter paths: these of the model's own are trained too (".*" and no
+        parameters: regular expression on dotted paths of the model's own parameters: these are trained too (".*" and no
             pattern is a full fine-tune; ``vision.*`` the vision tower).
     """
 
@@ -43,12 +43,12 @@ class QwenDataConfig:
     """How samples are made.
 
     Attributes:
-        max_tokens: of a sample, its pictures' included; all are padded to it, and longer ones are not used.
-        max_pixels: of a picture; larger ones are made smaller.
-        max_ratio: of the sides of a picture; pictures beyond it are not used.
-        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        max_tokens: of a sample, with its images; all are padded to it, and longer ones are skipped.
+        max_pixels: of an image; larger ones are scaled down.
+        max_ratio: of the sides of an image; images beyond it are skipped.
+        workers: processes that read and decode; null: all cores but one. 0 uses the run's own process.
         prefetch: batches made in advance.
-        skip_limit: more unusable records than this, of one process and since it was started, end the run.
+        skip_limit: more unusable records than this in one process end the run.
     """
 
     max_tokens: int = 512

@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL in two parts: what is trained, and what stays."""
+"""A Qwen2.5-VL split into trainable and frozen parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rflow_jax.training.corrector.step import INIT
 from rflow_jax.training.partition import dotted, on_host, shard_state
 from rflow_jax.training.qwen.config import QwenTrainableConfig
 
-# The tower's query, key and value are one matrix in a checkpoint, whose adapters cannot be told apart.
+# The tower's query, key and value are one matrix in a checkpoint, so they cannot have separate adapters.
 _FUSED = r"vision\.blocks\.\d+\.attn\.[qkv]"
 
 
@@ -28,7 +28,7 @@ class ParamPartition(NamedTuple):
 
     Attributes:
         graph: to be merged with both.
-        trainable: the parameters that move, float32.
+        trainable: the trained parameters, float32.
         frozen: the others, as they were loaded.
     """
 
@@ -39,55 +39,58 @@ class ParamPartition(NamedTuple):
     def merged(self, trainable: Any) -> Any:
         """The network with these parameters, to be exported; every process must call it.
 
-        Its frozen part stays on the devices where this process reaches all of it, since little of it may be wanted.
+        The frozen part stays on the devices if this process reaches all of it, since little of it may be needed.
         """
         one = jax.process_count() == 1
-        # New variables around the same arrays: what is set in the network is not set here.
+        # New variables around the same arrays: setting a variable of the network does not change ours.
         frozen = jax.tree.map(lambda x: x, self.frozen) if one else on_host(self.frozen)
         return nnx.merge(self.graph, on_host(trainable), frozen)
 
 
 def first_key(seed: int) -> jax.Array:
-    """The key of what is drawn before the first step."""
+    """The key of all draws before the first step."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT)
 
 
 def partition_params(
     model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed: int, also: str = ""
 ) -> ParamPartition:
-    """Attaches a fresh LoRA and takes apart what moves and what stays, all on the mesh.
+    """Attaches a fresh LoRA and splits the network into trainable and frozen parameters, on the mesh.
 
     Args:
-        also: regular expression on dotted parameter paths: these move whatever ``config`` says.
+        also: regular expression on dotted parameter paths: these are trained whatever ``config`` says.
 
     Raises:
         InputError: a pattern matches nothing, or a linear that cannot have a LoRA.
     """
     put = sharding_for(mesh)
     if config.pattern is not None:
-        rngs = nnx.Rngs(params=first_key(seed))
-        how = {"alpha": config.alpha, "pattern": config.pattern, "rngs": rngs}
-        init_lora(model, config.rank, sharding_for=put, **how)
+        options = {"alpha": config.alpha, "pattern": config.pattern, "rngs": nnx.Rngs(params=first_key(seed))}
+        init_lora(model, config.rank, sharding_for=put, **options)
     graph, trainable, frozen = split_trainable(model, config, also)
-    # Steps are far below bfloat16's resolution: what moves is kept in float32 and rounded where it is used.
+    # Steps are far below bfloat16's resolution: trained parameters are float32, and rounded where they are used.
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return ParamPartition(graph, shard_state(trainable, put), shard_state(frozen, put))
 
 
 def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = "") -> tuple[Any, Any, Any]:
-    """The graph of a network, of arrays or of shapes, what moves, and what stays; arguments and errors as those of
-    :func:`partition_params`.
-    """
+    """(graph, trainable, frozen) of a network, of arrays or of shapes; see :func:`partition_params`."""
     named = re.compile(config.parameters or "")
 
-    def moves(path: Any, variable: Any) -> bool:
-        if isinstance(variable, nnx.LoRAParam):
-            _require_apart(dotted(path))
-            return True
+    def is_trained(path: Any, variable: Any) -> bool:
         name = dotted(path)
+        if isinstance(variable, nnx.LoRAParam):
+            module = name.rpartition(".")[0]
+            if re.fullmatch(_FUSED, module):
+                raise InputError(
+                    f"trainable.pattern: {module} can have no LoRA, since a checkpoint holds query, key and value of "
+                    "the vision tower as one matrix; take its out, ff.gate, ff.up and ff.down, or name its parameters "
+                    "in trainable.parameters"
+                )
+            return True
         return isinstance(variable, nnx.Param) and bool(named.fullmatch(name) or re.fullmatch(also, name))
 
-    graph, trainable, frozen = nnx.split(model, moves, ...)
+    graph, trainable, frozen = nnx.split(model, is_trained, ...)
     paths = [dotted(path) for path, _ in nnx.to_flat_state(trainable)]
     if config.parameters is not None and not any(named.fullmatch(path) for path in paths):
         raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter")
@@ -97,27 +100,17 @@ def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = ""
 def flops_of_sample(
     parts: ParamPartition, config: Qwen25VLConfig, *, tokens: int, patches: int, pictures: int
 ) -> float:
-    """Floating-point operations of a sample, forward and backward, of products with weights alone.
+    """Floating-point operations of a sample, forward and backward, counting only products with weights.
 
-    Of frozen weights no gradient is computed, and none at all in a vision tower that stays.
+    Frozen weights get no gradient, and a frozen vision tower has no backward pass at all.
     """
     sizes: dict[str, int] = {"vision": 0, "language": 0}
     for state in (parts.trainable, parts.frozen):
         for path, leaf in nnx.to_flat_state(state):
             if path[0] in sizes and leaf.get_value().ndim > 1 and "embed" not in path:
                 sizes[str(path[0])] += leaf.get_value().size
-    moving = {str(path[0]) for path, _ in nnx.to_flat_state(parts.trainable)}
-    whole = any(not isinstance(leaf, nnx.LoRAParam) for _, leaf in nnx.to_flat_state(parts.trainable))
-    language = 2 * sizes["language"] * tokens * (3 if whole else 2)
-    vision = 2 * sizes["vision"] * patches * pictures * (2 if "vision" in moving else 1)
+    trained = nnx.to_flat_state(parts.trainable)
+    lora_only = all(isinstance(leaf, nnx.LoRAParam) for _, leaf in trained)
+    language = 2 * sizes["language"] * tokens * (2 if lora_only else 3)
+    vision = 2 * sizes["vision"] * patches * pictures * (2 if any(path[0] == "vision" for path, _ in trained) else 1)
     return float(language + vision)
-
-
-def _require_apart(path: str) -> None:
-    module = path.rpartition(".")[0]
-    if re.fullmatch(_FUSED, module):
-        raise InputError(
-            f"trainable.pattern: {module} can have no LoRA, since a checkpoint holds query, key and value of the "
-            "vision tower as one matrix; take its out, ff.gate, ff.up and ff.down, or name its parameters in "
-            "trainable.parameters"
-        )

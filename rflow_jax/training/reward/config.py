@@ -1,4 +1,4 @@
-"""What a run of reward training is told."""
+"""The configuration of reward training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
 
 @dataclass(frozen=True)
 class RewardTaskConfig:
-    """How pictures are scored, and what the scores are held against.
+    """How images are scored, and the loss on the scores.
 
     Attributes:
         loss: ``bt`` (Bradley-Terry), ``margin``, ``constant_margin``, ``scaled``, ``reg`` (regression to people's
@@ -26,8 +26,8 @@ class RewardTaskConfig:
             the ``last`` token, or the ``mean``.
         mrope: multimodal rotary positions; the original trains and scores without.
         prompt_file: the wording around ``$prompt``; null: the prompt alone.
-        normalise: write mean and deviation of the held-out pictures' rewards into each export, by which a verifier's
-            scores are normalised.
+        normalise: write mean and deviation of the held-out images' rewards into each export, to normalise a
+            verifier's scores.
     """
 
     loss: LossName = "bt"
@@ -39,21 +39,21 @@ class RewardTaskConfig:
 
 @dataclass(frozen=True)
 class PairDataConfig(QwenDataConfig):
-    """Pairs of pictures of one prompt; give ``pairs`` or ``shards``.
+    """Pairs of images of one prompt; give ``pairs`` or ``shards``.
 
     Attributes:
         pairs: file of JSON lines: ``prompt``, ``image_a``, ``image_b`` (relative to the file), ``label`` (A, B or
-            same), and if people scored the pictures ``score_a`` and ``score_b``.
-        shards: of GenRef, whose good pictures are preferred to the bad ones: addresses as in the corrector's ``data``.
+            same), and if people scored the images ``score_a`` and ``score_b``.
+        shards: of GenRef, whose good images are preferred to the bad ones: addresses as in the corrector's ``data``.
         format: of the shards: ``tar`` or ``tfds``.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         patience: how long a server is waited for.
-        max_tokens: of a sample, its picture's included; all are padded to it, and longer ones are not used.
-        max_pixels: of a picture; larger ones are made smaller.
-        max_ratio: of the sides of a picture; pictures beyond it are not used.
-        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+        max_tokens: of a sample, with its image; all are padded to it, and longer ones are skipped.
+        max_pixels: of an image; larger ones are scaled down.
+        max_ratio: of the sides of an image; images beyond it are skipped.
+        workers: processes that read and decode; null: all cores but one. 0 uses the run's own process.
         prefetch: batches made in advance.
-        skip_limit: more unusable records than this, of one process and since it was started, end the run.
+        skip_limit: more unusable records than this in one process end the run.
     """
 
     pairs: str | None = None
@@ -76,7 +76,7 @@ class PairValidationConfig:
     Attributes:
         pairs, shards: as in ``data``.
         every: steps between two; there is one before the first step too.
-        records: so many, from the first on.
+        records: how many, from the first on.
     """
 
     pairs: str | None = None
@@ -92,14 +92,14 @@ class PairValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRunConfig(CommonConfig):
-    """Trains an image verifier on pairs of pictures.
+    """Trains an image verifier on pairs of images.
 
     Attributes:
         task: what is trained.
         model: the Qwen2.5-VL it begins with: a folder or a Hub id.
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
-        reward: how pictures are scored, and the loss.
+        reward: how images are scored, and the loss.
         trainable: what is trained besides the reward head and the special token.
         optimizer: how it moves.
         train: the steps; a sample is a pair.
@@ -119,6 +119,5 @@ class RewardRunConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        held_out = self.validation.pairs is not None or self.validation.shards is not None
-        if self.reward.normalise and not held_out:
+        if self.reward.normalise and self.validation.pairs is None and self.validation.shards is None:
             raise InputError("reward.normalise: takes the held-out pairs' rewards; give validation.pairs or shards")

@@ -42,8 +42,8 @@ class PairInputs(NamedTuple):
     """A batch of pairs as arrays.
 
     Attributes:
-        rows: of both pictures of each pair: [b, 2, ...].
-        labels, scores: as in :func:`~rflow_jax.training.reward.loss.pair_losses`.
+        rows: of both images of each pair: [b, 2, ...].
+        labels, scores: as in :func:`pair_losses`.
     """
 
     rows: Rows | Any
@@ -56,7 +56,7 @@ class PairMaker:
     """A :class:`~rflow_jax.training.qwen.batches.Collator`.
 
     Attributes:
-        special: the token of which a sample must hold one; None: there is none.
+        special: the token that a sample must contain once; None: there is none.
     """
 
     prepare: QwenProcessor
@@ -66,10 +66,7 @@ class PairMaker:
 
     def example(self, pair: Pair) -> PairExample:
         """Raises RecordError for a pair that cannot be used."""
-        a, b = (
-            self._sample(pair, content, name)
-            for name, content in (("image_a", pair.image_a), ("image_b", pair.image_b))
-        )
+        a, b = self._sample(pair, pair.image_a, "image_a"), self._sample(pair, pair.image_b, "image_b")
         return PairExample(a, b, pair.label, (pair.score_a, pair.score_b))
 
     def inputs(self, examples: Sequence[PairExample], count: int) -> PairInputs:
@@ -100,15 +97,15 @@ class PairMaker:
 
 
 NEED_SCORES = ("scaled", "reg")  # without scores they are 0
-# Without one of these labels the others are.
+# The labels of which at least one must occur.
 NEED_LABELS = {name: {A, B} for name in ("bt", "margin", "constant_margin", "scaled")} | {"btt": {A, B, TIE}}
 MARGIN = 0.57
-TIES = 5.0  # k of Bradley-Terry with ties: how much stronger a picture must be to be preferred
+TIES = 5.0  # k of Bradley-Terry with ties: how much stronger an image must be to be preferred
 MIDDLE = 3.0  # of the people's scores
 
 
 class Sides(NamedTuple):
-    """Rewards of the chosen and of the rejected pictures; without a preference B stands as the chosen one."""
+    """Rewards of the chosen and of the rejected images; without a preference B counts as the chosen one."""
 
     chosen: Float[Array, " b"]
     rejected: Float[Array, " b"]
@@ -118,31 +115,27 @@ class Sides(NamedTuple):
 def pair_losses(
     name: LossName, rewards: Float[Array, "b 2"], scores: Float[Array, "b 2"], labels: Int[Array, " b"]
 ) -> Float[Array, "b e"]:
-    """The entries of a loss, whose mean is the loss: one a pair, and two with ``reg``.
+    """The entries of a loss, whose mean is the loss: one per pair, and two with ``reg``.
 
     Args:
         rewards: of A and B.
-        scores: what people gave A and B; 0: nothing.
+        scores: people's scores of A and B; 0: none.
         labels: 1 (A is preferred), -1 (B), 0 (neither), 22 (not known).
     """
     rewards, scores = rewards.astype(jnp.float32), scores.astype(jnp.float32)
     if name == "reg":
         return jnp.where(scores != 0, jnp.square(rewards - (scores - MIDDLE)), 0)
-    losses, counted = _LOSSES[name](_sides(rewards, scores, labels), labels)
+    first = (labels == A)[:, None]
+    (chosen, rejected), (high, low) = (jnp.where(first, x, x[:, ::-1]).T for x in (rewards, scores))
+    losses, counted = _LOSSES[name](Sides(chosen, rejected, high - low), labels)
     return jnp.where(counted, losses, 0)[:, None]
 
 
 def pair_accuracy(rewards: Float[Array, "b 2"], labels: Int[Array, " b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(pairs with a preference whose preferred picture has the higher reward, pairs with a preference)."""
+    """(number of pairs whose preferred image has the higher reward, number of pairs with a preference)."""
     preferred = _preferred(labels)
     right = jnp.where(labels == A, rewards[:, 0] > rewards[:, 1], rewards[:, 1] > rewards[:, 0])
     return jnp.sum(right & preferred, dtype=jnp.float32), jnp.sum(preferred, dtype=jnp.float32)
-
-
-def _sides(rewards: Array, scores: Array, labels: Array) -> Sides:
-    first = (labels == A)[:, None]
-    (chosen, rejected), (high, low) = (jnp.where(first, x, x[:, ::-1]).T for x in (rewards, scores))
-    return Sides(chosen, rejected, high - low)
 
 
 def _preferred(labels: Array) -> Array:
@@ -184,7 +177,7 @@ class PairObjective:
 
     Attributes:
         graph: of the reward model.
-        unit: patches of a token.
+        unit: patches per token.
     """
 
     graph: Any
@@ -201,9 +194,9 @@ class PairObjective:
         return loss, {"accuracy": MeanMetric(*pair_accuracy(rewards, jnp.asarray(pairs.labels)))}
 
     def rewards(self, trainable: Any, frozen: Any, pairs: PairInputs) -> Float[Array, "b 2"]:
-        """Rewards of both pictures of each pair."""
+        """Rewards of both images of each pair."""
         model = nnx.merge(self.graph, trainable, frozen)
-        # All pictures are rows of one batch.
+        # All images are rows of one batch.
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs.rows)
         inputs = inputs_of(rows, self.unit)
         found = score(model, self.rules, self.scoring, inputs, attention=self.attention, remat=self.remat)

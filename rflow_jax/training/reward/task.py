@@ -1,4 +1,4 @@
-"""What reward training leaves: the original's checkpoint, for the verifier ``reward``."""
+"""Reward training as a task; exports the original's checkpoint, for the verifier ``reward``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TrainedReward:
     """A reward model in two parts; an :class:`~rflow_jax.training.checkpoints.Exporter`.
 
     Attributes:
-        measure: parameters -> mean and deviation of rewards, to normalise scores by; None: they stay as they are.
+        measure: parameters -> mean and deviation of rewards, to normalise scores; None: no normalisation.
     """
 
     parts: ParamPartition
@@ -62,12 +62,13 @@ class TrainedReward:
             what = replace(what, config=replace(what.config, mean=mean, std=std))
         model = self.parts.merged(trainable)
         if folder is not None:
-            moved = {dotted(path) for path, leaf in nnx.to_flat_state(trainable) if not isinstance(leaf, nnx.LoRAParam)}
-            export_reward(model, moved, what, self.tokenizer.save, folder)
+            flat = nnx.to_flat_state(trainable)
+            trained = {dotted(path) for path, leaf in flat if not isinstance(leaf, nnx.LoRAParam)}
+            export_reward(model, trained, what, self.tokenizer.save, folder)
 
 
 HEAD = r"reward\.kernel|language\.embed\.special"
-_FROM_FILE = "file"  # what an export calls a wording of the run's own
+_FROM_FILE = "file"  # the name of the run's own prompt template in an export
 
 
 class Reward:
@@ -82,22 +83,20 @@ class Reward:
     def __init__(self, config: RewardRunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         folder = resolve_vlm(config.model)
-        how = reward_config(config, folder)
-        # Wordings and the data are cheap to check.
-        template = read_template(how, config.reward.prompt_file)
+        exported = reward_config(config, folder)
+        # The prompt template and the data come first, since they are cheap to check.
+        template = read_template(exported, config.reward.prompt_file)
         self._source = open_checked(config, config.data.pairs, config.data.shards)
         held_out = config.validation
         self._held_out = (
             open_checked(config, held_out.pairs, held_out.shards) if held_out.pairs or held_out.shards else None
         )
-        tokenizer = QwenTokenizer(folder, added=[SPECIAL_TOKEN] if how.special_tokens else [])
-        special = tokenizer.id_of(SPECIAL_TOKEN) if how.special_tokens else None
+        tokenizer = QwenTokenizer(folder, added=[SPECIAL_TOKEN] if exported.special_tokens else [])
+        special = tokenizer.id_of(SPECIAL_TOKEN) if exported.special_tokens else None
 
-        dtype = jnp.dtype(config.train.dtype)
+        seed, dtype = config.train.seed, jnp.dtype(config.train.dtype)
         base = load_qwen(folder, dtype=dtype, sharding_for=sharding_for(mesh))
-        parts = partition_params(
-            begin(base, special, config.train.seed, dtype), config.trainable, mesh, seed=config.train.seed, also=HEAD
-        )
+        parts = partition_params(begin(base, special, seed, dtype), config.trainable, mesh, seed=seed, also=HEAD)
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
         self._sizes = row_sizes(config, sizes, rules)
         context = min(config.data.max_tokens, sizes.language.max_position_embeddings)
@@ -105,16 +104,17 @@ class Reward:
         self._maker = PairMaker(prepare, template, self._sizes, special)
         self._objective = make_objective(config, parts.graph, sizes, rules, special)
         file = config.reward.prompt_file
-        wording = None if file is None else read_prompt(Path(file))
-        what = RewardExport(how, how.base, len(tokenizer), config.reward.loss, _moves_vision(parts), wording)
-        self.trained = TrainedReward(parts, what, tokenizer)
+        prompt = None if file is None else read_prompt(Path(file))
+        vision = any(path[0] == "vision" for path, _ in nnx.to_flat_state(parts.trainable))
+        what = RewardExport(exported, exported.base, len(tokenizer), config.reward.loss, vision, prompt)
+        self.exporter = TrainedReward(parts, what, tokenizer)
         self.trainable = parts.trainable
 
     @cached_property
     def flops(self) -> float:
         """Of a pair."""
         sizes = self._sizes
-        parts, config = self.trained.parts, self._maker.prepare.config
+        parts, config = self.exporter.parts, self._maker.prepare.config
         return 2 * flops_of_sample(parts, config, tokens=sizes.tokens, patches=sizes.patches, pictures=1)
 
     def to_saved(self, state: TrainState) -> TrainState:
@@ -127,19 +127,19 @@ class Reward:
 
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
         """Batches of pairs from a step on."""
-        how, data = self._config.train, self._config.data
-        slots = slots_here(self._mesh, how.batch_size)
-        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots, "name": "pairs"}
-        return open_array_loader(self._source, self._maker, data, start=start, position=position, **sizes)
+        train, data = self._config.train, self._config.data
+        slots = slots_here(self._mesh, train.batch_size)
+        options = {"seed": train.seed, "batch_size": train.batch_size, "slots": slots, "name": "pairs"}
+        return open_array_loader(self._source, self._maker, data, start=start, position=position, **options)
 
     def put(self, batch: ArrayBatch) -> PairInputs:
         """Pairs on the mesh."""
         return put_batch(self._mesh, batch.inputs)
 
     def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
-        """Scores both pictures of each pair, then moves the parameters."""
+        """Scores both images of each pair, then updates the parameters."""
         step = compile_pair_step(self._config, self._objective, optimizer, shardings, self._mesh)
-        frozen = self.trained.parts.frozen
+        frozen = self.exporter.parts.frozen
 
         def take(state: TrainState, inputs: PairInputs) -> tuple[TrainState, StepMetrics]:
             return step(state, frozen, inputs)
@@ -152,15 +152,15 @@ class Reward:
         if source is None:
             return None
         batch = self._config.train.batch_size // self._config.train.accumulation
-        frozen = self.trained.parts.frozen
+        frozen = self.exporter.parts.frozen
         found = PairValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
         if self._config.reward.normalise:
-            self.trained.measure = found.moments
+            self.exporter.measure = found.moments
         return found
 
 
 def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
-    """What an export says of the model."""
+    """The configuration that an export contains."""
     trainable: QwenTrainableConfig = config.trainable
     base = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
     return RewardConfig(
@@ -175,7 +175,7 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
 
 
 def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageProcessorConfig) -> RowSizes:
-    """What a picture and its prompt are padded to."""
+    """The sizes that an image and its prompt are padded to."""
     data = config.data
     limits = {"max_pixels": data.max_pixels, "max_ratio": data.max_ratio}
     return RowSizes.of(sizes.vision, rules, tokens=data.max_tokens, pictures=1, **limits)
@@ -184,16 +184,16 @@ def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageProces
 def make_objective(
     config: RewardRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig, special: int | None
 ) -> PairObjective:
-    """What is minimised, of a model with this graph."""
+    """The objective of a model with this graph."""
     scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
-    how = config.train.attention, config.train.remat
-    return PairObjective(graph, rules, scoring, config.reward.loss, sizes.vision.unit, *how)
+    attention, remat = config.train.attention, config.train.remat
+    return PairObjective(graph, rules, scoring, config.reward.loss, sizes.vision.unit, attention, remat)
 
 
 def compile_pair_step(
     config: RewardRunConfig, objective: PairObjective, optimizer: Any, shardings: Any, mesh: Mesh
 ) -> Any:
-    """The jitted step of (state, frozen parameters, pairs)."""
+    """Compiles the step of (state, frozen parameters, pairs)."""
     update = make_update(objective, optimizer, accumulation=config.train.accumulation, mesh=mesh)
     return compile_step(update, shardings, mesh)
 
@@ -207,17 +207,12 @@ def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardM
 
 
 def open_checked(config: RewardRunConfig, pairs: str | None, shards: str | list[str] | None) -> PairSource:
-    """The pairs; raises InputError where the loss could learn nothing from them."""
+    """The pairs; raises InputError if the loss could learn nothing from them."""
     data, loss = config.data, config.reward.loss
-    how = {"format": data.format, "cache": data.cache, "patience": data.patience}
-    source = open_pairs(pairs, shards, **how)
+    source = open_pairs(pairs, shards, format=data.format, cache=data.cache, patience=data.patience)
     if loss in NEED_SCORES and not source.has_scores:
         raise InputError(f"reward.loss is {loss}: it takes people's scores, and {pairs or shards} has none")
     if loss in NEED_LABELS and not source.labels & NEED_LABELS[loss]:
         wanted = "A, B or same" if loss == "btt" else "A or B"
         raise InputError(f"reward.loss is {loss}: {pairs or shards} has no line with a label {wanted}")
     return source
-
-
-def _moves_vision(parts: ParamPartition) -> bool:
-    return any(path[0] == "vision" for path, _ in nnx.to_flat_state(parts.trainable))

@@ -1,4 +1,4 @@
-"""How good a reward model is by now: its loss and its accuracy on held-out pairs."""
+"""Validation of a reward model: its loss and its accuracy on held-out pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rflow_jax.data.sources.preferences import PairSource
 from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
 from rflow_jax.training.qwen.batches import first_usable
 from rflow_jax.training.reward.config import LossName, PairValidationConfig
-from rflow_jax.training.reward.loss import PairInputs, PairMaker, PairObjective, pair_accuracy, pair_losses
+from rflow_jax.training.reward.loss import PairMaker, PairObjective, pair_accuracy, pair_losses
 
 
 class PairValidation:
@@ -40,13 +40,12 @@ class PairValidation:
         self._loss: LossName = objective.loss
         self._mesh, self._frozen = mesh, frozen
         examples = first_usable(source, maker, config.records)
-        starts = range(0, len(examples), batch)
         self._count = len(examples)
-        self._batches = [maker.inputs(examples[k : k + batch], batch) for k in starts]
+        self._batches = [maker.inputs(examples[k : k + batch], batch) for k in range(0, len(examples), batch)]
         self._rewards = jax.jit(traced_on(mesh, objective.rewards), out_shardings=replicated(mesh))
 
     def run(self, step: int, trainable: Any) -> dict[str, float]:
-        """``validation/loss``, and ``validation/accuracy`` where any pair has a preference."""
+        """``validation/loss``, and ``validation/accuracy`` if any pair has a preference."""
         rewards = jnp.asarray(self.rewards(trainable))
         labels, scores = (
             jnp.asarray(np.concatenate([getattr(batch, name) for batch in self._batches])[: self._count])
@@ -57,15 +56,13 @@ class PairValidation:
         return found | ({"validation/accuracy": float(right / counted)} if counted else {})
 
     def moments(self, trainable: Any) -> tuple[float, float]:
-        """Mean and deviation of the rewards of all pictures."""
+        """Mean and deviation of the rewards of all images."""
         rewards = self.rewards(trainable)
         return float(rewards.mean()), float(rewards.std())
 
     def rewards(self, trainable: Any) -> np.ndarray:
         """[pairs, 2] float32."""
         # Every process reads all pairs, and keeps the rows of its devices.
-        found = [self._rewards(trainable, self._frozen, self._put(batch)) for batch in self._batches]
+        puts = (put_batch(self._mesh, batch, whole=True) for batch in self._batches)
+        found = [self._rewards(trainable, self._frozen, put) for put in puts]
         return np.concatenate([np.asarray(one) for one in found])[: self._count]
-
-    def _put(self, batch: PairInputs) -> PairInputs:
-        return put_batch(self._mesh, batch, whole=True)

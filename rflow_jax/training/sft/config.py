@@ -1,4 +1,4 @@
-"""What a run of supervised fine-tuning is told."""
+"""The configuration of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rflow_jax.utils.checks import require_least
 
 @dataclass(frozen=True)
 class ChatDataConfig(QwenDataConfig):
-    """Chats with pictures.
+    """Chats with images.
 
     Attributes:
         chats: file of JSON lines: ``messages``, each with ``role`` (system, user or assistant) and ``content``, in
-            which ``<image>`` stands for a picture, and ``images`` (relative to the file).
-        max_images: of a chat; chats with more are not used.
-        max_tokens: of a chat, its pictures' included; all are padded to it, and longer ones are not used.
-        max_pixels: of a picture; larger ones are made smaller.
-        max_ratio: of the sides of a picture; pictures beyond it are not used.
-        workers: processes that read and decode; null: one a core but one. 0 works in the run's own process.
+            which ``<image>`` stands for an image, and ``images`` (relative to the file).
+        max_images: of a chat; chats with more are skipped.
+        max_tokens: of a chat, with its images; all are padded to it, and longer ones are skipped.
+        max_pixels: of an image; larger ones are scaled down.
+        max_ratio: of the sides of an image; images beyond it are skipped.
+        workers: processes that read and decode; null: all cores but one. 0 uses the run's own process.
         prefetch: batches made in advance.
-        skip_limit: more unusable records than this, of one process and since it was started, end the run.
+        skip_limit: more unusable records than this in one process end the run.
     """
 
     chats: str = ""
@@ -45,7 +45,7 @@ class ChatValidationConfig:
     Attributes:
         chats: as in ``data``; null: no validation.
         every: steps between two; there is one before the first step too.
-        records: so many, from the first on.
+        records: how many, from the first on.
     """
 
     chats: str | None = None
@@ -58,11 +58,11 @@ class ChatValidationConfig:
 
 @dataclass(frozen=True)
 class SftTaskConfig:
-    """What is left at a checkpoint.
+    """What is exported at a checkpoint.
 
     Attributes:
-        merge: write a whole folder of Transformers with the LoRA added to the weights, instead of the adapter alone. So
-            it is done too where parameters of the model itself are trained.
+        merge: write a whole folder of Transformers with the LoRA added to the weights, instead of the adapter alone;
+            always done if parameters of the model itself are trained.
     """
 
     merge: bool = False
@@ -77,7 +77,7 @@ class SftRunConfig(CommonConfig):
         model: the Qwen2.5-VL it begins with: a folder or a Hub id.
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
-        sft: what is left at a checkpoint.
+        sft: what is exported at a checkpoint.
         trainable: what is trained.
         optimizer: how it moves.
         train: the steps; a sample is a chat.

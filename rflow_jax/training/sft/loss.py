@@ -33,7 +33,7 @@ class ChatExample(NamedTuple):
     """A prepared chat.
 
     Attributes:
-        learned: [t] bool, which of its tokens are to be predicted.
+        learned: [t] bool, which of its tokens are predicted.
     """
 
     sample: QwenSample
@@ -44,7 +44,7 @@ class ChatInputs(NamedTuple):
     """A batch of chats as arrays.
 
     Attributes:
-        weights: of each token's loss; 0: the token is not to be predicted.
+        weights: of each token's loss; 0: the token is not predicted.
     """
 
     rows: Rows
@@ -72,7 +72,7 @@ class ChatMaker:
         return ChatExample(sample, learned)
 
     def inputs(self, examples: Sequence[ChatExample], count: int) -> ChatInputs:
-        """Examples as arrays, filled up to ``count`` with copies of the first of which nothing is learned."""
+        """Examples as arrays, filled up to ``count`` with copies of the first without tokens to learn."""
         padded = [*examples, *[ChatExample(examples[0].sample, examples[0].learned & False)] * (count - len(examples))]
         samples = [example.sample for example in padded]
         rows = rows_of(samples, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=self.sizes)
@@ -98,17 +98,23 @@ class ChatMaker:
 
 
 def segments_of(tokenizer: QwenTokenizer, messages: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """A chat in the model's own form, cut into (text, whether it is an answer with the token that ends it).
+    """A chat in the model's own format, cut into (text, whether it is an answer with its end token).
 
     Raises:
-        InputError: the chat template does not write a conversation from its beginning to its end.
+        InputError: the chat template does not render a conversation from its beginning to its end.
     """
-    told = [{"role": role, "content": _content(text)} for role, text in messages]
-    whole, done, segments = tokenizer.chat(told, answer=False), 0, []
+    chat = []
+    for role, text in messages:
+        first, *others = text.split(PICTURE)
+        content = [{"type": "text", "text": first}] if first else []
+        for other in others:
+            content += [{"type": "image"}, *([{"type": "text", "text": other}] if other else [])]
+        chat.append({"role": role, "content": content})
+    whole, done, segments = tokenizer.chat(chat, answer=False), 0, []
     for k, (role, _) in enumerate(messages):
         if role != "assistant":
             continue
-        before, after = tokenizer.chat(told[:k]), tokenizer.chat(told[: k + 1], answer=False)
+        before, after = tokenizer.chat(chat[:k]), tokenizer.chat(chat[: k + 1], answer=False)
         if not (whole.startswith(after) and after.startswith(before)):
             raise InputError("the chat template does not continue a conversation, so its answers cannot be found")
         end = len(before) + len(after[len(before) :].rstrip("\n"))
@@ -117,20 +123,11 @@ def segments_of(tokenizer: QwenTokenizer, messages: Sequence[tuple[str, str]]) -
     return segments
 
 
-def _content(text: str) -> list[dict[str, str]]:
-    """A message's text and pictures, as chat templates take them."""
-    first, *others = text.split(PICTURE)
-    parts = [{"type": "text", "text": first}] if first else []
-    for other in others:
-        parts += [{"type": "image"}, *([{"type": "text", "text": other}] if other else [])]
-    return parts
-
-
-CHUNK = 256  # tokens whose logits, as many as the vocabulary has tokens, are there at once
+CHUNK = 256  # tokens whose logits are in memory at once
 
 
 class TokenLosses(NamedTuple):
-    """Of every token but the first of each row."""
+    """The losses of every token but the first of each row."""
 
     loss: Float[Array, "b u"]
     right: Bool[Array, "b u"]
@@ -144,7 +141,7 @@ class ChatObjective:
 
     Attributes:
         graph: of the model.
-        unit: patches of a token.
+        unit: patches per token.
     """
 
     graph: Any
@@ -166,16 +163,16 @@ class ChatObjective:
         inputs = inputs_of(chats.rows, self.unit)
         x = embed(model, self.rules, inputs, attention=self.attention)
         hidden = hidden_states(model, x, inputs, True, attention=self.attention, remat=self.remat)
-        return _next_tokens(model, hidden[:, :-1], jnp.asarray(inputs.ids)[:, 1:])
+        return _next_token_losses(model, hidden[:, :-1], jnp.asarray(inputs.ids)[:, 1:])
 
 
 def weighed(chats: ChatInputs, parts: int) -> ChatInputs:
-    """The weights by which the mean over equal parts of the batch is the mean over all tokens to be predicted."""
+    """Scales the weights so that the mean over equal parts of the batch is the mean over all predicted tokens."""
     weights = jnp.asarray(chats.weights).at[:, 0].set(0)
     return chats._replace(weights=weights * parts / jnp.maximum(jnp.sum(weights), 1))
 
 
-def _next_tokens(model: Qwen25VL, hidden: Float[Array, "b u d"], ids: Int[Array, "b u"]) -> TokenLosses:
+def _next_token_losses(model: Qwen25VL, hidden: Float[Array, "b u d"], ids: Int[Array, "b u"]) -> TokenLosses:
     b, u, d = hidden.shape
     size = min(CHUNK, u)
     chunks = -(-u // size)

@@ -1,4 +1,4 @@
-"""What fine-tuning leaves: PEFT's adapter, or a whole folder of Transformers."""
+"""Fine-tuning as a task; exports PEFT's adapter, or a whole folder of Transformers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TrainedChat:
     """A Qwen2.5-VL in two parts; an :class:`~rflow_jax.training.checkpoints.Exporter`.
 
     Attributes:
-        base: the folder it began with.
-        name: that of the base for other programs: a folder or a Hub id.
+        base: the folder of the base model.
+        name: of the base model for other programs: a folder or a Hub id.
         merge: write a whole folder of Transformers.
     """
 
@@ -81,25 +81,24 @@ class Sft:
         self._held_out = ChatFile.open(Path(held_out).expanduser()) if held_out is not None else None
         tokenizer = QwenTokenizer(folder)
 
-        how, data = config.train, config.data
-        base = load_qwen(folder, dtype=jnp.dtype(how.dtype), sharding_for=sharding_for(mesh))
+        base = load_qwen(folder, dtype=jnp.dtype(config.train.dtype), sharding_for=sharding_for(mesh))
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
-        parts = partition_params(base, config.trainable, mesh, seed=how.seed)
+        parts = partition_params(base, config.trainable, mesh, seed=config.train.seed)
         self._sizes = row_sizes(config, sizes, rules)
-        prepare = QwenProcessor(tokenizer, rules, sizes, self._sizes.tokens, data.max_pixels)
+        prepare = QwenProcessor(tokenizer, rules, sizes, self._sizes.tokens, config.data.max_pixels)
         self._maker = ChatMaker(prepare, self._sizes)
         self._objective = make_objective(config, parts.graph, sizes, rules)
         name = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
         merge = config.sft.merge or config.trainable.parameters is not None
-        self.trained = TrainedChat(parts, folder, name, merge)
+        self.exporter = TrainedChat(parts, folder, name, merge)
         self.trainable = parts.trainable
 
     @cached_property
     def flops(self) -> float:
         """Of a chat."""
         sizes, config = self._sizes, self._maker.prepare.config
-        how = {"tokens": sizes.tokens, "patches": sizes.patches, "pictures": sizes.pictures}
-        return flops_of_sample(self.trained.parts, config, **how)
+        counts = {"tokens": sizes.tokens, "patches": sizes.patches, "pictures": sizes.pictures}
+        return flops_of_sample(self.exporter.parts, config, **counts)
 
     def to_saved(self, state: TrainState) -> TrainState:
         """The state as it is."""
@@ -111,19 +110,19 @@ class Sft:
 
     def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
         """Batches of chats from a step on."""
-        how, data = self._config.train, self._config.data
-        slots = slots_here(self._mesh, how.batch_size)
-        sizes = {"seed": how.seed, "batch_size": how.batch_size, "slots": slots, "name": "chats"}
-        return open_array_loader(self._source, self._maker, data, start=start, position=position, **sizes)
+        train, data = self._config.train, self._config.data
+        slots = slots_here(self._mesh, train.batch_size)
+        options = {"seed": train.seed, "batch_size": train.batch_size, "slots": slots, "name": "chats"}
+        return open_array_loader(self._source, self._maker, data, start=start, position=position, **options)
 
     def put(self, batch: ArrayBatch) -> ChatInputs:
         """Chats on the mesh."""
         return put_batch(self._mesh, batch.inputs)
 
     def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
-        """Predicts the answers' tokens, then moves the parameters."""
+        """Predicts the answers' tokens, then updates the parameters."""
         step = compile_chat_step(self._config, self._objective, optimizer, shardings, self._mesh)
-        frozen = self.trained.parts.frozen
+        frozen = self.exporter.parts.frozen
 
         def take(state: TrainState, inputs: ChatInputs) -> tuple[TrainState, StepMetrics]:
             return step(state, frozen, inputs)
@@ -136,13 +135,12 @@ class Sft:
         if source is None:
             return None
         batch = self._config.train.batch_size // self._config.train.accumulation
-        return ChatValidation(
-            config, source, self._maker, self._objective, self.trained.parts.frozen, self._mesh, batch
-        )
+        frozen = self.exporter.parts.frozen
+        return ChatValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
 
 
 def row_sizes(config: SftRunConfig, sizes: Qwen25VLConfig, rules: ImageProcessorConfig) -> RowSizes:
-    """What a chat is padded to."""
+    """The sizes that a chat is padded to."""
     data = config.data
     tokens = min(data.max_tokens, sizes.language.max_position_embeddings)
     limits = {"max_pixels": data.max_pixels, "max_ratio": data.max_ratio}
@@ -152,14 +150,14 @@ def row_sizes(config: SftRunConfig, sizes: Qwen25VLConfig, rules: ImageProcessor
 def make_objective(
     config: SftRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig
 ) -> ChatObjective:
-    """What is minimised, of a model with this graph."""
+    """The objective of a model with this graph."""
     return ChatObjective(graph, rules, sizes.vision.unit, config.train.attention, config.train.remat)
 
 
 def compile_chat_step(
     config: SftRunConfig, objective: ChatObjective, optimizer: Any, shardings: Any, mesh: Mesh
 ) -> Any:
-    """The jitted step of (state, frozen parameters, chats)."""
+    """Compiles the step of (state, frozen parameters, chats)."""
     parts = config.train.accumulation
     update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
 

@@ -1,4 +1,4 @@
-"""How good the answers are by now: the loss on held-out chats."""
+"""Validation of fine-tuning: the loss on held-out chats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ChatValidation:
     """Held-out chats, prepared once.
 
     Args:
-        batch: chats tried at once.
+        batch: chats evaluated at once.
 
     Raises:
         InputError: no chat is usable.
@@ -48,7 +48,7 @@ class ChatValidation:
         self._sums = jax.jit(traced_on(mesh, sums), out_shardings=replicated(mesh))
 
     def run(self, step: int, trainable: Any) -> dict[str, float]:
-        """``validation/loss`` and ``validation/token_accuracy``, over all tokens to be predicted."""
+        """``validation/loss`` and ``validation/token_accuracy``, over all predicted tokens."""
         # Every process reads all chats, and keeps the rows of its devices.
         puts = (put_batch(self._mesh, batch, whole=True) for batch in self._batches)
         sums = [jax.device_get(self._sums(trainable, self._frozen, put)) for put in puts]

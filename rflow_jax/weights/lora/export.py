@@ -31,15 +31,16 @@ def export_lora(source: Source, dst: str | os.PathLike[str], *, fold_alpha: bool
     Args:
         source: adapters by our path (as :func:`read_lora` gives them), or a model that carries some.
         dst: a ``.safetensors`` file, or a folder to put ``pytorch_lora_weights.safetensors`` in.
-        fold_alpha: multiply the scale into B, for readers that know nothing of the header.
+        fold_alpha: multiply the scale into B, for readers that ignore the header.
 
     Raises:
         InputError: nothing to export, or the file exists.
     """
-    adapters = _adapters(source)
+    named = {DIFFUSERS.module(path)[1]: adapter for path, adapter in _adapters(source).items()}
     if fold_alpha:
-        adapters = {path: _folded(adapter) for path, adapter in adapters.items()}
-    named = {DIFFUSERS.module(path)[1]: adapter for path, adapter in adapters.items()}
+        for name, adapter in named.items():
+            b = (adapter.b.astype(np.float32) * np.float32(adapter.scale)).astype(adapter.b.dtype)
+            named[name] = Adapter(adapter.a, b)
     tensors: dict[str, np.ndarray] = {}
     for name, adapter in named.items():
         tensors[f"{COMPONENT}.{name}.lora_A.weight"] = adapter.a
@@ -69,11 +70,12 @@ def save_lora(source: Source, dst: str | os.PathLike[str]) -> Path:
 def peft_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     """PEFT's LoraConfig for adapters by diffusers' module name, as far as it describes them.
 
-    Patterns begin with ``^``: PEFT matches them against the end of a name, and ``proj_out`` alone would
-    also be every single block's.
+    Patterns begin with ``^``: PEFT matches them against the end of a name, and ``proj_out`` alone would match that of
+    every single block too.
     """
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
-    alphas = {name: _plain(effective_alpha(adapter)) for name, adapter in adapters.items()}
+    alphas = {name: effective_alpha(adapter) for name, adapter in adapters.items()}
+    alphas = {name: int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -92,17 +94,8 @@ def peft_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
 
 def effective_alpha(adapter: Adapter) -> float:
     """The alpha that gives this adapter's scale as alpha / rank."""
-    alpha = float(adapter.rank) if adapter.alpha is None else adapter.alpha
+    alpha = float(adapter.rank if adapter.alpha is None else adapter.alpha)
     return alpha * math.sqrt(adapter.rank) if adapter.rslora else alpha
-
-
-def _plain(alpha: float) -> int | float:
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _folded(adapter: Adapter) -> Adapter:
-    b = (adapter.b.astype(np.float32) * np.float32(adapter.scale)).astype(adapter.b.dtype)
-    return Adapter(adapter.a, b)
 
 
 def _adapters(source: Source) -> Mapping[str, Adapter]:

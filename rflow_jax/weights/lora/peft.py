@@ -28,12 +28,12 @@ Model = TypeVar("Model", bound=nnx.Module)
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # in front of every key
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
-# What changes the meaning of the matrices, and is not supported.
+# Unsupported options that change the meaning of the matrices.
 _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
 def common_name(key: str) -> str | None:
-    """A key of any of the files, as the published Qwen2.5-VL names it; None for what carries nothing.
+    """A key of any of the files, as the published Qwen2.5-VL names it; None for unused tensors.
 
     PEFT wraps names, and later versions of Transformers nest the two parts under ``model``.
     """
@@ -49,13 +49,13 @@ def common_name(key: str) -> str | None:
 
 
 def find_adapters(
-    files: LayeredFiles, model: nnx.Module, table: KeyMapping, *, rank: int, alpha: float, rslora: bool, said_by: str
+    files: LayeredFiles, model: nnx.Module, table: KeyMapping, *, rank: int, alpha: float, rslora: bool, origin: str
 ) -> dict[str, Adapter]:
     """Our dotted path -> adapter, for every LoRA of the files.
 
     Args:
         table: with published names.
-        said_by: the file that says the rank, for messages.
+        origin: the file that gives the rank, for messages.
 
     Raises:
         InputError: an adapter of an unknown linear, or of another size.
@@ -64,15 +64,20 @@ def find_adapters(
     for key in files:
         if match := _LORA.fullmatch(key):
             halves.setdefault(match["module"], {})[match["half"]] = key
-    ours = _modules(model, table)
+    # The checkpoint's module -> our linears in it, in row order, with the rows of each.
+    linears_in: dict[str, list[tuple[int, str, int]]] = {}
+    for path, (_, rows) in linear_shapes(model).items():
+        order, theirs, _ = table.module(path)
+        linears_in.setdefault(theirs, []).append((order, path, rows))
+    ours = {theirs: {path: rows for _, path, rows in sorted(parts)} for theirs, parts in linears_in.items()}
     adapters: dict[str, Adapter] = {}
     for module, keys in halves.items():
         home = files.home_of(next(iter(keys.values())))
         if module not in ours or keys.keys() != {"A", "B"}:
-            raise InputError(f"{home}: {next(iter(keys.values()))} is no adapter of a linear of this network")
+            raise InputError(f"{home}: {next(iter(keys.values()))} is not an adapter of a linear of this network")
         a, b = (files.read(keys[half]) for half in "AB")
         if a.shape[0] != rank:
-            raise InputError(f"{home}: {module} has rank {a.shape[0]}, {said_by} {rank}")
+            raise InputError(f"{home}: {module} has rank {a.shape[0]}, {origin} {rank}")
         if b.shape[0] != sum(ours[module].values()):
             raise InputError(f"{home}: {keys['B']} has {b.shape[0]} rows, not those of this network")
         rows = np.split(b, np.cumsum(list(ours[module].values()))[:-1])
@@ -99,10 +104,10 @@ def attach_adapter(model: Model, folder: Path, table: KeyMapping, *, sharding_fo
 
     Args:
         table: with published names.
-        sharding_for: where each of its matrices lives; None puts all on the default device.
+        sharding_for: of each of its matrices; None puts all on the default device.
 
     Raises:
-        InputError: it is none, not of this network, or of a kind that is not supported.
+        InputError: it is not an adapter, of another network, or of an unsupported kind.
     """
     config = read_object(folder / ADAPTER_CONFIG)
     wrong = [name for name in _UNSUPPORTED if config.get(name)]
@@ -114,14 +119,10 @@ def attach_adapter(model: Model, folder: Path, table: KeyMapping, *, sharding_fo
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / ADAPTER_CONFIG}: no r and lora_alpha; is it PEFT's?") from error
     files = LayeredFiles([TensorFiles.open(folder / ADAPTER_FILE)], common_name)
-    how = {
-        "rank": rank,
-        "alpha": alpha,
-        "rslora": bool(config.get("use_rslora")),
-        "said_by": f"{ADAPTER_CONFIG} says r",
-    }
-    put = put_by(sharding_for) if sharding_for else None
-    return attach(model, find_adapters(files, model, table, **how), where=files.where, put=put)
+    put, rslora = put_by(sharding_for) if sharding_for else None, bool(config.get("use_rslora"))
+    origin = f"{ADAPTER_CONFIG} says r"
+    found = find_adapters(files, model, table, rank=rank, alpha=alpha, rslora=rslora, origin=origin)
+    return attach(model, found, where=files.source, put=put)
 
 
 def export_adapter(adapters: Mapping[str, Adapter], table: KeyMapping, base: str, folder: Path, **config: Any) -> None:
@@ -140,12 +141,3 @@ def export_adapter(adapters: Mapping[str, Adapter], table: KeyMapping, base: str
     save_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
     content = peft_config(named) | {"base_model_name_or_path": base} | config
     write_file(folder / ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
-
-
-def _modules(model: nnx.Module, table: KeyMapping) -> Mapping[str, dict[str, int]]:
-    """The checkpoint's module -> our linears in it, in row order, with the rows of each."""
-    found: dict[str, list[tuple[int, str, int]]] = {}
-    for path, (_, rows) in linear_shapes(model).items():
-        order, theirs, _ = table.module(path)
-        found.setdefault(theirs, []).append((order, path, rows))
-    return {theirs: {path: rows for _, path, rows in sorted(parts)} for theirs, parts in found.items()}

@@ -1,4 +1,4 @@
-"""The strength of a LoRA where no ``.alpha`` tensors give it: from the header, or a file beside it."""
+"""Reads LoRA files of the FLUX transformer, in the formats of diffusers, PEFT, kohya and others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoraAlpha:
     """alpha of each module.
 
     Attributes:
-        default: of modules that no pattern matches; None stands for the rank.
+        default: of modules that no pattern matches; None means the rank.
         patterns: regular expression over a module's name (its end, as PEFT matches it) -> alpha.
         rslora: scale by alpha / sqrt(rank).
     """
@@ -51,20 +51,27 @@ def read_alpha(files: TensorFiles, *, has_alpha_keys: bool, default: float | Non
     """Reads the header's metadata (diffusers', kohya's) or PEFT's ``adapter_config.json`` beside the file.
 
     Args:
-        has_alpha_keys: the file holds ``.alpha`` tensors, so kohya's single number is not asked.
-        default: where nothing is said.
+        has_alpha_keys: the file has ``.alpha`` tensors, so kohya's single number is ignored.
+        default: if the file does not give it.
     """
-    where = str(files.files[0])
-    config = _peft_config(files)
-    if config:
-        return _from_peft(config, default, where)
-    if not has_alpha_keys and (text := files.metadata.get("ss_network_alpha")) not in (None, "None", ""):
-        return LoraAlpha(_number(text, "ss_network_alpha", where))
-    return LoraAlpha(default)
+    source, config = str(files.files[0]), _peft_config(files)
+    if not config:
+        if not has_alpha_keys and (text := files.metadata.get("ss_network_alpha")) not in (None, "None", ""):
+            return LoraAlpha(_number(text, "ss_network_alpha", source))
+        return LoraAlpha(default)
+    for key in ("use_dora", "lora_bias"):
+        if config.get(key):
+            raise InputError(f"{source}: its configuration says {key}, which is not supported")
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    return LoraAlpha(
+        default if alpha is None else _number(alpha, "lora_alpha", source),
+        {pattern: _number(value, pattern, source) for pattern, value in patterns.items()},
+        bool(config.get("use_rslora")),
+    )
 
 
 def _peft_config(files: TensorFiles) -> dict[str, Any]:
-    """PEFT's configuration of the transformer's adapter; empty: not given."""
+    """PEFT's configuration of the transformer's adapter; empty if not given."""
     file = files.files[0]
     beside = file.with_name(CONFIG_FILE)
     try:
@@ -79,24 +86,11 @@ def _peft_config(files: TensorFiles) -> dict[str, Any]:
     return {}
 
 
-def _from_peft(config: Mapping[str, Any], default: float | None, where: str) -> LoraAlpha:
-    for key in ("use_dora", "lora_bias"):
-        if config.get(key):
-            raise InputError(f"{where}: its configuration says {key}, which is not supported")
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    return LoraAlpha(
-        default if alpha is None else _number(alpha, "lora_alpha", where),
-        {pattern: _number(value, pattern, where) for pattern, value in patterns.items()},
-        bool(config.get("use_rslora")),
-    )
-
-
-def _number(value: Any, name: str, where: str) -> float:
+def _number(value: Any, name: str, source: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {name} is {value!r}, expected a number") from error
+        raise InputError(f"{source}: {name} is {value!r}, expected a number") from error
 
 
 # What tools put in front of a module's name; several may follow one another.
@@ -140,7 +134,7 @@ def bare(name: str) -> str:
 
 
 def parts_of(name: str) -> tuple[Part, ...]:
-    """Our linears that a bare module name stands for, in row order; empty if the name is not known.
+    """Our linears that a bare module name means, in row order; empty if the name is not known.
 
     Understands diffusers' names, Black Forest Labs' and ours, with dots or, as kohya writes, underscores.
     """
@@ -156,26 +150,18 @@ def parts_of(name: str) -> tuple[Part, ...]:
 @cache
 def _index() -> dict[str, tuple[Part, ...]]:
     """Flattened name in any naming -> our linears, with ``#`` for the number of a block."""
+    # One block of each kind; the paths do not depend on the widths.
+    config = FluxConfig(
+        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1, axes_dims_rope=(4, 2, 2)
+    )
     found: dict[str, list[tuple[int, Part]]] = {}
-    for path in _paths():
+    for path in linears(nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0)))):
         ours = _any_block(path)
         found[_flat(path)] = [(0, Part(ours))]
         for table in (DIFFUSERS, BFL):
             order, theirs, via = table.module(path)
             found.setdefault(_flat(theirs), []).append((order, Part(ours, via)))
     return {name: tuple(part for _, part in sorted(parts, key=lambda p: p[0])) for name, parts in found.items()}
-
-
-def _paths() -> list[str]:
-    """Our linears, with one block of each kind; the paths do not depend on the widths."""
-    config = FluxConfig(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
-        axes_dims_rope=(4, 2, 2),
-    )
-    return list(linears(nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0)))))
 
 
 def _any_block(name: str) -> str:
@@ -212,17 +198,14 @@ _KEY = re.compile(
 _REFUSED = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
-        (r".*(lora_magnitude_vector|dora_scale).*", "a DoRA, whose magnitudes have no place here"),
+        (r".*(lora_magnitude_vector|dora_scale).*", "a DoRA, whose magnitudes are not supported"),
         (r".*lora_(B|up)(\.[^.]+)?\.bias", "an adapter with a bias of its own"),
         (
             r".*((query|key)_norm\.scale|norm_(added_)?[qk]\.weight)",
             "it also replaces norms, as Black Forest Labs' control LoRAs do",
         ),
         (r".*\.(diff|diff_b|set_weight)", "a difference of whole tensors"),
-        (
-            r".*(lokr_|hada_|oft_|lora_mid|boft_|glora|\.[ab][12]\.weight).*",
-            "an adapter of another kind than LoRA",
-        ),
+        (r".*(lokr_|hada_|oft_|lora_mid|boft_|glora|\.[ab][12]\.weight).*", "an adapter of another kind than LoRA"),
     )
 )
 
@@ -234,12 +217,12 @@ class LoraFile(Mapping[str, Adapter]):
     Attributes:
         adapters: our dotted path -> adapter, in the dtype and rank of the file.
         metadata: the string pairs of the file's header.
-        where: the file, for messages.
+        source: the file, for messages.
     """
 
     adapters: dict[str, Adapter]
     metadata: dict[str, str] = field(default_factory=dict)
-    where: str = "LoRA"
+    source: str = "LoRA"
 
     def __getitem__(self, path: str) -> Adapter:
         return self.adapters[path]
@@ -258,117 +241,95 @@ def read_lora(
     ignore_text_encoder: bool = False,
     allow_pickle: bool = False,
 ) -> LoraFile:
-    """Reads a LoRA file, or a folder that holds one.
+    """Reads a LoRA file, or a folder with one.
 
-    Fused modules (qkv, ``linear1``) are split: the parts share A, and each has its rows of B. Whether the
-    adapters fit a network is for :func:`rflow_jax.models.lora.check_fit`, which ``attach`` calls.
+    Fused modules (qkv, ``linear1``) are split: the parts share A, and each has its rows of B. Whether the adapters fit
+    a network is checked by :func:`rflow_jax.models.lora.check_fit`, which ``attach`` calls.
 
     Args:
-        alpha: of modules whose file does not say it; None stands for the rank.
+        alpha: if the file does not give it; None means the rank.
         ignore_text_encoder: leave out adapters of text encoders instead of refusing them.
         allow_pickle: read ``.bin``, ``.pt`` and the like, through ``torch.load(weights_only=True)``.
 
     Raises:
         InputError: no such file, a key that is not understood, an incomplete or inconsistent module.
     """
-    files = _open(Path(path), allow_pickle)
-    where = str(files.files[0])
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in (OUR_FILE, LORA_FILE, PEFT_FILE) if (path / name).is_file()), path)
+    files = open_pickle(path, allow=allow_pickle) if is_pickle(path) else TensorFiles.open(path)
+    source = str(files.files[0])
     keys = [key for key in files if not (is_text_encoder(key) and ignore_text_encoder)]
     if foreign := [key for key in keys if is_text_encoder(key)]:
         raise InputError(
-            f"{where}: {len(foreign)} tensors are for a text encoder, such as {foreign[0]}; only the "
+            f"{source}: {len(foreign)} tensors are for a text encoder, such as {foreign[0]}; only the "
             "transformer takes a LoRA; leave them out with ignore_text_encoder"
         )
-    modules = _group(keys, files, where)
+    modules = _group(keys, files, source)
     strength = read_alpha(files, has_alpha_keys=any(_ALPHA in m for m in modules.values()), default=alpha)
     adapters: dict[str, Adapter] = {}
     for name, tensors in modules.items():
-        for part, adapter in _split(name, _adapter(name, tensors, strength, where), where):
+        for part, adapter in _split(name, _adapter(name, tensors, strength, source), source):
             if part in adapters:
-                raise InputError(f"{where}: {name} gives {part} a second adapter")
+                raise InputError(f"{source}: {name} gives {part} a second adapter")
             adapters[part] = adapter
     if not adapters:
-        raise InputError(f"{where}: holds no adapter of the transformer, so it can have no effect")
-    return LoraFile(dict(sorted(adapters.items())), files.metadata, where)
+        raise InputError(f"{source}: has no adapter of the transformer, so it can have no effect")
+    return LoraFile(dict(sorted(adapters.items())), files.metadata, source)
 
 
-def _open(path: Path, allow_pickle: bool) -> TensorFiles:
-    if path.is_dir():
-        for name in (OUR_FILE, LORA_FILE, PEFT_FILE):
-            if (path / name).is_file():
-                return TensorFiles([path / name])
-    if is_pickle(path):
-        return open_pickle(path, allow=allow_pickle)
-    return TensorFiles.open(path)
-
-
-def _group(keys: list[str], files: TensorFiles, where: str) -> dict[str, dict[str, np.ndarray]]:
+def _group(keys: list[str], files: TensorFiles, source: str) -> dict[str, dict[str, np.ndarray]]:
     """Bare module name -> its tensors by kind."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key in keys:
         if reason := next((reason for pattern, reason in _REFUSED if pattern.fullmatch(key)), None):
             if key.endswith((".diff", ".diff_b")) and not files.read(key).astype(np.float32).any():
-                continue  # zeros that some tools write along: no effect
-            raise InputError(f"{where}: {key}: {reason}; not supported")
+                continue  # zeros that some tools write too: no effect
+            raise InputError(f"{source}: {key}: {reason}; not supported")
         match = _KEY.fullmatch(key)
         name = bare(match["module"]) if match else ""
         if match is None or not parts_of(name):
-            raise InputError(f"{where}: {key} is no LoRA of a linear of the FLUX transformer")
+            raise InputError(f"{source}: {key} is not a LoRA of a linear of the FLUX transformer")
         kind = _KINDS[match["leaf"]]
         if kind in modules.setdefault(name, {}):
-            raise InputError(f"{where}: {key} is the second {kind} of {name}")
+            raise InputError(f"{source}: {key} is the second {kind} of {name}")
         tensor = files.read(key)
         # Ours are stored as the network has them, [in, r] and [r, out].
         modules[name][kind] = tensor.T if match["leaf"] in ("lora_a", "lora_b") else tensor
     return modules
 
 
-def _adapter(name: str, tensors: Mapping[str, np.ndarray], strength: LoraAlpha, where: str) -> Adapter:
+def _adapter(name: str, tensors: Mapping[str, np.ndarray], strength: LoraAlpha, source: str) -> Adapter:
     missing = [kind for kind in (_A, _B) if kind not in tensors]
     if missing:
-        raise InputError(f"{where}: {name} has {' and '.join(sorted(tensors))} but no {' and '.join(missing)}")
+        raise InputError(f"{source}: {name} has {' and '.join(sorted(tensors))} but no {' and '.join(missing)}")
     a, b = tensors[_A], tensors[_B]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.size:
-        raise InputError(f"{where}: {name} has A {list(a.shape)} and B {list(b.shape)}; expected [r, in] and [out, r]")
+        raise InputError(f"{source}: {name} has A {list(a.shape)} and B {list(b.shape)}; expected [r, in] and [out, r]")
     alpha = strength.alpha(name)
     if _ALPHA in tensors:
         if tensors[_ALPHA].size != 1:
-            raise InputError(
-                f"{where}: the alpha of {name} has shape {list(tensors[_ALPHA].shape)}; expected one number"
-            )
+            shape = list(tensors[_ALPHA].shape)
+            raise InputError(f"{source}: the alpha of {name} has shape {shape}; expected one number")
         alpha = float(tensors[_ALPHA].reshape(()))
     if alpha is not None and not np.isfinite(alpha):
-        raise InputError(f"{where}: the alpha of {name} is {alpha}")
+        raise InputError(f"{source}: the alpha of {name} is {alpha}")
     return Adapter(np.ascontiguousarray(a), np.ascontiguousarray(b), alpha, strength.rslora)
 
 
-def _split(name: str, adapter: Adapter, where: str) -> list[tuple[str, Adapter]]:
+def _split(name: str, adapter: Adapter, source: str) -> Iterator[tuple[str, Adapter]]:
     """The adapters of the linears in a module: they share A, each has its rows of B."""
     parts = parts_of(name)
-    blocks = _row_blocks(name, parts, adapter, where)
-    return [
-        (part.path, Adapter(adapter.a, _via(part, rows, name, where), adapter.alpha, adapter.rslora))
-        for part, rows in zip(parts, blocks, strict=True)
-    ]
-
-
-def _row_blocks(name: str, parts: tuple[Part, ...], adapter: Adapter, where: str) -> list[np.ndarray]:
-    if len(parts) == 1:
-        return [adapter.b]
-    # q, k and v are square; what is left is the last part's (v itself, or the single block's mlp).
-    width = adapter.a.shape[1]
-    starts = [width * k for k in range(1, len(parts))]
-    if adapter.b.shape[0] <= starts[-1]:
+    # q, k and v are square; the rest belongs to the last part (v itself, or the single block's mlp).
+    starts = [adapter.a.shape[1] * k for k in range(1, len(parts))]
+    if starts and adapter.b.shape[0] <= starts[-1]:
         raise InputError(
-            f"{where}: {name} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}; the "
+            f"{source}: {name} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}; the "
             f"{len(parts)} linears fused in it need over {starts[-1]} rows of B; a LoRA for another network"
         )
-    return [np.ascontiguousarray(rows) for rows in np.split(adapter.b, starts)]
-
-
-def _via(part: Part, rows: np.ndarray, name: str, where: str) -> np.ndarray:
-    if part.via != "swap_halves":
-        return rows
-    if rows.shape[0] % 2:
-        raise InputError(f"{where}: {name} has B {list(rows.shape)}; expected an even number of rows")
-    return np.concatenate(np.split(rows, 2)[::-1])
+    for part, rows in zip(parts, np.split(adapter.b, starts), strict=True):
+        if part.via == "swap_halves":
+            if rows.shape[0] % 2:
+                raise InputError(f"{source}: {name} has B {list(rows.shape)}; expected an even number of rows")
+            rows = np.concatenate(np.split(rows, 2)[::-1])
+        yield part.path, Adapter(adapter.a, np.ascontiguousarray(rows), adapter.alpha, adapter.rslora)

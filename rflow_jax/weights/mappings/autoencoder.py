@@ -55,7 +55,7 @@ def bfl(levels: int) -> KeyMapping:
 
 
 def autoencoder_mapping(keys: Iterable[str], levels: int) -> KeyMapping:
-    """The table of a checkpoint, told by its keys."""
+    """The table of a checkpoint, detected by its keys."""
     return bfl(levels) if any(key.startswith("encoder.down.") for key in keys) else DIFFUSERS
 
 

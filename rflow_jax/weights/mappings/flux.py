@@ -39,7 +39,7 @@ DIFFUSERS = KeyMapping(
     ),
 )
 
-# A rule each for q, k and v (and the single block's mlp): the fused rows have the order of the rules.
+# q, k and v (and the single block's mlp) have a rule each: the fused rows have the order of the rules.
 BFL = KeyMapping(
     "FLUX transformer (Black Forest Labs)",
     (
@@ -59,14 +59,8 @@ BFL = KeyMapping(
                 Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.q", rf"double_blocks.\1.{theirs}_attn.qkv"),
                 Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.k", rf"double_blocks.\1.{theirs}_attn.qkv"),
                 Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.v", rf"double_blocks.\1.{theirs}_attn.qkv"),
-                Rule(
-                    rf"double_blocks\.(\d+)\.{ours}\.qkv\.norm_q",
-                    rf"double_blocks.\1.{theirs}_attn.norm.query_norm",
-                ),
-                Rule(
-                    rf"double_blocks\.(\d+)\.{ours}\.qkv\.norm_k",
-                    rf"double_blocks.\1.{theirs}_attn.norm.key_norm",
-                ),
+                Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.norm_q", rf"double_blocks.\1.{theirs}_attn.norm.query_norm"),
+                Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.norm_k", rf"double_blocks.\1.{theirs}_attn.norm.key_norm"),
                 Rule(rf"double_blocks\.(\d+)\.{ours}\.out", rf"double_blocks.\1.{theirs}_attn.proj"),
                 Rule(rf"double_blocks\.(\d+)\.{ours}\.ff\.up", rf"double_blocks.\1.{theirs}_mlp.0"),
                 Rule(rf"double_blocks\.(\d+)\.{ours}\.ff\.down", rf"double_blocks.\1.{theirs}_mlp.2"),
@@ -87,7 +81,7 @@ BFL = KeyMapping(
     leaves=LEAVES | {"scale": "scale"},
 )
 
-# Files that hold a whole pipeline put this before the transformer's keys; what they hold besides it:
+# Files of a whole pipeline have this before the transformer's keys, and these other parts:
 BFL_PREFIX = "model.diffusion_model."
 OTHER_PARTS = (r"vae\..*", r"text_encoders\..*", r"first_stage_model\..*", r"cond_stage_model\..*")
 
@@ -104,11 +98,11 @@ def is_bfl(keys: Iterable[str]) -> bool:
     return any(key.removeprefix(BFL_PREFIX) == "double_blocks.0.img_attn.qkv.weight" for key in keys)
 
 
-def bfl_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> FluxConfig:
+def bfl_config(shapes: Mapping[str, tuple[int, ...]], source: str) -> FluxConfig:
     """Reads the sizes of a single file's transformer (dev or schnell) from its tensors.
 
     Raises:
-        InputError: no FLUX transformer, or one with more input than output channels (fill, depth, canny).
+        InputError: not a FLUX transformer, or one with more input than output channels (fill, depth, canny).
     """
     by_key = {key.removeprefix(BFL_PREFIX): shape for key, shape in shapes.items()}
     try:
@@ -124,16 +118,16 @@ def bfl_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> FluxConfig:
             "joint_attention_dim": by_key["txt_in.weight"][1],
             "pooled_projection_dim": by_key["vector_in.in_layer.weight"][1],
             "guidance_embeds": "guidance_in.in_layer.weight" in by_key,
-            "axes_dims_rope": _rope_axes(head, where),
+            "axes_dims_rope": _rope_axes(head, source),
             "mlp_ratio": by_key["double_blocks.0.img_mlp.0.weight"][0] / width,
         }
     except (KeyError, IndexError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: no FLUX transformer of Black Forest Labs ({error})") from error
+        raise InputError(f"{source}: not a FLUX transformer of Black Forest Labs ({error})") from error
     if out_channels != in_channels:
         raise InputError(
-            f"{where}: {in_channels} input and {out_channels} output channels; "
+            f"{source}: {in_channels} input and {out_channels} output channels; "
             "FLUX.1 dev and schnell have as many of both (fill, depth and canny models do not fit)"
         )
     return FluxConfig(**config)
@@ -143,10 +137,10 @@ def _count(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
     return 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith(f"{blocks}.")), default=-1)
 
 
-def _rope_axes(head: int, where: str) -> tuple[int, ...]:
+def _rope_axes(head: int, source: str) -> tuple[int, ...]:
     """FLUX gives an eighth of the head to the index axis and the rest to rows and columns, in equal parts."""
     first = head // 8
     rest = (head - first) // 2
     if head % 8 or first % 2 or rest % 2 or first + 2 * rest != head:
-        raise InputError(f"{where}: the rotary axes of a head of {head} are not known; convert a diffusers folder")
+        raise InputError(f"{source}: the rotary axes of a head of {head} are not known; convert a diffusers folder")
     return (first, rest, rest)

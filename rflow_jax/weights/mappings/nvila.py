@@ -32,7 +32,7 @@ SIGLIP_5 = replace(SIGLIP, prefix="")
 
 
 def siglip_mapping(keys: Iterable[str]) -> KeyMapping:
-    """The table of a checkpoint, told by its keys."""
+    """The table of a checkpoint, detected by its keys."""
     return SIGLIP_5 if any(key.startswith("embeddings.") for key in keys) else SIGLIP
 
 

@@ -31,21 +31,19 @@ def qwen2_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 # Tied models' files hold the head as a copy of the embedding, or not at all; old files hold the rotary frequencies.
-_CONSTANT = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-QWEN2 = KeyMapping("Qwen2", (*qwen2_rules("", "model."), Rule(r"head", HEAD)), ignore=(_CONSTANT,))
-QWEN2_HEADLESS = KeyMapping("Qwen2", qwen2_rules("", "model."), ignore=(_CONSTANT, rf"{HEAD}\.weight"))
+_CONSTANT = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+QWEN2 = KeyMapping("Qwen2", (*qwen2_rules("", "model."), Rule(r"head", HEAD)), ignore=(r"model\." + _CONSTANT,))
+QWEN2_HEADLESS = KeyMapping("Qwen2", qwen2_rules("", "model."), ignore=(r"model\." + _CONSTANT, rf"{HEAD}\.weight"))
 
 
 def qwen2_mapping(*, head: bool) -> KeyMapping:
-    """The table of a decoder that has its own head, or takes its embedding for one (or needs none)."""
+    """The table of a decoder with its own head, or with its embedding as the head (or without one)."""
     return QWEN2 if head else QWEN2_HEADLESS
 
 
 NAME = "Qwen2.5-VL"
 # (before the language model's keys, before the vision tower's): published, and Transformers 5.
 PLAIN, NESTED = ("model.", "visual."), ("model.language_model.", "model.visual.")
-
-_UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
 
 
 def _vision(theirs: str) -> tuple[Rule, ...]:
@@ -66,13 +64,13 @@ def _vision(theirs: str) -> tuple[Rule, ...]:
 
 
 def qwen2_5_vl_mapping(keys: Iterable[str], *, head: bool) -> KeyMapping:
-    """The table of a checkpoint, told by its keys.
+    """The table of a checkpoint, detected by its keys.
 
     Args:
-        head: whether the network has a head of its own; a file's head is left out where it has none.
+        head: whether the network has a head of its own; otherwise a file's head is ignored.
     """
     language, vision = NESTED if any(key.startswith(NESTED[0]) for key in keys) else PLAIN
-    constant = re.escape(language) + r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    constant = re.escape(language) + _CONSTANT
     rules = (*_vision(vision), *qwen2_rules("language.", language))
     if head:
         return KeyMapping(NAME, (*rules, Rule(r"language\.head", HEAD)), ignore=(constant,))
@@ -80,6 +78,7 @@ def qwen2_5_vl_mapping(keys: Iterable[str], *, head: bool) -> KeyMapping:
 
 
 def reward_mapping() -> KeyMapping:
-    """The names of the original's reward model, PEFT's wrapping taken off; its language head and LoRA are left out."""
+    """The names of the original's reward model without PEFT's wrapping, language head and LoRA."""
     rules = (*_vision(PLAIN[1]), *qwen2_rules("language.", PLAIN[0]), Rule(r"reward", "rm_head"))
-    return KeyMapping("reward model", rules, ignore=(*_UNUSED, r".*\.lora_[AB]\.weight"))
+    ignored = (r"model\." + _CONSTANT, rf"{HEAD}\.weight", r".*\.lora_[AB]\.weight")
+    return KeyMapping("reward model", rules, ignore=ignored)

@@ -55,7 +55,7 @@ CLIP_WHOLE = KeyMapping(
         Rule(r"text_out", r"text_projection"),
         Rule(r"vision_out", r"visual_projection"),
     ),
-    # The scale is no parameter of ours: its loader takes it as float32.
+    # The scale is not a parameter of ours: the loader reads it as float32.
     ignore=(r"(text|vision)_model\.embeddings\.position_ids", LOGIT_SCALE),
     leaves=LEAVES | {"class_embedding": "class_embedding"},
 )
@@ -65,7 +65,7 @@ CLIP_TEXT_5 = replace(CLIP_TEXT, prefix="")
 
 
 def clip_mapping(keys: Iterable[str]) -> KeyMapping:
-    """The table of a checkpoint, told by its keys."""
+    """The table of a checkpoint, detected by its keys."""
     return CLIP_TEXT_5 if any(key.startswith("embeddings.") for key in keys) else CLIP_TEXT
 
 
@@ -96,6 +96,6 @@ T5_UNSHARED = replace(T5, rules=(Rule(r"embed", r"encoder.embed_tokens"), *T5.ru
 
 
 def t5_mapping(keys: Iterable[str]) -> KeyMapping:
-    """The table of a checkpoint, told by its keys."""
+    """The table of a checkpoint, detected by its keys."""
     names = set(keys)
     return T5_UNSHARED if "shared.weight" not in names and "encoder.embed_tokens.weight" in names else T5
