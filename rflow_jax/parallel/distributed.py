@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -10,14 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.experimental.multihost_utils import process_allgather
 
-from rflow_jax.data.sources.stream import merge_positions
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.layout import DistributedConfig
 
@@ -109,13 +107,3 @@ class Preemption:
         if jax.process_count() == 1:
             return self._asked
         return bool(multihost_utils.reached_preemption_sync_point(step))
-
-
-def gather_data_state(position: dict[str, Any]) -> dict[str, Any]:
-    """The position of all processes' data; all must call it, and all get the same.
-
-    Only streams have a position per process.
-    """
-    if jax.process_count() == 1 or "streams" not in position:
-        return position
-    return merge_positions([json.loads(text) for text in allgather_strings(json.dumps(position))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 
 from rflow_jax.data.loader import Loader
+from rflow_jax.data.sources.stream import merge_positions
 from rflow_jax.errors import RunError
-from rflow_jax.parallel.distributed import Preemption, gather_data_state, raise_on_all, start_processes
+from rflow_jax.parallel.distributed import Preemption, allgather_strings, raise_on_all, start_processes
 from rflow_jax.parallel.mesh import make_mesh, samples_along
 from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
 from rflow_jax.training.checkpoints import Checkpoints
@@ -155,3 +157,13 @@ def headline(config: CommonConfig, mesh: jax.sharding.Mesh, task: Task, start: i
         f"{task.title} of {count_params(task.trainable):,} parameters on {config.model}; {devices} x {kind} ({axes}); "
         f"batch {config.train.batch_size}; step {start} of {config.train.steps}; {config.out}"
     )
+
+
+def gather_data_state(position: dict[str, Any]) -> dict[str, Any]:
+    """The position of all processes' data; all must call it, and all get the same.
+
+    Only streams have a position per process.
+    """
+    if jax.process_count() == 1 or "streams" not in position:
+        return position
+    return merge_positions([json.loads(text) for text in allgather_strings(json.dumps(position))])

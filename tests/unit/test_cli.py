@@ -80,8 +80,8 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("generate --model=m --prompt=x --out=o --height=tall", "height is tall: give a whole number"),
         ("generate --model=m --prompt=\udcff --out=o", "prompt: holds half a surrogate pair"),
         ("generate --model=m --prompt=x --out=o --dtype=int8", "give bfloat16 or float32"),
-        ("generate --model=m --prompt=x --out=o --dtype=float16", "its largest number, 65504; take bfloat16"),
-        ("noise --model=m --prompts=p --out=o --dtype=float16", "its largest number, 65504; take bfloat16"),
+        ("generate --model=m --prompt=x --out=o --dtype=float16", "its largest number, 65504; use bfloat16"),
+        ("noise --model=m --prompts=p --out=o --dtype=float16", "its largest number, 65504; use bfloat16"),
         ("generate --model=m --prompt=x --out=o --seed=-1", "seed is -1"),
         ("generate --model=m --prompt=x --out=o --num_images=0", "num_images is 0"),
         ("generate --model=m --prompt=x --out=o --condition=/none.png", "/none.png: cannot read this image"),
@@ -171,8 +171,8 @@ def test_output_that_nobody_reads_on_ends_quietly():
 def test_help_is_quick_and_loads_no_network():
     begin = time.monotonic()
     code = (
-        "import sys\\nfrom rflow_jax.commands.main import main\\n"
-        "try: sys.exit(main())\\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
+        "import sys\nfrom rflow_jax.commands.main import main\n"
+        "try: sys.exit(main())\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
     )
     for words in (["--help"], ["reflect", "--help"]):
         done = subprocess.run(
