@@ -187,10 +187,11 @@ def _numpy_dtype(name: Dtype | None) -> Any:
 
 
 def _read_lora(config: LoraConversion) -> Any:
+    from rflow_jax.weights.hub import resolve_lora
     from rflow_jax.weights.lora.read import read_lora
 
     return read_lora(
-        config.src,
+        resolve_lora(config.src),
         alpha=config.alpha,
         ignore_text_encoder=config.ignore_text_encoder,
         allow_pickle=config.allow_pickle,

@@ -15,6 +15,7 @@ import yaml
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client import public_url
 from rflow_jax.utils.atomic_io import try_lock, use_folder
+from rflow_jax.utils.checks import RENAMED
 from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 from rflow_jax.writers.base import TextGeneratorConfig
 
@@ -64,6 +65,7 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
     except (ValueError, AssertionError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read; give another folder as --out") from error
     was, now = _flat(_fingerprint(before)), _flat(_fingerprint(config))
+    was = {RENAMED.get(key, key): value for key, value in was.items()}
     other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     if other:
         key = other[0]

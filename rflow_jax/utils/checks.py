@@ -20,6 +20,12 @@ def require_text(text: str, source: str) -> str:
     return text
 
 
+# Keys of a configuration that had another name in an earlier version: the old one -> the new one.
+RENAMED = {
+    "noise.closeness": "noise.noise_similarity",
+    "data.patience.longest_pause": "data.patience.max_backoff",
+    "patience.longest_pause": "patience.max_backoff",
+}
 DTYPES = ("bfloat16", "float32")
 LARGEST_SEED = 2**32 - 1
 

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.utils.checks import nearest
+from rflow_jax.utils.checks import RENAMED, nearest
 from rflow_jax.utils.recipes import find_recipe
 
 T = TypeVar("T")
@@ -269,6 +269,8 @@ def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser) 
         return text.replace('"<unicode string>"', _config_file(argv))
     # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
     key = unknown[1]
+    if new := next((new for old, new in RENAMED.items() if f".{old}".endswith(f".{key}")), None):
+        return f"{key} is now called {new}"
     return f"unknown key {key}: did you mean {nearest(key, parser.get_defaults().keys())}?"
 
 

@@ -111,7 +111,7 @@ class TestNetwork:
     @pytest.mark.parametrize(
         ("adapters", "message"),
         [
-            ({}, "has no effect"),
+            ({}, "can have no effect"),
             ({"double_blocks.9.image.out": (2, 32, 32)}, r"file: double_blocks\.9\.image\.out is not a linear"),
             ({"image_in": (2, 48, 32)}, r"A \[2, 48\] and B \[32, 2\].* takes 64 and gives 32.*another network"),
             ({"image_in": (2, 64, 31)}, "a LoRA for another network"),

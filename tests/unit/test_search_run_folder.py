@@ -82,6 +82,13 @@ def test_what_changes_no_result_may_change(run):
     require_same(run, changed(**free, **models, verifier__price_input=1.0, reflector__max_retries=0))
 
 
+def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_keys(tmp_path):
+    claim(tmp_path, changed(noise__closeness=0.95), 0).close()
+    require_same(tmp_path, changed(noise__noise_similarity=0.95))
+    with pytest.raises(InputError, match=r"noise\.noise_similarity is 0\.95 there and 0\.5 now"):
+        require_same(tmp_path, changed(noise__noise_similarity=0.5))
+
+
 def test_a_folder_without_a_run_is_any(tmp_path):
     require_same(tmp_path, CONFIG)
 
