@@ -311,7 +311,7 @@ def test_errors_name_what_to_do(golden, tmp_path):
     shutil.copytree(golden / "pipeline", tmp_path / "part", ignore=shutil.ignore_patterns("tokenizer_2"))
     with pytest.raises(InputError, match="has no tokenizer_2"):
         load_pipeline(str(tmp_path / "part"), progress=False)
-    for dtype, message in (("int7", "give bfloat16 or float32"), ("float16", "take bfloat16")):
+    for dtype, message in (("int7", "give bfloat16 or float32"), ("float16", "use bfloat16")):
         with pytest.raises(InputError, match=message):
             load_pipeline(str(golden / "pipeline"), dtype=dtype)
     with pytest.raises(InputError, match="not a Hub id"):

@@ -83,7 +83,7 @@ def test_what_changes_no_result_may_change(run):
 
 
 def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_keys(tmp_path):
-    claim(tmp_path, changed(noise__closeness=0.95), 0).close()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed(noise__closeness=0.95)))
     require_same(tmp_path, changed(noise__noise_similarity=0.95))
     with pytest.raises(InputError, match=r"noise\.noise_similarity is 0\.95 there and 0\.5 now"):
         require_same(tmp_path, changed(noise__noise_similarity=0.5))
