@@ -179,6 +179,8 @@ class Pipeline:
             InputError: lists of different lengths, settings that don't fit the model, or a LoRA without any effect (it
                 acts on condition tokens only, and there are none, or none of its linears sees them).
         """
+        if isinstance(prompts, str):
+            raise InputError(f"generate: prompts is the text {prompts[:40]!r}; give a list of prompts")
         nothing = [None] * len(prompts)
         columns: dict[str, Sequence[Any]] = {
             "seeds": seeds,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import rflow_jax
 from rflow_jax import InputError, SamplingConfig, load_pipeline
 from rflow_jax.generation.pipeline import Pipeline, Request
 from rflow_jax.generation.sampling import PerturbedSeed, StaticArgs, draw_noise, noise_draws, sample_keys
@@ -316,3 +317,13 @@ def test_errors_name_what_to_do(golden, tmp_path):
             load_pipeline(str(golden / "pipeline"), dtype=dtype)
     with pytest.raises(InputError, match="not a Hub id"):
         load_pipeline(str(golden / "pipeline"), lora=str(tmp_path / "none.safetensors"), progress=False)
+
+
+def test_a_text_is_not_taken_for_a_list_of_prompts(pipe):
+    with pytest.raises(InputError, match="prompts is the text 'a cat'; give a list of prompts"):
+        pipe.generate("a cat", seeds=range(5), settings=SMALL)
+
+
+def test_the_public_names_are_where_the_table_says():
+    assert dir(rflow_jax) == rflow_jax.__all__
+    assert all(getattr(rflow_jax, name).__name__ == name for name in rflow_jax.__all__)
