@@ -119,7 +119,7 @@ def log2_inverse_std(key: str, shape: tuple[int, ...]) -> int:
     return k + 3 if key.endswith(".SelfAttention.q.weight") else k
 
 
-def make(dst: Path, *, size: str = "dev", seed: int = 0, shard_gb: float = 10, lora_rank: int = 32) -> int:
+def make(dst: Path, *, size: str = "dev", seed: int = 0, shard_gb: int | float = 10, lora_rank: int = 32) -> int:
     """Writes the folder and returns the bytes of its tensors.
 
     Raises:
@@ -138,7 +138,7 @@ def make(dst: Path, *, size: str = "dev", seed: int = 0, shard_gb: float = 10, l
     return total
 
 
-def plan_files(dst: Path, *, size: str, shard_gb: float, lora_rank: int) -> list[TensorFile]:
+def plan_files(dst: Path, *, size: str, shard_gb: int | float, lora_rank: int) -> list[TensorFile]:
     """Every tensor file of the folder. T5 is cut at half the transformer's limit, as on the Hub."""
     config = configs(size)
     diffusers, limit = "diffusion_pytorch_model", int(shard_gb * GB)
