@@ -145,7 +145,7 @@ def test_wordings(tmp_path, caplog):
     with pytest.raises(InputError, match="more than once"):
         read_template(RewardConfig("base", special_tokens=True), str(tmp_path / "own.txt"))
     (tmp_path / "own.txt").write_text("Rate it")
-    with pytest.raises(InputError, match=r"does not hold \$prompt"):
+    with pytest.raises(InputError, match=r"does not contain \$prompt"):
         read_template(RewardConfig("base"), str(tmp_path / "own.txt"))
 
 
