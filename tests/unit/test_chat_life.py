@@ -41,7 +41,7 @@ def test_a_question_that_waits_to_be_asked_again_blocks_no_other():
 
 
 def test_closing_returns_what_is_there_and_gives_up_the_rest():
-    with OpenAIServer([Fault("delay", seconds=20, when=lambda call: "question 1" in call.text)]) as server:
+    with OpenAIServer([Fault("delay", seconds=20.0, when=lambda call: "question 1" in call.text)]) as server:
         meter = UsageTracker()
         chat = Chat(Endpoint(base_url=server.base_url), meter)
         with ThreadPoolExecutor(2) as beside:
