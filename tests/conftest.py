@@ -7,7 +7,11 @@ from pathlib import Path
 
 # Eight fake devices: the same number whatever the machine, so that sharding is tested everywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Where few cores stand for eight devices some come late to a collective; after 40 s XLA would end the process.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 # A test must not be fed by what an earlier run compiled, nor reach for the network.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
