@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rflow_jax.utils.cli import Command
 from rflow_jax.utils.recipes import CONFIGS
 
 
-@dataclass(frozen=True)
-class ConfigsConfig:
-    """Nothing is to be said."""
-
-
 def command(name: str, argv: Sequence[str]) -> Command:
     """The list."""
-    return Command((ConfigsConfig,), list_configs)
+    return Command((), list_configs)
 
 
-def list_configs(config: ConfigsConfig) -> None:
+def list_configs() -> None:
     """Prints each recipe's name, for ``--config NAME``, and the first line of its comment."""
     files = sorted(CONFIGS.glob("*.yaml"))
     width = max(len(file.stem) for file in files)

@@ -31,21 +31,13 @@ class QwenConversion:
 
 
 @dataclass(frozen=True)
-class NvilaConversion:
+class NvilaConversion(QwenConversion):
     """NVILA: a published checkpoint (llm, vision_tower, mm_projector) to a folder of ours.
 
     Attributes:
-        src: what to read.
-        dst: what to write; must not exist.
-        format: how to store parameters.
-        dtype: of all parameters; without it each keeps its own.
         allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
     """
 
-    src: str
-    dst: str
-    format: Format = "safetensors"
-    dtype: Dtype | None = None
     allow_pickle: bool = False
 
 
@@ -54,11 +46,6 @@ class FluxConversion(NvilaConversion):
     """A FLUX model: a diffusers folder, a Hub id or Black Forest Labs' single files to a folder of ours.
 
     Attributes:
-        src: what to read.
-        dst: what to write; must not exist.
-        format: how to store parameters.
-        dtype: of all parameters; without it each keeps its own.
-        allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
         ae: for single files: ae.safetensors.
         text: for single files: a diffusers folder with text encoders and tokenizers.
     """
@@ -91,11 +78,6 @@ class LoraExport(LoraConversion):
     """A LoRA of any common format to diffusers' ``pytorch_lora_weights.safetensors``.
 
     Attributes:
-        src: what to read.
-        dst: what to write; must not exist.
-        alpha: where the file does not say it; the rank without this.
-        ignore_text_encoder: leave out what is for a text encoder.
-        allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
         fold_alpha: multiply alpha / rank into B, for readers that ignore the file's header.
     """
 

@@ -20,6 +20,8 @@ from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.cli import Command
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TfdsConfig:
@@ -36,6 +38,30 @@ class TfdsConfig:
     out: str
     cache: str | None = None
     patience: RetryPolicy = field(default_factory=RetryPolicy)
+
+
+@dataclass(frozen=True)
+class ChatsConfig:
+    """What is made: each bad picture with its prompt as a question, and its reflection as the answer.
+
+    Attributes:
+        shards: of GenRef: addresses as in the corrector's ``data``.
+        out: folder of ``chats.jsonl``, ``held_out.jsonl`` and the pictures.
+        question: the user's message; ``$prompt`` is the record's, and <image> the bad picture.
+        held_out: so many of the records go into ``held_out.jsonl``, spread evenly over all.
+        limit: the first so many records, at least 1; null: all.
+    """
+
+    shards: str | list[str]
+    out: str
+    question: str = f"{PICTURE}Prompt: $prompt\nWhat should change in this picture?"
+    held_out: int = 8
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        require_least(self, "", held_out=0, limit=1)
+        if self.question.count(PICTURE) != 1:
+            raise InputError(f"question: must hold {PICTURE} once")
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
@@ -71,31 +97,10 @@ def precompute(config: PrecomputeConfig) -> None:
     print(f"{config.out}: {sum(counts.values())} records")
 
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ChatsConfig:
-    """What is made: each bad picture with its prompt as a question, and its reflection as the answer.
-
-    Attributes:
-        shards: of GenRef: addresses as in the corrector's ``data``.
-        out: folder of ``chats.jsonl``, ``held_out.jsonl`` and the pictures.
-        question: the user's message; ``$prompt`` is the record's, and <image> the bad picture.
-        held_out: so many of the records go into ``held_out.jsonl``, spread evenly over all.
-        limit: the first so many records, at least 1; null: all.
-    """
-
-    shards: str | list[str]
-    out: str
-    question: str = f"{PICTURE}Prompt: $prompt\nWhat should change in this picture?"
-    held_out: int = 8
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        require_least(self, "", held_out=0, limit=1)
-        if self.question.count(PICTURE) != 1:
-            raise InputError(f"question: must hold {PICTURE} once")
+def chats(config: ChatsConfig) -> None:
+    """GenRef's reflections -> chats."""
+    learned, held_out = make_chats(config)
+    print(f"{learned} chats, and {held_out} held out, in {config.out}")
 
 
 def make_chats(config: ChatsConfig) -> tuple[int, int]:
@@ -135,8 +140,3 @@ def _records(config: ChatsConfig) -> Any:
             if record.reflection.strip() and PICTURE not in record.prompt + record.reflection:
                 count += 1
                 yield record
-
-
-def chats(config: ChatsConfig) -> None:
-    learned, held_out = make_chats(config)
-    print(f"{learned} chats, and {held_out} held out, in {config.out}")

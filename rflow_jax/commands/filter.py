@@ -39,6 +39,7 @@ def best_of_first(verdicts: list[Verdict], k: int) -> int:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
+    """The command; the folder may be given without its flag."""
     return Command((FilterConfig,), filter_nfe, ("folder",))
 
 

@@ -77,6 +77,7 @@ class GenerateConfig:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
+    """The command."""
     return Command((GenerateConfig, SamplingConfig), generate)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,8 +11,6 @@ from typing import NamedTuple
 from rflow_jax.errors import InputError
 from rflow_jax.utils import cli
 from rflow_jax.utils.checks import nearest
-
-log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):

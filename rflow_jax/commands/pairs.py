@@ -71,6 +71,7 @@ class Pair:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
+    """The command; the file may be given without its flag."""
     return Command((PairsConfig, SamplingConfig), pairs, ("file",))
 
 

@@ -26,6 +26,7 @@ class ReportConfig:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
+    """The command; the folders may be given without their flag."""
     return Command((ReportConfig,), report, ("runs",))
 
 

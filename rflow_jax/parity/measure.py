@@ -191,6 +191,7 @@ def lines(recording: Recording, results: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def summary(all_lines: Iterable[Line]) -> str:
+    """How many arrays have each status, in one line."""
     counts = Counter(line.status for line in all_lines)
     kinds = ("ok", "FAIL", "exempt", "input", "not covered")
     return ", ".join(f"{counts[kind]} {kind}" for kind in kinds) + f"; {sum(counts.values())} arrays"

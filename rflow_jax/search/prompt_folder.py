@@ -144,6 +144,7 @@ class PromptFolder:
 
 
 def folder_of(out: Path, index: int) -> Path:
+    """The folder of a prompt in a run."""
     return out / f"{index:05d}"
 
 

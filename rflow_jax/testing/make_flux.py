@@ -221,6 +221,7 @@ def write_index(folder: Path, files: Sequence[TensorFile]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Writes an indented JSON file, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -180,7 +180,7 @@ class LatentSource:
 
 
 @dataclass(frozen=True)
-class MakeFromLatents:
+class LatentCollator:
     """Makes the example of a drawn sample from its latents."""
 
     source: LatentSource
@@ -240,7 +240,7 @@ def open_latent_loader(
     wanted = {name: getattr(config, name) for name in ("target_size", "condition_size", "crop")}
     require_same(source.folder, source.settings, wanted)
     plan = RecordSampler(source, config, seed=seed, batch_size=batch_size, slots=slots, position=position)
-    return LatentLoader(plan, MakeFromLatents(source, config, seed), replace(config, workers=0), start)
+    return LatentLoader(plan, LatentCollator(source, config, seed), replace(config, workers=0), start)
 
 
 def require_same(folder: Path, kept: LatentMetadata, wanted: Mapping[str, Any]) -> None:

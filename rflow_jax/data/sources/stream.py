@@ -46,7 +46,7 @@ class StreamJob:
 
 
 @dataclass(frozen=True)
-class MakeFromRaw:
+class StreamCollator:
     """Decodes a record and makes its example."""
 
     config: DataConfig
@@ -150,7 +150,7 @@ class Buffers:
             raise InputError(f"split_ratios.{subset}: positive, but there are no records of it{last}; set it to 0")
 
 
-class StreamPlan:
+class StreamSampler:
     """The plan of one process, drawn from its buffers; steps must be asked for in order."""
 
     def __init__(
@@ -203,7 +203,7 @@ class StreamLoader(Loader):
     """Batches of a stream; its damaged parts count as skipped."""
 
     def _batch(self, numbers: np.ndarray, examples: list[Any], common_fields: dict[str, Any], /) -> Any:
-        assert isinstance(self._plan, StreamPlan)
+        assert isinstance(self._plan, StreamSampler)
         errors = self._plan.pop_errors(common_fields["step"])
         self._skip(errors)
         return super()._batch(numbers, examples, common_fields | {"skipped": errors + common_fields["skipped"]})
@@ -254,5 +254,5 @@ def open_stream(
     buffers = Buffers(Stream(route, config.patience, begin), route, choice.wanted, config.buffer, seed)
     if snapshot:
         buffers.restore(snapshot)
-    plan = StreamPlan(choice, buffers, share, fingerprint, start, kept=config.prefetch + 16)
-    return StreamLoader(plan, MakeFromRaw(config, seed), config, start)
+    plan = StreamSampler(choice, buffers, share, fingerprint, start, kept=config.prefetch + 16)
+    return StreamLoader(plan, StreamCollator(config, seed), config, start)
