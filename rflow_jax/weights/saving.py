@@ -1,4 +1,7 @@
-"""Safetensors files written tensor by tensor, and outputs that are either complete or absent."""
+"""Safetensors files written tensor by tensor, and outputs that are either complete or absent.
+
+The safetensors library's own writer needs all tensors of a file in memory, and they must be contiguous.
+"""
 
 from __future__ import annotations
 
