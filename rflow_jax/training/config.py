@@ -212,36 +212,22 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class StepConfig(LoopConfig):
+class StepConfig(ConditionFlags, LoopConfig):
     """The steps of a run.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch_size: samples of one optimizer step, on all devices together.
-        accumulation: the batch is processed in this number of parts, one after the other, to save memory.
-        remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
-        dtype: of the activations and of the parameters that stay as they are.
         seed: every draw derives from it: data, times, noise and the first LoRA.
-        attention: see rflow_jax/models/attention.py.
-        union_cond_attn, add_cond_attn, latent_lora: how the condition takes part, as in ``rflow``.
         max_sequence_length: T5 tokens; null takes the model's own.
         scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
             time; null: on TPU.
     """
 
-    union_cond_attn: bool = True
-    add_cond_attn: bool = False
-    latent_lora: bool = False
     max_sequence_length: int | None = None
     scan_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_least(self, "train", max_sequence_length=1)
-
-    @property
-    def flags(self) -> ConditionFlags:
-        return ConditionFlags(self.union_cond_attn, self.add_cond_attn, self.latent_lora)
 
 
 @dataclass(frozen=True, kw_only=True)

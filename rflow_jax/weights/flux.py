@@ -103,6 +103,9 @@ DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
 STEPS, T5_LENGTH = 30, 512  # FLUX.1-dev, as the corrector was trained and evaluated
 
 
+Weights = dict[str, Any]  # ``transformer`` -> (base, LoRA), the LoRA's state empty if there is none; vae, clip, t5
+
+
 class GraphDefs(NamedTuple):
     """The networks without their weights."""
 
@@ -118,13 +121,12 @@ class FluxModel:
 
     Attributes:
         name: what it was loaded from.
-        weights: ``transformer`` -> (base, LoRA), the LoRA's state empty if there is none; ``vae``, ``clip``, ``t5``.
         dtype: of the activations.
     """
 
     name: str
     graphs: GraphDefs
-    weights: dict[str, Any]
+    weights: Weights
     tokenizers: Tokenizers
     schedule: Schedule
     flux_config: FluxConfig

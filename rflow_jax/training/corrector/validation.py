@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,9 @@ class Validation:
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
             max_sequence_length=recipe.shape.text,
-            union_cond_attn=recipe.flags.union_cond_attn,
-            add_cond_attn=recipe.flags.add_cond_attn,
-            latent_lora=recipe.flags.latent_lora,
+            **asdict(recipe.flags),
         )
-        self._pipe.bundle = self.model.bundle_with(trainable)
-        images = self._pipe.generate(
+        images = self._pipe.with_weights(self.model.bundle_with(trainable).weights).generate(
             [record.prompt for _, record, _ in chosen],
             seeds=[(self.config.seed, i) for i in range(len(chosen))],
             conditions=[Image.fromarray(example.bad) for _, _, example in chosen],
