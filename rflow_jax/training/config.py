@@ -232,7 +232,23 @@ class StepConfig(ConditionFlags, LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """The settings that every task has."""
+    """The settings that every task has.
+
+    Attributes:
+        task: what is trained.
+        model: the model it begins with.
+        out: folder of the run.
+        resume: go on from the newest checkpoint in ``out``, if there is one.
+        trainable: what is trained.
+        optimizer: how it moves.
+        train: the steps.
+        mesh: how the devices are arranged.
+        distributed: several processes as one run.
+        data: what it is trained on.
+        checkpoint: when the run is saved.
+        validation: how it is tried on held-out records.
+        watch: how it is watched.
+    """
 
     task: str
     model: str
@@ -259,19 +275,7 @@ class RunConfig(CommonConfig):
     """Trains the corrector on GenRef.
 
     Attributes:
-        task: what is trained.
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
-        out: folder of the run.
-        resume: go on from the newest checkpoint in ``out``, if there is one.
-        trainable: what is trained.
-        optimizer: how it moves.
-        train: the steps.
-        mesh: how the devices are arranged.
-        distributed: several processes as one run.
-        data: what it is trained on.
-        checkpoint: when the run is saved.
-        validation: how it is tried on held-out records.
-        watch: how it is watched.
     """
 
     task: Literal["corrector"] = "corrector"

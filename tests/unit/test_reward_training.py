@@ -89,6 +89,7 @@ def test_the_verifier_gives_the_scores_of_the_trained_model(pairs, tmp_path, tra
     run.losses(2)
     with jax.default_matmul_precision("highest"):
         want = validation.rewards(run.state.trainable)
+        assert validation.rewards(run.state.trainable) is want  # an export of the same step computes nothing again
         kept = Checkpoints(tmp_path, CheckpointConfig())
         kept.save(run.state, {}, {}, run.task.exporter)
         kept.close()

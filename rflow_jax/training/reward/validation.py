@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from rflow_jax.data.sources.preferences import PairSource
 from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
-from rflow_jax.training.qwen.batches import first_usable
+from rflow_jax.training.qwen.batches import Collator, first_usable
 from rflow_jax.training.reward.config import LossName, PairValidationConfig
-from rflow_jax.training.reward.loss import PairMaker, PairObjective, pair_accuracy, pair_losses
+from rflow_jax.training.reward.loss import PairObjective, pair_accuracy, pair_losses
 
 
 class PairValidation:
@@ -30,7 +31,7 @@ class PairValidation:
         self,
         config: PairValidationConfig,
         source: PairSource,
-        maker: PairMaker,
+        maker: Collator,
         objective: PairObjective,
         frozen: Any,
         mesh: Mesh,
@@ -39,6 +40,7 @@ class PairValidation:
         self.every = config.every
         self._loss: LossName = objective.loss
         self._mesh, self._frozen = mesh, frozen
+        self._known: tuple[nnx.State, np.ndarray] | None = None
         examples = first_usable(source, maker, config.records)
         self._count = len(examples)
         self._batches = [maker.inputs(examples[k : k + batch], batch) for k in range(0, len(examples), batch)]
@@ -62,7 +64,9 @@ class PairValidation:
 
     def rewards(self, trainable: Any) -> np.ndarray:
         """[pairs, 2] float32."""
-        # Every process reads all pairs, and keeps the rows of its devices.
-        puts = (put_batch(self._mesh, batch, whole=True) for batch in self._batches)
-        found = [self._rewards(trainable, self._frozen, put) for put in puts]
-        return np.concatenate([np.asarray(one) for one in found])[: self._count]
+        if self._known is None or self._known[0] is not trainable:  # a step may be exported and validated
+            # Every process reads all pairs, and keeps the rows of its devices.
+            puts = (put_batch(self._mesh, batch, whole=True) for batch in self._batches)
+            found = [self._rewards(trainable, self._frozen, put) for put in puts]
+            self._known = trainable, np.concatenate([np.asarray(one) for one in found])[: self._count]
+        return self._known[1]

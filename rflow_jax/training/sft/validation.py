@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from rflow_jax.data.sources.chats import ChatFile
 from rflow_jax.parallel.mesh import put_batch, replicated, traced_on
-from rflow_jax.training.qwen.batches import first_usable
+from rflow_jax.training.qwen.batches import Collator, first_usable
 from rflow_jax.training.sft.config import ChatValidationConfig
-from rflow_jax.training.sft.loss import ChatInputs, ChatMaker, ChatObjective
+from rflow_jax.training.sft.loss import ChatInputs, ChatObjective
 from rflow_jax.typing import Array
 
 
@@ -30,7 +30,7 @@ class ChatValidation:
         self,
         config: ChatValidationConfig,
         source: ChatFile,
-        maker: ChatMaker,
+        maker: Collator,
         objective: ChatObjective,
         frozen: Any,
         mesh: Mesh,
