@@ -116,7 +116,7 @@ class Pipeline:
             return traced_on(self.mesh, function)
         mesh, rows, whole = self.mesh, PartitionSpec(DATA), PartitionSpec()
 
-        def spread(program: StaticArgs, weights: Any, *rest: Any) -> Any:
+        def spread(program: StaticArgs, weights: Weights, *rest: Any) -> Any:
             specs = (whole, *[rows] * batched, *[whole] * (len(rest) - batched))
             mapped = jax.shard_map(
                 partial(function, program), in_specs=specs, out_specs=rows, axis_names={DATA}, check_vma=False

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import PATCH
@@ -110,9 +111,9 @@ class GraphDefs(NamedTuple):
     """The networks without their weights."""
 
     transformer: FluxGraph
-    vae: Any
-    clip: Any
-    t5: Any
+    vae: nnx.GraphDef
+    clip: nnx.GraphDef
+    t5: nnx.GraphDef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ class FluxModel:
     flux_config: FluxConfig
     vae_config: AutoencoderConfig
     clip_config: ClipTextConfig
-    dtype: Any
+    dtype: Dtype
     has_lora: bool = False
 
     @property
@@ -244,7 +245,7 @@ def _load_networks(
     networks: dict[str, Any],
     paths: dict[str, Path],
     configs: dict[str, Any],
-    dtype: Any,
+    dtype: Dtype,
     choose: ShardingFor | None,
     progress: bool,
 ) -> None:

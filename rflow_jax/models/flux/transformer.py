@@ -241,7 +241,7 @@ class FluxGraph:
         scan_blocks: whether blocks are stacked. Parameters may still be given by block.
     """
 
-    graph: Any
+    graph: nnx.GraphDef[FluxTransformer]
     config: FluxConfig
     scan_blocks: bool = False
 

@@ -39,11 +39,11 @@ class ParamPartition(NamedTuple):
         frozen: the others, as they were loaded.
     """
 
-    graph: Any
-    trainable: Any
-    frozen: Any
+    graph: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
 
-    def merged(self, trainable: Any) -> Any:
+    def merged(self, trainable: nnx.State) -> Any:
         """The network with these parameters, to be exported; every process must call it.
 
         The frozen part stays on the devices if this process reaches all of it, since little of it may be needed.

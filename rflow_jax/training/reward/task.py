@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh
 
 from rflow_jax.data.sources.preferences import PairSource, open_pairs
@@ -52,7 +53,7 @@ class TrainedReward:
     measure: Callable[[Any], tuple[float, float]] | None = None
     exports = "reward/checkpoint-{step}"
 
-    def export(self, trainable: Any, folder: Path | None) -> None:
+    def export(self, trainable: nnx.State, folder: Path | None) -> None:
         """Writes ``reward/checkpoint-N``, and ``reward/model_config.json`` beside it."""
         what = self.what
         if self.measure is not None:
@@ -144,7 +145,11 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
 
 
 def make_objective(
-    config: RewardRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig, special: int | None
+    config: RewardRunConfig,
+    graph: nnx.GraphDef,
+    sizes: Qwen25VLConfig,
+    rules: ImageProcessorConfig,
+    special: int | None,
 ) -> PairObjective:
     """The objective of a model with this graph."""
     scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
@@ -164,7 +169,7 @@ def compile_pair_step(
     return compile_step(update, shardings, mesh)
 
 
-def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardModel:
+def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Dtype) -> RewardModel:
     """The reward model before the first step: a random head; the special token is the mean of the others."""
     table = base.language.embed.embedding[...]
     mean = None if special is None else jnp.mean(table[:special], axis=0, keepdims=True, dtype=jnp.float32)

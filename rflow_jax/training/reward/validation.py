@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +31,7 @@ class PairValidation:
         source: PairSource,
         maker: Collator,
         objective: PairObjective,
-        frozen: Any,
+        frozen: nnx.State,
         mesh: Mesh,
         batch: int,
     ):
@@ -46,7 +44,7 @@ class PairValidation:
         self._batches = [maker.inputs(examples[k : k + batch], batch) for k in range(0, len(examples), batch)]
         self._rewards = jax.jit(traced_on(mesh, objective.rewards), out_shardings=replicated(mesh))
 
-    def run(self, step: int, trainable: Any) -> dict[str, float]:
+    def run(self, step: int, trainable: nnx.State) -> dict[str, float]:
         """``validation/loss``, and ``validation/accuracy`` if any pair has a preference."""
         rewards = jnp.asarray(self.rewards(trainable))
         labels, scores = (
@@ -57,12 +55,12 @@ class PairValidation:
         found = {"validation/loss": float(jnp.mean(pair_losses(self._loss, rewards, scores, labels)))}
         return found | ({"validation/accuracy": float(right / counted)} if counted else {})
 
-    def moments(self, trainable: Any) -> tuple[float, float]:
+    def moments(self, trainable: nnx.State) -> tuple[float, float]:
         """Mean and deviation of the rewards of all images."""
         rewards = self.rewards(trainable)
         return float(rewards.mean()), float(rewards.std())
 
-    def rewards(self, trainable: Any) -> np.ndarray:
+    def rewards(self, trainable: nnx.State) -> np.ndarray:
         """[pairs, 2] float32."""
         if self._known is None or self._known[0] is not trainable:  # a step may be exported and validated
             # Every process reads all pairs, and keeps the rows of its devices.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from rflow_jax.data.sources.chats import ChatFile
@@ -47,7 +48,7 @@ class TrainedChat:
     def exports(self) -> str:
         return "model/{step}" if self.merge else "adapter/{step}"
 
-    def export(self, trainable: Any, folder: Path | None) -> None:
+    def export(self, trainable: nnx.State, folder: Path | None) -> None:
         """Writes ``adapter/{step}``, or ``model/{step}`` with everything."""
         model = self.parts.merged(trainable)
         if folder is None:
@@ -102,7 +103,7 @@ class Sft(QwenTask):
 
 
 def make_objective(
-    config: SftRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig
+    config: SftRunConfig, graph: nnx.GraphDef, sizes: Qwen25VLConfig, rules: ImageProcessorConfig
 ) -> ChatObjective:
     """The objective of a model with this graph."""
     return ChatObjective(graph, rules, sizes.vision.unit, config.train.attention, config.train.remat)
@@ -115,7 +116,7 @@ def compile_chat_step(
     parts = config.train.accumulation
     update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
 
-    def whole(state: TrainState, frozen: Any, chats: ChatInputs) -> tuple[TrainState, StepMetrics]:
+    def whole(state: TrainState, frozen: nnx.State, chats: ChatInputs) -> tuple[TrainState, StepMetrics]:
         return update(state, frozen, weighed(chats, parts))
 
     return compile_step(whole, shardings, mesh)
