@@ -85,7 +85,7 @@ def theirs(sample: dict[str, Any], target: int, condition: int, rng: np.random.G
 
 def original_reader(paths: list[str], target: int, condition: int, seed: int, counter: Any, stop: Any) -> None:
     """One worker: four filtered pipelines over all shards, mixed at random."""
-    import webdataset as wds
+    import webdataset as wds  # pyright: ignore[reportMissingImports] (an extra)
 
     rng = np.random.default_rng(seed)
 

@@ -61,11 +61,14 @@ def random_network(config: FluxConfig, dtype: jnp.dtype, *, scan_blocks: bool = 
     return graph, tree.unflatten([draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
 
 
+def grid(side: int) -> tuple[int, int]:
+    """Rows and columns of the tokens of a square picture."""
+    return side // TOKEN_PIXELS, side // TOKEN_PIXELS
+
+
 def step_function(graph: FluxGraph, config: FluxConfig, text: int, side: int, condition_side: int | None):
     """A jitted function of (state, x, text, pooled, condition) that takes a few Euler steps."""
-    grid = (side // TOKEN_PIXELS,) * 2
-    condition_grid = (condition_side // TOKEN_PIXELS,) * 2 if condition_side else None
-    rope = rope_for(config, text, grid, condition_grid)
+    rope = rope_for(config, text, grid(side), grid(condition_side) if condition_side else None)
 
     @partial(jax.jit, donate_argnums=1)
     def steps(state, x, text, pooled, condition):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.step import SIZES, STEPS_A_CALL, TOKEN_PIXELS, print_kernels, random_network
+from benchmarks.step import SIZES, STEPS_A_CALL, grid, print_kernels, random_network
 from rflow_jax.models.flux.config import FluxConfig, forward_flops
 from rflow_jax.models.flux.transformer import FluxGraph
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
@@ -79,7 +79,7 @@ def make_model(size: str, *, scan_blocks: bool = False) -> Model:
     graph, state = random_network(config, jnp.bfloat16, scan_blocks=scan_blocks)
     _, trainable, frozen = nnx.split(graph.merge(state), nnx.LoRAParam, ...)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32) * 0.01, trainable)
-    shape = TokenShape(text, (side // TOKEN_PIXELS,) * 2, (condition_side // TOKEN_PIXELS,) * 2)
+    shape = TokenShape(text, grid(side), grid(condition_side))
     return Model(config, shape, graph, trainable, frozen)
 
 
@@ -138,10 +138,10 @@ def finish(model: Model, job: Job, repeats: int, profile: bool) -> str:
     if profile:
 
         def few() -> None:
-            nonlocal state
+            nonlocal state, told
             for _ in range(STEPS_A_CALL):
-                state, report = step(state, job.frozen, *job.inputs)
-            report.loss.block_until_ready()
+                state, told = step(state, job.frozen, *job.inputs)
+            told.loss.block_until_ready()
 
         print_kernels(few)
     if not np.isfinite(losses).all():

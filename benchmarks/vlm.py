@@ -36,6 +36,7 @@ import transformers
 from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
+from transformers.utils.import_utils import is_torchvision_available
 
 from rflow_jax.models.quantization import Quantization, quantize
 from rflow_jax.models.qwen2.generation import Decoding
@@ -150,7 +151,8 @@ class Ours:
     """This package's programs."""
 
     def __init__(self, work: Work, table: Table, quantization: Quantization | None = None):
-        self.work, self.table, self.quantization = work, table, quantization
+        self.work, self.table = work, table
+        self.quantization: Quantization | None = quantization
         self.name = f"{OURS}, {quantization}" if quantization else OURS
 
     def rewards(self) -> np.ndarray:
@@ -219,7 +221,7 @@ class Theirs:
         self.model = model.to(self.device).eval()
         # The fast one of version 4; in version 5 it has the plain name.
         name = "Qwen2VLImageProcessor"
-        fast = f"{name}Fast" if transformers.utils.is_torchvision_available() else name
+        fast = f"{name}Fast" if is_torchvision_available() else name
         self.processor: Any = getattr(transformers, fast, getattr(transformers, name)).from_pretrained(base)
         (head,) = (work.folder / "reward").glob("checkpoint-*/non_lora_state_dict.safetensors")
         self.head = torch.tensor(load_file(head)["rm_head.weight"], device=self.device, dtype=torch.bfloat16)

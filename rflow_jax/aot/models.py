@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh
 
 from rflow_jax.aot.program import on_mesh, whole_in
@@ -118,7 +119,7 @@ def abstract_bundle(
     model: str,
     mesh: Mesh,
     *,
-    dtype: Any,
+    dtype: Dtype,
     scan_blocks: bool,
     lora: Mapping[str, int] | None = None,
     blocks: tuple[int, int] | None = None,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rflow_jax.parallel.mesh import replicated
@@ -78,7 +79,7 @@ class AheadProgram:
     whole: list[tuple[str, int]] = field(default_factory=list)
 
 
-def shaped(shape: Iterable[int], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+def shaped(shape: Iterable[int], dtype: Dtype, sharding: Sharding) -> jax.ShapeDtypeStruct:
     """The shape of an array, with its sharding."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 

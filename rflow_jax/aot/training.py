@@ -73,7 +73,7 @@ def _reward(config: RewardRunConfig, mesh: Mesh, layers: int | None) -> AheadPro
     model = nnx.eval_shape(lambda base: reward.begin(base, special, config.train.seed, dtype), base)
     parts = abstract_parts(model, config.trainable, mesh, also=reward.HEAD)
     objective = reward.make_objective(config, parts.graph, sizes, rules, special)
-    padded, count = reward.row_sizes(config, sizes, rules), config.train.batch_size
+    padded, count = RowSizes.of(config.data, sizes, rules, pictures=1), config.train.batch_size
     rows = NamedSharding(mesh, BATCH)
     pairs = PairInputs(
         jax.tree.map(lambda x: shaped((count, 2, *x.shape[1:]), x.dtype, rows), _row(sizes, padded)),
@@ -83,7 +83,7 @@ def _reward(config: RewardRunConfig, mesh: Mesh, layers: int | None) -> AheadPro
     optimizer = make_optimizer(config.optimizer)
     state, shardings = abstract_state(parts.trainable, optimizer, mesh)
     step = reward.compile_pair_step(config, objective, optimizer, shardings, mesh)
-    flops = 2 * flops_of_sample(parts, sizes, tokens=padded.tokens, patches=padded.patches, pictures=1)
+    flops = reward.Reward.rows * flops_of_sample(parts, padded)
     return _program(step, state, parts, pairs, mesh, count * flops)
 
 
@@ -91,7 +91,7 @@ def _sft(config: SftRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
     sizes, rules = read_qwen_sizes(config.model, layers)
     parts = abstract_parts(abstract_qwen2_5_vl(sizes, jnp.dtype(config.train.dtype)), config.trainable, mesh)
     objective = sft.make_objective(config, parts.graph, sizes, rules)
-    padded, count = sft.row_sizes(config, sizes, rules), config.train.batch_size
+    padded, count = RowSizes.of(config.data, sizes, rules, pictures=config.data.max_images), config.train.batch_size
     rows = NamedSharding(mesh, BATCH)
     chats = ChatInputs(
         jax.tree.map(lambda x: shaped((count, *x.shape[1:]), x.dtype, rows), _row(sizes, padded)),
@@ -100,7 +100,7 @@ def _sft(config: SftRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
     optimizer = make_optimizer(config.optimizer)
     state, shardings = abstract_state(parts.trainable, optimizer, mesh)
     step = sft.compile_chat_step(config, objective, optimizer, shardings, mesh)
-    flops = flops_of_sample(parts, sizes, tokens=padded.tokens, patches=padded.patches, pictures=padded.pictures)
+    flops = flops_of_sample(parts, padded)
     return _program(step, state, parts, chats, mesh, count * flops)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
@@ -301,7 +302,7 @@ def _programs(
     )
 
 
-def _host(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+def _host(shape: Sequence[int], dtype: Dtype) -> jax.ShapeDtypeStruct:
     """The shape of an array that comes from the host, without a sharding."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 

@@ -21,6 +21,7 @@ from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command
 from rflow_jax.utils.images import read_image, side_by_side
+from rflow_jax.utils.json_files import parse_json_lines, read_text
 from rflow_jax.utils.progress import count_progress
 
 # What to change, by the names that data sets give it; the first that is there counts.
@@ -130,27 +131,18 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         InputError: the file cannot be read, or an entry lacks something; says which.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the list of pairs ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text") from error
-    found = [_pair(entry, number, path) for number, entry in enumerate(_entries(text, path))]
+    text = read_text(path, "list of pairs")
+    if text.lstrip().startswith("["):
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    else:
+        entries = (entry for _, entry in parse_json_lines(text, path))
+    found = [_pair(entry, number, path) for number, entry in enumerate(entries)]
     if not found:
         raise InputError(f"{path}: contains no pairs")
     return found
-
-
-def _entries(text: str, path: Path) -> Iterator[Any]:
-    whole = text.lstrip().startswith("[")
-    for number, part in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            if part.strip():
-                yield from json.loads(part) if whole else [json.loads(part)]
-        except json.JSONDecodeError as error:
-            line, expected = (error.lineno, "JSON") if whole else (number, "a JSON object")
-            raise InputError(f"{path}:{line}: not {expected} ({error.msg})") from error
 
 
 def _pair(entry: Any, number: int, path: Path) -> Pair:

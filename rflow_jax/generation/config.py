@@ -3,13 +3,14 @@
 from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
+from rflow_jax.models.flux.config import ConditionFlags
 
 # FLUX's: the autoencoder shrinks by 8 and packing by 2. Checked before a model is loaded, which may need more.
 _GRID = 16
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(ConditionFlags):
     """Settings of generation; names as in diffusers.
 
     Attributes:
@@ -22,11 +23,8 @@ class SamplingConfig:
         condition_size: the condition image is resized to this many pixels a side, a multiple of 16.
         batch_size: images denoised together.
         max_sequence_length: T5 tokens; null takes the model's own (512 for dev, 256 for schnell).
-        union_cond_attn: whether the condition and the rest attend to each other.
-        add_cond_attn: add the condition's attention output to the image's (needs equal token counts).
         vae_tiling: encode and decode pictures beyond the autoencoder's own size (1024 px) in tiles: less memory, and
             slight differences along their seams.
-        latent_lora: let the LoRA act on image and text tokens too, not only on the condition's.
     """
 
     height: int = 1024
@@ -38,9 +36,6 @@ class SamplingConfig:
     condition_size: int = 512
     batch_size: int = 1
     max_sequence_length: int | None = None
-    union_cond_attn: bool = True
-    add_cond_attn: bool = False
-    latent_lora: bool = False
     vae_tiling: bool = False
 
     def __post_init__(self) -> None:
@@ -57,10 +52,8 @@ class SamplingConfig:
                 raise InputError(f"{field.name} is {value}: give a finite number that is not negative")
         if self.condition_scale == 0:
             raise InputError("condition_scale is 0: give a positive number, or leave the condition out")
-        if self.condition_scale != 1 and not self.union_cond_attn:
-            raise InputError(
-                "condition_scale replaces the mask of union_cond_attn: false; set one of the two, not both"
-            )
+        if self.condition_scale != 1:
+            self.require_scalable()
 
 
 def require_lora_effect(settings: SamplingConfig, with_condition: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,6 @@ from rflow_jax.generation.sampling import (
     sample,
     sample_keys,
 )
-from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.lora import without_condition_effect
 from rflow_jax.models.options import AttentionImpl
 from rflow_jax.models.partitioning import DATA
@@ -38,7 +38,7 @@ from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
 from rflow_jax.tokenizers.flux import t5_prompt
 from rflow_jax.typing import Array
 from rflow_jax.utils.images import condition_pixels
-from rflow_jax.weights.flux import FluxModel, load_flux
+from rflow_jax.weights.flux import FluxModel, Weights, load_flux
 
 log = logging.getLogger(__name__)
 OnImages = Callable[[int, list[Image.Image]], None]
@@ -116,7 +116,7 @@ class Pipeline:
             return traced_on(self.mesh, function)
         mesh, rows, whole = self.mesh, PartitionSpec(DATA), PartitionSpec()
 
-        def spread(program: StaticArgs, weights: Any, *rest: Any) -> Any:
+        def spread(program: StaticArgs, weights: Weights, *rest: Any) -> Any:
             specs = (whole, *[rows] * batched, *[whole] * (len(rest) - batched))
             mapped = jax.shard_map(
                 partial(function, program), in_specs=specs, out_specs=rows, axis_names={DATA}, check_vma=False
@@ -137,6 +137,13 @@ class Pipeline:
     def without_lora(self) -> Pipeline:
         """The base model with the weights of this pipeline. The same object each time: it compiles once."""
         return self._bare if self.bundle.has_lora else self
+
+    def with_weights(self, weights: Weights) -> Pipeline:
+        """The model of this pipeline with other weights of the same shapes and dtypes; shares the compiled programs."""
+        pipe = copy.copy(self)
+        pipe.bundle = dataclasses.replace(self.bundle, weights=weights)
+        pipe.__dict__.pop("_bare", None)  # it has the weights of this one
+        return pipe
 
     @cached_property
     def _bare(self) -> Pipeline:
@@ -207,6 +214,9 @@ class Pipeline:
             InputError: as :meth:`generate`.
         """
         self._check(requests, settings)
+        return self._dispatch(requests, settings)
+
+    def _dispatch(self, requests: Sequence[Request], settings: SamplingConfig) -> Pending:
         size = self.images_at_once(settings)
         if not 0 < len(requests) <= size:
             raise ValueError(f"a batch has 1 to {size} requests, not {len(requests)}")
@@ -263,7 +273,7 @@ class Pipeline:
         size = self.images_at_once(settings)
         waiting: Pending | None = None
         for first in range(0, len(requests), size):
-            started = self.start(requests[first : first + size], settings)
+            started = self._dispatch(requests[first : first + size], settings)
             if waiting:
                 yield waiting.images()
             waiting = started
@@ -277,7 +287,7 @@ class Pipeline:
             settings.width,
             settings.condition_size if with_condition else None,
             self.bundle.token_pixels,
-            ConditionFlags(settings.union_cond_attn, settings.add_cond_attn, settings.latent_lora),
+            settings.flags,
             use_image_guidance=with_condition and settings.image_guidance_scale != 1.0,
             use_condition_scale=with_condition and settings.condition_scale != 1.0,
             tiled=settings.vae_tiling,

@@ -7,12 +7,13 @@ import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import PATCH, pack, rope_for, unpack
@@ -24,6 +25,7 @@ from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
 from rflow_jax.models.options import AttentionImpl
 from rflow_jax.models.partitioning import each_sample
 from rflow_jax.typing import Array, Float, Int, UInt8
+from rflow_jax.weights.flux import GraphDefs, Weights
 
 Seed = SupportsIndex | tuple[SupportsIndex, ...]
 
@@ -183,7 +185,7 @@ def draw_noise(program: StaticArgs, grid: tuple[int, int, int], draws: NoiseSpec
     return pack(jax.vmap(of_sample)(*draws))
 
 
-def prepare(graphs: Any, dtype: Any, program: StaticArgs, weights: Any, inputs: Inputs) -> Conditioning:
+def prepare(graphs: GraphDefs, dtype: Dtype, program: StaticArgs, weights: Weights, inputs: Inputs) -> Conditioning:
     """Encodes the texts and the condition."""
     _, pooled = nnx.merge(graphs.clip, weights["clip"])(inputs.clip_ids)
     text = nnx.merge(graphs.t5, weights["t5"])(inputs.t5_ids)
@@ -198,12 +200,12 @@ def prepare(graphs: Any, dtype: Any, program: StaticArgs, weights: Any, inputs: 
 
 
 def encode_condition(
-    vae: AutoencoderKL, dtype: Any, tiled: bool, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
+    vae: AutoencoderKL, dtype: Dtype, tiled: bool, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
 ) -> Float[Array, "b c f"]:
     """Condition images -> packed latents, a draw from the posterior each; one image at a time to bound memory."""
     graph, parameters = nnx.split(vae)
 
-    def encode(parameters: Any, one: tuple[Array, Array]) -> Array:
+    def encode(parameters: nnx.State, one: tuple[Array, Array]) -> Array:
         vae = nnx.merge(graph, parameters)
         image, key = one
         mean, logvar = vae.encode(to_network_range(image[None]).astype(dtype), tiled=tiled)
@@ -215,7 +217,13 @@ def encode_condition(
 
 
 def sample(
-    graphs: Any, dtype: Any, program: StaticArgs, weights: Any, noise: Array, given: Conditioning, scales: DynamicArgs
+    graphs: GraphDefs,
+    dtype: Dtype,
+    program: StaticArgs,
+    weights: Weights,
+    noise: Array,
+    given: Conditioning,
+    scales: DynamicArgs,
 ) -> tuple[Float[Array, "b i f"], UInt8[Array, "b y x 3"]]:
     """Integrates the flow and decodes: (packed latents, pixels)."""
     transformer = graphs.transformer.merge(*weights["transformer"])
@@ -227,13 +235,13 @@ def sample(
 
 
 def decode_latents(
-    vae: AutoencoderKL, dtype: Any, x: Float[Array, "b i f"], grid: tuple[int, int], tiled: bool
+    vae: AutoencoderKL, dtype: Dtype, x: Float[Array, "b i f"], grid: tuple[int, int], tiled: bool
 ) -> Float[Array, "b y x 3"]:
     """Packed latents -> images, about [-1, 1]; one image at a time to bound memory."""
     latents = unpack(x, *(PATCH * side for side in grid))
     graph, parameters = nnx.split(vae)
 
-    def decode(parameters: Any, one: Array) -> Array:
+    def decode(parameters: nnx.State, one: Array) -> Array:
         vae = nnx.merge(graph, parameters)
         return vae.decode(vae.unscale(one[None]).astype(dtype), tiled=tiled)[0]
 
@@ -241,7 +249,12 @@ def decode_latents(
 
 
 def velocity_of(
-    transformer: FluxTransformer, dtype: Any, program: StaticArgs, given: Conditioning, scales: DynamicArgs, rope: Rope
+    transformer: FluxTransformer,
+    dtype: Dtype,
+    program: StaticArgs,
+    given: Conditioning,
+    scales: DynamicArgs,
+    rope: Rope,
 ) -> Callable[[Array, Array, Array], Array]:
     """The velocity field of one batch: the network's, with image guidance if set.
 
@@ -268,7 +281,7 @@ def velocity_of(
 
 
 def _modulations_of_steps(
-    transformer: FluxTransformer, times: Array, guidance: Array | float, pooled: Array, dtype: Any, ctx: Context
+    transformer: FluxTransformer, times: Array, guidance: Array | float, pooled: Array, dtype: Dtype, ctx: Context
 ) -> Modulations:
     """The modulations of every step: leaves [steps, b, k, o], those of stacked blocks [steps, l, b, k, o]."""
     steps, b = times.shape[0], pooled.shape[0]

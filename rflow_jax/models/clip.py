@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from rflow_jax.errors import InputError
 from rflow_jax.models.convolution import PatchEmbedding
 from rflow_jax.models.layers import Embedding, LayerNorm, Linear, SelfAttention
+from rflow_jax.models.options import require_heads, require_kind
 from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.typing import Array, Float, Int
 
@@ -50,8 +51,7 @@ class ClipTextConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> ClipTextConfig:
         """From the content of ``text_encoder/config.json``; raises InputError for another network."""
-        if (kind := config.get("model_type", "clip_text_model")) != "clip_text_model":
-            raise InputError(f"text_encoder config: model_type {kind!r} is not supported, only 'clip_text_model'")
+        require_kind(config, "model_type", "clip_text_model", "text_encoder config")
         return cls(**_TEXT_DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
 
@@ -75,8 +75,7 @@ class ClipVisionConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> ClipVisionConfig:
         """From the ``vision_config`` in CLIP's ``config.json``; raises InputError for another network."""
-        if (kind := config.get("model_type", "clip_vision_model")) != "clip_vision_model":
-            raise InputError(f"vision_config: model_type {kind!r} is not supported, only 'clip_vision_model'")
+        require_kind(config, "model_type", "clip_vision_model", "vision_config")
         return cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
 
@@ -116,11 +115,7 @@ class ClipTextEncoder(nnx.Module):
 
 def check_layers(config: ClipTextConfig | ClipVisionConfig, source: str) -> None:
     """Raises InputError, which begins with ``source``, for sizes that no layer can have."""
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"{source}: num_attention_heads {config.num_attention_heads} does not divide "
-            f"hidden_size {config.hidden_size}"
-        )
+    require_heads(config.hidden_size, config.num_attention_heads, source)
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{source}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
 

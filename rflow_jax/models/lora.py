@@ -175,7 +175,7 @@ def init_lora(
 
 @cache
 def _init_a(sharding: Sharding | None) -> Callable[[jax.Array, tuple[int, ...], Any], jax.Array]:
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
         return jax.random.normal(key, shape, dtype) / shape[1]
 
     return jax.jit(draw, static_argnums=(1, 2), out_shardings=sharding)

@@ -15,6 +15,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.attention import attend
 from rflow_jax.models.convolution import PatchEmbedding
 from rflow_jax.models.layers import Embedding, LayerNorm, Linear
+from rflow_jax.models.options import require_heads, require_kind
 from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.typing import Array, Float
 
@@ -44,21 +45,15 @@ class SiglipVisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"vision_tower config: num_attention_heads {self.num_attention_heads} does not divide "
-                f"hidden_size {self.hidden_size}"
-            )
+        require_heads(self.hidden_size, self.num_attention_heads, "vision_tower config")
         if self.patch_size > self.image_size:
             raise InputError(f"vision_tower config: patch_size {self.patch_size} is above image_size {self.image_size}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> SiglipVisionConfig:
         """From the content of ``vision_tower/config.json``; raises InputError for another network."""
-        if (kind := config.get("model_type", KIND)) != KIND:
-            raise InputError(f"vision_tower config: model_type {kind!r} is not supported, only {KIND!r}")
-        if (act := config.get("hidden_act", ACTIVATION)) != ACTIVATION:
-            raise InputError(f"vision_tower config: hidden_act {act!r} is not supported, only {ACTIVATION!r}")
+        require_kind(config, "model_type", KIND, "vision_tower config")
+        require_kind(config, "hidden_act", ACTIVATION, "vision_tower config")
         return cls(**_DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config})
 
     @property

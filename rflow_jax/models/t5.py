@@ -15,6 +15,7 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.layers import Embedding, Linear, RMSNorm, SelfAttention
+from rflow_jax.models.options import require_kind
 from rflow_jax.models.partitioning import BATCH, constrain
 from rflow_jax.typing import Array, Bool, Float, Int
 
@@ -39,8 +40,7 @@ class T5Config:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> T5Config:
         """From the content of ``text_encoder_2/config.json``; raises InputError for another network."""
-        if (kind := config.get("model_type", "t5")) != "t5":
-            raise InputError(f"text_encoder_2 config: model_type {kind!r} is not supported, only 't5'")
+        require_kind(config, "model_type", "t5", "text_encoder_2 config")
         if (act := config.get("feed_forward_proj", "relu")) != "gated-gelu":
             raise InputError(f"text_encoder_2 config: feed_forward_proj {act!r}; T5 v1.1 has 'gated-gelu'")
         return cls(**_DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if key in config})

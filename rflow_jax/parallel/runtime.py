@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 
 
 @contextmanager
-def reproducible(dtype: Any) -> Iterator[None]:
+def reproducible(dtype: Dtype) -> Iterator[None]:
     """Makes the numbers of a program called (and so traced) inside depend on its code only, not on JAX's settings.
 
     Products of float32 stay float32, which a GPU would otherwise round to TensorFloat-32 and a TPU to bfloat16; random

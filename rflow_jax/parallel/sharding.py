@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import Dtype
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from rflow_jax.errors import InputError
@@ -88,7 +89,9 @@ def put_by(choose: Callable[[str, tuple[int, ...]], Sharding | None]) -> Callabl
 
 
 def whole_parameters(
-    choose: Callable[[str, tuple[int, ...]], Sharding], shapes: Mapping[str, tuple[int, ...]], dtype: Any = jnp.bfloat16
+    choose: Callable[[str, tuple[int, ...]], Sharding],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Dtype = jnp.bfloat16,
 ) -> list[Whole]:
     """The parameters that stay whole on every device, largest first: memory that more devices do not save.
 

@@ -215,7 +215,7 @@ class _Network:
 # Compiled whole: op by op it would take many times as long.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _hidden(
-    graph: Any, rules: ImageProcessorConfig, lora: bool, state: Any, inputs: QwenInputs, mrope: jax.Array
+    graph: nnx.GraphDef, rules: ImageProcessorConfig, lora: bool, state: nnx.State, inputs: QwenInputs, mrope: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Embeddings, and hidden states after the last norm."""
     model = nnx.merge(graph, state)

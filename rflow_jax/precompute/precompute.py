@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh, PartitionSpec
 
 from rflow_jax.data.records import SUBSETS
@@ -47,7 +48,7 @@ from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.progress import byte_progress, count_progress
 from rflow_jax.weights.components import CLIP, T5, TRANSFORMER, VAE
-from rflow_jax.weights.flux import DISTILLED_T5_LENGTH, T5_LENGTH, Source, describe
+from rflow_jax.weights.flux import DISTILLED_T5_LENGTH, T5_LENGTH, FluxModel, Source, describe
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
@@ -57,9 +58,9 @@ NETWORKS = {"vae": VAE, "clip": CLIP, "t5": T5}
 class Graphs(NamedTuple):
     """The networks without their weights."""
 
-    vae: Any
-    clip: Any
-    t5: Any
+    vae: nnx.GraphDef
+    clip: nnx.GraphDef
+    t5: nnx.GraphDef
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Encoded(NamedTuple):
     text: Float[Array, "b 2 t e"]
 
 
-def load_encoders(model: str, dtype: Any, mesh: Mesh, *, progress: bool = True) -> Encoders:
+def load_encoders(model: str, dtype: Dtype, mesh: Mesh, *, progress: bool = True) -> Encoders:
     """Loads the encoders of a model; raises InputError if it cannot be found or used."""
     root = resolve(model)
     paths = describe(root).components
@@ -117,7 +118,7 @@ def load_encoders(model: str, dtype: Any, mesh: Mesh, *, progress: bool = True) 
 @partial(jax.jit, static_argnames=("graphs", "dtype", "mesh"))
 def encode(
     graphs: Graphs,
-    dtype: Any,
+    dtype: Dtype,
     mesh: Mesh,
     weights: Mapping[str, Any],
     good: UInt8[Array, "b y x 3"],
@@ -149,7 +150,7 @@ def encode(
     )
 
 
-def identity_of(model: Any) -> str:
+def identity_of(model: Encoders | FluxModel) -> str:
     """A hash of the encoders' weights and of the latents' scaling, independent of path and sharding.
 
     Args:
@@ -227,7 +228,7 @@ def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]
 class Writer:
     """Encodes batches and writes files of them."""
 
-    def __init__(self, config: PrecomputeConfig, encoders: Encoders, settings: LatentMetadata, mesh: Any):
+    def __init__(self, config: PrecomputeConfig, encoders: Encoders, settings: LatentMetadata, mesh: Mesh):
         self._encoders, self._settings, self._mesh = encoders, settings, mesh
         self._dtype, self._workers = jnp.dtype(config.dtype), worker_count(config.data.workers)
         devices = samples_along(mesh)

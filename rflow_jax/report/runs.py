@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,7 @@ import PIL.Image
 import yaml
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.json_files import parse_json_lines, read_text
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict
 from rflow_jax.verifiers.ranking import best_first, with_ensemble_scores
 
@@ -170,18 +171,19 @@ def _read_prompt(folder: Path) -> Prompt | None:
     if not records.is_file():
         return None
     text, pictures = "", []
-    for number, record in _json_lines(records):
+    for source, record in parse_json_lines(read_text(records, "records"), records):
         try:
             pictures.append(_picture(record, folder, len(pictures)))
         except ValueError as error:
-            raise InputError(f"{records}, line {number}: {error}") from error
+            raise InputError(f"{source}: {error}") from error
         text = record["prompt"]
     if not pictures:
         return None
     verdicts = with_ensemble_scores([picture.verdict for picture in pictures])
     pictures = [replace(picture, verdict=verdict) for picture, verdict in zip(pictures, verdicts, strict=True)]
     metadata = folder / "metadata.jsonl"
-    entry = next((entry for _, entry in _json_lines(metadata)), {}) if metadata.is_file() else {}
+    entries = parse_json_lines(read_text(metadata, "prompt"), metadata) if metadata.is_file() else iter(())
+    _, entry = next(entries, ("", {}))
     tag = entry.get("tag")
     return Prompt(folder.name, text, tag if isinstance(tag, str) and tag else None, tuple(pictures))
 
@@ -234,18 +236,3 @@ def _check(record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> 
         value = record.get(key)
         if not isinstance(value, allowed):
             raise ValueError(f"{key} is {value!r:.80}" if key in record else f"no {key}")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file and the numbers of their lines."""
-    # Split as bytes: the text may hold other ends of lines than \n.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object")
-        yield number, value

@@ -23,6 +23,7 @@ from rflow_jax.utils.atomic_io import (
     try_lock,
     write_file,
 )
+from rflow_jax.utils.json_files import parse_json_line
 from rflow_jax.verifiers.base import EnsembleVerdict, Verdict, read_verdict
 
 # A line of this file to any of its characters; a list of images and prompts begins alike.
@@ -142,11 +143,11 @@ class Results:
         lines, torn = read_lines(path)
         for number, text in enumerate(lines, 1):
             try:
-                line = json.loads(text)
+                line = parse_json_line(text, f"{path}:{number}")
                 verdict, line_key = read_verdict(line["verdict"]), _line_key(line)
                 key = _key(line["sha256"], line["settings"], line["item"])
                 _require_kinds(verdict)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path}:{number}: not a line of rflow score; give another file as --out") from error
             self._lines[line_key] = line
             if verdict.scored:

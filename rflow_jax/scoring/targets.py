@@ -14,6 +14,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.search.inputs import image_files
 from rflow_jax.search.prompt_folder import METADATA
 from rflow_jax.utils.checks import require_text
+from rflow_jax.utils.json_files import read_json_lines
 from rflow_jax.verifiers.config import NONE, VerifierConfig
 
 
@@ -128,26 +129,13 @@ def _checked(item: Any, source: str) -> tuple[Mapping[str, Any], str | None]:
     return item, None if usable else f"no prompt: {source} has none"
 
 
+_EXAMPLE = '{"image": "a.png", "prompt": "a cat"}'
+
+
 def _listed(path: Path) -> Iterator[Target]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the list of images ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text") from error
-    entries = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not entries:
-        raise InputError(f"{path}: names no images")
-    for number, line in entries:
-        source = f"{path}:{number}"
-        try:
-            entry = _parsed(line, source)
-        except InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: not a JSON object ({getattr(error, 'msg', error)})") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise InputError(f'{source}: expected an object such as {{"image": "a.png", "prompt": "a cat"}}')
+    for source, entry in read_json_lines(path, "list of images", _EXAMPLE):
+        if not isinstance(entry.get("image"), str):
+            raise InputError(f"{source}: expected an object such as {_EXAMPLE}")
         if "\0" in entry["image"]:
             raise InputError(f"{source}: image contains a NUL, which no path can")
         item, problem = _checked({key: value for key, value in entry.items() if key != "image"}, source)

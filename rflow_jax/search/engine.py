@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
 from rflow_jax.generation.config import SamplingConfig
-from rflow_jax.generation.pipeline import Pending
+from rflow_jax.generation.pipeline import Pending, Request
 from rflow_jax.search.progress import BusyClock, SearchProgress
 from rflow_jax.search.prompt_search import PromptSearch, SearchTask, Step
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
@@ -28,6 +28,19 @@ from rflow_jax.writers.base import TextGenerator, WriterOutput
 
 SAVERS = 2  # threads that read, encode and write images
 PATIENCE = 0.5  # seconds between checks for changes that no thread announces
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What a search needs of a :class:`~rflow_jax.generation.pipeline.Pipeline`."""
+
+    def without_lora(self) -> Generator: ...
+
+    def images_at_once(self, settings: SamplingConfig) -> int: ...
+
+    def resolve(self, settings: SamplingConfig) -> SamplingConfig: ...
+
+    def start(self, requests: Sequence[Request], settings: SamplingConfig) -> Pending: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Generator,
         models: Models,
         settings: SamplingConfig,
         in_flight: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from rflow_jax.errors import InputError
 from rflow_jax.search.prompt_folder import SAMPLES, check_entry, folder_of
-from rflow_jax.utils.checks import require_text
+from rflow_jax.utils.json_files import read_json_lines
+
+_EXAMPLE = '{"prompt": "...", "tag": "counting"}'
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -21,17 +22,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file cannot be read, or a line is not an entry; says file and line.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the prompt file ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the prompt file is not UTF-8 text") from error
-    entries = [_entry(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not entries:
-        raise InputError(f"{path}: the prompt file contains no prompts")
-    return entries
+    return [_entry(entry, source) for source, entry in read_json_lines(Path(path), "prompt file", _EXAMPLE)]
 
 
 def slice_prompts(entries: list[dict[str, Any]], start: int, end: int) -> dict[int, dict[str, Any]]:
@@ -46,14 +37,7 @@ def slice_prompts(entries: list[dict[str, Any]], start: int, end: int) -> dict[i
     return {index: entries[index] for index in range(start, stop)}
 
 
-def _entry(line: str, source: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{source}: not a JSON object ({error.msg}, column {error.colno})") from error
-    if not isinstance(entry, dict):
-        raise InputError(f'{source}: expected an object such as {{"prompt": "...", "tag": "counting"}}')
-    require_text(json.dumps(entry, ensure_ascii=False), source)
+def _entry(entry: dict[str, Any], source: str) -> dict[str, Any]:
     prompt = entry.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{source}: 'prompt' must be a text that is not empty")

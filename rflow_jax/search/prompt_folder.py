@@ -20,6 +20,7 @@ from rflow_jax.openai_client import png_bytes
 from rflow_jax.search.lineage import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
 from rflow_jax.utils.atomic_io import append_line, remove_beginnings, temporary_path, whole_lines, write_file
 from rflow_jax.utils.images import read_image
+from rflow_jax.utils.json_files import parse_json_lines, read_text
 from rflow_jax.verifiers.ranking import with_ensemble_scores
 
 JOURNAL = "journal.jsonl"
@@ -49,8 +50,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[int, dict[str, Any]] = {}
-        for line in whole_lines(path):
-            self._remember(json.loads(line))
+        for _, entry in parse_json_lines("\n".join(whole_lines(path)), path):
+            self._remember(entry)
 
     def known(self, position: int, what: str) -> Any:
         """What was noted of an image, or None."""
@@ -180,12 +181,11 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / RECORDS
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    for source, record in parse_json_lines(read_text(path, "records"), path):
         try:
-            record = json.loads(line)
             records.append({**record, "file": record["file"], "round": int(record["round"])})
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: not a record of an image ({error})") from error
+            raise InputError(f"{source}: not a record of an image ({error})") from error
     return records
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rflow_jax.errors import InputError
 from rflow_jax.search.budget import Budget
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
-from rflow_jax.search.engine import Engine, Models
+from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
 from rflow_jax.search.prompt_folder import PromptFolder, check_entry, is_done
@@ -77,7 +77,7 @@ def _search(
     kind: Kind,
     config: SearchConfig,
     out: Path,
-    pipe: Any,
+    pipe: Generator,
     models: Models,
     accounts: Budget,
     todo: Entries,

@@ -212,26 +212,16 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class StepConfig(LoopConfig):
+class StepConfig(ConditionFlags, LoopConfig):
     """The steps of a run.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch_size: samples of one optimizer step, on all devices together.
-        accumulation: the batch is processed in this number of parts, one after the other, to save memory.
-        remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
-        dtype: of the activations and of the parameters that stay as they are.
         seed: every draw derives from it: data, times, noise and the first LoRA.
-        attention: see rflow_jax/models/attention.py.
-        union_cond_attn, add_cond_attn, latent_lora: how the condition takes part, as in ``rflow``.
         max_sequence_length: T5 tokens; null takes the model's own.
         scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
             time; null: on TPU.
     """
 
-    union_cond_attn: bool = True
-    add_cond_attn: bool = False
-    latent_lora: bool = False
     max_sequence_length: int | None = None
     scan_blocks: bool | None = None
 
@@ -239,14 +229,26 @@ class StepConfig(LoopConfig):
         super().__post_init__()
         require_least(self, "train", max_sequence_length=1)
 
-    @property
-    def flags(self) -> ConditionFlags:
-        return ConditionFlags(self.union_cond_attn, self.add_cond_attn, self.latent_lora)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """The settings that every task has."""
+    """The settings that every task has.
+
+    Attributes:
+        task: what is trained.
+        model: the model it begins with.
+        out: folder of the run.
+        resume: go on from the newest checkpoint in ``out``, if there is one.
+        trainable: what is trained.
+        optimizer: how it moves.
+        train: the steps.
+        mesh: how the devices are arranged.
+        distributed: several processes as one run.
+        data: what it is trained on.
+        checkpoint: when the run is saved.
+        validation: how it is tried on held-out records.
+        watch: how it is watched.
+    """
 
     task: str
     model: str
@@ -273,19 +275,7 @@ class RunConfig(CommonConfig):
     """Trains the corrector on GenRef.
 
     Attributes:
-        task: what is trained.
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
-        out: folder of the run.
-        resume: go on from the newest checkpoint in ``out``, if there is one.
-        trainable: what is trained.
-        optimizer: how it moves.
-        train: the steps.
-        mesh: how the devices are arranged.
-        distributed: several processes as one run.
-        data: what it is trained on.
-        checkpoint: when the run is saved.
-        validation: how it is tried on held-out records.
-        watch: how it is watched.
     """
 
     task: Literal["corrector"] = "corrector"

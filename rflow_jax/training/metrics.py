@@ -20,6 +20,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.parallel.distributed import allgather_strings
 from rflow_jax.training.config import LoggingConfig
 from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.json_files import parse_json_line
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 SKIPPED_SHOWN = 10  # records named one by one; all are counted
@@ -217,8 +218,8 @@ def _keep_until(file: Path, step: int) -> set[int]:
     kept, tried = [], set()
     for text in file.read_text().splitlines():
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = parse_json_line(text, str(file))
+        except InputError:
             continue
         if line.get("step", 0) <= step:
             kept.append(text + "\n")

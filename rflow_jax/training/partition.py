@@ -46,8 +46,8 @@ class PartitionedModel:
 
     bundle: FluxModel
     graph: FluxGraph
-    trainable: Any
-    frozen: Any
+    trainable: nnx.State
+    frozen: nnx.State
     by_block: nnx.State
     scales: nnx.State
 
@@ -77,7 +77,7 @@ class PartitionedModel:
 
         return jax.tree.map(lambda part: function(part) if is_state(part) else part, tree, is_leaf=is_state)
 
-    def export(self, trainable: Any, folder: Path | None) -> None:
+    def export(self, trainable: nnx.State, folder: Path | None) -> None:
         """Writes the LoRA as ``pytorch_lora_weights.safetensors``, for diffusers, ComfyUI and ``rflow``.
 
         Args:
@@ -87,7 +87,7 @@ class PartitionedModel:
         if folder is not None:
             export_lora(adapters_in(trainable, self.scales), folder)
 
-    def bundle_with(self, trainable: Any) -> FluxModel:
+    def bundle_with(self, trainable: nnx.State) -> FluxModel:
         """The model to generate with, with these trained parameters."""
         weights = self.bundle.weights | {"transformer": (self.frozen, trainable)}
         return replace(
@@ -174,12 +174,12 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def count_params(state: Any) -> int:
+def count_params(state: nnx.State) -> int:
     """The number of parameters in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def shard_state(state: Any, put: ShardingFor) -> Any:
+def shard_state(state: nnx.State, put: ShardingFor) -> Any:
     """Moves every leaf of a state to its sharding, unless it is there already."""
 
     def move(path: Any, leaf: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from rflow_jax.training.config import TASKS
@@ -25,7 +27,7 @@ class Exporter(Protocol):
     @property
     def exports(self) -> str | None: ...
 
-    def export(self, trainable: Any, folder: Path | None) -> None:
+    def export(self, trainable: nnx.State, folder: Path | None) -> None:
         """Called in every process, with a folder to make in the first process only."""
         ...
 
@@ -37,7 +39,7 @@ class Validation(Protocol):
     @property
     def every(self) -> int: ...
 
-    def run(self, step: int, trainable: Any) -> dict[str, float]:
+    def run(self, step: int, trainable: nnx.State) -> dict[str, float]:
         """Losses and metrics of the parameters of one step, by name."""
         ...
 
@@ -85,7 +87,7 @@ class Task(Protocol):
         """A batch of the loader as arrays on the mesh."""
         ...
 
-    def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
+    def make_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainStep:
         """The compiled step; ``shardings`` are those of the state, which is donated."""
         ...
 

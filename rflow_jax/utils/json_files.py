@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.checks import require_text
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -84,36 +85,57 @@ _IS: dict[Any, Callable[[str, Any], bool]] = {
 }
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(``file:line``, the object of that line) for every line that is not empty.
+def read_text(path: Path, what: str) -> str:
+    """The text of a file; raises InputError, which calls the file ``what``, if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the {what} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: the {what} is not UTF-8 text") from error
+
+
+def read_json_lines(path: Path, what: str, example: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """As :func:`parse_json_lines`, of a file that a user wrote: it has lines, and nothing that UTF-8 cannot represent.
 
     Raises:
-        InputError: the file cannot be read or is empty, or a line is not a JSON object.
+        InputError: the file cannot be read or is empty, or a line is not such an object.
     """
-    try:
-        # Not str.splitlines, which also splits at characters that texts may contain.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this file ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not in UTF-8") from error
-    if not any(line.strip() for line in lines):
-        raise InputError(f"{path}: contains no line")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{source}: not a JSON object, but {line.strip()[:40]!r}")
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{source}: holds half of a character ({error.object[error.start]!r})") from error
+    empty = True
+    for source, record in parse_json_lines(read_text(path, what), path, example):
+        require_text(json.dumps(record, ensure_ascii=False), source)
+        empty = False
         yield source, record
+    if empty:
+        raise InputError(f"{path}: the {what} is empty")
+
+
+def parse_json_lines(text: str, path: Path, example: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:line``, the object of that line) for every line of ``text`` that is not empty.
+
+    Args:
+        path: of the file, for the error.
+        example: of a line, for the error.
+
+    Raises:
+        InputError: a line is not a JSON object.
+    """
+    # Not str.splitlines, which also splits at characters that texts may contain.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield (source := f"{path}:{number}"), parse_json_line(line, source, example)
+
+
+def parse_json_line(line: str, source: str, example: str = "") -> dict[str, Any]:
+    """The object on a line; raises InputError, which begins with ``source``, if there is none."""
+    such = f" such as {example}" if example else ""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not a JSON object{such} ({getattr(error, 'msg', error)})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{source}: not a JSON object{such}, but {line.strip()[:40]!r}")
+    return record
 
 
 def text_of(record: dict[str, Any], key: str, source: str) -> str:

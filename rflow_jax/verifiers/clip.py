@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 from PIL.Image import Image, Resampling
 
 from rflow_jax.errors import InputError
@@ -187,7 +188,7 @@ def _flax_class() -> Any:
         return None
 
 
-def _ours(folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
+def _ours(folder: Path, dtype: Dtype, levels: np.ndarray) -> Scores:
     graph, weights = nnx.split(load_clip_model(folder, dtype))
 
     @jax.jit
@@ -197,7 +198,7 @@ def _ours(folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
     return lambda pixels, ids: score(weights, pixels, ids)
 
 
-def _theirs(flax_model: Any, folder: Path, dtype: Any, levels: np.ndarray) -> Scores:
+def _theirs(flax_model: Any, folder: Path, dtype: Dtype, levels: np.ndarray) -> Scores:
     check_clip_model(folder)  # Transformers would only warn about missing weights, and initialise them at random
     try:
         model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)

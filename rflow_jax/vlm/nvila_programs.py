@@ -158,7 +158,7 @@ def _inputs(batch: Batch) -> tuple[Any, ...]:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def look(graph: Any, weights: Any, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
+def look(graph: nnx.GraphDef, weights: nnx.State, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
     """``tokens`` with those of a group of pictures written from ``start`` on."""
     encoded = nnx.merge(graph, weights).look(pictures, levels)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, encoded.astype(tokens.dtype), start, 0)
@@ -166,18 +166,20 @@ def look(graph: Any, weights: Any, tokens: Array, pictures: Array, levels: Array
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array) -> Array:
+def _embed(graph: nnx.GraphDef, weights: nnx.State, ids: Array, feature: Array, tokens: Array) -> Array:
     return nnx.merge(graph, weights).embed(ids, feature, tokens)
 
 
 @partial(jax.jit, static_argnums=0)
-def _last_state(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
+def _last_state(
+    graph: nnx.GraphDef, weights: nnx.State, ids: Array, feature: Array, tokens: Array, lengths: Array
+) -> Array:
     network: Nvila = nnx.merge(graph, weights)
     return network.last_state(network.embed(ids, feature, tokens), lengths)
 
 
 @partial(jax.jit, static_argnums=0)
-def answer(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
+def answer(graph: nnx.GraphDef, weights: nnx.State, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
     """The logits of the answers' first tokens."""
     network: Nvila = nnx.merge(graph, weights)
     return network.language.logits(network.last_state(network.embed(ids, feature, tokens), lengths))
@@ -185,7 +187,15 @@ def answer(graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, 
 
 @partial(jax.jit, static_argnums=0, static_argnames="decoding")
 def _generate(
-    graph: Any, weights: Any, ids: Array, feature: Array, tokens: Array, lengths: Array, live: Array, *, decoding: Any
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    ids: Array,
+    feature: Array,
+    tokens: Array,
+    lengths: Array,
+    live: Array,
+    *,
+    decoding: Decoding,
 ) -> GeneratedTokens:
     network: Nvila = nnx.merge(graph, weights)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +68,10 @@ def hidden_states(
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
 def rewards(
-    graph: Any,
+    graph: nnx.GraphDef,
     rules: ImageProcessorConfig,
     scoring: Scoring,
-    state: Any,
+    state: nnx.State,
     inputs: QwenInputs,
     *,
     attention: AttentionImpl = "auto",
@@ -99,10 +98,10 @@ def score(
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
 def texts(
-    graph: Any,
+    graph: nnx.GraphDef,
     rules: ImageProcessorConfig,
     decoding: Decoding,
-    state: Any,
+    state: nnx.State,
     inputs: QwenInputs,
     keys: Array | None = None,
     *,

@@ -43,7 +43,7 @@ def check_clip_model(folder: Path) -> None:
     _checked(folder, jnp.float32)
 
 
-def load_clip_model(folder: Path, dtype: Any) -> Clip:
+def load_clip_model(folder: Path, dtype: Dtype) -> Clip:
     """The network with its weights on the default device.
 
     Args:
@@ -58,7 +58,7 @@ def load_clip_model(folder: Path, dtype: Any) -> Clip:
     return network
 
 
-def _checked(folder: Path, dtype: Any) -> tuple[Clip, TensorFiles]:
+def _checked(folder: Path, dtype: Dtype) -> tuple[Clip, TensorFiles]:
     """The abstract network, and its checked files."""
     config, files = read_clip_config(folder), TensorFiles.open(folder)
     network = abstract(lambda rngs: Clip(config, rngs=rngs, dtype=dtype))

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.flow.latents import PATCH
@@ -103,13 +104,16 @@ DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
 STEPS, T5_LENGTH = 30, 512  # FLUX.1-dev, as the corrector was trained and evaluated
 
 
+Weights = dict[str, Any]  # ``transformer`` -> (base, LoRA), the LoRA's state empty if there is none; vae, clip, t5
+
+
 class GraphDefs(NamedTuple):
     """The networks without their weights."""
 
     transformer: FluxGraph
-    vae: Any
-    clip: Any
-    t5: Any
+    vae: nnx.GraphDef
+    clip: nnx.GraphDef
+    t5: nnx.GraphDef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,19 +122,18 @@ class FluxModel:
 
     Attributes:
         name: what it was loaded from.
-        weights: ``transformer`` -> (base, LoRA), the LoRA's state empty if there is none; ``vae``, ``clip``, ``t5``.
         dtype: of the activations.
     """
 
     name: str
     graphs: GraphDefs
-    weights: dict[str, Any]
+    weights: Weights
     tokenizers: Tokenizers
     schedule: Schedule
     flux_config: FluxConfig
     vae_config: AutoencoderConfig
     clip_config: ClipTextConfig
-    dtype: Any
+    dtype: Dtype
     has_lora: bool = False
 
     @property
@@ -242,7 +245,7 @@ def _load_networks(
     networks: dict[str, Any],
     paths: dict[str, Path],
     configs: dict[str, Any],
-    dtype: Any,
+    dtype: Dtype,
     choose: ShardingFor | None,
     progress: bool,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.weights.key_mapping import KeyMapping, MappingPlan, TensorTarget, plan
 from rflow_jax.weights.safetensors_io import WINDOW, TensorFiles
@@ -43,7 +44,7 @@ def load_into(
     table: KeyMapping,
     files: TensorFiles,
     *,
-    dtype: Any = None,
+    dtype: Dtype | None = None,
     sharding_for: ShardingFor | None = None,
     on_bytes: Callable[[int], None] | None = None,
     window: int = WINDOW,
@@ -110,7 +111,7 @@ def stream_targets(
         del tensor
 
 
-def place(target: TensorTarget, rows: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def place(target: TensorTarget, rows: np.ndarray, dtype: Dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Puts one parameter on its devices in our layout.
 
     On one device a large tensor is copied as it is and transposed there. Of several devices each gets only its slice.
@@ -122,7 +123,7 @@ def place(target: TensorTarget, rows: np.ndarray, dtype: Any, sharding: jax.shar
     return put(target.to_ours(rows), dtype, sharding)
 
 
-def put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def put(value: np.ndarray, dtype: Dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Puts one parameter, already in our layout, on its devices.
 
     Slices of a large one are cut before they are cast or transposed, one after the other: the host never holds a
@@ -148,7 +149,7 @@ def put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -
 
 
 @cache
-def _transposer(via: str, shape: tuple[int, ...], is_kernel: bool, dtype: Any) -> Callable[[np.ndarray], jax.Array]:
+def _transposer(via: str, shape: tuple[int, ...], is_kernel: bool, dtype: Dtype) -> Callable[[np.ndarray], jax.Array]:
     """A compiled transposition per distinct shape, not per parameter."""
     target = TensorTarget("kernel" if is_kernel else "bias", shape, via)
 

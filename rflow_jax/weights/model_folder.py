@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.weights.key_mapping import MappingPlan
@@ -116,7 +117,7 @@ def load_stored(
     model: Model,
     folder: Path,
     *,
-    dtype: Any = None,
+    dtype: Dtype | None = None,
     sharding_for: ShardingFor | None = None,
     on_bytes: Callable[[int], None] | None = None,
     window: int = WINDOW,

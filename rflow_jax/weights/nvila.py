@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.nvila import Nvila, NvilaConfig, abstract_nvila, require_nvila, require_projector
@@ -50,8 +51,8 @@ class NvilaModel:
 
     name: str
     config: NvilaConfig
-    graph: Any
-    weights: Any
+    graph: nnx.GraphDef[Nvila]
+    weights: nnx.State
     tokenizer: NvilaTokenizer
     levels: np.ndarray
 
@@ -64,7 +65,7 @@ class NvilaModel:
 def load_nvila(
     model: str,
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: Dtype = jnp.bfloat16,
     sharding_for: ShardingFor | None = None,
     quantization: Quantization | None = None,
     progress: bool = True,

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.typing import Dtype
 from orbax.checkpoint import type_handlers
 
 from rflow_jax.errors import InputError
@@ -126,7 +128,7 @@ def read_orbax(
     folder: Path,
     leaves: Sequence[Leaf],
     shardings: Sequence[jax.sharding.Sharding],
-    dtype: Any = None,
+    dtype: Dtype | None = None,
     window_bytes: int = WINDOW,
 ) -> Iterator[tuple[Leaf, jax.Array]]:
     """Every leaf on its devices, read a window at a time."""
@@ -136,7 +138,7 @@ def read_orbax(
             item = {tuple(leaf.path.split(".")): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in window}
             args = {
                 tuple(leaf.path.split(".")): ocp.ArrayRestoreArgs(
-                    restore_type=jax.Array, sharding=sharding_of[leaf.path], dtype=dtype or leaf.dtype
+                    restore_type=jax.Array, sharding=sharding_of[leaf.path], dtype=jnp.dtype(dtype or leaf.dtype)
                 )
                 for leaf in window
             }

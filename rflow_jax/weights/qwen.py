@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.config import Qwen2Config
@@ -86,7 +87,7 @@ def _generation(folder: Path) -> dict[str, Any]:
 def load_qwen(
     folder: Path,
     *,
-    dtype: Any,
+    dtype: Dtype,
     sharding_for: ShardingFor | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Qwen25VL:

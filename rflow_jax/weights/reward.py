@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import adapters_of, attach
@@ -172,7 +173,7 @@ class RewardCheckpoint:
     def load(
         self,
         *,
-        dtype: Any,
+        dtype: Dtype,
         merge: bool = True,
         sharding_for: ShardingFor | None = None,
         on_bytes: Callable[[int], None] | None = None,

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.weights.key_mapping import KeyMapping, MappingPlan, plan
@@ -153,14 +153,14 @@ class Conversion:
         dtype: of the parameters; None keeps each tensor's.
     """
 
-    def __init__(self, plan: MappingPlan, files: TensorFiles, dtype: Any = None):
+    def __init__(self, plan: MappingPlan, files: TensorFiles, dtype: Dtype | None = None):
         self.plan = plan
         self.files = files
         self.dtype = None if dtype is None else np.dtype(dtype)
         self.keys = [key for key in files if key in plan.entries]
 
     @classmethod
-    def checked(cls, table: KeyMapping, network: nnx.Module, files: TensorFiles, dtype: Any) -> Conversion:
+    def checked(cls, table: KeyMapping, network: nnx.Module, files: TensorFiles, dtype: Dtype) -> Conversion:
         """Raises InputError unless the files contain exactly the network's tensors."""
         mapping_plan = plan(table, parameter_shapes(network))
         mapping_plan.check_files(files)

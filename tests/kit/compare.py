@@ -1,6 +1,10 @@
-"""How far a result is from a recording."""
+"""Files of recorded arrays, and how far a result is from them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,3 +23,8 @@ def relative_error(got: ArrayLike, want: ArrayLike) -> float:
     if difference == 0:
         return 0.0
     return difference / size if size else float("inf")
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes an ``.npz`` file with an array under each name."""
+    np.savez(path, **arrays)

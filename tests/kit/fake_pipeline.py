@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -106,7 +107,7 @@ class FakePipeline:
         self.batches.append(Batch(self.lora, list(requests), self.log.on_their_way))
         self.log.on_their_way += 1
         made = [picture(request, self.lora, settings) for request in requests]
-        return FakePending(len(made), np.zeros(0), made, self.log, self.wait)
+        return FakePending(len(made), jnp.zeros(0), made, self.log, self.wait)
 
     def generate(
         self,

@@ -108,28 +108,28 @@ class TorchNvila:
         blocks = nn.functional.unfold(square, 3, stride=3)  # [p, d * 9, blocks]
         x = blocks.reshape(p, d, 9, -1).permute(0, 3, 2, 1).reshape(p, -1, 9 * d)
         stages = [x]
-        for layer in list(self.projector)[1:]:
+        for layer in list(self.projector.children())[1:]:
             stages.append(layer(stages[-1]))
         return [stage.numpy() for stage in stages]
 
     @torch.no_grad()
     def embed(self, ids: np.ndarray, feature: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """The language model's input [t, d] of one question."""
-        table = self.language.get_input_embeddings().weight.numpy()
+        table = self.language.model.embed_tokens.weight.numpy(force=True)
         return np.where((feature >= 0)[:, None], tokens.reshape(-1, tokens.shape[-1])[feature], table[ids])
 
     @torch.no_grad()
     def answer(self, x: np.ndarray, steps: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Input of one question -> (last hidden state, greedy tokens, logits of their steps); no token ends it."""
-        x = torch.from_numpy(x)[None]
+        inputs = torch.from_numpy(x)[None]
         tokens, logits, first = [], [], None
         for _ in range(steps):
-            hidden = self.language.model(inputs_embeds=x).last_hidden_state[0, -1]
+            hidden = self.language.model(inputs_embeds=inputs).last_hidden_state[0, -1]
             first = hidden if first is None else first
             logits.append(self.language.lm_head(hidden)[:vocabulary])
             tokens.append(int(logits[-1].argmax()))
             made = self.language.get_input_embeddings()(torch.tensor([tokens[-1:]]))
-            x = torch.cat([x, made], dim=1)
+            inputs = torch.cat([inputs, made], dim=1)
         assert first is not None
         return first.numpy(), np.asarray(tokens), torch.stack(logits).numpy()
 

@@ -13,6 +13,7 @@ from PIL import Image
 from rflow_jax.models.nvila import Layout, ask, chat, message
 from rflow_jax.tokenizers.nvila import NvilaTokenizer
 from rflow_jax.weights.nvila import read_nvila_config
+from tests.kit.compare import save_arrays
 from tests.kit.nvila import Sizes, TorchNvila
 
 IMAGES = {"one": (30, 30), "wide": (131, 40)}  # width, height
@@ -62,7 +63,7 @@ def record(folder: Path, golden: Path, sizes: Sizes) -> None:
             layout = tokenizer.layout(text, config.picture_tokens)
             meta["cases"][f"{name}_{mode}"] = case
             arrays = _case(network, tokenizer, layout, projected)
-            np.savez(out / f"case_{name}_{mode}.npz", input_ids=np.asarray(tokenizer.ids(text)), **arrays)
+            save_arrays(out / f"case_{name}_{mode}.npz", arrays | {"input_ids": np.asarray(tokenizer.ids(text))})
     (out / "meta.json").write_text(json.dumps(meta))
 
 
@@ -73,7 +74,7 @@ def _projector(out: Path, network: TorchNvila, draw: np.random.Generator) -> Non
         stages = network.project(features)
         arrays |= {f"g{grid}_in": features, f"g{grid}_down": stages[0], f"g{grid}_out": stages[-1]}
         arrays |= {f"g{grid}_layer{number}": stage for number, stage in enumerate(stages[1:], 1)}
-    np.savez(out / "projector.npz", **arrays)
+    save_arrays(out / "projector.npz", arrays)
 
 
 def _case(network: TorchNvila, tokenizer: NvilaTokenizer, layout: Layout, tokens: np.ndarray) -> dict[str, np.ndarray]:

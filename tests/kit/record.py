@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from tests.kit.compare import save_arrays
 from tests.kit.torch_generation import PER_STEP, Arrays, TorchPipeline, grid_ids
 from tests.kit.torch_reference import Flags, Reference, Stages
 
@@ -201,7 +205,7 @@ class Recorder:
         grid, run = self.sizes.grid, self.reference
         condition = self._condition(grid, (0, -grid[1]))
         full = {f"condition_{kind}_full": condition[f"condition_{kind}"] for kind in ("latents", "ids")}
-        with_full = inputs | {key.removesuffix("_full"): value for key, value in full.items()}
+        with_full = dict(inputs) | {key.removesuffix("_full"): value for key, value in full.items()}
         apart, latent = {"union_cond_attn": False}, {"latent_lora": True}
         out = {
             "out_union_false": run(inputs, Flags(**apart)),
@@ -216,7 +220,7 @@ class Recorder:
         out |= {f"out_{name}": run(inputs, Flags(condition_scale=scale)) for name, scale in scales.items()}
         first = next(iter(scales))
         out[f"out_{first}_union_false"] = run(inputs, Flags(condition_scale=scales[first], **apart))
-        return as_inputs(full) | {f"in_{k}": np.float32(v) for k, v in scales.items()} | as_arrays(out)
+        return as_inputs(full) | {f"in_{k}": np.asarray(v, np.float32) for k, v in scales.items()} | as_arrays(out)
 
     def autoencoder(self) -> Arrays:
         height, width = self.sizes.picture
@@ -386,7 +390,7 @@ class Recorder:
         return rows, columns
 
     def _save(self, name: str, arrays: Mapping[str, Any]) -> None:
-        np.savez(self.folder / f"{name}.npz", **as_arrays(arrays))
+        save_arrays(self.folder / f"{name}.npz", as_arrays(arrays))
 
     def _json(self, name: str, content: Any) -> None:
         (self.folder / f"{name}.json").write_text(json.dumps(content, indent=1))

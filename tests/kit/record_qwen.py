@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
 from rflow_jax.weights.reward import SPECIAL_TOKEN
+from tests.kit.compare import save_arrays
 from tests.kit.pictures import picture
 from tests.kit.qwen import END, PAD, make
 
@@ -64,9 +65,9 @@ def record_qwen(root: Path, sizes: QwenSizes, tokenizer: Path) -> None:
     base = _base(
         model, _batch(tokens, chats["base"], seen), [_batch(tokens, *one) for one in _each(chats, seen)], sizes
     )
-    np.savez(folder / "golden_base.npz", **pixels, **base, input_ids_text=text_ids)
+    save_arrays(folder / "golden_base.npz", pixels | base | {"input_ids_text": text_ids})
     reward = _reward(folder / "reward", model, tokens, chats["reward"], seen, sizes)
-    np.savez(folder / "golden_reward.npz", **reward)
+    save_arrays(folder / "golden_reward.npz", reward)
 
 
 def _resized(image: Image.Image, factor: int, max_pixels: int) -> Image.Image:

@@ -188,9 +188,11 @@ def answer(
     run = work.run
     if work.step == "score":
         image = run.folder.read_image(run.place(work))
+        assert asked.verifier is not None
         return asked.verifier.score([image], [run.folder.entry])[0]
     if work.step in ("reflect", "refine"):
         writer = asked.reflector if work.step == "reflect" else asked.refiner
+        assert writer is not None
         return writer.write([run.case(work)])[0]
     image = run.given_image(work) if work.step == "take" else picture(run.request(work), work.corrects, settings)
     run.folder.write_image(run.place(work), image)

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 from PIL import Image
 from torch import Tensor
 
@@ -63,6 +62,8 @@ class TorchPipeline:
             num_images_per_prompt=images,
             max_sequence_length=meta["max_sequence_length"],
         )
+        assert states is not None
+        assert pooled is not None
         return states, pooled
 
     @torch.no_grad()
@@ -85,7 +86,8 @@ class TorchPipeline:
         raw = self.decode(steps[-1], meta["height"], meta["width"])
         yield "latents_steps", steps.numpy()
         yield "image_raw", raw.numpy()
-        pictures = [np.asarray(picture) for picture in self.pipe.image_processor.postprocess(raw)]
+        processed: Any = self.pipe.image_processor.postprocess(raw)  # annotated as one picture too
+        pictures = [np.asarray(picture) for picture in processed]
         yield "image_uint8", pictures[0] if images == 1 else np.stack(pictures)
 
     def _velocity(

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
 
 TIME_UNITS = 1000.0
 CONDITION_GUIDANCE = 1.0
 Stages = dict[str, Tensor]
+Module = Any  # torch.nn.Module types each attribute as a tensor or a module, neither of which can be called
 
 
 @dataclass(frozen=True)
@@ -154,36 +156,36 @@ class Reference:
         turned = self.model.pos_embed(inputs["condition_ids"])
         seen["st_cond_temb"] = condition_vector
         seen["st_cond_rope_cos"], seen["st_cond_rope_sin"] = turned
-        every = tuple(torch.cat(pair) for pair in zip(rotary, turned, strict=True))
+        cos, sin = (torch.cat(pair) for pair in zip(rotary, turned, strict=True))
         bias = attention_bias(len(rotary[0]), len(turned[0]), flags)
-        return Setting(flags, vector, condition_vector, every, bias)
+        return Setting(flags, vector, condition_vector, (cos, sin), bias)
 
     def _vector(self, t: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
         embed = self.model.time_text_embed
-        if self.model.config.guidance_embeds:
+        if guidance is not None and self.model.config["guidance_embeds"]:
             return embed(t * TIME_UNITS, guidance * TIME_UNITS, pooled)
         return embed(t * TIME_UNITS, pooled)
 
-    def _double(self, block: torch.nn.Module, tokens: Tokens, setting: Setting) -> Tokens:
+    def _double(self, block: Module, tokens: Tokens, setting: Setting) -> Tokens:
         latent_lora = setting.flags.latent_lora
         with self.lora.acting(latent_lora):
             text, *text_mod = block.norm1_context(tokens.text, emb=setting.vector)
             image, *image_mod = block.norm1(tokens.image, emb=setting.vector)
             qkv = [text_qkv(block.attn, text), image_qkv(block.attn, image)]
-        if tokens.condition is not None:
+        condition, condition_mod = tokens.condition, []
+        if condition is not None:
             with self.lora.acting(True):
-                condition, *condition_mod = block.norm1(tokens.condition, emb=setting.condition_vector)
-                qkv.append(image_qkv(block.attn, condition))
+                x, *condition_mod = block.norm1(condition, emb=setting.condition_vector)
+                qkv.append(image_qkv(block.attn, x))
         attended = attend(qkv, setting)
         with self.lora.acting(latent_lora):
             text_update = text_mod[0][:, None] * block.attn.to_add_out(attended[0])
             image_update = image_mod[0][:, None] * block.attn.to_out[0](attended[1])
             text = feed_forward(block.norm2_context, block.ff_context, tokens.text + text_update, text_mod)
-        condition = None
-        if tokens.condition is not None:
+        if condition is not None:
             with self.lora.acting(True):
                 update = condition_mod[0][:, None] * block.attn.to_out[0](attended[2])
-                condition = feed_forward(block.norm2, block.ff, tokens.condition + update, condition_mod)
+                condition = feed_forward(block.norm2, block.ff, condition + update, condition_mod)
             if setting.flags.add_cond_attn:
                 image_update = image_update + update
         with self.lora.acting(latent_lora):
@@ -191,9 +193,9 @@ class Reference:
         return Tokens(text, image, condition)
 
     def _single(
-        self, block: torch.nn.Module, rest: Tensor, condition: Tensor | None, setting: Setting
+        self, block: Module, rest: Tensor, condition: Tensor | None, setting: Setting
     ) -> tuple[Tensor, Tensor | None]:
-        streams = [(rest, setting.vector, setting.flags.latent_lora)]
+        streams: list[tuple[Tensor, Tensor | None, bool]] = [(rest, setting.vector, setting.flags.latent_lora)]
         if condition is not None:
             streams.append((condition, setting.condition_vector, True))
         qkv, hidden, gates = [], [], []
@@ -210,13 +212,13 @@ class Reference:
         return out[0], out[1] if condition is not None else None
 
 
-def image_qkv(attn: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def image_qkv(attn: Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of image and condition tokens, and of all tokens of a single-stream block: [b, s, n, h] each."""
     q, k, v = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
     return attn.norm_q(q), attn.norm_k(k), v
 
 
-def text_qkv(attn: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def text_qkv(attn: Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     q, k, v = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in linears)
     return attn.norm_added_q(q), attn.norm_added_k(k), v
@@ -225,7 +227,8 @@ def text_qkv(attn: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def attend(qkv: list[tuple[Tensor, Tensor, Tensor]], setting: Setting) -> tuple[Tensor, ...]:
     """Attention over all streams; what each of them gets, [b, s, n h]."""
     q, k, v = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))
-    q, k = (apply_rotary_emb(x, setting.rotary, sequence_dim=1) for x in (q, k))
+    turn: Any = apply_rotary_emb  # annotated as taking a pair of one, and giving a pair
+    q, k = (turn(x, setting.rotary, sequence_dim=1) for x in (q, k))
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=setting.bias)
     return out.transpose(1, 2).flatten(2).split([part[0].shape[1] for part in qkv], dim=1)
 
@@ -242,7 +245,7 @@ def attention_bias(n_rest: int, n_condition: int, flags: Flags) -> Tensor | None
     return torch.where(is_condition[:, None] != is_condition[None, :], across, 0.0)
 
 
-def feed_forward(norm: torch.nn.Module, network: torch.nn.Module, x: Tensor, mod: list[Tensor]) -> Tensor:
+def feed_forward(norm: Module, network: Module, x: Tensor, mod: list[Tensor]) -> Tensor:
     """``mod``: the attention's gate, then shift, scale and gate of this part, [b, d] each."""
     _, shift, scale, gate = (m[:, None] for m in mod)
     return x + gate * network(norm(x) * (1 + scale) + shift)

@@ -19,10 +19,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 BATCH, TEXT, STEPS = 8, 16, 2
 
 
-def batch(step: int) -> Inputs:
+def batch(step: int) -> tuple[np.ndarray, ...]:
+    """The fields of a step's inputs, on the host."""
     rng = np.random.default_rng(step)
     first = step * BATCH
-    return Inputs(
+    return (
         rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8),
         rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
         rng.integers(0, 50, (BATCH, 77)).astype(np.int32),
@@ -56,7 +57,7 @@ class TrainingRun:
         weights, found = self.trained.bundle.weights, []
         encoders = {name: weights[name] for name in ENCODERS}
         for step in steps:
-            inputs = put_batch(self.mesh, batch(step))
+            inputs = Inputs(*put_batch(self.mesh, batch(step)))
             examples = self._encode(encoders, inputs)
             with jax.transfer_guard("disallow"):
                 self.state, report = self._step(self.state, self.trained.frozen, examples, inputs.numbers)

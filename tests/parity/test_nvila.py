@@ -21,6 +21,7 @@ from rflow_jax.models.nvila import Nvila
 from rflow_jax.parity import nvila, run
 from rflow_jax.parity.measure import Recording
 from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+from tests.kit.compare import save_arrays
 from tests.kit.nvila import ANOTHER, TorchNvila
 from tests.kit.nvila_recordings import IMAGES, record
 from tests.kit.torch_models import on_meta
@@ -81,7 +82,7 @@ def test_one_wrong_array_is_one_failure(recordings, verdicts, tmp_path, file, ar
     path = folder / "nvila" / "golden" / f"{file}.npz"
     with np.load(path) as data:
         arrays = dict(data)
-    np.savez(path, **arrays | {array: change(arrays[array])})
+    save_arrays(path, arrays | {array: change(arrays[array])})
     assert [f"{line.file}/{line.stage}" for line in verdicts(folder) if line.status == "FAIL"] == [
         f"nvila/{file}/{array}"
     ]

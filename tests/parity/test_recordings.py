@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from rflow_jax.errors import InputError
 from rflow_jax.parity import run
 from rflow_jax.parity.measure import Line, Recording
+from tests.kit.compare import save_arrays
 from tests.kit.record import RUNS, SCHNELL_SCHEDULE, Run, Sizes, record
 
 pytestmark = pytest.mark.parity
@@ -188,7 +189,7 @@ def changed(made, tmp_path) -> Callable[[str, str, Callable], Path]:
         path = folder / "golden" / f"{file}.npz"
         with np.load(path) as data:
             arrays = dict(data)
-        np.savez(path, **arrays | {array: how(arrays[array])})
+        save_arrays(path, arrays | {array: how(arrays[array])})
         return folder
 
     return change

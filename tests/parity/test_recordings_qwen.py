@@ -13,6 +13,7 @@ pytest.importorskip("peft", reason="the parity extra is not installed")
 
 from rflow_jax.parity import qwen
 from rflow_jax.parity.measure import Recording, lines
+from tests.kit.compare import save_arrays
 from tests.kit.qwen import SHAPES
 from tests.kit.record_qwen import QwenSizes, record_qwen
 
@@ -65,6 +66,6 @@ def test_what_is_wrong_is_seen(made, tmp_path, file, array):
     # In a place that is no padding.
     first = (0, 0, 0)[: arrays[array].ndim]
     arrays[array][first] += max(1, round(1e-3 * np.linalg.norm(arrays[array])))
-    np.savez(path, **arrays)
+    save_arrays(path, arrays)
     wrong = [line for line in lines(Recording(tmp_path / "changed"), results) if line.status != "ok"]
     assert [(line.file, line.stage, line.status) for line in wrong] == [(f"qwen/{file}", array, "FAIL")]

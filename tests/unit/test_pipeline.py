@@ -164,6 +164,16 @@ def test_without_lora_is_the_base_model(pipe, golden, reference):
         assert not np.array_equal(one, with_lora)
 
 
+def test_other_weights_run_in_the_same_programs(pipe, reference):
+    base, lora = pipe.bundle.weights["transformer"]
+    without = pipe.with_weights(pipe.bundle.weights | {"transformer": (base, jax.tree.map(lambda x: 0 * x, lora))})
+    assert without.sample is pipe.sample
+    for one, bare, with_lora in zip(_generate(without), _generate(pipe.without_lora()), reference, strict=True):
+        np.testing.assert_allclose(one, bare, atol=1)  # of 255
+        assert not np.array_equal(one, with_lora)
+    np.testing.assert_array_equal(_generate(pipe)[0], reference[0])
+
+
 def test_pictures_are_handed_over_batch_by_batch(pipe):
     seen = []
     images = pipe.generate(

@@ -72,7 +72,7 @@ def test_bad_folders_are_one_line(tmp_path, folder):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("{", "not JSON"),
+        ("{", "not a JSON object ("),
         ("[]", "not a JSON object"),
         ("{}", "no file"),
         ({"round": "one"}, "round is 'one'"),
@@ -89,7 +89,7 @@ def test_an_unreadable_record_is_named_by_file_and_line(folder, line, why):
     file.write_text("\n".join(lines))
     with pytest.raises(InputError, match=re.escape(why)) as error:
         read_run(folder)
-    assert str(error.value).startswith(f"{file}, line 3: ")
+    assert str(error.value).startswith(f"{file}:3: ")
     assert "\n" not in str(error.value)
 
 

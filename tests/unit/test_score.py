@@ -265,7 +265,7 @@ def test_bad_input_is_one_line(folder, asked, capsys, argv, message):
 
 def test_lines_of_a_list_that_are_none_are_said(tmp_path, asked, capsys):
     for content, message in (
-        ("", "names no images"),
+        ("", "the list of images is empty"),
         ("{half", ":1: not a JSON object"),
         ('{"prompt": "x"}', ":1: exp"),
     ):

@@ -10,7 +10,7 @@ from rflow_jax.search.inputs import read_prompts, slice_prompts
     ("line", "message"),
     [
         ('{"prompt": "a"', ":3: not a JSON object"),
-        ('["a"]', ":3: expected an object"),
+        ('["a"]', ":3: not a JSON object such as"),
         (r'{"prompt": "\ud800"}', ":3: holds half a surrogate pair"),
         ('{"tag": "counting"}', ":3: 'prompt' must be"),
         ('{"prompt": "  "}', ":3: 'prompt' must be"),
@@ -32,7 +32,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(InputError, match="cannot read the prompt file"):
         read_prompts(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="contains no prompts"):
+    with pytest.raises(InputError, match="prompt file is empty"):
         read_prompts(tmp_path / "empty.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):

@@ -121,6 +121,9 @@ def test_a_prompt_is_done_when_its_records_are_there_and_its_journal_is_gone(sea
 
 def test_a_broken_record_is_named(searched):
     (searched / "records.jsonl").write_text('{"file": "a", "round": 0}\n{"file": "a"\n')
+    with pytest.raises(InputError, match=r"records\.jsonl:2: not a JSON object"):
+        read_records(searched)
+    (searched / "records.jsonl").write_text('{"file": "a", "round": 0}\n{"file": "a"}\n')
     with pytest.raises(InputError, match=r"records\.jsonl:2: not a record of an image"):
         read_records(searched)
 

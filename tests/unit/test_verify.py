@@ -10,6 +10,7 @@ from rflow_jax.commands.parity import ParityConfig, compare
 from rflow_jax.errors import InputError
 from rflow_jax.parity.measure import Line, Moved, Recording, judge_of, lines, measure, movement_tolerance, summary
 from rflow_jax.parity.run import CHECKS, verify
+from tests.kit.compare import save_arrays
 
 TOLERANCES = json.loads("""{"uint8 images": "at most 1 level, in at most 0.5 % of the values", "module stages": 2e-05,
     "generate (07) latents and images": 0.0001, "qwen, nvila": 0.0001}""")
@@ -73,7 +74,7 @@ def one_file(golden, tmp_path):
 def _change(folder, **arrays):
     path = folder / "golden" / "06_scheduler.npz"
     with np.load(path) as data:
-        np.savez(path, **(dict(data) | arrays))
+        save_arrays(path, dict(data) | arrays)
 
 
 def test_the_command_line(one_file, capsys):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rflow_jax.data.records import read_image
 from rflow_jax.errors import InputError
-from rflow_jax.utils.json_files import fingerprint_of, read_lines
+from rflow_jax.utils.json_files import fingerprint_of, read_json_lines
 
 PICTURE = "<image>"  # placeholder of the next image in a message
 ROLES = ("system", "user", "assistant")
@@ -46,7 +46,7 @@ class ChatFile:
     @classmethod
     def open(cls, path: Path) -> ChatFile:
         """Reads the lines but not the images; raises InputError, naming the line, if one is unusable."""
-        lines = tuple(_line(source, record) for source, record in read_lines(path))
+        lines = tuple(_line(source, record) for source, record in read_json_lines(path, "file of chats"))
         return cls(path.parent, lines, fingerprint_of(path))
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import RecordSource, read_image
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.errors import InputError
-from rflow_jax.utils.json_files import fingerprint_of, read_lines, text_of
+from rflow_jax.utils.json_files import fingerprint_of, read_json_lines, text_of
 
 # The original's label numbers.
 A, B, TIE, INVALID = 1, -1, 0, 22
@@ -89,7 +89,7 @@ class PairFile:
     @classmethod
     def open(cls, path: Path) -> PairFile:
         """Reads the lines but not the images; raises InputError, naming the line, if one is unusable."""
-        lines = tuple(_line(source, record) for source, record in read_lines(path))
+        lines = tuple(_line(source, record) for source, record in read_json_lines(path, "file of pairs"))
         if without := sum(line.label == INVALID for line in lines):
             log.warning("%s: %d of %d lines have no label A, B or same", path, without, len(lines))
         return cls(path.parent, lines, fingerprint_of(path))

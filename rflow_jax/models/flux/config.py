@@ -55,20 +55,35 @@ class FluxConfig:
         return cls(**known)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConditionFlags:
     """Flags of the condition branch; the names and defaults of the original's ``model`` config.
 
+    Configurations that offer them inherit them.
+
     Attributes:
-        union_cond_attn: all tokens attend to all; False: the condition and the rest do not attend to each other.
-        add_cond_attn: add the condition's attention output to the image stream (needs as many condition
-            tokens as image tokens).
-        latent_lora: the LoRA also acts on image and text tokens, not only on condition tokens.
+        union_cond_attn: whether the condition and the rest attend to each other.
+        add_cond_attn: add the condition's attention output to the image's (needs equal token counts).
+        latent_lora: let the LoRA act on image and text tokens too, not only on the condition's.
     """
 
     union_cond_attn: bool = True
     add_cond_attn: bool = False
     latent_lora: bool = False
+
+    @property
+    def flags(self) -> ConditionFlags:
+        """These flags alone."""
+        return ConditionFlags(
+            union_cond_attn=self.union_cond_attn, add_cond_attn=self.add_cond_attn, latent_lora=self.latent_lora
+        )
+
+    def require_scalable(self) -> None:
+        """Raises InputError unless a ``condition_scale`` other than 1 fits these flags."""
+        if not self.union_cond_attn:
+            raise InputError(
+                "condition_scale replaces the mask of union_cond_attn: false; set one of the two, not both"
+            )
 
 
 def block_weights(config: FluxConfig) -> int:

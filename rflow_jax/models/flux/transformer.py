@@ -167,10 +167,8 @@ class FluxTransformer(nnx.Module):
         """Checks that the flags fit each other and the tokens. Without a condition they have no effect."""
         if condition is None:
             return Context(rope, flags=flags, attention=attention, remat=remat)
-        if condition_scale is not None and not flags.union_cond_attn:
-            raise InputError(
-                "condition_scale works through union attention: set union_cond_attn or leave the scale at 1"
-            )
+        if condition_scale is not None:
+            flags.require_scalable()
         if flags.add_cond_attn and condition.shape[1] != image_tokens:
             raise InputError(
                 f"add_cond_attn needs as many condition tokens as image tokens, not {condition.shape[1]} and "
@@ -243,7 +241,7 @@ class FluxGraph:
         scan_blocks: whether blocks are stacked. Parameters may still be given by block.
     """
 
-    graph: Any
+    graph: nnx.GraphDef[FluxTransformer]
     config: FluxConfig
     scan_blocks: bool = False
 

@@ -18,6 +18,7 @@ from rflow_jax.precompute.precompute import identity_of
 from rflow_jax.training.corrector.loss import Examples
 from rflow_jax.training.corrector.step import BAD, GOOD, StepSpec, sample_keys
 from rflow_jax.typing import Array, Float, UInt32
+from rflow_jax.weights.flux import FluxModel
 
 
 class LatentInputs(NamedTuple):
@@ -39,7 +40,7 @@ def put_latents(mesh: Mesh) -> Callable[[LatentBatch], LatentInputs]:
     return lambda batch: LatentInputs(*put_batch(mesh, (*batch.latents, batch.numbers)))
 
 
-def make_encode_latents(flux: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, LatentInputs], Examples]:
+def make_encode_latents(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, LatentInputs], Examples]:
     """A jitted function of (anything, inputs), which only draws from the posteriors.
 
     The draws are those of ``make_encode`` for the same numbers.
@@ -65,7 +66,7 @@ def make_encode_latents(flux: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[An
     return encode
 
 
-def require_latents_of(folder: str | list[str], flux: Any, recipe: StepSpec) -> LatentMetadata:
+def require_latents_of(folder: str | list[str], flux: FluxModel, recipe: StepSpec) -> LatentMetadata:
     """Checks what the latents in a folder were made with, and returns it.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax.typing import Dtype
 
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.layers import Rope
@@ -43,7 +44,7 @@ def predict(
     t: Float[Array, " b"],
     rope: Rope,
     *,
-    dtype: Any = jnp.float32,
+    dtype: Dtype = jnp.float32,
     flags: ConditionFlags = ConditionFlags(),
     attention: AttentionImpl = "auto",
     remat: Remat = "none",

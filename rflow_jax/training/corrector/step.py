@@ -11,18 +11,20 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh, PartitionSpec
 
 from rflow_jax.flow.latents import rope_for
 from rflow_jax.generation.sampling import encode_condition
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.layers import Rope
-from rflow_jax.models.flux.transformer import FluxGraph
+from rflow_jax.models.flux.transformer import FluxGraph, FluxTransformer
 from rflow_jax.models.options import AttentionImpl, Remat
 from rflow_jax.parallel.mesh import BATCH, traced_on
 from rflow_jax.training.corrector.loss import Examples, flow_matching_losses
 from rflow_jax.training.train_state import Metrics, StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.typing import Array, Float, Int, UInt8, UInt32
+from rflow_jax.weights.flux import FluxModel
 
 # What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
 TIME, NOISE, GOOD, BAD = range(4)
@@ -63,7 +65,7 @@ class StepSpec:
     """
 
     seed: int
-    dtype: Any
+    dtype: Dtype
     shape: TokenShape
     flags: ConditionFlags = ConditionFlags()
     remat: Remat = "full"
@@ -77,7 +79,7 @@ def sample_keys(seed: int, numbers: UInt32[Array, " b"]) -> Array:
     return jax.vmap(partial(jax.random.fold_in, run))(numbers)
 
 
-def make_encode(flux: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, Inputs], Examples]:
+def make_encode(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, Inputs], Examples]:
     """A jitted function of (the encoders' weights, inputs)."""
     graphs, dtype = flux.graphs, recipe.dtype
 
@@ -102,7 +104,7 @@ def make_encode(flux: Any, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, Input
 
 
 def batch_losses(
-    network: Any, recipe: StepSpec, rope: Rope, examples: Examples, keys: Array, t: Array | None = None
+    network: FluxTransformer, recipe: StepSpec, rope: Rope, examples: Examples, keys: Array, t: Array | None = None
 ) -> Float[Array, " b"]:
     """The loss of each sample at its own time (the sigmoid of a standard normal) and noise.
 
@@ -128,14 +130,16 @@ def make_step(
     """
     rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
 
-    def objective(trainable: Any, frozen: Any, batch: tuple[Examples, Array]) -> tuple[Array, Metrics]:
+    def objective(trainable: nnx.State, frozen: nnx.State, batch: tuple[Examples, Array]) -> tuple[Array, Metrics]:
         examples, numbers = batch
         keys = sample_keys(recipe.seed, numbers)
         return jnp.mean(batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys)), {}
 
     update = make_update(objective, optimizer, accumulation=recipe.accumulation, mesh=mesh)
 
-    def step(state: TrainState, frozen: Any, examples: Examples, numbers: Array) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, frozen: nnx.State, examples: Examples, numbers: Array
+    ) -> tuple[TrainState, StepMetrics]:
         return update(state, frozen, (examples, numbers))
 
     return compile_step(step, shardings, mesh)

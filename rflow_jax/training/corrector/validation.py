@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -60,7 +61,7 @@ class Validation:
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         @partial(traced_on, mesh)
-        def losses(trainable: Any, frozen: Any, examples: Examples, numbers: Array, t: Array) -> Array:
+        def losses(trainable: nnx.State, frozen: nnx.State, examples: Examples, numbers: Array, t: Array) -> Array:
             keys = sample_keys(recipe.seed, numbers)
             return batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys, t)
 
@@ -72,14 +73,14 @@ class Validation:
         """Steps between two runs."""
         return self.config.every
 
-    def run(self, step: int, trainable: Any) -> dict[str, float]:
+    def run(self, step: int, trainable: nnx.State) -> dict[str, float]:
         """Writes the images and returns the losses: ``validation/{subset}`` and ``validation/all``."""
         losses = self.losses(trainable)
         if self.config.pictures:
             self._write_images(step, trainable)
         return losses
 
-    def losses(self, trainable: Any) -> dict[str, float]:
+    def losses(self, trainable: nnx.State) -> dict[str, float]:
         """The mean loss of each subset over records and times, and of all records."""
         found = np.zeros(len(self.held_out))
         for first, examples, numbers in self._batches:
@@ -112,7 +113,7 @@ class Validation:
             with reproducible(self._recipe.dtype):
                 yield first, encode(encoders, inputs), inputs.numbers
 
-    def _write_images(self, step: int, trainable: Any) -> None:
+    def _write_images(self, step: int, trainable: nnx.State) -> None:
         taken: Counter[str] = Counter()
         chosen: list[tuple[str, Record, Example]] = []
         for record, example in self.held_out:
@@ -127,12 +128,9 @@ class Validation:
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
             max_sequence_length=recipe.shape.text,
-            union_cond_attn=recipe.flags.union_cond_attn,
-            add_cond_attn=recipe.flags.add_cond_attn,
-            latent_lora=recipe.flags.latent_lora,
+            **asdict(recipe.flags),
         )
-        self._pipe.bundle = self.model.bundle_with(trainable)
-        images = self._pipe.generate(
+        images = self._pipe.with_weights(self.model.bundle_with(trainable).weights).generate(
             [record.prompt for _, record, _ in chosen],
             seeds=[(self.config.seed, i) for i in range(len(chosen))],
             conditions=[Image.fromarray(example.bad) for _, _, example in chosen],

@@ -14,8 +14,9 @@ import numpy as np
 from rflow_jax.data.loader import ItemRef, Loader, LoaderConfig, ShuffledSampler, WorkerResult
 from rflow_jax.data.records import RecordError, first_held_out
 from rflow_jax.errors import InputError
-from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.layout import VisionLayout, image_places, layout_of, rope_positions, window_count
+from rflow_jax.training.qwen.config import QwenDataConfig
 from rflow_jax.typing import Array, Int, UInt8
 from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig
@@ -54,25 +55,19 @@ class RowSizes(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        vision: VisionConfig,
-        rules: ImageProcessorConfig,
-        *,
-        tokens: int,
-        pictures: int,
-        max_pixels: int,
-        max_ratio: float,
+        cls, data: QwenDataConfig, config: Qwen25VLConfig, rules: ImageProcessorConfig, *, pictures: int
     ) -> RowSizes:
         """Sizes for every image of at most ``max_pixels`` and of sides no more unequal than ``max_ratio``."""
-        units = max(max_pixels, rules.min_pixels) // rules.factor**2 + 1
-        side = vision.window_units
+        units = max(data.max_pixels, rules.min_pixels) // rules.factor**2 + 1
+        side = config.vision.window_units
         windows = max(
             math.ceil(rows / side) * math.ceil(units // rows / side)
             for rows in range(1, math.isqrt(units) + 1)
             # Sides are rounded to whole units, so an image at the limit may be a unit longer.
-            if units // rows <= max_ratio * rows + 1
+            if units // rows <= data.max_ratio * rows + 1
         )
-        return cls(tokens, pictures, units * vision.unit, windows)
+        tokens = min(data.max_tokens, config.language.max_position_embeddings)
+        return cls(tokens, pictures, units * config.vision.unit, windows)
 
     def require(self, sample: QwenSample, config: Qwen25VLConfig, key: str) -> QwenSample:
         """The sample; raises RecordError if it does not fit."""

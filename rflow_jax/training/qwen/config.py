@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rflow_jax.errors import InputError
+from rflow_jax.training.config import CommonConfig
 from rflow_jax.utils.checks import require_least, require_pattern, require_positive
 
 # The linears of the language model's blocks.
@@ -60,3 +61,15 @@ class QwenDataConfig:
 
     def __post_init__(self) -> None:
         require_least(self, "data", max_tokens=8, max_pixels=1, max_ratio=1, workers=0, prefetch=1, skip_limit=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenRunConfig(CommonConfig):
+    """Trains a Qwen2.5-VL.
+
+    Attributes:
+        model: the Qwen2.5-VL it begins with: a folder or a Hub id.
+    """
+
+    data: QwenDataConfig
+    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)

@@ -1,23 +1,30 @@
-"""A Qwen2.5-VL split into trainable and frozen parameters."""
+"""A Qwen2.5-VL split into trainable and frozen parameters, and what the tasks that train one share."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import init_lora
-from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
+from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.corrector.step import INIT
 from rflow_jax.training.partition import dotted, on_host, shard_state
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.prefetch import slots_here
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, Collator, RowSizes, Source, open_array_loader
+from rflow_jax.training.qwen.config import QwenRunConfig, QwenTrainableConfig
+from rflow_jax.training.task import TrainStep
+from rflow_jax.training.train_state import StepMetrics, TrainState
 
 # The tower's query, key and value are one matrix in a checkpoint, so they cannot have separate adapters.
 _FUSED = r"vision\.blocks\.\d+\.attn\.[qkv]"
@@ -32,11 +39,11 @@ class ParamPartition(NamedTuple):
         frozen: the others, as they were loaded.
     """
 
-    graph: Any
-    trainable: Any
-    frozen: Any
+    graph: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
 
-    def merged(self, trainable: Any) -> Any:
+    def merged(self, trainable: nnx.State) -> Any:
         """The network with these parameters, to be exported; every process must call it.
 
         The frozen part stays on the devices if this process reaches all of it, since little of it may be needed.
@@ -97,20 +104,86 @@ def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = ""
     return graph, trainable, frozen
 
 
-def flops_of_sample(
-    parts: ParamPartition, config: Qwen25VLConfig, *, tokens: int, patches: int, pictures: int
-) -> float:
+def flops_of_sample(parts: ParamPartition, row: RowSizes) -> float:
     """Floating-point operations of a sample, forward and backward, counting only products with weights.
 
     Frozen weights get no gradient, and a frozen vision tower has no backward pass at all.
     """
-    sizes: dict[str, int] = {"vision": 0, "language": 0}
+    weights: dict[str, int] = {"vision": 0, "language": 0}
     for state in (parts.trainable, parts.frozen):
         for path, leaf in nnx.to_flat_state(state):
-            if path[0] in sizes and leaf.get_value().ndim > 1 and "embed" not in path:
-                sizes[str(path[0])] += leaf.get_value().size
+            if path[0] in weights and leaf.get_value().ndim > 1 and "embed" not in path:
+                weights[str(path[0])] += leaf.get_value().size
     trained = nnx.to_flat_state(parts.trainable)
     lora_only = all(isinstance(leaf, nnx.LoRAParam) for _, leaf in trained)
-    language = 2 * sizes["language"] * tokens * (2 if lora_only else 3)
-    vision = 2 * sizes["vision"] * patches * pictures * (2 if any(path[0] == "vision" for path, _ in trained) else 1)
+    language = 2 * weights["language"] * row.tokens * (2 if lora_only else 3)
+    passes = 2 if any(path[0] == "vision" for path, _ in trained) else 1
+    vision = 2 * weights["vision"] * row.patches * row.pictures * passes
     return float(language + vision)
+
+
+class QwenTask:
+    """The part of a :class:`~rflow_jax.training.task.Task` that all tasks on a Qwen2.5-VL share.
+
+    Attributes:
+        records: what a sample is called.
+        rows: of a sample in a batch.
+    """
+
+    records: ClassVar[str]
+    rows: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        config: QwenRunConfig,
+        mesh: Mesh,
+        parts: ParamPartition,
+        source: Source,
+        maker: Collator,
+        sizes: RowSizes,
+    ):
+        self._mesh, self._parts, self._source, self._maker, self._sizes = mesh, parts, source, maker, sizes
+        self._train, self._data = config.train, config.data
+        self.trainable = parts.trainable
+
+    @cached_property
+    def flops(self) -> float:
+        """Of a sample."""
+        return self.rows * flops_of_sample(self._parts, self._sizes)
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples of a part of a batch."""
+        return self._train.batch_size // self._train.accumulation
+
+    def to_saved(self, state: TrainState) -> TrainState:
+        """The state as it is."""
+        return state
+
+    def to_running(self, state: TrainState) -> TrainState:
+        """The state as it is."""
+        return state
+
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
+        """Batches from a step on."""
+        seed, batch_size = self._train.seed, self._train.batch_size
+        options = {"seed": seed, "batch_size": batch_size, "slots": slots_here(self._mesh, batch_size)}
+        given = self._source, self._maker, self._data
+        return open_array_loader(*given, start=start, position=position, name=self.records, **options)
+
+    def put(self, batch: ArrayBatch) -> Any:
+        """The inputs on the mesh."""
+        return put_batch(self._mesh, batch.inputs)
+
+    def make_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainStep:
+        """Updates the parameters by the loss of a batch."""
+        step, frozen = self._compile_step(optimizer, shardings), self._parts.frozen
+
+        def take(state: TrainState, inputs: Any) -> tuple[TrainState, StepMetrics]:
+            return step(state, frozen, inputs)
+
+        return take
+
+    def _compile_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
+        """A jitted function of (state, frozen parameters, inputs)."""
+        raise NotImplementedError

@@ -8,8 +8,7 @@ from typing import Literal
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.config import RewardToken
-from rflow_jax.training.config import CommonConfig
-from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenDataConfig, QwenRunConfig
 from rflow_jax.utils.checks import require_least
 
 LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
@@ -48,12 +47,6 @@ class PairDataConfig(QwenDataConfig):
         format: of the shards: ``tar`` or ``tfds``.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         patience: how long a server is waited for.
-        max_tokens: of a sample, with its image; all are padded to it, and longer ones are skipped.
-        max_pixels: of an image; larger ones are scaled down.
-        max_ratio: of the sides of an image; images beyond it are skipped.
-        workers: processes that read and decode; null: all cores but one. 0 uses the run's own process.
-        prefetch: batches made in advance.
-        skip_limit: more unusable records than this in one process end the run.
     """
 
     pairs: str | None = None
@@ -91,30 +84,19 @@ class PairValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardRunConfig(CommonConfig):
+class RewardRunConfig(QwenRunConfig):
     """Trains an image verifier on pairs of images.
 
     Attributes:
-        task: what is trained.
-        model: the Qwen2.5-VL it begins with: a folder or a Hub id.
-        out: folder of the run.
-        resume: go on from the newest checkpoint in ``out``, if there is one.
         reward: how images are scored, and the loss.
         trainable: what is trained besides the reward head and the special token.
-        optimizer: how it moves.
         train: the steps; a sample is a pair.
-        mesh: how the devices are arranged.
-        distributed: several processes as one run.
-        data: what it is trained on.
-        checkpoint: when the run is saved.
         validation: how it is tried on held-out pairs.
-        watch: how it is watched.
     """
 
     task: Literal["reward"] = "reward"
     data: PairDataConfig
     reward: RewardTaskConfig = field(default_factory=RewardTaskConfig)
-    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
     validation: PairValidationConfig = field(default_factory=PairValidationConfig)
 
     def __post_init__(self) -> None:

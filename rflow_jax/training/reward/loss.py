@@ -180,7 +180,7 @@ class PairObjective:
         unit: patches per token.
     """
 
-    graph: Any
+    graph: nnx.GraphDef
     rules: ImageProcessorConfig
     scoring: Scoring
     loss: LossName
@@ -188,12 +188,12 @@ class PairObjective:
     attention: AttentionImpl = "auto"
     remat: Remat = "none"
 
-    def __call__(self, trainable: Any, frozen: Any, pairs: PairInputs) -> tuple[Float[Array, ""], Metrics]:
+    def __call__(self, trainable: nnx.State, frozen: nnx.State, pairs: PairInputs) -> tuple[Float[Array, ""], Metrics]:
         rewards = self.rewards(trainable, frozen, pairs)
         loss = jnp.mean(pair_losses(self.loss, rewards, jnp.asarray(pairs.scores), jnp.asarray(pairs.labels)))
         return loss, {"accuracy": MeanMetric(*pair_accuracy(rewards, jnp.asarray(pairs.labels)))}
 
-    def rewards(self, trainable: Any, frozen: Any, pairs: PairInputs) -> Float[Array, "b 2"]:
+    def rewards(self, trainable: nnx.State, frozen: nnx.State, pairs: PairInputs) -> Float[Array, "b 2"]:
         """Rewards of both images of each pair."""
         model = nnx.merge(self.graph, trainable, frozen)
         # All images are rows of one batch.

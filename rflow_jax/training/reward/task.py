@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
+from flax.typing import Dtype
 from jax.sharding import Mesh
 
 from rflow_jax.data.sources.preferences import PairSource, open_pairs
@@ -18,19 +20,16 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.layers import init_kernel
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, RewardModel, reward_model_of
-from rflow_jax.parallel.mesh import put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.training.partition import dotted
-from rflow_jax.training.prefetch import slots_here
-from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, RowSizes, open_array_loader
+from rflow_jax.training.qwen.batches import RowSizes
 from rflow_jax.training.qwen.config import QwenTrainableConfig
-from rflow_jax.training.qwen.model import ParamPartition, first_key, flops_of_sample, partition_params
+from rflow_jax.training.qwen.model import ParamPartition, QwenTask, first_key, partition_params
 from rflow_jax.training.reward.config import RewardRunConfig
-from rflow_jax.training.reward.loss import NEED_LABELS, NEED_SCORES, PairInputs, PairMaker, PairObjective
+from rflow_jax.training.reward.loss import NEED_LABELS, NEED_SCORES, PairMaker, PairObjective
 from rflow_jax.training.reward.validation import PairValidation
-from rflow_jax.training.task import TrainStep
-from rflow_jax.training.train_state import StepMetrics, TrainState, compile_step, make_update
+from rflow_jax.training.train_state import compile_step, make_update
 from rflow_jax.verifiers.reward import read_template
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, QwenProcessor, read_image_processor_config
 from rflow_jax.vlm.qwen_programs import Scoring
@@ -40,7 +39,7 @@ from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardConfig, RewardExport, 
 from rflow_jax.writers.prompt_template import read_prompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainedReward:
     """A reward model in two parts; an :class:`~rflow_jax.training.checkpoints.Exporter`.
 
@@ -54,7 +53,7 @@ class TrainedReward:
     measure: Callable[[Any], tuple[float, float]] | None = None
     exports = "reward/checkpoint-{step}"
 
-    def export(self, trainable: Any, folder: Path | None) -> None:
+    def export(self, trainable: nnx.State, folder: Path | None) -> None:
         """Writes ``reward/checkpoint-N``, and ``reward/model_config.json`` beside it."""
         what = self.what
         if self.measure is not None:
@@ -71,7 +70,7 @@ HEAD = r"reward\.kernel|language\.embed\.special"
 _FROM_FILE = "file"  # the name of the run's own prompt template in an export
 
 
-class Reward:
+class Reward(QwenTask):
     """A :class:`~rflow_jax.training.task.Task`.
 
     Raises:
@@ -79,14 +78,16 @@ class Reward:
     """
 
     title = "a reward model"
+    records = "pairs"
+    rows = 2
 
     def __init__(self, config: RewardRunConfig, mesh: Mesh):
-        self._config, self._mesh = config, mesh
+        self._config = config
         folder = resolve_vlm(config.model)
         exported = reward_config(config, folder)
         # The prompt template and the data come first, since they are cheap to check.
         template = read_template(exported, config.reward.prompt_file)
-        self._source = open_checked(config, config.data.pairs, config.data.shards)
+        source = open_checked(config, config.data.pairs, config.data.shards)
         held_out = config.validation
         self._held_out = (
             open_checked(config, held_out.pairs, held_out.shards) if held_out.pairs or held_out.shards else None
@@ -98,65 +99,34 @@ class Reward:
         base = load_qwen(folder, dtype=dtype, sharding_for=sharding_for(mesh))
         parts = partition_params(begin(base, special, seed, dtype), config.trainable, mesh, seed=seed, also=HEAD)
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
-        self._sizes = row_sizes(config, sizes, rules)
-        context = min(config.data.max_tokens, sizes.language.max_position_embeddings)
-        prepare = QwenProcessor(tokenizer, rules, sizes, context, config.data.max_pixels)
-        self._maker = PairMaker(prepare, template, self._sizes, special)
+        padded = RowSizes.of(config.data, sizes, rules, pictures=1)
+        prepare = QwenProcessor(tokenizer, rules, sizes, padded.tokens, config.data.max_pixels)
+        maker = PairMaker(prepare, template, padded, special)
+        super().__init__(config, mesh, parts, source, maker, padded)
         self._objective = make_objective(config, parts.graph, sizes, rules, special)
         file = config.reward.prompt_file
         prompt = None if file is None else read_prompt(Path(file))
         vision = any(path[0] == "vision" for path, _ in nnx.to_flat_state(parts.trainable))
         what = RewardExport(exported, exported.base, len(tokenizer), config.reward.loss, vision, prompt)
-        self.exporter = TrainedReward(parts, what, tokenizer)
-        self.trainable = parts.trainable
+        self.exporter = TrainedReward(parts, what, tokenizer, self._moments if config.reward.normalise else None)
 
-    @cached_property
-    def flops(self) -> float:
-        """Of a pair."""
-        sizes = self._sizes
-        parts, config = self.exporter.parts, self._maker.prepare.config
-        return 2 * flops_of_sample(parts, config, tokens=sizes.tokens, patches=sizes.patches, pictures=1)
-
-    def to_saved(self, state: TrainState) -> TrainState:
-        """The state as it is."""
-        return state
-
-    def to_running(self, state: TrainState) -> TrainState:
-        """The state as it is."""
-        return state
-
-    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> ArrayLoader:
-        """Batches of pairs from a step on."""
-        train, data = self._config.train, self._config.data
-        slots = slots_here(self._mesh, train.batch_size)
-        options = {"seed": train.seed, "batch_size": train.batch_size, "slots": slots, "name": "pairs"}
-        return open_array_loader(self._source, self._maker, data, start=start, position=position, **options)
-
-    def put(self, batch: ArrayBatch) -> PairInputs:
-        """Pairs on the mesh."""
-        return put_batch(self._mesh, batch.inputs)
-
-    def make_step(self, optimizer: Any, shardings: Any) -> TrainStep:
-        """Scores both images of each pair, then updates the parameters."""
-        step = compile_pair_step(self._config, self._objective, optimizer, shardings, self._mesh)
-        frozen = self.exporter.parts.frozen
-
-        def take(state: TrainState, inputs: PairInputs) -> tuple[TrainState, StepMetrics]:
-            return step(state, frozen, inputs)
-
-        return take
+    def _compile_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
+        return compile_pair_step(self._config, self._objective, optimizer, shardings, self._mesh)
 
     def open_validation(self, out: Path) -> PairValidation | None:
         """Loss and accuracy on held-out pairs."""
-        config, source = self._config.validation, self._held_out
-        if source is None:
+        return self._validation
+
+    @cached_property
+    def _validation(self) -> PairValidation | None:
+        if self._held_out is None:
             return None
-        batch = self._config.train.batch_size // self._config.train.accumulation
-        frozen = self.exporter.parts.frozen
-        found = PairValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
-        if self._config.reward.normalise:
-            self.exporter.measure = found.moments
-        return found
+        given = self._held_out, self._maker, self._objective, self._parts.frozen
+        return PairValidation(self._config.validation, *given, self._mesh, self.samples_at_once)
+
+    def _moments(self, trainable: nnx.State) -> tuple[float, float]:
+        assert self._validation is not None  # its records are what rewards are normalised by
+        return self._validation.moments(trainable)
 
 
 def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
@@ -174,15 +144,12 @@ def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
     )
 
 
-def row_sizes(config: RewardRunConfig, sizes: Qwen25VLConfig, rules: ImageProcessorConfig) -> RowSizes:
-    """The sizes that an image and its prompt are padded to."""
-    data = config.data
-    limits = {"max_pixels": data.max_pixels, "max_ratio": data.max_ratio}
-    return RowSizes.of(sizes.vision, rules, tokens=data.max_tokens, pictures=1, **limits)
-
-
 def make_objective(
-    config: RewardRunConfig, graph: Any, sizes: Qwen25VLConfig, rules: ImageProcessorConfig, special: int | None
+    config: RewardRunConfig,
+    graph: nnx.GraphDef,
+    sizes: Qwen25VLConfig,
+    rules: ImageProcessorConfig,
+    special: int | None,
 ) -> PairObjective:
     """The objective of a model with this graph."""
     scoring = Scoring(config.reward.token, special, mrope=config.reward.mrope)
@@ -191,14 +158,18 @@ def make_objective(
 
 
 def compile_pair_step(
-    config: RewardRunConfig, objective: PairObjective, optimizer: Any, shardings: Any, mesh: Mesh
+    config: RewardRunConfig,
+    objective: PairObjective,
+    optimizer: optax.GradientTransformation,
+    shardings: Any,
+    mesh: Mesh,
 ) -> Any:
     """Compiles the step of (state, frozen parameters, pairs)."""
     update = make_update(objective, optimizer, accumulation=config.train.accumulation, mesh=mesh)
     return compile_step(update, shardings, mesh)
 
 
-def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardModel:
+def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Dtype) -> RewardModel:
     """The reward model before the first step: a random head; the special token is the mean of the others."""
     table = base.language.embed.embedding[...]
     mean = None if special is None else jnp.mean(table[:special], axis=0, keepdims=True, dtype=jnp.float32)

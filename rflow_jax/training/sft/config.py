@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.training.config import CommonConfig
-from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenDataConfig, QwenRunConfig
 from rflow_jax.utils.checks import require_least
 
 
@@ -20,11 +19,6 @@ class ChatDataConfig(QwenDataConfig):
             which ``<image>`` stands for an image, and ``images`` (relative to the file).
         max_images: of a chat; chats with more are skipped.
         max_tokens: of a chat, with its images; all are padded to it, and longer ones are skipped.
-        max_pixels: of an image; larger ones are scaled down.
-        max_ratio: of the sides of an image; images beyond it are skipped.
-        workers: processes that read and decode; null: all cores but one. 0 uses the run's own process.
-        prefetch: batches made in advance.
-        skip_limit: more unusable records than this in one process end the run.
     """
 
     chats: str = ""
@@ -69,28 +63,16 @@ class SftTaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftRunConfig(CommonConfig):
+class SftRunConfig(QwenRunConfig):
     """Fine-tunes a Qwen2.5-VL on chats.
 
     Attributes:
-        task: what is trained.
-        model: the Qwen2.5-VL it begins with: a folder or a Hub id.
-        out: folder of the run.
-        resume: go on from the newest checkpoint in ``out``, if there is one.
         sft: what is exported at a checkpoint.
-        trainable: what is trained.
-        optimizer: how it moves.
         train: the steps; a sample is a chat.
-        mesh: how the devices are arranged.
-        distributed: several processes as one run.
-        data: what it is trained on.
-        checkpoint: when the run is saved.
         validation: how it is tried on held-out chats.
-        watch: how it is watched.
     """
 
     task: Literal["sft"] = "sft"
     data: ChatDataConfig
     sft: SftTaskConfig = field(default_factory=SftTaskConfig)
-    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
     validation: ChatValidationConfig = field(default_factory=ChatValidationConfig)

@@ -6,7 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,20 +144,20 @@ class ChatObjective:
         unit: patches per token.
     """
 
-    graph: Any
+    graph: nnx.GraphDef
     rules: ImageProcessorConfig
     unit: int
     attention: AttentionImpl = "auto"
     remat: Remat = "none"
 
-    def __call__(self, trainable: Any, frozen: Any, chats: ChatInputs) -> tuple[Float[Array, ""], Metrics]:
+    def __call__(self, trainable: nnx.State, frozen: nnx.State, chats: ChatInputs) -> tuple[Float[Array, ""], Metrics]:
         found = self.tokens(trainable, frozen, chats)
         weights = jnp.asarray(chats.weights)[:, 1:]
         learned = weights > 0
         accuracy = MeanMetric(*(jnp.sum(x, dtype=jnp.float32) for x in (found.right & learned, learned)))
         return jnp.sum(found.loss * weights), {"token_accuracy": accuracy}
 
-    def tokens(self, trainable: Any, frozen: Any, chats: ChatInputs) -> TokenLosses:
+    def tokens(self, trainable: nnx.State, frozen: nnx.State, chats: ChatInputs) -> TokenLosses:
         """Cross entropy in float32, and whether the likeliest token is the right one."""
         model: Qwen25VL = nnx.merge(self.graph, trainable, frozen)
         inputs = inputs_of(chats.rows, self.unit)
