@@ -147,7 +147,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     rows = NamedSharding(mesh, BATCH)
     examples = jax.tree.map(lambda x: shaped(x.shape, x.dtype, rows), encoded)
     step = make_step(trained.graph, optimizer, recipe, mesh, shardings)
-    resident = bytes_on_a_device(encoders) if not precomputed or config.validation.shards else 0
+    resident = bytes_on_a_device(encoders) if not precomputed or config.validation.path else 0
     kept = bytes_on_a_device((state, trained.frozen))
     batches = AHEAD * bytes_on_a_device(inputs)
 

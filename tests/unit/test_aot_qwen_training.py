@@ -36,7 +36,7 @@ def given(tree):
 @pytest.mark.parametrize("task", ["reward", "sft"])
 def test_a_step_is_compiled_for_what_it_is_given(tmp_path, task):
     if task == "reward":
-        run = RewardRun(reward_config(make_pairs(tmp_path, 8), mesh=MESH, train={"accumulation": 2}), 8)
+        run = RewardRun(reward_config(make_pairs(tmp_path, 8), mesh=MESH, train={"gradient_accumulation_steps": 2}), 8)
     else:
         run = SftRun(sft_config(kit.make_chats(tmp_path), mesh=MESH), 8)
     [program] = qwen_training_programs(run.task._config, run.mesh)

@@ -107,7 +107,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv, message):
         ("verifier: {base_urk: secret}", "did you mean verifier.base_url?"),
         ("verifer: {model: secret}", "did you mean verifier.model?"),
         ("modle: secret", "did you mean model?"),
-        ("noise: {closeness: 0.9}", "closeness is now called noise.noise_similarity"),
+        ("noise: {closeness: 0.9}", "wrong.yaml: noise.closeness is now called noise.noise_similarity"),
         ("verifier: 3\nmodel: m\nprompts: p\nout: o", "verifier: expected keys with values"),
         ("- a", "wrong.yaml: expected keys with values"),
         ("hi", "wrong.yaml: expected keys with values"),

@@ -42,8 +42,8 @@ def plain(pairs) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "devices", "train"),
     [
-        (MeshConfig(), 1, {"remat": "full", "accumulation": 4}),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"accumulation": 2}),
+        (MeshConfig(), 1, {"remat": "full", "gradient_accumulation_steps": 4}),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"gradient_accumulation_steps": 2}),
     ],
     ids=["in parts", "data x fsdp x tensor in parts"],
 )

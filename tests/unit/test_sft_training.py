@@ -40,8 +40,8 @@ def losses(plain) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "devices", "train"),
     [
-        (MeshConfig(), 1, {"remat": "full", "accumulation": 4}),
-        (MeshConfig(data=1, fsdp=2, tensor=2), 4, {"accumulation": 2}),
+        (MeshConfig(), 1, {"remat": "full", "gradient_accumulation_steps": 4}),
+        (MeshConfig(data=1, fsdp=2, tensor=2), 4, {"gradient_accumulation_steps": 2}),
     ],
     ids=["in parts", "fsdp x tensor in parts"],
 )

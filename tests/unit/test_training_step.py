@@ -21,8 +21,8 @@ def plain() -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "devices", "how"),
     [
-        (MeshConfig(), 1, {"remat": "dots", "accumulation": 4}),
-        (MeshConfig(data=1, fsdp=4), 4, {"remat": "full", "accumulation": 2}),
+        (MeshConfig(), 1, {"remat": "dots", "gradient_accumulation_steps": 4}),
+        (MeshConfig(data=1, fsdp=4), 4, {"remat": "full", "gradient_accumulation_steps": 2}),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"remat": "full"}),
         (MeshConfig(data=2, tensor=4), 8, {"remat": "dots", "scan_blocks": True}),
         (MeshConfig(data=1, fsdp=2, sequence=2), 4, {"remat": "full", "scan_blocks": True}),

@@ -223,15 +223,15 @@ def test_a_schedule_needs_its_end():
         ("validation.guidance_scale", "-1"),
         ("validation.seed", str(10**23)),
         ("validation.every", "0"),
-        ("watch.peak_tflops", "-1"),
-        ("watch.peak_tflops", ".nan"),
-        ("watch.every", "0"),
+        ("logging.peak_tflops", "-1"),
+        ("logging.peak_tflops", ".nan"),
+        ("logging.every", "0"),
         ("data.workers", "-1"),
         ("out", ""),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setting, value):
-    argv = ["--model=m", "--data.shards=s", "--out=o", f"--{setting}={value}"]
+    argv = ["--model=m", "--data.path=s", "--out=o", f"--{setting}={value}"]
     with pytest.raises(InputError, match=rf"^{setting} is (-?[\d.]+|nan|inf|empty): "):
         cli.run_command(cli.Command((RunConfig,), lambda _: None), argv)
 

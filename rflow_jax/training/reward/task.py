@@ -86,10 +86,10 @@ class Reward:
         exported = reward_config(config, folder)
         # The prompt template and the data come first, since they are cheap to check.
         template = read_template(exported, config.reward.prompt_file)
-        self._source = open_checked(config, config.data.pairs, config.data.shards)
+        self._source = open_checked(config, config.data.pairs, config.data.path)
         held_out = config.validation
         self._held_out = (
-            open_checked(config, held_out.pairs, held_out.shards) if held_out.pairs or held_out.shards else None
+            open_checked(config, held_out.pairs, held_out.path) if held_out.pairs or held_out.path else None
         )
         tokenizer = QwenTokenizer(folder, added=[SPECIAL_TOKEN] if exported.special_tokens else [])
         special = tokenizer.id_of(SPECIAL_TOKEN) if exported.special_tokens else None
@@ -151,7 +151,7 @@ class Reward:
         config, source = self._config.validation, self._held_out
         if source is None:
             return None
-        batch = self._config.train.batch_size // self._config.train.accumulation
+        batch = self._config.train.batch_size // self._config.train.gradient_accumulation_steps
         frozen = self.exporter.parts.frozen
         found = PairValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
         if self._config.reward.normalise:
@@ -194,7 +194,7 @@ def compile_pair_step(
     config: RewardRunConfig, objective: PairObjective, optimizer: Any, shardings: Any, mesh: Mesh
 ) -> Any:
     """Compiles the step of (state, frozen parameters, pairs)."""
-    update = make_update(objective, optimizer, accumulation=config.train.accumulation, mesh=mesh)
+    update = make_update(objective, optimizer, accumulation=config.train.gradient_accumulation_steps, mesh=mesh)
     return compile_step(update, shardings, mesh)
 
 
@@ -206,13 +206,13 @@ def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Any) -> RewardM
     return reward_model_of(base, init_kernel(key, (table.shape[1], 1), dtype), special, mean)
 
 
-def open_checked(config: RewardRunConfig, pairs: str | None, shards: str | list[str] | None) -> PairSource:
+def open_checked(config: RewardRunConfig, pairs: str | None, path: str | list[str] | None) -> PairSource:
     """The pairs; raises InputError if the loss could learn nothing from them."""
     data, loss = config.data, config.reward.loss
-    source = open_pairs(pairs, shards, format=data.format, cache=data.cache, patience=data.patience)
+    source = open_pairs(pairs, path, format=data.format, cache=data.cache, retry=data.retry)
     if loss in NEED_SCORES and not source.has_scores:
-        raise InputError(f"reward.loss is {loss}: it takes people's scores, and {pairs or shards} has none")
+        raise InputError(f"reward.loss is {loss}: it takes people's scores, and {pairs or path} has none")
     if loss in NEED_LABELS and not source.labels & NEED_LABELS[loss]:
         wanted = "A, B or same" if loss == "btt" else "A or B"
-        raise InputError(f"reward.loss is {loss}: {pairs or shards} has no line with a label {wanted}")
+        raise InputError(f"reward.loss is {loss}: {pairs or path} has no line with a label {wanted}")
     return source

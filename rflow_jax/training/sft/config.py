@@ -86,7 +86,7 @@ class SftRunConfig(CommonConfig):
         data: what it is trained on.
         checkpoint: when the run is saved.
         validation: how it is tried on held-out chats.
-        watch: how it is watched.
+        logging: how its progress is reported.
     """
 
     task: Literal["sft"] = "sft"

@@ -134,7 +134,7 @@ class Sft:
         config, source = self._config.validation, self._held_out
         if source is None:
             return None
-        batch = self._config.train.batch_size // self._config.train.accumulation
+        batch = self._config.train.batch_size // self._config.train.gradient_accumulation_steps
         frozen = self.exporter.parts.frozen
         return ChatValidation(config, source, self._maker, self._objective, frozen, self._mesh, batch)
 
@@ -158,7 +158,7 @@ def compile_chat_step(
     config: SftRunConfig, objective: ChatObjective, optimizer: Any, shardings: Any, mesh: Mesh
 ) -> Any:
     """Compiles the step of (state, frozen parameters, chats)."""
-    parts = config.train.accumulation
+    parts = config.train.gradient_accumulation_steps
     update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
 
     def whole(state: TrainState, frozen: Any, chats: ChatInputs) -> tuple[TrainState, StepMetrics]:
