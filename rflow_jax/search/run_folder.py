@@ -26,7 +26,9 @@ NOT_IN_FINGERPRINT = (
     "out",
     "start",
     "end",
-    "share",
+    "share",  # of earlier versions: process_index and process_count
+    "process_index",
+    "process_count",
     "distributed",
     "mesh",
     "scan_blocks",

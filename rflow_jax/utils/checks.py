@@ -23,7 +23,10 @@ def require_text(text: str, source: str) -> str:
 
 # Keys and whole sections of a configuration that had another name in an earlier version: the old one -> the new one.
 RENAMED = {
+    "settings": "sampling",
+    "share": "process_index and process_count",
     "noise.closeness": "noise.noise_similarity",
+    "reflect.count_noise_images": "reflect.include_initial_images",
     "watch": "logging",
     "train.accumulation": "train.gradient_accumulation_steps",
     "optimizer.clip": "optimizer.max_grad_norm",

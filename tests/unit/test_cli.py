@@ -63,7 +63,7 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("convert flx", "unknown command convert flx: did you mean convert flux?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
-        ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean settings.height?"),
+        ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean sampling.height?"),
         ("noise --model=m --prompts=p --out=o --search_branches=2", "search_branch?"),
         ("generate --model=m --prompt=x --out=o --num_inference_step=2", "did you mean num_inference_steps?"),
         ("generate --model=m --prompt=x --out=o junk", "junk"),
@@ -314,7 +314,7 @@ def prompts(tmp_path):
 
 
 def reflect_argv(prompts, out, base_url, *more):
-    sizes = ["--noise.search_rounds=1", "--reflect.search_rounds=2", "--settings.height=16", "--settings.width=16"]
+    sizes = ["--noise.search_rounds=1", "--reflect.search_rounds=2", "--sampling.height=16", "--sampling.width=16"]
     urls = [f"--{role}.base_url={base_url}" for role in ("verifier", "reflector", "refiner")]
     retries = [f"--{role}.max_retries=1" for role in ("verifier", "reflector", "refiner")]
     return ["reflect", "--model=m", "--lora=l", "--prompts", prompts, "--out", out, *sizes, *urls, *retries, *more]
@@ -368,7 +368,7 @@ def test_another_runs_folder_is_left_alone(pipe, prompts, tmp_path, capsys):
 def test_a_model_that_cannot_be_loaded_leaves_the_folder_free(pipe, prompts, tmp_path, capsys):
     argv = ["noise", "--prompts", prompts, "--out", tmp_path / "run", "--verifier.name=none"]
     assert "broken: not a model" in error_of(capsys, *argv, "--model=broken")
-    assert call(*argv, "--model=m", "--noise.search_rounds=1", "--settings.height=16", "--settings.width=16") == 0
+    assert call(*argv, "--model=m", "--noise.search_rounds=1", "--sampling.height=16", "--sampling.width=16") == 0
     assert "8 images; the images are in" in capsys.readouterr().out
     assert pipe.loaded["lora"] is None
 
