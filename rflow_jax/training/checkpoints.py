@@ -114,7 +114,16 @@ def _checksums(folder: Path) -> dict[str, int]:
 
 # Settings that a resumed run must keep: otherwise its numbers would mean something else, or its state would not fit.
 IMMUTABLE_ON_RESUME = (
-    *("task", "model", "trainable.*", "optimizer.name", "train.batch_size", "train.dtype", "train.seed"),
+    *(
+        "task",
+        "model",
+        "lora.*",
+        "trainable_parameters",
+        "optimizer.name",
+        "train.batch_size",
+        "train.dtype",
+        "train.seed",
+    ),
     *("train.*_attn", "train.latent_lora", "train.max_sequence_length"),
     *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*", "data.max_*"),
     "reward.*",

@@ -23,30 +23,25 @@ from rflow_jax.utils.checks import (
 
 
 @dataclass(frozen=True)
-class TrainableConfig:
-    """What is trained.
+class LoraConfig:
+    """The LoRA that is trained.
 
     Attributes:
-        rank: of the LoRA.
+        rank: its rank.
         alpha: its strength is alpha / rank; null is the rank.
-        pattern: regular expression on dotted paths: the linears that get an adapter.
-        lora: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
-        parameters: regular expression on dotted parameter paths: train these and no LoRA (".*" is all of them).
+        target_modules: regular expression on dotted paths: the linears that get an adapter.
+        init_from: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
     """
 
     rank: int = 32
     alpha: float | None = None
-    pattern: str = CORRECTOR_TARGET_MODULES
-    lora: str | None = None
-    parameters: str | None = None
+    target_modules: str = CORRECTOR_TARGET_MODULES
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "trainable", rank=1)
-        require_positive(self, "trainable", "alpha")
-        if self.parameters is not None and self.lora is not None:
-            raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora cannot be used")
-        for name in ("pattern", "parameters"):
-            require_pattern(f"trainable.{name}", getattr(self, name))
+        require_least(self, "lora", rank=1)
+        require_positive(self, "lora", "alpha")
+        require_pattern("lora.target_modules", self.target_modules)
 
 
 @dataclass(frozen=True)
@@ -255,6 +250,7 @@ class CommonConfig:
     model: str
     out: str
     resume: bool = False
+    trainable_parameters: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -265,6 +261,7 @@ class CommonConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise InputError("out is empty: name the folder of the run")
+        require_pattern("trainable_parameters", self.trainable_parameters)
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name."""
@@ -280,7 +277,9 @@ class RunConfig(CommonConfig):
         model: the pipeline: a converted or diffusers-layout folder, or a Hub id.
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
-        trainable: what is trained.
+        lora: the LoRA that is trained.
+        trainable_parameters: regular expression on dotted parameter paths of the model: train these and no LoRA (".*"
+            is all of them).
         optimizer: how it moves.
         train: the steps.
         mesh: how the devices are arranged.
@@ -293,9 +292,14 @@ class RunConfig(CommonConfig):
 
     task: Literal["corrector"] = "corrector"
     data: DataConfig
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: StepConfig = field(default_factory=StepConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainable_parameters is not None and self.lora.init_from is not None:
+            raise InputError("trainable_parameters trains no LoRA: leave lora.init_from out")
 
 
 # The key ``task`` of a configuration -> (its dataclass, the class that is made from it and a mesh).

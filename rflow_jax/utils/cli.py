@@ -113,7 +113,15 @@ def run_command(
     """
     parser = _parser(command, prog, description)
     argv = list(sys.argv[1:] if argv is None else argv)
-    for step in (_underscored, _named_recipes, _spelled_out_switches, _numbers_in_lists, _named_words, _known_keys):
+    for step in (
+        _underscored,
+        _short_flags,
+        _named_recipes,
+        _spelled_out_switches,
+        _numbers_in_lists,
+        _named_words,
+        _known_keys,
+    ):
         argv = step(argv, command)
     try:
         namespace = parser.parse_args(argv)
@@ -167,6 +175,14 @@ def _underscored(argv: Sequence[str], command: Command) -> list[str]:
     ]
 
 
+def _short_flags(argv: Sequence[str], command: Command) -> list[str]:
+    """``--height`` means ``--sampling.height``."""
+    keys = [f"--{key}" for key, _ in _keys(command.configs) if key.startswith("sampling.")]
+    whole = {key.replace("sampling.", "", 1): key for key in keys}
+    flags = [word.partition("=") for word in argv]
+    return [whole.get(name, name) + equals + value for name, equals, value in flags]
+
+
 def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:
     """``--config debug`` means the recipe of this name, where there is no such file."""
     result = list(argv)
@@ -177,7 +193,7 @@ def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:
 
 def _spelled_out_switches(argv: Sequence[str], command: Command) -> list[str]:
     """``--latent_lora`` alone means ``--latent_lora true``, also in front of a word that goes by itself."""
-    switches = {f"--{f.name}" for config in command.configs for f in fields(config) if isinstance(f.default, bool)}
+    switches = {f"--{key}" for key, kind in _keys(command.configs) if kind is bool}
 
     def alone(after: str) -> bool:
         return after.startswith("--") or (command.words != () and after.lower() not in ("true", "false"))
@@ -235,7 +251,7 @@ def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
     """
     own = {f.name for config in command.configs for f in fields(config)}
     others = {f.name for config in command.kin for f in fields(config)}
-    known = list(_keys((*command.configs, *command.kin)))
+    known = [key for key, _ in _keys((*command.configs, *command.kin))]
     result = list(argv)
     for k, file in _values_of(argv, "--config"):
         content = _yaml(file)
@@ -248,11 +264,11 @@ def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
     return result
 
 
-def _keys(configs: Iterable[type], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of dataclasses; a key may hold a dictionary of any keys."""
+def _keys(configs: Iterable[type], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of dataclasses; a key may hold a dictionary of any keys."""
     for config in configs:
         for name, kind in get_type_hints(config).items():
-            yield from _keys([kind], f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
+            yield from _keys([kind], f"{prefix}{name}.") if is_dataclass(kind) else [(prefix + name, kind)]
 
 
 def _yaml(file: str) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def test_a_stream_in_two_processes_goes_on_where_both_stood(place):
         (["--train.gradient_accumulation_steps", "3"], ["train.batch_size", "multiple of 3"]),
         (["--data.target_size", "70"], ["data.target_size", "multiple of"]),
         (["--model", "/nowhere"], ["/nowhere"]),
-        (["--trainable.pattern", "nothing"], ["nothing"]),
+        (["--lora.target_modules", "nothing"], ["nothing"]),
     ],
     ids=["shards", "subset", "mesh", "key", "batch", "size", "model", "pattern"],
 )
@@ -288,9 +288,9 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(place):
 
 
 def test_a_checkpoint_of_another_model_is_refused(place, whole):
-    status, text = place.run("whole", "--resume", "true", "--trainable.rank", "8")
+    status, text = place.run("whole", "--resume", "true", "--lora.rank", "8")
     assert status == 2, text
-    assert "trainable.rank" in text
+    assert "lora.rank" in text
     assert place.steps("whole") == whole
 
 

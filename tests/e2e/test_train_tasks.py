@@ -135,7 +135,7 @@ def test_sigterm_saves_and_the_run_goes_on(place, pairs):
         (["--reward.loss", "bradley"], ["reward.loss"]),
         (["--model", "/nowhere"], ["/nowhere"]),
         (["--data.pairs", "/nowhere.jsonl"], ["/nowhere.jsonl"]),
-        (["--trainable.pattern", "nothing"], ["nothing"]),
+        (["--lora.target_modules", "nothing"], ["nothing"]),
         (["--train.batch_size", "3", "--train.gradient_accumulation_steps", "2"], ["multiple of 2"]),
     ],
     ids=["task", "key", "loss", "model", "pairs", "pattern", "batch"],
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(place, pairs, flags, words):
 
 def test_a_checkpoint_of_other_settings_is_refused(place, pairs):
     assert place.run("reward_debug", "kept", *flags_of(pairs, 1))[0] == 0
-    for flag, value in (("--reward.loss", "btt"), ("--data.max_tokens", "80"), ("--trainable.rank", "3")):
+    for flag, value in (("--reward.loss", "btt"), ("--data.max_tokens", "80"), ("--lora.rank", "3")):
         status, text = place.run("reward_debug", "kept", *flags_of(pairs, 2), "--resume", "true", flag, value)
         assert status == 2, text
         assert flag.removeprefix("--") in text

@@ -33,7 +33,7 @@ class Corrector:
     def __init__(self, config: RunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         options = {"seed": config.train.seed, "dtype": config.train.dtype, "scan_blocks": config.train.scan_blocks}
-        self.model = load_trainable_model(config.model, config.trainable, mesh=mesh, **options)
+        self.model = load_trainable_model(config.model, config.lora, config.trainable_parameters, mesh=mesh, **options)
         self.trainable = self.model.trainable
         self.title = "a LoRA" if self.model.is_lora else "parameters"
         self._recipe = make_step_spec(config, self.model)

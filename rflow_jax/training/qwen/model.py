@@ -17,7 +17,7 @@ from rflow_jax.models.qwen2_5_vl.model import Qwen25VL
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.corrector.step import INIT
 from rflow_jax.training.partition import dotted, on_host, shard_state
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenRunConfig
 
 # The tower's query, key and value are one matrix in a checkpoint, so they cannot have separate adapters.
 _FUSED = r"vision\.blocks\.\d+\.attn\.[qkv]"
@@ -52,9 +52,7 @@ def first_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT)
 
 
-def partition_params(
-    model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed: int, also: str = ""
-) -> ParamPartition:
+def partition_params(model: Qwen25VL, config: QwenRunConfig, mesh: Mesh, *, also: str = "") -> ParamPartition:
     """Attaches a fresh LoRA and splits the network into trainable and frozen parameters, on the mesh.
 
     Args:
@@ -64,18 +62,18 @@ def partition_params(
         InputError: a pattern matches nothing, or a linear that cannot have a LoRA.
     """
     put = sharding_for(mesh)
-    if config.pattern is not None:
-        options = {"alpha": config.alpha, "pattern": config.pattern, "rngs": nnx.Rngs(params=first_key(seed))}
-        init_lora(model, config.rank, sharding_for=put, **options)
-    graph, trainable, frozen = split_trainable(model, config, also)
+    if (lora := config.lora).target_modules is not None:
+        rngs = nnx.Rngs(params=first_key(config.train.seed))
+        init_lora(model, lora.rank, alpha=lora.alpha, pattern=lora.target_modules, rngs=rngs, sharding_for=put)
+    graph, trainable, frozen = split_trainable(model, config.trainable_parameters, also)
     # Steps are far below bfloat16's resolution: trained parameters are float32, and rounded where they are used.
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return ParamPartition(graph, shard_state(trainable, put), shard_state(frozen, put))
 
 
-def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = "") -> tuple[Any, Any, Any]:
+def split_trainable(model: Qwen25VL, parameters: str | None, also: str = "") -> tuple[Any, Any, Any]:
     """(graph, trainable, frozen) of a network, of arrays or of shapes; see :func:`partition_params`."""
-    named = re.compile(config.parameters or "")
+    named = re.compile(parameters or "")
 
     def is_trained(path: Any, variable: Any) -> bool:
         name = dotted(path)
@@ -83,17 +81,17 @@ def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = ""
             module = name.rpartition(".")[0]
             if re.fullmatch(_FUSED, module):
                 raise InputError(
-                    f"trainable.pattern: {module} can have no LoRA, since a checkpoint holds query, key and value of "
+                    f"lora.target_modules: {module} can have no LoRA, since a checkpoint holds query, key and value of "
                     "the vision tower as one matrix; take its out, ff.gate, ff.up and ff.down, or name its parameters "
-                    "in trainable.parameters"
+                    "in trainable_parameters"
                 )
             return True
         return isinstance(variable, nnx.Param) and bool(named.fullmatch(name) or re.fullmatch(also, name))
 
     graph, trainable, frozen = nnx.split(model, is_trained, ...)
     paths = [dotted(path) for path, _ in nnx.to_flat_state(trainable)]
-    if config.parameters is not None and not any(named.fullmatch(path) for path in paths):
-        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter")
+    if parameters is not None and not any(named.fullmatch(path) for path in paths):
+        raise InputError(f"trainable_parameters: {parameters!r} matches no parameter")
     return graph, trainable, frozen
 
 

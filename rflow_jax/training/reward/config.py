@@ -8,8 +8,7 @@ from typing import Literal
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.config import RewardToken
-from rflow_jax.training.config import CommonConfig
-from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenDataConfig, QwenRunConfig
 from rflow_jax.utils.checks import require_least
 
 LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
@@ -91,7 +90,7 @@ class PairValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardRunConfig(CommonConfig):
+class RewardRunConfig(QwenRunConfig):
     """Trains an image verifier on pairs of images.
 
     Attributes:
@@ -100,7 +99,9 @@ class RewardRunConfig(CommonConfig):
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
         reward: how images are scored, and the loss.
-        trainable: what is trained besides the reward head and the special token.
+        lora: the LoRA that is trained, besides the reward head and the special token.
+        trainable_parameters: regular expression on dotted parameter paths of the model: these are trained too (".*"
+            without a LoRA is a full fine-tune; ``vision.*`` the vision tower).
         optimizer: how it moves.
         train: the steps; a sample is a pair.
         mesh: how the devices are arranged.
@@ -114,7 +115,6 @@ class RewardRunConfig(CommonConfig):
     task: Literal["reward"] = "reward"
     data: PairDataConfig
     reward: RewardTaskConfig = field(default_factory=RewardTaskConfig)
-    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
     validation: PairValidationConfig = field(default_factory=PairValidationConfig)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,6 @@ from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.training.partition import dotted
 from rflow_jax.training.prefetch import slots_here
 from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, RowSizes, open_array_loader
-from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.qwen.model import ParamPartition, first_key, flops_of_sample, partition_params
 from rflow_jax.training.reward.config import RewardRunConfig
 from rflow_jax.training.reward.loss import NEED_LABELS, NEED_SCORES, PairInputs, PairMaker, PairObjective
@@ -96,7 +95,7 @@ class Reward:
 
         seed, dtype = config.train.seed, jnp.dtype(config.train.dtype)
         base = load_qwen(folder, dtype=dtype, sharding_for=sharding_for(mesh))
-        parts = partition_params(begin(base, special, seed, dtype), config.trainable, mesh, seed=seed, also=HEAD)
+        parts = partition_params(begin(base, special, seed, dtype), config, mesh, also=HEAD)
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
         self._sizes = row_sizes(config, sizes, rules)
         context = min(config.data.max_tokens, sizes.language.max_position_embeddings)
@@ -161,14 +160,13 @@ class Reward:
 
 def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
     """The configuration that an export contains."""
-    trainable: QwenTrainableConfig = config.trainable
     base = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
     return RewardConfig(
         base,
         token=config.reward.token,
         special_tokens=config.reward.token == "special",
-        rank=trainable.rank,
-        alpha=float(trainable.rank if trainable.alpha is None else trainable.alpha),
+        rank=config.lora.rank,
+        alpha=float(config.lora.rank if config.lora.alpha is None else config.lora.alpha),
         max_pixels=config.data.max_pixels,
         template="none" if config.reward.prompt_file is None else _FROM_FILE,
     )

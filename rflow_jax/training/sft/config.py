@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.training.config import CommonConfig
-from rflow_jax.training.qwen.config import QwenDataConfig, QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenDataConfig, QwenRunConfig
 from rflow_jax.utils.checks import require_least
 
 
@@ -69,7 +68,7 @@ class SftTaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftRunConfig(CommonConfig):
+class SftRunConfig(QwenRunConfig):
     """Fine-tunes a Qwen2.5-VL on chats.
 
     Attributes:
@@ -78,7 +77,9 @@ class SftRunConfig(CommonConfig):
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
         sft: what is exported at a checkpoint.
-        trainable: what is trained.
+        lora: the LoRA that is trained.
+        trainable_parameters: regular expression on dotted parameter paths of the model: these are trained too (".*"
+            without a LoRA is a full fine-tune; ``vision.*`` the vision tower).
         optimizer: how it moves.
         train: the steps; a sample is a chat.
         mesh: how the devices are arranged.
@@ -92,5 +93,4 @@ class SftRunConfig(CommonConfig):
     task: Literal["sft"] = "sft"
     data: ChatDataConfig
     sft: SftTaskConfig = field(default_factory=SftTaskConfig)
-    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
     validation: ChatValidationConfig = field(default_factory=ChatValidationConfig)

@@ -83,13 +83,13 @@ class Sft:
 
         base = load_qwen(folder, dtype=jnp.dtype(config.train.dtype), sharding_for=sharding_for(mesh))
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
-        parts = partition_params(base, config.trainable, mesh, seed=config.train.seed)
+        parts = partition_params(base, config, mesh)
         self._sizes = row_sizes(config, sizes, rules)
         prepare = QwenProcessor(tokenizer, rules, sizes, self._sizes.tokens, config.data.max_pixels)
         self._maker = ChatMaker(prepare, self._sizes)
         self._objective = make_objective(config, parts.graph, sizes, rules)
         name = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
-        merge = config.sft.merge or config.trainable.parameters is not None
+        merge = config.sft.merge or config.trainable_parameters is not None
         self.exporter = TrainedChat(parts, folder, name, merge)
         self.trainable = parts.trainable
 
