@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -302,9 +302,9 @@ def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser) 
     return _unknown(key, parser.get_defaults().keys())
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
+def _unknown(key: str, known: Collection[str]) -> str:
     # Of a section that is one word, --data={buffer: 9}, jsonargparse names the inner key alone.
-    inner = (new for old, new in RENAMED.items() if old.endswith(f".{key}"))
+    inner = (new for old, new in RENAMED.items() if old.endswith(f".{key}") and new in known)
     new = current_key(key) if "." in key else RENAMED.get(key) or next(inner, key)
     return f"{key} is now called {new}" if new != key else f"unknown key {key}: did you mean {nearest(key, known)}?"
 
