@@ -264,7 +264,7 @@ def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
     return result
 
 
-def _keys(configs: Iterable[type], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _keys(configs: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, type) of dataclasses; a key may hold a dictionary of any keys."""
     for config in configs:
         for name, kind in get_type_hints(config).items():
