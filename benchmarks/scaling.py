@@ -56,7 +56,7 @@ SAMPLING = (
         "search_v6e_8",
         "v6e:2x4",
         "sample",
-        overrides=("--mesh.fsdp=1", "--mesh.tensor=2", "--mesh.sequence=4", "--settings.batch_size=1"),
+        overrides=("--mesh.fsdp=1", "--mesh.tensor=2", "--mesh.sequence=4", "--sampling.batch_size=1"),
     ),
     Row("flux_dev_nvila", "v5p:1x1x1", "sample"),
 )

@@ -98,7 +98,7 @@ def many_at_once(config: SearchConfig, pipe: Any, out: Path, count: int) -> tupl
     """(seconds, part of the time that the generator worked) of the engine's search."""
     clock = BusyClock()
     live = SearchProgress(config.strategy("reflect").images() * count, clock, Usage)
-    engine = Engine(pipe, models(config), config.settings, config.prompts_in_flight, live, clock)
+    engine = Engine(pipe, models(config), config.sampling, config.prompts_in_flight, live, clock)
     begin = time.perf_counter()
     with live:
         engine.run(prompts(config, out, count))
@@ -119,7 +119,7 @@ def one_after_another(config: SearchConfig, pipe: Any, out: Path, count: int) ->
             work = works.popleft()
             result: Any = None
             if work.step == "draw":
-                (image,) = (pipe if work.corrects else bare).start([run.request(work)], config.settings).images()
+                (image,) = (pipe if work.corrects else bare).start([run.request(work)], config.sampling).images()
                 run.folder.write_image(run.place(work), image)
             elif work.step == "score":
                 image = run.folder.read_image(run.place(work))
@@ -172,7 +172,7 @@ def main() -> None:
             prompts_in_flight=arguments.in_flight,
             noise=NoiseStage(1, 2),
             reflect=ReflectStage(arguments.rounds, 2),
-            settings=settings,
+            sampling=settings,
             verifier=VerifierConfig(**asked, concurrency=32),
             reflector=TextGeneratorConfig(**asked, concurrency=32),
             refiner=TextGeneratorConfig(**asked, concurrency=32),

@@ -56,7 +56,7 @@ def sampling_programs(
     scan_blocks = scans_blocks(config.scan_blocks, mesh)
     flux = abstract_bundle(config.model, mesh, dtype=dtype, scan_blocks=scan_blocks, lora=ranks, blocks=blocks)
     pipe = Pipeline(flux, mesh=mesh)
-    settings = pipe.resolve(config.settings)
+    settings = pipe.resolve(config.sampling)
     program = pipe.program_of(settings, ranks is not None)
     rows = NamedSharding(mesh, PartitionSpec(DATA) if pipe.replicas > 1 else PartitionSpec())
     whole = NamedSharding(mesh, PartitionSpec())

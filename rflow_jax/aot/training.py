@@ -29,7 +29,7 @@ from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.partition import PartitionedModel, split_trainable
 from rflow_jax.training.prefetch import AHEAD
 from rflow_jax.training.qwen.batches import Rows, RowSizes, rows_of
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenRunConfig
 from rflow_jax.training.qwen.model import ParamPartition, flops_of_sample
 from rflow_jax.training.qwen.model import split_trainable as split_moving_qwen
 from rflow_jax.training.reward import task as reward
@@ -71,7 +71,7 @@ def _reward(config: RewardRunConfig, mesh: Mesh, layers: int | None) -> AheadPro
     special = min(_SPECIAL, last) if config.reward.token == "special" else None
     base = abstract_qwen2_5_vl(sizes, dtype)
     model = nnx.eval_shape(lambda base: reward.begin(base, special, config.train.seed, dtype), base)
-    parts = abstract_parts(model, config.trainable, mesh, also=reward.HEAD)
+    parts = abstract_parts(model, config, mesh, also=reward.HEAD)
     objective = reward.make_objective(config, parts.graph, sizes, rules, special)
     padded, count = RowSizes.of(config.data, sizes, rules, pictures=1), config.train.batch_size
     rows = NamedSharding(mesh, BATCH)
@@ -89,7 +89,7 @@ def _reward(config: RewardRunConfig, mesh: Mesh, layers: int | None) -> AheadPro
 
 def _sft(config: SftRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
     sizes, rules = read_qwen_sizes(config.model, layers)
-    parts = abstract_parts(abstract_qwen2_5_vl(sizes, jnp.dtype(config.train.dtype)), config.trainable, mesh)
+    parts = abstract_parts(abstract_qwen2_5_vl(sizes, jnp.dtype(config.train.dtype)), config, mesh)
     objective = sft.make_objective(config, parts.graph, sizes, rules)
     padded, count = RowSizes.of(config.data, sizes, rules, pictures=config.data.max_images), config.train.batch_size
     rows = NamedSharding(mesh, BATCH)
@@ -104,11 +104,11 @@ def _sft(config: SftRunConfig, mesh: Mesh, layers: int | None) -> AheadProgram:
     return _program(step, state, parts, chats, mesh, count * flops)
 
 
-def abstract_parts(model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, also: str = "") -> ParamPartition:
+def abstract_parts(model: Qwen25VL, config: QwenRunConfig, mesh: Mesh, *, also: str = "") -> ParamPartition:
     """The shapes of :func:`rflow_jax.training.qwen.model.partition_params`."""
-    if config.pattern is not None:
-        attach_shapes(model, dict.fromkeys(select(linears(model), config.pattern), config.rank))
-    graph, trainable, frozen = split_moving_qwen(model, config, also)
+    if (lora := config.lora).target_modules is not None:
+        attach_shapes(model, dict.fromkeys(select(linears(model), lora.target_modules), lora.rank))
+    graph, trainable, frozen = split_moving_qwen(model, config.trainable_parameters, also)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     return ParamPartition(graph, on_mesh(trainable, mesh), on_mesh(frozen, mesh))
 
@@ -147,7 +147,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     rows = NamedSharding(mesh, BATCH)
     examples = jax.tree.map(lambda x: shaped(x.shape, x.dtype, rows), encoded)
     step = make_step(trained.graph, optimizer, recipe, mesh, shardings)
-    resident = bytes_on_a_device(encoders) if not precomputed or config.validation.shards else 0
+    resident = bytes_on_a_device(encoders) if not precomputed or config.validation.path else 0
     kept = bytes_on_a_device((state, trained.frozen))
     batches = AHEAD * bytes_on_a_device(inputs)
 
@@ -184,19 +184,19 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
 
 def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | None = None) -> PartitionedModel:
     """The partitioned model, as shapes on the mesh."""
-    dtype, wanted = jnp.dtype(config.train.dtype), config.trainable
+    dtype, lora = jnp.dtype(config.train.dtype), config.lora
     scan_blocks = scans_blocks(config.train.scan_blocks, mesh)
     flux = abstract_bundle(config.model, mesh, dtype=dtype, scan_blocks=scan_blocks, blocks=blocks)
     del flux.weights["transformer"]
     transformer = abstract_flux(flux.flux_config, dtype)
-    if wanted.parameters is None:
-        if wanted.lora is not None:
-            ranks = corrector_ranks(wanted.lora, transformer)
+    if config.trainable_parameters is None:
+        if lora.init_from is not None:
+            ranks = corrector_ranks(lora.init_from, transformer)
         else:
-            ranks = dict.fromkeys(select(linears(transformer), wanted.pattern), wanted.rank)
+            ranks = dict.fromkeys(select(linears(transformer), lora.target_modules), lora.rank)
         attach_shapes(transformer, ranks if blocks is None else fitting(ranks, transformer))
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
-    trainable, frozen, scales = split_trainable(transformer, wanted, graph, config.model)
+    trainable, frozen, scales = split_trainable(transformer, config.trainable_parameters, graph, config.model)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     frozen = on_mesh(jax.eval_shape(graph.stacked, frozen), mesh)
     running = on_mesh(jax.eval_shape(graph.stacked, trainable), mesh)

@@ -99,7 +99,7 @@ def verifier_programs(config: SearchConfig, devices: Sequence[Any], *, layers: i
 def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | None = None) -> list[LocalModel]:
     """The models behind :func:`verifier_programs`; writers that are configured alike share one."""
     verifiers = {f"verifier {k}": member for k, member in enumerate(config.verifier.members, 1)}
-    image = config.settings.width, config.settings.height
+    image = config.sampling.width, config.sampling.height
     judges = [
         _MAKERS[one.name](role, one, image, devices, layers)
         for role, one in (verifiers or {"verifier": config.verifier}).items()

@@ -31,13 +31,13 @@ class TfdsConfig:
         shards: tar files, as for training.
         out: folder; the data set goes to genref/1.0.0 in it.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
-        patience: how long a server is waited for.
+        retry: how long a server is waited for.
     """
 
     shards: str | list[str]
     out: str
     cache: str | None = None
-    patience: RetryPolicy = field(default_factory=RetryPolicy)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def tfds(config: TfdsConfig) -> None:
     import_tfds()  # said before shards are indexed, and not after
     from rflow_jax.precompute.tfds_builder import write_tfds
 
-    source = open_tars(config.shards, cache=Path(config.cache) if config.cache else None, patience=config.patience)
+    source = open_tars(config.shards, cache=Path(config.cache) if config.cache else None, retry=config.retry)
     folder = write_tfds(source, Path(config.out))
     counts = ", ".join(f"{name} {count}" for name, count in source.counts.items())
     print(f"{folder}: {sum(source.counts.values())} records ({counts})")

@@ -15,9 +15,10 @@ from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig, require_lora_effect
 from rflow_jax.openai_client import png_bytes
 from rflow_jax.parallel.layout import MeshConfig
+from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import use_folder, write_file
 from rflow_jax.utils.checks import require_dtype, require_text
-from rflow_jax.utils.cli import Command
+from rflow_jax.utils.cli import Command, early_value
 from rflow_jax.utils.images import read_image
 from rflow_jax.utils.progress import count_progress
 
@@ -46,11 +47,12 @@ class GenerateConfig:
         mesh: how the first devices of this machine are laid out; each axis 1: one device.
         scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
             time; null: on TPU.
+        sampling: how an image is generated; ``--height`` and so on are short for ``--sampling.height``.
     """
 
     model: str
     prompt: str
-    out: str
+    out: str = "images"
     lora: str | None = None
     lora_alpha: float | None = None
     dtype: str = "bfloat16"
@@ -61,6 +63,7 @@ class GenerateConfig:
     num_images: int = 1
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     scan_blocks: bool | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -77,16 +80,20 @@ class GenerateConfig:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command."""
-    return Command((GenerateConfig, SamplingConfig), generate)
+    """The command, which also reads a search's YAML file; the LoRA there is the corrector, so it needs a condition."""
+    shared = ("model", "dtype", "seed", "mesh", "scan_blocks", "sampling")
+    if early_value(argv, "condition", ""):
+        shared += ("lora", "lora_alpha")
+    return Command((GenerateConfig,), generate, kin=(SearchConfig, RunConfig), shared=shared)
 
 
-def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
+def generate(config: GenerateConfig) -> int:
     """Writes ``seed_{seed}.png`` and ``seed_{seed}.json`` for each image; returns the exit status.
 
     Raises:
         InputError: an input is not usable, or a file of that name was made otherwise.
     """
+    settings = config.sampling
     if config.lora is not None:
         require_lora_effect(settings, with_condition=config.condition is not None)
     elif config.condition is not None:
@@ -95,7 +102,7 @@ def generate(config: GenerateConfig, settings: SamplingConfig) -> int:
     names = [f"seed_{seed if isinstance(seed, int) else '-'.join(map(str, seed))}" for seed in seeds]
     condition = None if config.condition is None else read_image(Path(config.condition))
     out = Path(config.out)
-    records = [_record(config, settings, seed) for seed in seeds]
+    records = [_record(config, seed) for seed in seeds]
     for name, record in zip(names, records, strict=True):
         _require_free(out / f"{name}.png", record)
     if out.is_file():
@@ -146,7 +153,7 @@ def _seeds(config: GenerateConfig) -> list[Seed]:
     return [(*front, last + number) if front else last + number for number in range(config.num_images)]
 
 
-def _record(config: GenerateConfig, settings: SamplingConfig, seed: Seed) -> dict[str, Any]:
+def _record(config: GenerateConfig, seed: Seed) -> dict[str, Any]:
     digest = None
     if config.condition is not None:
         digest = hashlib.sha256(Path(config.condition).read_bytes()).hexdigest()
@@ -161,7 +168,7 @@ def _record(config: GenerateConfig, settings: SamplingConfig, seed: Seed) -> dic
         "lora": config.lora,
         "lora_alpha": config.lora_alpha,
         "dtype": config.dtype,
-        "settings": asdict(settings),
+        "settings": asdict(config.sampling),
     }
 
 

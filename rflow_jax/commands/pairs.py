@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from rflow_jax.data.transforms import pictures, uniforms
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig, require_lora_effect
 from rflow_jax.openai_client import png_bytes
+from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command
@@ -42,6 +43,7 @@ class PairsConfig:
         dtype: number type of the weights and activations, bfloat16 or float32.
         seed: with the number of a pair it gives the noise.
         crop: the square that is cut from pictures that are none: "center", or "random" by the seed.
+        sampling: how an image is generated; ``--height`` and so on are short for ``--sampling.height``.
     """
 
     file: str
@@ -52,6 +54,7 @@ class PairsConfig:
     dtype: str = "bfloat16"
     seed: int = 0
     crop: Literal["center", "random"] = "center"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
@@ -72,11 +75,12 @@ class Pair:
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
-    """The command; the file may be given without its flag."""
-    return Command((PairsConfig, SamplingConfig), pairs, ("file",))
+    """The command, which also reads a search's YAML file; the list of pairs may be given without its flag."""
+    shared = ("model", "lora", "lora_alpha", "dtype", "seed", "sampling")
+    return Command((PairsConfig,), pairs, ("file",), (SearchConfig, RunConfig), shared)
 
 
-def pairs(config: PairsConfig, settings: SamplingConfig) -> int:
+def pairs(config: PairsConfig) -> int:
     """Writes ``{number}.png`` (bad, good, generated), ``generated/{number}.png`` and ``{number}.json``.
 
     Returns:
@@ -85,6 +89,7 @@ def pairs(config: PairsConfig, settings: SamplingConfig) -> int:
     Raises:
         InputError: the file, the model or the folder is not usable.
     """
+    settings = config.sampling
     if settings.height != settings.width:
         raise InputError(f"pairs are squares: give one number as height and width, not {settings.height} and "
                          f"{settings.width}")  # fmt: skip
@@ -105,7 +110,7 @@ def pairs(config: PairsConfig, settings: SamplingConfig) -> int:
         task = bar.add_task("compiling and correcting", total=len(todo))
         for first in range(0, len(todo), settings.batch_size):
             chunk = todo[first : first + settings.batch_size]
-            ready = list(_readable(chunk, config, settings))
+            ready = list(_readable(chunk, config))
             failed += len(chunk) - len(ready)
             images = pipe.generate(
                 [pair.prompt for pair, _, _ in ready],
@@ -165,9 +170,10 @@ def _pair(entry: Any, number: int, path: Path) -> Pair:
     return Pair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
 
 
-def _readable(chunk: list[Pair], config: PairsConfig, settings: SamplingConfig) -> Iterator[tuple[Pair, Image, Image]]:
+def _readable(chunk: list[Pair], config: PairsConfig) -> Iterator[tuple[Pair, Image, Image]]:
     """(pair, bad picture as the condition, good picture) of those that can be read; prints why others are left out."""
-    sizes = DataConfig("", target_size=settings.height, condition_size=settings.condition_size, crop=config.crop)
+    sampling = config.sampling
+    sizes = DataConfig("", target_size=sampling.height, condition_size=sampling.condition_size, crop=config.crop)
     for pair in chunk:
         position = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)
         try:

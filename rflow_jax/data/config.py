@@ -18,7 +18,7 @@ class DataConfig:
     """GenRef: where it is stored, what is drawn, and how a record is processed.
 
     Attributes:
-        shards: tar files: paths, folders, hf://, http(s)://, gs:// or s3:// addresses, with {000..208} and *; or the
+        path: tar files: paths, folders, hf://, http(s)://, gs:// or s3:// addresses, with {000..208} and *; or the
             folder of a TFDS data set or of precomputed latents.
         format: ``tar`` reads records by byte range, after one pass for an index; ``stream`` reads each shard once, in
             order, for what has no byte ranges; ``tfds`` and ``precomputed`` are folders made by
@@ -37,12 +37,12 @@ class DataConfig:
         skip_limit: more unusable records than this, of one process and since it was started, end the run.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         allow_shell: whether ``pipe:`` shards may run shell commands.
-        buffer: records of each subset held in memory to be shuffled, in every process (``stream`` alone); of GenRef
-            about 1.6 MB each.
-        patience: how long a server is waited for.
+        shuffle_buffer_size: records of each subset held in memory to be shuffled, in every process (``stream`` alone);
+            of GenRef about 1.6 MB each.
+        retry: how long a server is waited for.
     """
 
-    shards: str | list[str]
+    path: str | list[str]
     format: Format = "tar"
     split_ratios: dict[str, list[float]] = field(
         default_factory=lambda: {
@@ -64,12 +64,13 @@ class DataConfig:
     skip_limit: int = 1000
     cache: str | None = None
     allow_shell: bool = False
-    buffer: int = 1000
-    patience: RetryPolicy = RetryPolicy()
+    shuffle_buffer_size: int = 1000
+    retry: RetryPolicy = RetryPolicy()
 
     def __post_init__(self) -> None:
         SubsetSchedule(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # validates both
-        require_least(self, "data", target_size=1, condition_size=1, workers=0, prefetch=1, skip_limit=0, buffer=1)
+        require_least(self, "data", target_size=1, condition_size=1, workers=0, prefetch=1, skip_limit=0)
+        require_least(self, "data", shuffle_buffer_size=1)
         for name in ("drop_text_prob", "drop_image_prob", "drop_reflection_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name} is {getattr(self, name)}: give a number from 0 to 1")

@@ -134,7 +134,7 @@ def runs(recording: Recording) -> list[Run]:
     return [
         Run("adamw", adamw, meta["adamw"]["steps"], {meta["adamw"]["steps"]: adamw_file}),
         Run("prodigy", base, max(prodigy["steps"]), files),
-        Run("prodigy_clip2", OptimizerConfig("prodigy", **_settings(prodigy), clip=small), clip2["steps"], {}),
+        Run("prodigy_clip2", OptimizerConfig("prodigy", **_settings(prodigy), max_grad_norm=small), clip2["steps"], {}),
         Run(
             "prodigy_bigd",
             OptimizerConfig("prodigy", **replaced, **common),

@@ -8,7 +8,7 @@ from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
-from rflow_jax.utils.checks import require_dtype, require_seed
+from rflow_jax.utils.checks import require_dtype, require_least, require_seed
 from rflow_jax.verifiers.config import ENSEMBLE, NONE, VerifierConfig
 from rflow_jax.writers.base import TextGeneratorConfig
 
@@ -49,14 +49,14 @@ class ReflectStage:
         search_branch: images of each prompt that are corrected in a round: its width.
         history: so many earlier images of the chain, and the reflections on them, are shown to the reflection
             generator beside the current one.
-        count_noise_images: an image from before the first correction can be the best of its chain and of all; false
+        include_initial_images: an image from before the first correction can be the best of its chain and of all; false
             is the accounting of the original.
     """
 
     search_rounds: int = 16
     search_branch: int = 2
     history: int = 0
-    count_noise_images: bool = True
+    include_initial_images: bool = True
 
     def __post_init__(self) -> None:
         _require_size("reflect", self.search_rounds, self.search_branch)
@@ -83,7 +83,7 @@ class SearchConfig:
         mesh: how the devices of this machine are laid out; along ``data`` each makes images of its own.
         scan_blocks: stack the transformer's blocks and loop over them: a program that compiles in a fraction of the
             time; null: on TPU.
-        settings: how an image is generated.
+        sampling: how an image is generated; ``--height`` and so on are short for ``--sampling.height``.
         verifier: who scores the images.
         reflector: who writes the reflections.
         refiner: who refines the prompts.
@@ -102,7 +102,7 @@ class SearchConfig:
     budget: float | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     scan_blocks: bool | None = None
-    settings: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     reflector: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
     refiner: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
@@ -187,9 +187,10 @@ class RunConfig:
         prompts: file with GenEval metadata, one JSON object a line.
         out: folder of the run; a run that was stopped goes on.
         start: first prompt of the file.
-        end: the prompt to stop before; -1 goes on to the last.
+        end: the prompt to stop before; null goes on to the last, and so does -1.
         images: folder of an earlier run, ours or the original's: ``reflect`` begins with its images.
-        share: this process takes prompts k, k + n, k + 2n, ... of "k/n"; n processes with one folder share a run.
+        process_index: number of this process, from 0; it takes every ``process_count``-th prompt from this one on.
+        process_count: number of processes that share a run and its folder.
         distributed: on a TPU pod: the processes find each other, and share the prompts.
         strategy: written by the command: which search this is.
     """
@@ -197,22 +198,20 @@ class RunConfig:
     prompts: str
     out: str
     start: int = 0
-    end: int = -1
+    end: int | None = None
     images: str | None = None
-    share: str = "0/1"
+    process_index: int = 0
+    process_count: int = 1
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     strategy: Kind | None = None
 
-    def place(self) -> tuple[int, int]:
-        """(index of this process, number of processes) from ``share``.
-
-        Raises:
-            InputError: ``share`` is not k/n.
-        """
-        number, slash, count = self.share.partition("/")
-        if not slash or not number.isdecimal() or not count.isdecimal() or not int(number) < int(count):
-            raise InputError(f"share is {self.share}: give k/n, the k-th of n processes, such as 0/4")
-        return int(number), int(count)
+    def __post_init__(self) -> None:
+        require_least(self, "", process_count=1)
+        if not 0 <= self.process_index < self.process_count:
+            raise InputError(
+                f"process_index is {self.process_index}: give a number from 0 to {self.process_count - 1} "
+                f"(process_count is {self.process_count})"
+            )
 
 
 def _require_size(name: str, rounds: int, branches: int) -> None:

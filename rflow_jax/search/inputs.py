@@ -25,15 +25,16 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return [_entry(entry, source) for source, entry in read_json_lines(Path(path), "prompt file", _EXAMPLE)]
 
 
-def slice_prompts(entries: list[dict[str, Any]], start: int, end: int) -> dict[int, dict[str, Any]]:
-    """The entries from ``start`` up to ``end`` (-1: to the last) by their index in the file.
+def slice_prompts(entries: list[dict[str, Any]], start: int, end: int | None) -> dict[int, dict[str, Any]]:
+    """The entries from ``start`` up to ``end`` (None or -1: to the last) by their index in the file.
 
     Raises:
         InputError: nothing is left.
     """
-    stop = len(entries) if end == -1 else min(end, len(entries))
-    if start < 0 or end < -1 or start >= stop:
-        raise InputError(f"--start {start} --end {end} leaves none of the {len(entries)} prompts")
+    stop = len(entries) if end is None or end == -1 else min(end, len(entries))
+    if start < 0 or start >= stop:
+        given = f"--start {start}" if end is None else f"--start {start} --end {end}"
+        raise InputError(f"{given} leaves none of the {len(entries)} prompts")
     return {index: entries[index] for index in range(start, stop)}
 
 

@@ -89,7 +89,7 @@ def _search(
         models.verifier is not None,
         config.reflect.history,
         config.noise.noise_similarity,
-        config.reflect.count_noise_images,
+        config.reflect.include_initial_images,
         {
             "model": config.model,
             "lora": config.lora,
@@ -97,7 +97,7 @@ def _search(
             "dtype": config.dtype,
             "closeness": config.noise.noise_similarity,
             "models": {role: None if model is None else model.name for role, model in roles.items()},
-            "settings": asdict(pipe.resolve(config.settings)),
+            "settings": asdict(pipe.resolve(config.sampling)),
         },
     )
 
@@ -117,7 +117,7 @@ def _search(
     engine = Engine(
         pipe,
         models,
-        config.settings,
+        config.sampling,
         config.prompts_in_flight,
         live,
         clock,
@@ -170,7 +170,7 @@ def _load(kind: Kind, config: SearchConfig) -> Any:
 def _process(run_config: RunConfig) -> tuple[int, int]:
     """(index of this process, number of processes)."""
     if not run_config.distributed.enabled:
-        return run_config.place()
+        return run_config.process_index, run_config.process_count
     import jax
 
     from rflow_jax.parallel.distributed import start_processes

@@ -15,7 +15,7 @@ import yaml
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client import public_url
 from rflow_jax.utils.atomic_io import try_lock, use_folder
-from rflow_jax.utils.checks import RENAMED
+from rflow_jax.utils.checks import current_key, flatten
 from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
 from rflow_jax.writers.base import TextGeneratorConfig
 
@@ -26,7 +26,9 @@ NOT_IN_FINGERPRINT = (
     "out",
     "start",
     "end",
-    "share",
+    "share",  # of earlier versions: process_index and process_count
+    "process_index",
+    "process_count",
     "distributed",
     "mesh",
     "scan_blocks",
@@ -64,8 +66,8 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         assert isinstance(before, dict)
     except (ValueError, AssertionError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read; give another folder as --out") from error
-    was, now = _flat(_fingerprint(before)), _flat(_fingerprint(config))
-    was = {RENAMED.get(key, key): value for key, value in was.items()}
+    was, now = flatten(_fingerprint(before)), flatten(_fingerprint(config))
+    was = {current_key(key): value for key, value in was.items()}
     other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
     if other:
         key = other[0]
@@ -168,10 +170,3 @@ def public_section(model: VerifierConfig | TextGeneratorConfig) -> dict[str, Any
             kept = {*given, "model"} if member.asks_endpoint else given
             members[k] = {key: value for key, value in public_section(member).items() if key in kept}
     return section
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -25,6 +25,7 @@ from rflow_jax.training.run_folder import fresh
 from rflow_jax.training.task import Exporter
 from rflow_jax.training.train_state import TrainState
 from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.checks import current_key
 
 _BLOCK = 1 << 24  # bytes
 
@@ -113,14 +114,23 @@ def _checksums(folder: Path) -> dict[str, int]:
 
 # Settings that a resumed run must keep: otherwise its numbers would mean something else, or its state would not fit.
 IMMUTABLE_ON_RESUME = (
-    *("task", "model", "trainable.*", "optimizer.name", "train.batch_size", "train.dtype", "train.seed"),
+    *(
+        "task",
+        "model",
+        "lora.*",
+        "trainable_parameters",
+        "optimizer.name",
+        "train.batch_size",
+        "train.dtype",
+        "train.seed",
+    ),
     *("train.*_attn", "train.latent_lora", "train.max_sequence_length"),
     *("data.split_ratios.*", "data.training_stages", "data.*_size", "data.crop", "data.drop_*", "data.max_*"),
     "reward.*",
 )
 NAMED = ("data.split_ratios.*",)  # dictionaries whose keys are the user's
 # Settings that do not affect training; a change of any other (the learning rate, say) is logged.
-MUTABLE_ON_RESUME = ("out", "resume", "distributed.*", "watch.*", "checkpoint.*", "validation.*", "data.shards")
+MUTABLE_ON_RESUME = ("out", "resume", "distributed.*", "logging.*", "checkpoint.*", "validation.*", "data.path")
 
 _DISK = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 CHECKPOINTS, SEALS = "checkpoints", "checksums"
@@ -361,7 +371,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 def _compare(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Raises InputError for settings that must not change, and logs other changes."""
-    changes = []
+    changes, stored = [], {current_key(name): value for name, value in stored.items()}
     # A setting that only one of them has came with another version, except those that users name.
     for name in [name for name in (stored | wanted) if name in stored.keys() & wanted or _is_one_of(name, NAMED)]:
         # Through JSON, as it was stored: tuples are lists there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.options import CORRECTOR_TARGET_MODULES, AttentionImpl, Remat
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.utils.checks import (
+    flatten,
     nearest,
     require_dtype,
     require_least,
@@ -23,30 +23,25 @@ from rflow_jax.utils.checks import (
 
 
 @dataclass(frozen=True)
-class TrainableConfig:
-    """What is trained.
+class LoraConfig:
+    """The LoRA that is trained.
 
     Attributes:
-        rank: of the LoRA.
+        rank: its rank.
         alpha: its strength is alpha / rank; null is the rank.
-        pattern: regular expression on dotted paths: the linears that get an adapter.
-        lora: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
-        parameters: regular expression on dotted parameter paths: train these and no LoRA (".*" is all of them).
+        target_modules: regular expression on dotted paths: the linears that get an adapter.
+        init_from: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
     """
 
     rank: int = 32
     alpha: float | None = None
-    pattern: str = CORRECTOR_TARGET_MODULES
-    lora: str | None = None
-    parameters: str | None = None
+    target_modules: str = CORRECTOR_TARGET_MODULES
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "trainable", rank=1)
-        require_positive(self, "trainable", "alpha")
-        if self.parameters is not None and self.lora is not None:
-            raise InputError("trainable.parameters trains the model's own parameters, so trainable.lora cannot be used")
-        for name in ("pattern", "parameters"):
-            require_pattern(f"trainable.{name}", getattr(self, name))
+        require_least(self, "lora", rank=1)
+        require_positive(self, "lora", "alpha")
+        require_pattern("lora.target_modules", self.target_modules)
 
 
 @dataclass(frozen=True)
@@ -74,8 +69,8 @@ class ValidationConfig:
     """Validation on records that are held out.
 
     Attributes:
-        shards: of the held-out records; null: no validation.
-        format: of these shards, as in ``data``.
+        path: of the held-out records, as in ``data``; null: no validation.
+        format: of what is there, as in ``data``.
         every: steps between two; there is one before the first step too.
         records: how many of each subset give the loss.
         pictures: how many images of each subset are generated.
@@ -85,7 +80,7 @@ class ValidationConfig:
         seed: of noise, in losses and images.
     """
 
-    shards: str | list[str] | None = None
+    path: str | list[str] | None = None
     format: Format = "tar"
     every: int = 1000
     records: int = 8
@@ -107,7 +102,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """How a run is watched.
+    """How a run reports its progress.
 
     Attributes:
         every: steps between two lines.
@@ -122,8 +117,8 @@ class LoggingConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "watch", every=1)
-        require_positive(self, "watch", "peak_tflops")
+        require_least(self, "logging", every=1)
+        require_positive(self, "logging", "peak_tflops")
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ class OptimizerConfig:
         schedule: after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
         warmup_steps: number of steps over which it rises linearly.
         decay_steps: the step at which ``linear`` and ``cosine`` end.
-        clip: the gradients' global norm is cut down to this.
+        max_grad_norm: the gradients' global norm is clipped to this.
         weight_decay: decoupled, as in AdamW.
         betas: decay of the averages of gradients and of their squares.
         eps: added to the denominator.
@@ -150,7 +145,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     decay_steps: int | None = None
-    clip: float = 0.5
+    max_grad_norm: float = 0.5
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -159,7 +154,7 @@ class OptimizerConfig:
     safeguard_warmup: bool = True
 
     def __post_init__(self) -> None:
-        require_positive(self, "optimizer", "lr", "clip", "eps", "d0", "d_coef")
+        require_positive(self, "optimizer", "lr", "max_grad_norm", "eps", "d0", "d_coef")
         require_least(self, "optimizer", warmup_steps=0, decay_steps=1, weight_decay=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optimizer.betas is {list(self.betas)}: give numbers of at least 0 and below 1")
@@ -182,7 +177,8 @@ class LoopConfig:
     Attributes:
         steps: optimizer steps in all.
         batch_size: samples of one optimizer step, on all devices together.
-        accumulation: the batch is processed in this number of parts, one after the other, to save memory.
+        gradient_accumulation_steps: the batch is processed in this number of parts, one after the other, to save
+            memory.
         remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
         dtype: of the activations and of the parameters that stay as they are.
         seed: every draw derives from it.
@@ -191,7 +187,7 @@ class LoopConfig:
 
     steps: int = 6000
     batch_size: int = 64
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     remat: Remat = "full"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
@@ -199,15 +195,16 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
-        require_least(self, "train", steps=1, batch_size=1, accumulation=1)
+        require_least(self, "train", steps=1, batch_size=1, gradient_accumulation_steps=1)
         require_seed("train.seed", self.seed)
 
     def check_batch(self, devices: int) -> None:
         """Raises InputError unless every device gets the same number of samples, in every part of the batch."""
-        if self.batch_size % (devices * self.accumulation):
+        parts = self.gradient_accumulation_steps
+        if self.batch_size % (devices * parts):
             raise InputError(
-                f"train.batch_size is {self.batch_size}: give a multiple of {devices * self.accumulation} (samples are "
-                f"spread over {devices} device{'s' if devices > 1 else ''}, in {self.accumulation} parts)"
+                f"train.batch_size is {self.batch_size}: give a multiple of {devices * parts} (samples are spread over "
+                f"{devices} device{'s' if devices > 1 else ''}, in {parts} gradient accumulation steps)"
             )
 
 
@@ -239,7 +236,9 @@ class CommonConfig:
         model: the model it begins with.
         out: folder of the run.
         resume: go on from the newest checkpoint in ``out``, if there is one.
-        trainable: what is trained.
+        trainable_parameters: regular expression on dotted parameter paths of the model: train these and no LoRA (".*"
+            is all of them).
+        lora: the LoRA that is trained.
         optimizer: how it moves.
         train: the steps.
         mesh: how the devices are arranged.
@@ -247,27 +246,29 @@ class CommonConfig:
         data: what it is trained on.
         checkpoint: when the run is saved.
         validation: how it is tried on held-out records.
-        watch: how it is watched.
+        logging: how its progress is reported.
     """
 
     task: str
     model: str
     out: str
     resume: bool = False
+    trainable_parameters: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    watch: LoggingConfig = field(default_factory=LoggingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         if not self.out:
             raise InputError("out is empty: name the folder of the run")
+        require_pattern("trainable_parameters", self.trainable_parameters)
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name."""
-        return dict(_flat(asdict(self)))
+        return flatten(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,17 +281,14 @@ class RunConfig(CommonConfig):
 
     task: Literal["corrector"] = "corrector"
     data: DataConfig
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: StepConfig = field(default_factory=StepConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainable_parameters is not None and self.lora.init_from is not None:
+            raise InputError("trainable_parameters trains no LoRA: leave lora.init_from out")
 
 
 # The key ``task`` of a configuration -> (its dataclass, the class that is made from it and a mesh).

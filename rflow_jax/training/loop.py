@@ -73,7 +73,7 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
 
     write_config(out, asdict(config))
     numbers = {"steps": config.train.steps, "batch_size": config.train.batch_size, "flops": task.flops}
-    writer = MetricWriter(out, config.watch, **numbers, resumed=start, dtype=config.train.dtype)
+    writer = MetricWriter(out, config.logging, **numbers, resumed=start, dtype=config.train.dtype)
     watch = stack.enter_context(closing(writer))
     watch.info(headline(config, mesh, task, start))
     return Run(config, task, state, task.make_step(optimizer, shardings), checkpoints, loader, validation, watch)
@@ -132,7 +132,7 @@ def write_metrics(run: Run, unwritten: tuple[int, Any, Any] | None) -> None:
         raise RunError(
             f"step {step}: the loss is {report.loss}, the gradient's norm {report.gradient_norm}; "
             + (f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet")
-            + "; lower optimizer.lr or optimizer.clip, or set train.dtype to float32"
+            + "; lower optimizer.lr or optimizer.max_grad_norm, or set train.dtype to float32"
         )
     metrics = {name: float(one.total / one.of) for name, one in report.metrics.items() if one.of}
     run.watch.step(step, report, batch, run.loader.drawn(step), metrics)

@@ -100,7 +100,7 @@ class MetricWriter:
             try:
                 self._wandb = importlib.import_module("wandb")
             except ImportError as error:
-                raise InputError("watch.wandb: the package is not installed: pip install wandb") from error
+                raise InputError("logging.wandb: the package is not installed: pip install wandb") from error
             id_file = out / WANDB_ID  # a resumed run continues the same run of wandb
             if not id_file.exists():
                 write_file(id_file, uuid.uuid4().hex)

@@ -36,7 +36,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         inner = optax.adamw(learning_rate(config), b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
     else:
         inner = prodigy(config)
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), inner)
 
 
 def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:

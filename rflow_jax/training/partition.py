@@ -21,7 +21,7 @@ from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import adapters_in, attach, init_lora
 from rflow_jax.models.stack import unstack_blocks
 from rflow_jax.parallel.sharding import put_by, sharding_for
-from rflow_jax.training.config import TrainableConfig
+from rflow_jax.training.config import LoraConfig
 from rflow_jax.training.corrector.step import INIT
 from rflow_jax.weights.flux import FluxModel, load_flux, scans_blocks
 from rflow_jax.weights.hub import resolve_lora
@@ -99,11 +99,19 @@ class PartitionedModel:
 
 
 def load_trainable_model(
-    model: str, config: TrainableConfig, *, seed: int, dtype: str, mesh: Mesh, scan_blocks: bool | None = False
+    model: str,
+    config: LoraConfig,
+    parameters: str | None = None,
+    *,
+    seed: int,
+    dtype: str,
+    mesh: Mesh,
+    scan_blocks: bool | None = False,
 ) -> PartitionedModel:
     """Loads a model onto the mesh and splits it into trainable and frozen parameters.
 
     Args:
+        parameters: regular expression on the dotted paths of parameters that are trained in place of a LoRA.
         scan_blocks: see :func:`rflow_jax.generation.pipeline.load_pipeline`.
 
     Raises:
@@ -112,18 +120,18 @@ def load_trainable_model(
     flux = load_flux(model, lora=None, lora_alpha=None, dtype=dtype, mesh=mesh)
     transformer = flux.graphs.transformer.merge(*flux.weights.pop("transformer"))
     choose = sharding_for(mesh)
-    if config.parameters is None and config.lora is not None:
-        lora = read_lora(resolve_lora(config.lora), alpha=config.alpha)
+    if parameters is None and config.init_from is not None:
+        lora = read_lora(resolve_lora(config.init_from), alpha=config.alpha)
         attach(transformer, lora.adapters, dtype=jnp.float32, put=put_by(choose), where=lora.source)
-    elif config.parameters is None:
+    elif parameters is None:
         rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
-        options = {"alpha": config.alpha, "pattern": config.pattern, "sharding_for": choose}
+        options = {"alpha": config.alpha, "pattern": config.target_modules, "sharding_for": choose}
         init_lora(transformer, config.rank, rngs=rngs, **options)
-    return partition_params(flux, transformer, config, scan_blocks=scans_blocks(scan_blocks, mesh))
+    return partition_params(flux, transformer, parameters, scan_blocks=scans_blocks(scan_blocks, mesh))
 
 
 def partition_params(
-    flux: FluxModel, transformer: FluxTransformer, config: TrainableConfig, *, scan_blocks: bool
+    flux: FluxModel, transformer: FluxTransformer, parameters: str | None, *, scan_blocks: bool
 ) -> PartitionedModel:
     """Splits a transformer into trainable and frozen parameters, stacked if blocks are to be scanned.
 
@@ -131,9 +139,9 @@ def partition_params(
         InputError: a pattern matches no parameter.
     """
     graph = FluxGraph.of(transformer, scan_blocks=scan_blocks)
-    trainable, frozen, scales = split_trainable(transformer, config, graph, flux.name)
+    trainable, frozen, scales = split_trainable(transformer, parameters, graph, flux.name)
     scales = jax.tree.map(np.asarray, scales)  # copied: stacking donates them
-    if config.parameters is not None:
+    if parameters is not None:
         # Steps are far below bfloat16's resolution: trained parameters are float32, and rounded where they are used.
         trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     by_block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
@@ -141,24 +149,25 @@ def partition_params(
 
 
 def split_trainable(
-    transformer: FluxTransformer, config: TrainableConfig, graph: FluxGraph, name: str
+    transformer: FluxTransformer, parameters: str | None, graph: FluxGraph, name: str
 ) -> tuple[Any, ...]:
     """The trainable part of a transformer, the frozen part, and the scales of the LoRA that is trained, all by block.
 
     Args:
+        parameters: regular expression on their dotted paths; None: the LoRA.
         graph: of the transformer.
         name: of the model, for an error.
 
     Raises:
         InputError: a pattern matches no parameter, or parameters of only some of the stacked blocks.
     """
-    if config.parameters is None:
+    if parameters is None:
         _, trainable, frozen = nnx.split(transformer, nnx.LoRAParam, ...)
         return trainable, frozen, nnx.state(transformer, LoRAScale)
-    chosen = re.compile(config.parameters)
+    chosen = re.compile(parameters)
     _, trainable, frozen = nnx.split(transformer, lambda path, _: bool(chosen.fullmatch(dotted(path))), ...)
     if not jax.tree.leaves(trainable):
-        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter of {name}")
+        raise InputError(f"trainable_parameters: {parameters!r} matches no parameter of {name}")
     graph.require_stackable(trainable)
     return trainable, frozen, nnx.State({})
 

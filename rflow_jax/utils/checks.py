@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
+from typing import Any
 
 from rflow_jax.errors import InputError
 
@@ -20,12 +21,45 @@ def require_text(text: str, source: str) -> str:
     return text
 
 
-# Keys of a configuration that had another name in an earlier version: the old one -> the new one.
+# Keys and whole sections of a configuration that had another name in an earlier version: the old one -> the new one.
 RENAMED = {
+    "settings": "sampling",
+    "share": "process_index and process_count",
     "noise.closeness": "noise.noise_similarity",
-    "data.patience.longest_pause": "data.patience.max_backoff",
-    "patience.longest_pause": "patience.max_backoff",
+    "reflect.count_noise_images": "reflect.include_initial_images",
+    "watch": "logging",
+    "trainable": "lora",
+    "trainable.pattern": "lora.target_modules",
+    "trainable.lora": "lora.init_from",
+    "trainable.parameters": "trainable_parameters",
+    "train.accumulation": "train.gradient_accumulation_steps",
+    "optimizer.clip": "optimizer.max_grad_norm",
+    "data.shards": "data.path",
+    "validation.shards": "validation.path",
+    "data.buffer": "data.shuffle_buffer_size",
+    "data.patience": "data.retry",
+    "data.patience.longest_pause": "data.retry.max_backoff",
+    "patience": "retry",
+    "patience.longest_pause": "retry.max_backoff",
 }
+
+
+def current_key(key: str) -> str:
+    """The name that a dotted key has in this version."""
+    section, _, rest = key.rpartition(".")
+    if key in RENAMED or not section:
+        return RENAMED.get(key, key)
+    return f"{current_key(section)}.{rest}"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 DTYPES = ("bfloat16", "float32")
 LARGEST_SEED = 2**32 - 1
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.utils.checks import RENAMED, nearest
+from rflow_jax.utils.checks import RENAMED, current_key, flatten, nearest
 from rflow_jax.utils.recipes import find_recipe
 
 T = TypeVar("T")
@@ -55,13 +55,15 @@ class Command:
         run: called with an instance of each.
         words: the flags that take the words without one, such as a folder, in their order; one that is a list takes all
             but what those after it need.
-        kin: dataclasses of other commands; of a YAML file that is meant for them, the sections that both have are used.
+        kin: dataclasses of other commands, whose YAML files this one reads too.
+        shared: the keys that it takes from such a file; the others of ``kin`` are left out.
     """
 
     configs: tuple[type, ...]
     run: Callable[..., int | None]
     words: tuple[str, ...] = ()
     kin: tuple[type, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -111,7 +113,15 @@ def run_command(
     """
     parser = _parser(command, prog, description)
     argv = list(sys.argv[1:] if argv is None else argv)
-    for step in (_underscored, _named_recipes, _spelled_out_switches, _numbers_in_lists, _named_words, _own_sections):
+    for step in (
+        _underscored,
+        _short_flags,
+        _named_recipes,
+        _spelled_out_switches,
+        _numbers_in_lists,
+        _named_words,
+        _known_keys,
+    ):
         argv = step(argv, command)
     try:
         namespace = parser.parse_args(argv)
@@ -165,6 +175,14 @@ def _underscored(argv: Sequence[str], command: Command) -> list[str]:
     ]
 
 
+def _short_flags(argv: Sequence[str], command: Command) -> list[str]:
+    """``--height`` means ``--sampling.height``."""
+    keys = [f"--{key}" for key, _ in _keys(command.configs) if key.startswith("sampling.")]
+    whole = {key.replace("sampling.", "", 1): key for key in keys}
+    flags = [word.partition("=") for word in argv]
+    return [whole.get(name, name) + equals + value for name, equals, value in flags]
+
+
 def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:
     """``--config debug`` means the recipe of this name, where there is no such file."""
     result = list(argv)
@@ -175,7 +193,7 @@ def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:
 
 def _spelled_out_switches(argv: Sequence[str], command: Command) -> list[str]:
     """``--latent_lora`` alone means ``--latent_lora true``, also in front of a word that goes by itself."""
-    switches = {f"--{f.name}" for config in command.configs for f in fields(config) if isinstance(f.default, bool)}
+    switches = {f"--{key}" for key, kind in _keys(command.configs) if kind is bool}
 
     def alone(after: str) -> bool:
         return after.startswith("--") or (command.words != () and after.lower() not in ("true", "false"))
@@ -226,19 +244,31 @@ def _bare_words(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     return bare, rest
 
 
-def _own_sections(argv: Sequence[str], command: Command) -> list[str]:
-    """The words, with a YAML file that is meant for another command replaced by those sections of it that this has."""
-    if not command.kin:
-        return list(argv)
-    own = {f.name: is_dataclass(f.default_factory) for config in command.configs for f in fields(config)}
-    foreign = {f.name for config in command.kin for f in fields(config)} - own.keys()
+def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
+    """The words, once the keys of YAML files are known ones; without those that only other commands have.
+
+    jsonargparse would name an unknown key without its section.
+    """
+    own = {f.name for config in command.configs for f in fields(config)}
+    others = {f.name for config in command.kin for f in fields(config)}
+    known = [key for key, _ in _keys((*command.configs, *command.kin))]
     result = list(argv)
     for k, file in _values_of(argv, "--config"):
         content = _yaml(file)
-        if foreign & content.keys():
-            sections = {key: value for key, value in content.items() if own.get(key)}
-            result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(sections, default=str)}"
+        for key in flatten(content):
+            if not any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in known):
+                raise InputError(f"{file}: {_unknown(key, known)}")
+        if content.keys() & (others - own):
+            kept = {key: value for key, value in content.items() if key in command.shared or key not in others}
+            result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(kept, default=str)}"
     return result
+
+
+def _keys(configs: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of dataclasses; a key may hold a dictionary of any keys."""
+    for config in configs:
+        for name, kind in get_type_hints(config).items():
+            yield from _keys([kind], f"{prefix}{name}.") if is_dataclass(kind) else [(prefix + name, kind)]
 
 
 def _yaml(file: str) -> dict[str, Any]:
@@ -269,9 +299,14 @@ def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser) 
         return text.replace('"<unicode string>"', _config_file(argv))
     # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
     key = unknown[1]
-    if new := next((new for old, new in RENAMED.items() if f".{old}".endswith(f".{key}")), None):
-        return f"{key} is now called {new}"
-    return f"unknown key {key}: did you mean {nearest(key, parser.get_defaults().keys())}?"
+    return _unknown(key, list(parser.get_defaults().keys()))
+
+
+def _unknown(key: str, known: Collection[str]) -> str:
+    # Of a section that is one word, --data={buffer: 9}, jsonargparse names the inner key alone.
+    inner = (new for old, new in RENAMED.items() if old.endswith(f".{key}") and new in known)
+    new = current_key(key) if "." in key else RENAMED.get(key) or next(inner, key)
+    return f"{key} is now called {new}" if new != key else f"unknown key {key}: did you mean {nearest(key, known)}?"
 
 
 def plain(error: ArgumentError) -> str:

@@ -57,7 +57,7 @@ def run(tmp_path_factory):
             out,
             "--end=3",
             "--verifier.max_retries=8",
-            "--settings.num_inference_steps=2",
+            "--sampling.num_inference_steps=2",
             server=server,
         )
         assert done.returncode == 0, done.stderr
@@ -120,7 +120,7 @@ def test_no_secret_is_written(run):
 def test_a_second_run_on_a_finished_folder_does_nothing_and_says_so(run):
     out, *_ = run
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
-    command = ["reflect", *DEBUG, "--out", out, "--end=3", "--settings.num_inference_steps=2"]
+    command = ["reflect", *DEBUG, "--out", out, "--end=3", "--sampling.num_inference_steps=2"]
     with OpenAIServer() as server:
         done = infer(*command, "--verifier.max_retries=1", server=server)
         assert server.calls == []
@@ -147,12 +147,12 @@ def test_filter_chooses_the_best_of_the_first_images(run, tmp_path):
 
 def test_two_processes_share_a_run_and_reflect_begins_with_its_images(tmp_path):
     noise, out = tmp_path / "noise", tmp_path / "reflect"
-    more = ["--end=3", "--noise.search_rounds=1", "--settings.num_inference_steps=1", "--settings.batch_size=2"]
+    more = ["--end=3", "--noise.search_rounds=1", "--sampling.num_inference_steps=1", "--sampling.batch_size=2"]
     with OpenAIServer() as server:
         with ThreadPoolExecutor(2) as together:
-            shares = [f"--share={number}/2" for number in range(2)]
+            shares = [["--process_count=2", f"--process_index={number}"] for number in range(2)]
             every = list(
-                together.map(lambda s: infer("noise", *DEBUG, *more, "--out", noise, s, server=server), shares)
+                together.map(lambda s: infer("noise", *DEBUG, *more, "--out", noise, *s, server=server), shares)
             )
         for done, count in zip(every, ("2 prompts, 4 images, 4", "1 prompt, 2 images, 2"), strict=True):
             assert done.returncode == 0, done.stderr
@@ -173,7 +173,7 @@ def test_two_processes_share_a_run_and_reflect_begins_with_its_images(tmp_path):
 
 
 def test_noise_prompt_refines_each_branch(tmp_path):
-    more = ["--end=1", "--settings.num_inference_steps=1", "--out", tmp_path / "run"]
+    more = ["--end=1", "--sampling.num_inference_steps=1", "--out", tmp_path / "run"]
     with OpenAIServer() as server:
         done = infer("noise-prompt", *DEBUG, *more, server=server)
         written = {sentence_of(call.image, call.text): call for call in server.calls if call.role == "write"}

@@ -15,7 +15,7 @@ from rflow_jax.verifiers.config import VerifierConfig
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ["--config=configs/debug.yaml", "--prompts=configs/prompts_debug.jsonl", "--end=2"]
-QUICK = ["--noise.search_rounds=1", "--reflect.search_rounds=1", "--settings.num_inference_steps=1"]
+QUICK = ["--noise.search_rounds=1", "--reflect.search_rounds=1", "--sampling.num_inference_steps=1"]
 REWARD = ["--verifier.name=reward", "--verifier.model=tests/golden/qwen/reward"]
 BATCHES = '{"batch_size": 2, "dtype": "float32"}'
 

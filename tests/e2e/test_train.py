@@ -34,7 +34,7 @@ class Place:
     def command(self, out: str, *flags: str) -> list[str]:
         return [
             *(sys.executable, "train.py", "--config", "configs/corrector_debug.yaml"),
-            *("--data.shards", f"{self.shards}/{{000..001}}.tar", "--validation.shards", f"{self.shards}/002.tar"),
+            *("--data.path", f"{self.shards}/{{000..001}}.tar", "--validation.path", f"{self.shards}/002.tar"),
             *("--out", str(self.root / out), "--data.cache", str(self.root / "index"), *flags),
         ]
 
@@ -175,7 +175,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(place, whole, small_disk):
     out = small_disk / "run"
-    status, text = place.run(str(out), "--checkpoint.keep_every", "5", "--watch.tensorboard", "false")
+    status, text = place.run(str(out), "--checkpoint.keep_every", "5", "--logging.tensorboard", "false")
     assert status == 1, text
     assert "Traceback" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
@@ -196,7 +196,7 @@ def test_latents_made_before_give_the_losses_of_pictures(place):
         "--model",
         "tests/golden/pipeline",
         *sizes,
-        "--data.shards",
+        "--data.path",
         f"{place.shards}/{{000..001}}.tar",
         "--dtype",
         "float32",
@@ -205,10 +205,10 @@ def test_latents_made_before_give_the_losses_of_pictures(place):
     ]
     command += ["--max_sequence_length", "64", str(latents)]
     subprocess.run(command, cwd=ROOT, env=place.environment(), check=True, capture_output=True)
-    how = ["--data.crop", "center", "--train.steps", "6", "--validation.shards", "null"]
+    how = ["--data.crop", "center", "--train.steps", "6", "--validation.path", "null"]
     status, text = place.run("of_pictures", *how)
     assert status == 0, text
-    how += ["--data.format", "precomputed", "--data.shards", str(latents)]
+    how += ["--data.format", "precomputed", "--data.path", str(latents)]
     status, text = place.run("of_latents", *how, "--train.steps", "4")
     assert status == 0, text
     status, text = place.run("of_latents", *how, "--resume", "true")
@@ -249,7 +249,8 @@ def test_two_processes_give_the_losses_of_one(place, whole):
 
 
 def test_a_stream_in_two_processes_goes_on_where_both_stood(place):
-    how = ["--data.format", "stream", "--data.buffer", "4", "--validation.shards", "null", "--checkpoint.every", "3"]
+    how = ["--data.format", "stream", "--data.shuffle_buffer_size", "4"]
+    how += ["--validation.path", "null", "--checkpoint.every", "3"]
     for out, *parts in (("streamed", "6"), ("streamed_in_parts", "3", "6")):
         for steps in parts:
             told = two_processes(place, out, *how, "--resume", "true", "--train.steps", steps)
@@ -260,14 +261,14 @@ def test_a_stream_in_two_processes_goes_on_where_both_stood(place):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data.shards", "/nowhere/*.tar"], ["/nowhere/*.tar", "no shard matches"]),
+        (["--data.path", "/nowhere/*.tar"], ["/nowhere/*.tar", "no shard matches"]),
         (["--data.split_ratios", "{generel: [1, 1]}"], ["generel", "did you mean general?"]),
         (["--mesh.fsdp", "3"], ["mesh", "does not divide 1 device"]),
         (["--train.batchsize", "8"], ["train.batchsize", "did you mean train.batch_size?"]),
-        (["--train.accumulation", "3"], ["train.batch_size", "multiple of 3"]),
+        (["--train.gradient_accumulation_steps", "3"], ["train.batch_size", "multiple of 3"]),
         (["--data.target_size", "70"], ["data.target_size", "multiple of"]),
         (["--model", "/nowhere"], ["/nowhere"]),
-        (["--trainable.pattern", "nothing"], ["nothing"]),
+        (["--lora.target_modules", "nothing"], ["nothing"]),
     ],
     ids=["shards", "subset", "mesh", "key", "batch", "size", "model", "pattern"],
 )
@@ -281,15 +282,15 @@ def test_bad_input_is_one_line(place, flags, words):
 
 
 def test_a_start_that_failed_leaves_nothing_in_the_way(place):
-    assert place.run("afresh", "--data.shards", "/nowhere/*.tar")[0] == 2
+    assert place.run("afresh", "--data.path", "/nowhere/*.tar")[0] == 2
     status, text = place.run("afresh", "--train.steps", "1", "--validation.pictures", "0")
     assert status == 0, text
 
 
 def test_a_checkpoint_of_another_model_is_refused(place, whole):
-    status, text = place.run("whole", "--resume", "true", "--trainable.rank", "8")
+    status, text = place.run("whole", "--resume", "true", "--lora.rank", "8")
     assert status == 2, text
-    assert "trainable.rank" in text
+    assert "lora.rank" in text
     assert place.steps("whole") == whole
 
 

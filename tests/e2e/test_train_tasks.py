@@ -73,9 +73,9 @@ def pairs(place) -> Path:
 
 def flags_of(pairs: Path, steps: int) -> list[str]:
     return [
-        *("--data.pairs", str(pairs), "--data.shards", "null", "--validation.shards", "null"),
-        *("--reward.normalise", "false", "--train.batch_size", "4", "--train.steps", str(steps), "--watch.every", "1"),
-        *("--optimizer.decay_steps", "4", "--watch.tensorboard", "false"),
+        *("--data.pairs", str(pairs), "--data.path", "null", "--validation.path", "null"),
+        *("--reward.normalise", "false", "--train.batch_size", "4", "--train.steps", str(steps)),
+        *("--logging.every", "1", "--optimizer.decay_steps", "4", "--logging.tensorboard", "false"),
     ]
 
 
@@ -85,7 +85,7 @@ def test_reward_training_tells_preferences_of_held_out_pairs(place):
     shards = str(place.root / "genref" / "{000..018}.tar")
     held_out = str(place.root / "genref" / "019.tar")
     begin = time.monotonic()
-    status, text = place.run("reward_debug", "learned", "--data.shards", shards, "--validation.shards", held_out)
+    status, text = place.run("reward_debug", "learned", "--data.path", shards, "--validation.path", held_out)
     assert status == 0, text
     print(f"{time.monotonic() - begin:.0f} s\n{text}")
     accuracy = {
@@ -135,8 +135,8 @@ def test_sigterm_saves_and_the_run_goes_on(place, pairs):
         (["--reward.loss", "bradley"], ["reward.loss"]),
         (["--model", "/nowhere"], ["/nowhere"]),
         (["--data.pairs", "/nowhere.jsonl"], ["/nowhere.jsonl"]),
-        (["--trainable.pattern", "nothing"], ["nothing"]),
-        (["--train.batch_size", "3", "--train.accumulation", "2"], ["train.batch_size", "multiple of 2"]),
+        (["--lora.target_modules", "nothing"], ["nothing"]),
+        (["--train.batch_size", "3", "--train.gradient_accumulation_steps", "2"], ["multiple of 2"]),
     ],
     ids=["task", "key", "loss", "model", "pairs", "pattern", "batch"],
 )
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(place, pairs, flags, words):
 
 def test_a_checkpoint_of_other_settings_is_refused(place, pairs):
     assert place.run("reward_debug", "kept", *flags_of(pairs, 1))[0] == 0
-    for flag, value in (("--reward.loss", "btt"), ("--data.max_tokens", "80"), ("--trainable.rank", "3")):
+    for flag, value in (("--reward.loss", "btt"), ("--data.max_tokens", "80"), ("--lora.rank", "3")):
         status, text = place.run("reward_debug", "kept", *flags_of(pairs, 2), "--resume", "true", flag, value)
         assert status == 2, text
         assert flag.removeprefix("--") in text
@@ -161,7 +161,8 @@ def test_a_checkpoint_of_other_settings_is_refused(place, pairs):
 def chats(place) -> list[str]:
     (place.root / "chats").mkdir()
     file = str(make_chats(place.root / "chats"))
-    small = ["--data.max_images", "2", "--train.batch_size", "2", "--watch.every", "1", "--watch.tensorboard", "false"]
+    small = ["--data.max_images", "2", "--train.batch_size", "2"]
+    small += ["--logging.every", "1", "--logging.tensorboard", "false"]
     return ["--data.chats", file, "--validation.chats", file, *small]
 
 

@@ -90,12 +90,12 @@ class Replay:
 class _Player:
     """Does the work that our search asks for, by the trace."""
 
-    def __init__(self, trace: Trace, folder: Path, count_noise_images: bool, unscored: str | None) -> None:
+    def __init__(self, trace: Trace, folder: Path, include_initial_images: bool, unscored: str | None) -> None:
         given = [folder / f"{name}.png" for name in trace.get("start_order", ())]
         for path in given:
             picture(path.stem).save(path)
         verified = bool(trace["scores"])
-        terms = SearchContext(0, verified, 0, 0.95, count_noise_images, {"lora": None})
+        terms = SearchContext(0, verified, 0, 0.95, include_initial_images, {"lora": None})
         entry = {"prompt": trace["prompt"]}
         self.run = PromptSearch(PromptFolder(folder, trace["prompt_index"], entry), strategy_of(trace), terms, given)
         self.trace, self.unscored = trace, unscored
@@ -154,17 +154,17 @@ class _Player:
         return next(image["prompt"] for image in row["images"] if image["image"] == name)
 
 
-def replay(trace: Trace, folder: Path, count_noise_images: bool = False, unscored: str | None = None) -> Replay:
+def replay(trace: Trace, folder: Path, include_initial_images: bool = False, unscored: str | None = None) -> Replay:
     """Our search with the trace's settings and scores; scoring ``unscored`` fails."""
-    player = _Player(trace, folder, count_noise_images, unscored)
+    player = _Player(trace, folder, include_initial_images, unscored)
     player.play()
     assert player.run.finished
     result, names = player.result, player.names
     for number in range(1, trace["settings"]["rounds"] + 1) if "start_order" in trace else ():
         samples = [sample for sample in player.run.samples if sample.round <= number]
-        first = 0 if count_noise_images else 1
+        first = 0 if include_initial_images else 1
         result.chains.append([[names[position] for position in chain[first:]] for chain in chains(samples)])
-        result.best_of_chains.append([names[position] for position in best_of_chains(samples, count_noise_images)])
+        result.best_of_chains.append([names[position] for position in best_of_chains(samples, include_initial_images)])
         newest = [name for name, sample in zip(names, samples, strict=False) if sample.round == number]
         result.parents.append([result.parent_of[name] for name in newest])
     for place in (SAMPLES, LAST_ROUND, BEST_OF_CHAINS, BEST):

@@ -40,7 +40,7 @@ CONFIG = SearchConfig(
     prompts_in_flight=2,
     noise=NoiseStage(2, 2),
     reflect=ReflectStage(3, 2, history=1),
-    settings=SamplingConfig(height=16, width=16, condition_size=16, batch_size=3),
+    sampling=SamplingConfig(height=16, width=16, condition_size=16, batch_size=3),
 )
 PRICE = 0.01  # USD for each answer
 
@@ -174,7 +174,7 @@ def prompt_run(
         verified,
         config.reflect.history,
         config.noise.noise_similarity,
-        config.reflect.count_noise_images,
+        config.reflect.include_initial_images,
         {"model": config.model, "lora": config.lora, "settings": {}},
     )
     strategy = config.strategy(kind, len(given) if given else None)
@@ -182,7 +182,7 @@ def prompt_run(
 
 
 def answer(
-    work: SearchTask, asked: Models, settings: SamplingConfig = CONFIG.settings
+    work: SearchTask, asked: Models, settings: SamplingConfig = CONFIG.sampling
 ) -> WriterOutput | Verdict | None:
     """Does a work at once, without an engine."""
     run = work.run
@@ -255,7 +255,7 @@ def search(
 
     clock = BusyClock()
     live = SearchProgress(config.strategy(kind).images() * len(entries), clock, Usage)
-    engine = Engine(pipe, asked, config.settings, config.prompts_in_flight, live, clock, enough)
+    engine = Engine(pipe, asked, config.sampling, config.prompts_in_flight, live, clock, enough)
     with live:
         engine.run(prompts())
     return Ran(out, engine, live, pipe, asked, most_open)
@@ -268,4 +268,4 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def with_batch(config: SearchConfig, size: int) -> SearchConfig:
     """The same search with another size of batches."""
-    return replace(config, settings=replace(config.settings, batch_size=size))
+    return replace(config, sampling=replace(config.sampling, batch_size=size))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax.training.config import LoopConfig, OptimizerConfig
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.sft.config import ChatDataConfig, SftRunConfig
 from rflow_jax.training.sft.task import Sft
 from tests.kit.task_run import TaskRun
@@ -20,7 +20,7 @@ def sft_config(
     """A run on the recorded base model, float32 and small."""
     loop = LoopConfig(**{"steps": 4, "batch_size": batch, "remat": "none", "dtype": "float32"} | (train or {}))
     data = ChatDataConfig(chats=str(chats), max_tokens=270, max_pixels=100 * 100, max_images=2, workers=0)
-    whole = {"data": data, "train": loop, "trainable": QwenTrainableConfig(rank=4, alpha=8.0)}
+    whole = {"data": data, "train": loop, "lora": QwenLoraConfig(rank=4, alpha=8.0)}
     whole |= {"optimizer": OptimizerConfig("adamw", lr=1e-2)} | how
     return SftRunConfig(model=str(base), out="unused", **whole)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
-from rflow_jax.training.config import OptimizerConfig, TrainableConfig
+from rflow_jax.training.config import LoraConfig, OptimizerConfig
 from rflow_jax.training.corrector.step import ENCODERS, Inputs, StepSpec, TokenShape, make_encode, make_step
 from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.partition import load_trainable_model
@@ -39,13 +39,14 @@ class TrainingRun:
         self,
         mesh: MeshConfig,
         devices: int,
-        trainable: TrainableConfig | None = None,
+        lora: LoraConfig = LoraConfig(rank=4),
+        parameters: str | None = None,
         scan_blocks: bool = False,
         **how,
     ):
         self.mesh = make_mesh(mesh, jax.devices()[:devices])
         loaded = {"seed": 0, "dtype": "float32", "mesh": self.mesh, "scan_blocks": scan_blocks}
-        self.trained = load_trainable_model(str(GOLDEN / "pipeline"), trainable or TrainableConfig(rank=4), **loaded)
+        self.trained = load_trainable_model(str(GOLDEN / "pipeline"), lora, parameters, **loaded)
         optimizer = make_optimizer(OptimizerConfig("adamw", lr=1e-2))
         recipe = StepSpec(0, jnp.float32, TokenShape(TEXT, (2, 2), (1, 1)), **how)
         self.state, shardings = init_state(self.trained.trainable, optimizer, self.mesh)

@@ -20,7 +20,7 @@ from rflow_jax.models.qwen2_5_vl.layout import Grid
 from rflow_jax.training.checkpoints import Checkpoints
 from rflow_jax.training.config import CheckpointConfig
 from rflow_jax.training.qwen.batches import ArrayBatch
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.sft.config import ChatValidationConfig, SftTaskConfig
 from rflow_jax.training.sft.loss import weighed
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
@@ -86,8 +86,8 @@ def our_loss(run: SftRun) -> float:
 
 
 def test_the_loss_and_its_gradient_are_those_of_transformers(case):
-    everything = QwenTrainableConfig(pattern=None, parameters=".*")
-    run = case.run(trainable=everything)
+    everything = {"lora": QwenLoraConfig(target_modules=None), "trainable_parameters": ".*"}
+    run = case.run(**everything)
     model = case.theirs.train(False)
     model.zero_grad()
     want = model(**case.given(run)).loss
@@ -141,7 +141,8 @@ def same_answers(case: Case, run: SftRun, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_fine_tune_leaves_a_folder_of_transformers(case, tmp_path):
-    run = case.run(trainable=QwenTrainableConfig(pattern=None, parameters=r"language\..*|vision\.merger\..*"))
+    named = r"language\..*|vision\.merger\..*"
+    run = case.run(lora=QwenLoraConfig(target_modules=None), trainable_parameters=named)
     run.losses(2)
     folder = exported(run, tmp_path)
     assert folder == tmp_path / "model" / "2"

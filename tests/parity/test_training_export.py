@@ -19,7 +19,7 @@ from rflow_jax.flow.latents import image_ids, rope_for, text_ids
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.parallel.mesh import MeshConfig
 from rflow_jax.training.checkpoints import Checkpoints
-from rflow_jax.training.config import CheckpointConfig, TrainableConfig
+from rflow_jax.training.config import CheckpointConfig, LoraConfig
 from tests.kit.training import GOLDEN, TrainingRun
 
 pytestmark = pytest.mark.parity
@@ -55,15 +55,15 @@ def their_output(model: FluxTransformer2DModel, run: TrainingRun) -> np.ndarray:
 
 
 def test_trained_resumed_and_exported_it_loads_in_diffusers(tmp_path: Path):
-    trainable = TrainableConfig(rank=4, alpha=2.0)
-    first = TrainingRun(MeshConfig(), 1, trainable, remat="none")
+    lora = LoraConfig(rank=4, alpha=2.0)
+    first = TrainingRun(MeshConfig(), 1, lora, remat="none")
     first.losses(range(2))
     kept = Checkpoints(tmp_path, CheckpointConfig())
     kept.save(first.state, {}, {}, first.trained)
     kept.wait()
     kept.close()
 
-    run, again = TrainingRun(MeshConfig(), 1, trainable, remat="none"), Checkpoints(tmp_path, CheckpointConfig())
+    run, again = TrainingRun(MeshConfig(), 1, lora, remat="none"), Checkpoints(tmp_path, CheckpointConfig())
     restored = again.restore(run.state, {})
     assert restored is not None
     run.state = restored[0]

@@ -40,7 +40,7 @@ def test_training_step_of_a_recipe_on_sixteen_chips(tmp_path):
 
 def test_sampler_of_a_recipe_on_eight_chips(tmp_path):
     words = ["--config", "search_v6e_8", "--topology", "v6e:2x4", "--what", "sample", "--blocks", "2,2"]
-    latency = ["--mesh.fsdp=1", "--mesh.sequence=4", "--mesh.tensor=2", "--settings.batch_size=1"]
+    latency = ["--mesh.fsdp=1", "--mesh.sequence=4", "--mesh.tensor=2", "--sampling.batch_size=1"]
     done, found = compiled(tmp_path, *words, *latency)
     assert done.returncode == 0, done.stdout + done.stderr
     assert found["fits"]

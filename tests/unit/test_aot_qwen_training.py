@@ -16,7 +16,7 @@ from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
 from rflow_jax.training.config import CommonConfig, OptimizerConfig
 from rflow_jax.training.optimizers import make_optimizer
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenLoraConfig
 from tests.kit import chats as kit
 from tests.kit.preferences import make_pairs
 from tests.kit.reward import RewardRun, reward_config
@@ -36,7 +36,7 @@ def given(tree):
 @pytest.mark.parametrize("task", ["reward", "sft"])
 def test_a_step_is_compiled_for_what_it_is_given(tmp_path, task):
     if task == "reward":
-        run = RewardRun(reward_config(make_pairs(tmp_path, 8), mesh=MESH, train={"accumulation": 2}), 8)
+        run = RewardRun(reward_config(make_pairs(tmp_path, 8), mesh=MESH, train={"gradient_accumulation_steps": 2}), 8)
     else:
         run = SftRun(sft_config(kit.make_chats(tmp_path), mesh=MESH), 8)
     [program] = qwen_training_programs(run.task._config, run.mesh)
@@ -48,12 +48,13 @@ def test_a_step_is_compiled_for_what_it_is_given(tmp_path, task):
 
 
 def test_parameters_and_their_optimizers_numbers_lie_where_the_real_ones_do(tmp_path):
-    how = QwenTrainableConfig(rank=4, parameters=r"vision\.merger\..*")
     prodigy = OptimizerConfig("prodigy")
-    run = SftRun(sft_config(kit.make_chats(tmp_path), mesh=MESH, trainable=how, optimizer=prodigy), 8)
+    how = {"lora": QwenLoraConfig(rank=4), "trainable_parameters": r"vision\.merger\..*", "optimizer": prodigy}
+    config = sft_config(kit.make_chats(tmp_path), mesh=MESH, **how)
+    run = SftRun(config, 8)
     parts = run.task.exporter.parts
     model = abstract_qwen2_5_vl(run.task._maker.prepare.config, np.float32)
-    shapes = abstract_parts(model, how, run.mesh)
+    shapes = abstract_parts(model, config, run.mesh)
     state, _ = abstract_state(shapes.trainable, make_optimizer(prodigy), run.mesh)
     for real, stand_in in ((run.state, state), (parts.frozen, shapes.frozen)):
         for array, shape in zip(jax.tree.leaves(real), jax.tree.leaves(stand_in), strict=True):

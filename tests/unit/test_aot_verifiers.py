@@ -38,12 +38,12 @@ def qwen(golden, tmp_path_factory):
 
 
 def verifying(name, model, **options):
-    return SearchConfig(model="m", settings=SETTINGS, verifier=VerifierConfig(name=name, model=model, options=options))
+    return SearchConfig(model="m", sampling=SETTINGS, verifier=VerifierConfig(name=name, model=model, options=options))
 
 
 def writing(model, **options):
     writer = TextGeneratorConfig(name="qwen", model=model, options=options)
-    return SearchConfig(model="m", settings=SETTINGS, reflector=writer, refiner=writer)
+    return SearchConfig(model="m", sampling=SETTINGS, reflector=writer, refiner=writer)
 
 
 def same_places(shapes, weights, without=()):
@@ -142,7 +142,7 @@ def test_models_on_the_same_device_are_resident_beside_each_other(golden, qwen):
         {"name": "nvila", "model": checkpoint, "options": {"devices": devices}} for devices in ([0, 1], [1], [5])
     ]
     config = SearchConfig(
-        model="m", settings=SETTINGS, verifier=VerifierConfig(name="ensemble", options={"members": members})
+        model="m", sampling=SETTINGS, verifier=VerifierConfig(name="ensemble", options={"members": members})
     )
     first, _, second, _, third, _ = verifier_programs(config, jax.devices())
     assert [one.name for one in (first, third)] == ["verifier 1 nvila look", "verifier 3 nvila look"]
@@ -158,7 +158,7 @@ def test_writers_that_are_configured_alike_are_one_model(qwen):
     assert [one.resident_bytes for one in verifier_programs(config, jax.devices())] in ([0], [0, 0])
     history = SearchConfig(
         model="m",
-        settings=SETTINGS,
+        sampling=SETTINGS,
         reflect=ReflectStage(history=2),
         reflector=config.reflector,
         refiner=config.refiner,

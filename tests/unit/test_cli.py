@@ -63,9 +63,14 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("convert flx", "unknown command convert flx: did you mean convert flux?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
-        ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean settings.height?"),
+        ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean sampling.height?"),
         ("noise --model=m --prompts=p --out=o --search_branches=2", "search_branch?"),
-        ("generate --model=m --prompt=x --out=o --num_inference_step=2", "did you mean num_inference_steps?"),
+        ("noise --model=m --prompts=p --out=o --share=0/4", "share is now called process_index and process_count"),
+        ("noise --model=m --prompts=p --out=o --settings.height=64", "settings.height is now called sampling.height"),
+        ('noise --model=m --prompts=p --out=o --noise={"closeness":0.9}', "is now called noise.noise_similarity"),
+        ("train --model=m --out=o --trainable.rank=4", "trainable.rank is now called lora.rank"),
+        ("train --model=m --out=o --data.patience.longest_pause 3", "is now called data.retry.max_backoff"),
+        ("generate --model=m --prompt=x --out=o --num_inference_step=2", "did you mean sampling.num_inference_steps?"),
         ("generate --model=m --prompt=x --out=o junk", "junk"),
         ("generate --model=m --out=o", "missing: prompt"),
         ("generate --model=m --prompt=x --out=o --lora_alpha=3", "lora_alpha is given without a lora"),
@@ -107,7 +112,9 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv, message):
         ("verifier: {base_urk: secret}", "did you mean verifier.base_url?"),
         ("verifer: {model: secret}", "did you mean verifier.model?"),
         ("modle: secret", "did you mean model?"),
-        ("noise: {closeness: 0.9}", "closeness is now called noise.noise_similarity"),
+        ("settings: {height: 64}", "wrong.yaml: settings.height is now called sampling.height"),
+        ("share: 0/4", "share is now called process_index and process_count"),
+        ("noise: {closeness: 0.9}", "wrong.yaml: noise.closeness is now called noise.noise_similarity"),
         ("verifier: 3\nmodel: m\nprompts: p\nout: o", "verifier: expected keys with values"),
         ("- a", "wrong.yaml: expected keys with values"),
         ("hi", "wrong.yaml: expected keys with values"),
@@ -303,6 +310,28 @@ def test_generate_does_not_replace_what_was_made_otherwise(pipe, tmp_path, capsy
     assert (tmp_path / "seed_1.png").read_bytes() == b"mine"
 
 
+def test_generate_and_pairs_read_the_recipe_of_a_search(pipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["generate", "--config", "debug", "--prompt", "a cat", "--num_inference_steps", "2"]
+    assert call(*argv) == 0
+    recipe = yaml.safe_load((ROOT / "configs/debug.yaml").read_text())
+    assert pipe.loaded == {"model": "tiny-flux", "lora": None, "lora_alpha": None, "dtype": "float32"}
+    record = json.loads((tmp_path / "images/seed_0.json").read_text())
+    assert record["settings"].items() >= (recipe["sampling"] | {"num_inference_steps": 2}).items()
+    PIL.Image.new("RGB", (16, 16)).save(tmp_path / "bad.png")
+    assert call(*argv, "--out=corrected", "--condition=bad.png") == 0
+    assert pipe.loaded["lora"] == recipe["lora"]
+    pair = {"bad_image": "bad.png", "good_image": "bad.png", "prompt": "a cat", "reflection": "add a cat"}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair]))
+    assert call("pairs", "pairs.json", "--config", "debug", "--out=pairs", "--height=32", "--width=32") == 0
+    used = json.loads((tmp_path / "pairs/00000.json").read_text())["settings"]
+    assert (used["height"], used["num_inference_steps"], used["batch_size"]) == (32, 4, 4)
+    for wrong, meant in {"nois": "noise", "reflect": "reflect.search_branch", "sampling": "sampling.height"}.items():
+        key = {"nois": 3, "reflect": {"search_branches": 2}, "sampling": {"heigth": 64}}[wrong]
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(recipe | {wrong: key}))
+        assert f"did you mean {meant}" in error_of(capsys, "generate", "--config=wrong.yaml", "--prompt=x")
+
+
 # ---- searches ----
 
 
@@ -314,7 +343,7 @@ def prompts(tmp_path):
 
 
 def reflect_argv(prompts, out, base_url, *more):
-    sizes = ["--noise.search_rounds=1", "--reflect.search_rounds=2", "--settings.height=16", "--settings.width=16"]
+    sizes = ["--noise.search_rounds=1", "--reflect.search_rounds=2", "--height=16", "--sampling.width=16"]
     urls = [f"--{role}.base_url={base_url}" for role in ("verifier", "reflector", "refiner")]
     retries = [f"--{role}.max_retries=1" for role in ("verifier", "reflector", "refiner")]
     return ["reflect", "--model=m", "--lora=l", "--prompts", prompts, "--out", out, *sizes, *urls, *retries, *more]
@@ -368,7 +397,7 @@ def test_another_runs_folder_is_left_alone(pipe, prompts, tmp_path, capsys):
 def test_a_model_that_cannot_be_loaded_leaves_the_folder_free(pipe, prompts, tmp_path, capsys):
     argv = ["noise", "--prompts", prompts, "--out", tmp_path / "run", "--verifier.name=none"]
     assert "broken: not a model" in error_of(capsys, *argv, "--model=broken")
-    assert call(*argv, "--model=m", "--noise.search_rounds=1", "--settings.height=16", "--settings.width=16") == 0
+    assert call(*argv, "--model=m", "--noise.search_rounds=1", "--sampling.height=16", "--sampling.width=16") == 0
     assert "8 images; the images are in" in capsys.readouterr().out
     assert pipe.loaded["lora"] is None
 

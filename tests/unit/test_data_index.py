@@ -204,9 +204,9 @@ def test_the_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path):
     a, b = opened(tmp_path / "a"), opened(tmp_path / "b")
     assert a.fingerprint == b.fingerprint
     with FileServer(tmp_path / "a") as server:
-        remote = open_tars(server.url + "/{000,001}.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        remote = open_tars(server.url + "/{000,001}.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         assert remote.fingerprint == a.fingerprint
-        turned = open_tars(server.url + "/{001,000}.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        turned = open_tars(server.url + "/{001,000}.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         assert turned.fingerprint != a.fingerprint
     write_shards(tmp_path / "b", 2, 9)
     assert opened(tmp_path / "b").fingerprint != a.fingerprint
@@ -225,7 +225,7 @@ def test_a_remote_shard_is_indexed_by_hopping(tmp_path):
     named = [(f"{key}.{n}", large.get(n, c)) for key, s in keys_of(0, 4).items() for n, c in members(key, s).items()]
     (tmp_path / "a.tar").write_bytes(tar_bytes(named))
     with FileServer(tmp_path) as server:
-        source = open_tars(server.url + "/a.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        source = open_tars(server.url + "/a.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         assert server.sent < 300_000
         assert source.counts == dict.fromkeys(SUBSETS, 1)
         server.requests.clear()
@@ -236,7 +236,7 @@ def test_a_remote_shard_is_indexed_by_hopping(tmp_path):
 def test_small_remote_members_do_not_cost_a_request_each(tmp_path):
     (path,) = write_shards(tmp_path, 1, 200)
     with FileServer(tmp_path) as server:
-        open_tars(server.url + "/000.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        open_tars(server.url + "/000.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         assert len(server.requests) < 12
         assert server.sent < 1.1 * path.stat().st_size
 
@@ -245,19 +245,19 @@ def test_small_remote_members_do_not_cost_a_request_each(tmp_path):
 def test_faults_of_a_server_are_survived(tmp_path, faults):
     write_shards(tmp_path, 1, 8)
     with FileServer(tmp_path, faults) as server:
-        source = open_tars(server.url + "/000.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        source = open_tars(server.url + "/000.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         assert everything(source) == expected(keys_of(0, 8))
 
 
 def test_a_server_without_ranges_is_an_error_and_never_wrong_bytes(tmp_path):
     write_shards(tmp_path, 1, 8)
     with FileServer(tmp_path) as server:
-        source = open_tars(server.url + "/000.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        source = open_tars(server.url + "/000.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         server.faults = Faults(ranges=False)
         with pytest.raises(InputError, match="does not serve byte ranges"):
             source.read("rule", 1)
         with pytest.raises(InputError, match="does not serve byte ranges"):
-            open_tars(server.url + "/000.tar?x", cache=tmp_path / "other", patience=QUICK, show=False)
+            open_tars(server.url + "/000.tar?x", cache=tmp_path / "other", retry=QUICK, show=False)
         server.faults = Faults(shift=3)
         with pytest.raises(InputError, match="came instead of"):
             source.read("rule", 1)
@@ -276,7 +276,7 @@ def _read_in_child(source, queue):
 def test_other_processes_read_too(tmp_path, method):
     write_shards(tmp_path, 1, 8)
     with FileServer(tmp_path) as server:
-        source = open_tars(server.url + "/000.tar", cache=tmp_path / "cache", patience=QUICK, show=False)
+        source = open_tars(server.url + "/000.tar", cache=tmp_path / "cache", retry=QUICK, show=False)
         here = everything(source)
         context = multiprocessing.get_context(method)
         queue = context.Queue()

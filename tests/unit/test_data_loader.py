@@ -75,7 +75,7 @@ def test_a_resumed_loader_goes_on_where_it_stood(config):
     assert all(same(a, b) for a, b in zip(batches(config, 2, start=4, position=position), whole[4:], strict=True))
     assert sum(position["drawn"].values()) == 4 * BATCH
     with pytest.raises(InputError, match="not the records the run began with"):
-        batches(replace(config, shards=f"{config.shards}/000.tar"), 1, start=4, position=position)
+        batches(replace(config, path=f"{config.path}/000.tar"), 1, start=4, position=position)
 
 
 def test_the_subsets_drawn_are_counted(config):
@@ -94,7 +94,7 @@ def damaged(tmp_path, config) -> DataConfig:
         for name, content in flat(keys_of(0, 24))
     ]
     (tmp_path / "000.tar").write_bytes(tar_bytes(files))
-    return replace(config, shards=str(tmp_path / "000.tar"), split_ratios={"rule": [1.0, 1.0], "editing": [1.0, 1.0]})
+    return replace(config, path=str(tmp_path / "000.tar"), split_ratios={"rule": [1.0, 1.0], "editing": [1.0, 1.0]})
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -110,7 +110,7 @@ def test_a_corrupt_record_is_replaced_and_counted(damaged, workers):
 
 
 def test_held_out_records_that_cannot_be_used_are_told(damaged, caplog):
-    found = read_held_out(ValidationConfig(damaged.shards, records=3), damaged)
+    found = read_held_out(ValidationConfig(damaged.path, records=3), damaged)
     assert [record.subset for record, _ in found].count("rule") == 3
     told = [line for line in caplog.messages if line.startswith("validation: skipped ")]
     assert told
@@ -125,7 +125,7 @@ def test_too_many_corrupt_records_end_the_run(damaged):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_goes_away_is_named(config, tmp_path, workers):
     write_shards(tmp_path, shards=1, count=12)
-    gone = replace(config, shards=str(tmp_path), workers=workers, prefetch=1)
+    gone = replace(config, path=str(tmp_path), workers=workers, prefetch=1)
     with open_loader(gone, seed=1, batch_size=BATCH, slots=range(BATCH)) as loader:
         found = iter(loader)
         next(found)
@@ -163,7 +163,7 @@ if __name__ == "__main__":
 def test_workers_end_with_their_killed_parent(config, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    command = [sys.executable, str(script), str(config.shards), str(config.cache)]
+    command = [sys.executable, str(script), str(config.path), str(config.cache)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None

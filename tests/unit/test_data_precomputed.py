@@ -58,7 +58,7 @@ class Made:
             drop_text_prob=0.2,
         )
         self.config = PrecomputeConfig(MODEL, str(root / "out"), self.tars, "float32", 4, LENGTH)
-        self.latents = replace(self.tars, shards=self.config.out, format="precomputed")
+        self.latents = replace(self.tars, path=self.config.out, format="precomputed")
         precompute(self.config, show=False)
 
 
@@ -139,7 +139,7 @@ def test_an_interrupted_command_goes_on(made, tmp_path, monkeypatch):
         precompute(replace(config, max_sequence_length=10), show=False)
     precompute(config, show=False)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
-    source = open_tars(str(made.tars.shards), cache=Path(made.root / "index"), show=False)
+    source = open_tars(str(made.tars.path), cache=Path(made.root / "index"), show=False)
     found = open_latents(config.out)
     for subset, count in source.counts.items():
         assert found.counts[subset] == count
@@ -176,7 +176,7 @@ def test_a_crop_that_is_drawn_needs_square_pictures(made, tmp_path):
         for name, content in flat(keys_of(0, 4))
     ]
     (tmp_path / "wide.tar").write_bytes(tar_bytes(files))
-    wide = replace(config, data=replace(config.data, shards=str(tmp_path / "wide.tar")), out=str(tmp_path / "wide"))
+    wide = replace(config, data=replace(config.data, path=str(tmp_path / "wide.tar")), out=str(tmp_path / "wide"))
     with pytest.raises(InputError, match=r"40 x 32 pixels .* set data.crop to center"):
         precompute(wide, show=False)
 
@@ -196,7 +196,7 @@ def test_workers_do_not_import_jax():
 
 
 def test_the_command_says_what_is_missing():
-    command = [sys.executable, "-m", "rflow_jax.commands.main", "data", "precompute", "--data.shards", "nowhere", "out"]
+    command = [sys.executable, "-m", "rflow_jax.commands.main", "data", "precompute", "--data.path", "nowhere", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -90,7 +90,7 @@ def test_several_patterns_and_a_name_with_a_star_in_it(folder, monkeypatch):
 )
 def test_what_cannot_be_expanded(folder, pattern, words):
     with pytest.raises(InputError, match=words) as caught:
-        expand(pattern.replace("{F}", str(folder)), patience=QUICK)
+        expand(pattern.replace("{F}", str(folder)), retry=QUICK)
     assert "\n" not in str(caught.value)
 
 
@@ -106,7 +106,7 @@ def test_pipes_are_permitted_by_a_flag():
 
 
 def test_a_store_of_fsspec(memory):
-    shards = expand(["memory://bucket/*.tar", "memory://bucket/{a.tar,c.txt}"], patience=QUICK)
+    shards = expand(["memory://bucket/*.tar", "memory://bucket/{a.tar,c.txt}"], retry=QUICK)
     assert [shard.name for shard in shards] == ["a.tar", "b.tar", "c.txt"]
     assert all(shard.size == len(CONTENT) and shard.version for shard in shards)
     assert read_range(shards[0], 1000, 5000, QUICK) == CONTENT[1000:6000]
@@ -119,14 +119,14 @@ def test_a_store_of_fsspec(memory):
 
 def test_http_addresses(folder):
     with FileServer(folder) as server:
-        shards = expand(server.url + "/{001..002}.tar?token=secret", patience=QUICK)
+        shards = expand(server.url + "/{001..002}.tar?token=secret", retry=QUICK)
         assert [(shard.name, shard.size) for shard in shards] == [(n, len(CONTENT)) for n in ("001.tar", "002.tar")]
         assert shards[0].version
         assert "secret" not in shards[0].shown
         with pytest.raises(InputError, match=r"003\.tar: status 404"):
-            expand(server.url + "/003.tar", patience=QUICK)
+            expand(server.url + "/003.tar", retry=QUICK)
         server.faults.ranges = False
-        assert expand(server.url + "/001.tar?token=secret", patience=QUICK) == shards[:1]
+        assert expand(server.url + "/001.tar?token=secret", retry=QUICK) == shards[:1]
 
 
 def test_secrets_are_not_shown():
@@ -282,7 +282,7 @@ def test_what_is_sent_to_workers_is_small_and_plain():
     [("timeout", 0.0), ("timeout", math.nan), ("max_retries", -1), ("max_backoff", math.nan)],
 )
 def test_bad_patience(name, value):
-    with pytest.raises(InputError, match=f"^patience.{name} is {value}: give "):
+    with pytest.raises(InputError, match=f"^retry.{name} is {value}: give "):
         RetryPolicy(**{name: value})
 
 

@@ -33,9 +33,8 @@ SOON = RetryPolicy(timeout=0.5, max_retries=2, max_backoff=0.01)
 def config(tmp_path_factory) -> DataConfig:
     folder = tmp_path_factory.mktemp("stream")
     write_shards(folder, shards=5, count=12)
-    return DataConfig(
-        str(folder), "stream", EQUAL, target_size=16, condition_size=8, workers=0, buffer=6, patience=SOON, prefetch=2
-    )
+    sizes = {"target_size": 16, "condition_size": 8, "shuffle_buffer_size": 6, "prefetch": 2}
+    return DataConfig(str(folder), "stream", EQUAL, workers=0, retry=SOON, **sizes)
 
 
 def batches(config: DataConfig, count: int, slots=range(BATCH), start: int = 0, position=None) -> list[HostBatch]:
@@ -63,9 +62,9 @@ def test_worker_processes_make_the_same_batches(config):
 
 
 def test_a_shard_is_read_once_in_an_epoch(config):
-    with FileServer(Path(str(config.shards)), Faults(ranges=False)) as server:
+    with FileServer(Path(str(config.path)), Faults(ranges=False)) as server:
         shards = f"{server.url}/{{000..004}}.tar"
-        found = batches(replace(config, shards=shards), 8)
+        found = batches(replace(config, path=shards), 8)
         whole = [path for path, wanted in server.requests if not wanted]
     assert prompts(found) == prompts(batches(config, 8))
     assert max(Counter(whole).values()) - min(Counter(whole).values()) <= 1
@@ -86,7 +85,7 @@ def test_a_position_of_other_shards_or_processes_is_refused(config):
     with open_loader(config, seed=1, batch_size=BATCH, slots=range(BATCH)) as loader:
         position = loader.position(0)
     with pytest.raises(InputError, match="not the records the run began with"):
-        batches(replace(config, shards=f"{config.shards}/000.tar"), 1, position=position)
+        batches(replace(config, path=f"{config.path}/000.tar"), 1, position=position)
     with pytest.raises(InputError, match="of 1 processes with other samples"):
         batches(config, 1, slots=range(2), position=position)
     with pytest.raises(InputError, match="without the position"):
@@ -97,7 +96,7 @@ def test_a_position_of_other_shards_or_processes_is_refused(config):
 @pytest.mark.parametrize("slots", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]])
 def test_processes_share_the_stream(config, shards, slots):
     """Also where there are fewer shards than processes."""
-    found = expand(str(config.shards))[:shards]
+    found = expand(str(config.path))[:shards]
     shares = [ProcessShare.of(own, BATCH) for own in slots]
     parts = shares[0].parts
     routes = [ShardAssignment(found, share, seed=0) for share in shares]
@@ -148,8 +147,8 @@ def test_a_scarce_subset_neither_blocks_nor_fills_the_memory(config, tmp_path):
 def test_a_subset_that_no_shard_holds_is_an_error(config, tmp_path):
     write_shards(tmp_path, shards=2, count=8, subsets=("rule", "editing"))
     with pytest.raises(InputError, match=r"split_ratios\.(length|general): positive, but there are no records"):
-        batches(replace(config, shards=str(tmp_path)), 4)
-    assert batches(replace(config, shards=str(tmp_path), split_ratios={"rule": [1.0, 0.0], "editing": [0.0, 1.0]}), 4)
+        batches(replace(config, path=str(tmp_path)), 4)
+    assert batches(replace(config, path=str(tmp_path), split_ratios={"rule": [1.0, 0.0], "editing": [0.0, 1.0]}), 4)
 
 
 @pytest.fixture
@@ -165,7 +164,7 @@ def damaged(config, tmp_path) -> DataConfig:
         if name != "003_0002.prompt.txt"
     ]
     (tmp_path / "003.tar").write_bytes(tar_bytes(files))
-    return replace(config, shards=str(tmp_path))
+    return replace(config, path=str(tmp_path))
 
 
 def test_damage_is_skipped_named_and_counted(damaged, caplog):
@@ -193,7 +192,7 @@ def test_replacements_do_not_disturb_what_comes_later(damaged):
 @pytest.mark.parametrize("faults", [{"cut": 2}, {"status": 2}, {"dead": 2}, {"stall": 1, "seconds": 2.0}])
 def test_a_server_that_fails_is_asked_again(config, faults, monkeypatch):
     monkeypatch.setattr("rflow_jax.data.storage.retry.SLOWEST", 1 << 30)
-    with FileServer(Path(str(config.shards))) as server:
+    with FileServer(Path(str(config.path))) as server:
         (shard,) = expand(f"{server.url}/000.tar")
         server.faults = Faults(**faults)
         found = list(read_shard(shard, SOON))
@@ -204,7 +203,7 @@ def test_a_server_that_fails_is_asked_again(config, faults, monkeypatch):
 def test_a_dead_address_is_skipped_and_told(config, tmp_path):
     write_shards(tmp_path, shards=3, count=8)
     with FileServer(tmp_path) as server:
-        shards = replace(config, shards=f"{server.url}/{{000..002}}.tar")
+        shards = replace(config, path=f"{server.url}/{{000..002}}.tar")
         with open_loader(shards, seed=1, batch_size=BATCH, slots=range(BATCH)) as loader:
             (tmp_path / "001.tar").unlink()
             found = list(islice(loader, 20))
@@ -213,10 +212,10 @@ def test_a_dead_address_is_skipped_and_told(config, tmp_path):
 
 
 def test_a_pipe_is_read_when_a_flag_allows_it(config, tmp_path):
-    pipe = f"pipe:cat {config.shards}/{{000..004}}.tar"
+    pipe = f"pipe:cat {config.path}/{{000..004}}.tar"
     with pytest.raises(InputError, match="allow_shell"):
-        batches(replace(config, shards=pipe), 1)
-    found = batches(replace(config, shards=pipe, allow_shell=True), 6)
+        batches(replace(config, path=pipe), 1)
+    found = batches(replace(config, path=pipe, allow_shell=True), 6)
     assert prompts(found) == prompts(batches(config, 6))
 
 
@@ -229,7 +228,7 @@ def test_a_pipe_is_read_when_a_flag_allows_it(config, tmp_path):
     ],
 )
 def test_a_pipe_that_hangs_or_fails_is_ended(config, command, words):
-    shard = Shard("pipe:" + command.format(Path(str(config.shards)) / "000.tar"), None, "")
+    shard = Shard("pipe:" + command.format(Path(str(config.path)) / "000.tar"), None, "")
     *before, last = read_shard(shard, SOON)
     assert words in last.trouble
     assert [raw.key for raw in before] == list(keys_of(0, len(before)))
@@ -238,7 +237,7 @@ def test_a_pipe_that_hangs_or_fails_is_ended(config, command, words):
 def test_compressed_shards_are_read(config, tmp_path):
     import gzip
 
-    (tmp_path / "000.tar").write_bytes(gzip.compress((Path(str(config.shards)) / "000.tar").read_bytes()))
+    (tmp_path / "000.tar").write_bytes(gzip.compress((Path(str(config.path)) / "000.tar").read_bytes()))
     (shard,) = expand(str(tmp_path))
     assert [raw.key for raw in read_shard(shard, SOON)] == list(keys_of(0, 12))
     cut = (tmp_path / "000.tar").read_bytes()

@@ -75,7 +75,7 @@ def test_a_copy_in_another_process_reads_the_same(made):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_those_of_the_shards(made, workers):
     tars = DataConfig(str(made.tars), target_size=16, condition_size=8, workers=workers, cache=str(made.root / "index"))
-    arrays = replace(tars, shards=str(made.root / "out"), format="tfds")
+    arrays = replace(tars, path=str(made.root / "out"), format="tfds")
 
     def batches(config):
         with open_loader(config, seed=3, batch_size=8, slots=range(8)) as loader:

@@ -51,7 +51,7 @@ def listed(folder, entries, lines=False):
 
 def config(folder, entries=None, **more):
     file = listed(folder, [entry(n) for n in range(5)] if entries is None else entries)
-    return PairsConfig(str(file), str(folder / "out"), "m", "l", **more)
+    return PairsConfig(str(file), str(folder / "out"), "m", "l", **{"sampling": SETTINGS} | more)
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -125,7 +125,7 @@ def test_a_broken_line_is_named_and_files_that_are_none(folder):
 
 
 def test_bad_good_and_generated_lie_side_by_side(pipe, folder, capsys):
-    assert pairs(config(folder, seed=3), SETTINGS) == 0
+    assert pairs(config(folder, seed=3)) == 0
     out = folder / "out"
     assert capsys.readouterr().out == f"5 pairs in {out}\n"
     assert [len(sent.requests) for sent in pipe.batches] == [2, 2, 1]
@@ -153,16 +153,16 @@ def test_bad_good_and_generated_lie_side_by_side(pipe, folder, capsys):
 
 
 def test_what_is_there_already_is_not_made_again(pipe, folder, capsys):
-    assert pairs(config(folder), SETTINGS) == 0
+    assert pairs(config(folder)) == 0
     before = files(folder / "out")
     (folder / "out/00003.png").unlink()
     (folder / "out/generated/00001.png").unlink()  # its row is there: it is done
     made = len(pipe.requests)
-    assert pairs(config(folder), SETTINGS) == 0
+    assert pairs(config(folder)) == 0
     assert [request.prompt for request in pipe.requests[made:]] == ["prompt 3"]
     assert files(folder / "out") == {k: v for k, v in before.items() if k != "generated/00001.png"}
     capsys.readouterr()
-    assert pairs(config(folder), SETTINGS) == 0
+    assert pairs(config(folder)) == 0
     assert capsys.readouterr().out == f"{folder / 'out'}: all 5 pairs are done; nothing to do\n"
     assert len(pipe.requests) == made + 1
 
@@ -171,7 +171,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_made(pipe, fol
     (folder / "in/bad1.png").write_bytes(b"no picture")
     whole = (folder / "in/good4.png").read_bytes()
     (folder / "in/good4.png").write_bytes(whole[: len(whole) // 2])
-    assert pairs(config(folder), SETTINGS) == 1
+    assert pairs(config(folder)) == 1
     said = capsys.readouterr()
     assert said.out == f"3 pairs in {folder / 'out'}; 2 could not be read\n"
     assert [line.split(":")[0] for line in said.err.splitlines() if line.startswith("left out")] == ["left out"] * 2
@@ -180,23 +180,23 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_made(pipe, fol
     assert [request.prompt for request in pipe.requests] == ["prompt 0", "prompt 2", "prompt 3"]
     # Repaired, they are made by the next start, each with its own seed.
     (folder / "in/good4.png").write_bytes(whole)
-    assert pairs(config(folder), SETTINGS) == 1
+    assert pairs(config(folder)) == 1
     assert pipe.requests[-1].seed == (0, 4)
 
 
 def test_a_random_crop_follows_from_the_seed(pipe, folder):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         file = listed(folder, [entry(0)])
-        pairs(PairsConfig(str(file), str(folder / out), "m", "l", seed=seed, crop="random"), SETTINGS)
+        pairs(PairsConfig(str(file), str(folder / out), "m", "l", seed=seed, crop="random", sampling=SETTINGS))
     first, second, third = (png_bytes(request.condition) for request in pipe.requests)
     assert first == second != third
 
 
 def test_settings_that_do_not_fit_are_said(folder):
     with pytest.raises(InputError, match="pairs are squares"):
-        pairs(config(folder), SamplingConfig(height=32, width=16))
+        pairs(config(folder, sampling=SamplingConfig(height=32, width=16)))
     with pytest.raises(InputError, match="the LoRA acts on condition tokens only"):
-        pairs(config(folder), SamplingConfig(height=32, width=32, union_cond_attn=False))
+        pairs(config(folder, sampling=SamplingConfig(height=32, width=32, union_cond_attn=False)))
     with pytest.raises(InputError, match="seed is -1"):
         config(folder, seed=-1)
 
@@ -209,6 +209,6 @@ def test_pictures_are_turned_as_their_exif_data_say(pipe, folder):
             image.load()
             PIL.Image.fromarray(np.rot90(np.asarray(image), -1)).save(folder / f"in/{name[:-1]}1.png")
             image.save(folder / f"in/{name}.png", exif=turned)
-    assert pairs(config(folder, [entry(0), entry(1)]), SETTINGS) == 0
+    assert pairs(config(folder, [entry(0), entry(1)])) == 0
     first, second = (request.condition.tobytes() for request in pipe.requests)
     assert first == second

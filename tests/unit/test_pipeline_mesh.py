@@ -60,8 +60,9 @@ def test_generate_takes_a_mesh(golden, tmp_path, capsys):
         out=str(tmp_path),
         dtype="float32",
         mesh=MeshConfig(data=1, fsdp=2, sequence=2),
+        sampling=SamplingConfig(height=32, width=32, num_inference_steps=1, max_sequence_length=16),
     )
-    assert generate(config, SamplingConfig(height=32, width=32, num_inference_steps=1, max_sequence_length=16)) == 0
+    assert generate(config) == 0
     assert json.loads((tmp_path / "seed_0.json").read_text())["seed"] == 0
     with pytest.raises(InputError, match="16 devices are asked for, and this process has 8"):
         mesh_of_first(MeshConfig(data=1, tensor=16))

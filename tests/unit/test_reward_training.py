@@ -20,7 +20,7 @@ from rflow_jax.parallel.mesh import MeshConfig
 from rflow_jax.training.checkpoints import Checkpoints
 from rflow_jax.training.config import CheckpointConfig
 from rflow_jax.training.partition import dotted
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.reward.config import PairDataConfig, PairValidationConfig, RewardRunConfig, RewardTaskConfig
 from rflow_jax.training.reward.task import Reward, open_checked
 from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
@@ -42,8 +42,8 @@ def plain(pairs) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "devices", "train"),
     [
-        (MeshConfig(), 1, {"remat": "full", "accumulation": 4}),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"accumulation": 2}),
+        (MeshConfig(), 1, {"remat": "full", "gradient_accumulation_steps": 4}),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"gradient_accumulation_steps": 2}),
     ],
     ids=["in parts", "data x fsdp x tensor in parts"],
 )
@@ -68,22 +68,24 @@ def test_only_the_lora_the_head_and_the_special_tokens_vector_move(pairs):
 
 
 @pytest.mark.parametrize(
-    ("trainable", "task"),
+    ("lora", "parameters", "task"),
     [
-        (QwenTrainableConfig(rank=4, alpha=8.0), RewardTaskConfig(normalise=True)),
-        (QwenTrainableConfig(rank=2, alpha=None, parameters=r"vision\..*|language\.embed\.embedding"), None),
+        (QwenLoraConfig(rank=4, alpha=8.0), None, RewardTaskConfig(normalise=True)),
+        (QwenLoraConfig(rank=2, alpha=None), r"vision\..*|language\.embed\.embedding", None),
         (
-            QwenTrainableConfig(pattern=r"vision\.blocks\.0\.ff\.up|language\.blocks\.1\.attn\.q", rank=3),
+            QwenLoraConfig(target_modules=r"vision\.blocks\.0\.ff\.up|language\.blocks\.1\.attn\.q", rank=3),
+            None,
             RewardTaskConfig(token="last", mrope=True, loss="btt"),
         ),
     ],
     ids=["lora", "vision tower and embedding", "last token"],
 )
 @pytest.mark.parametrize("merge", [True, False])
-def test_the_verifier_gives_the_scores_of_the_trained_model(pairs, tmp_path, trainable, task, merge):
+def test_the_verifier_gives_the_scores_of_the_trained_model(pairs, tmp_path, lora, parameters, task, merge):
     task = task or RewardTaskConfig()
     held_out = PairValidationConfig(pairs=str(pairs), records=6)
-    run = RewardRun(reward_config(pairs, trainable=trainable, reward=task, validation=held_out))
+    how = {"lora": lora, "trainable_parameters": parameters, "reward": task, "validation": held_out}
+    run = RewardRun(reward_config(pairs, **how))
     validation = run.task.open_validation(tmp_path)
     assert validation is not None
     run.losses(2)
@@ -129,7 +131,7 @@ def test_exports_that_go_with_their_checkpoints(pairs, tmp_path):
 
 def test_a_qkv_linear_of_the_tower_can_have_no_lora(pairs):
     with pytest.raises(InputError, match="query, key and value of the vision tower"):
-        RewardRun(reward_config(pairs, trainable=QwenTrainableConfig(pattern=r"vision\.blocks\.0\.attn\.q")))
+        RewardRun(reward_config(pairs, lora=QwenLoraConfig(target_modules=r"vision\.blocks\.0\.attn\.q")))
 
 
 @pytest.mark.parametrize("loss", ["scaled", "reg"])
@@ -269,6 +271,6 @@ def test_settings_that_make_no_sense():
     with pytest.raises(InputError, match=r"reward\.normalise"):
         RewardRunConfig(model="m", out="o", data=PairDataConfig(pairs="p"), reward=RewardTaskConfig(normalise=True))
     with pytest.raises(InputError, match="give one of them"):
-        QwenTrainableConfig(pattern=None)
+        reward_config("p", lora=QwenLoraConfig(target_modules=None))
     with pytest.raises(InputError, match=r"data\.max_ratio"):
         PairDataConfig(pairs="p", max_ratio=0.5)

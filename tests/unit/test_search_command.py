@@ -23,7 +23,7 @@ CONFIG = {
     "lora": "l",
     "noise": {"search_rounds": 1, "search_branch": 2},
     "reflect": {"search_rounds": 2, "search_branch": 2},
-    "settings": SIZES,
+    "sampling": SIZES,
     "verifier": ASKED,
     "reflector": WRITES,
     "refiner": WRITES,
@@ -94,7 +94,7 @@ def test_shares_cover_every_prompt_once_and_together_they_are_the_whole(pipe, gi
     found = []
     for number in reversed(range(processes)):
         before = {path.name for path in out.glob("0*")} if out.exists() else set()
-        assert call("noise", given, out, f"--share={number}/{processes}") == 0
+        assert call("noise", given, out, f"--process_index={number}", f"--process_count={processes}") == 0
         mine = {path.name for path in out.glob("0*")} - before
         assert mine == {f"{index:05d}" for index in range(number, 5, processes)}
         found += mine
@@ -105,10 +105,10 @@ def test_shares_cover_every_prompt_once_and_together_they_are_the_whole(pipe, gi
         assert "all 0 prompts are done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("share", ["", "1", "2/2", "a/b", "-1/2", "0/0", "1/2/3", "0.5/2"])
-def test_a_share_that_is_none_is_said(share):
-    with pytest.raises(InputError, match="give k/n, the k-th of n processes"):
-        RunConfig("p", "o", share=share).place()
+@pytest.mark.parametrize(("index", "count"), [(1, 1), (2, 2), (-1, 2), (0, 0)])
+def test_an_index_beyond_the_processes_is_refused(index, count):
+    with pytest.raises(InputError, match=r"^process_(index|count) is -?\d: give "):
+        RunConfig("p", "o", process_index=index, process_count=count)
 
 
 def test_usage_is_kept_over_starts_and_a_budget_stops_and_goes_on(pipe, given, tmp_path, capsys):

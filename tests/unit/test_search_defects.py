@@ -54,7 +54,7 @@ def test_after_sorting_texts_stay_in_the_old_order_there_and_here_each_chain_kee
 def test_a_noise_image_is_never_the_best_of_all_there_and_here_it_counts(trace: Trace, tmp_path: Path):
     (chosen,) = trace["files"]["samples_best"].values()
     assert chosen.startswith("c")
-    best = replay(trace, tmp_path, count_noise_images=True).best
+    best = replay(trace, tmp_path, include_initial_images=True).best
     assert best.startswith("n")
     assert verdict(trace["scores"][best]).rank >= verdict(trace["scores"][chosen]).rank
 
@@ -67,7 +67,7 @@ def test_a_noise_image_is_never_the_best_of_all_there_and_here_it_counts(trace: 
 def test_chains_begin_at_round_one_there_and_here_at_their_noise_image(trace: Trace, tmp_path: Path):
     theirs = trace["rounds"][-1]
     assert all(image.startswith("c") for chain in theirs["chains"] for image in chain)
-    ours = replay(trace, tmp_path, count_noise_images=True)
+    ours = replay(trace, tmp_path, include_initial_images=True)
     assert {tuple(chain[1:]) for chain in ours.chains[-1]} == {*map(tuple, theirs["chains"])}
     assert all(ours.parent_of[chain[1]] == chain[0] for chain in ours.chains[-1])
     assert any(image.startswith("n") for image in ours.best_of_chains[-1])

@@ -384,7 +384,7 @@ def test_prompts_that_are_done_are_let_go(tmp_path):
             most = max(most, len(alive))
 
     live = SearchProgress(48, BusyClock(), Usage)
-    Engine(FakePipeline(), models(concurrency=1), config.settings, 2, live, BusyClock()).run(prompts())
+    Engine(FakePipeline(), models(concurrency=1), config.sampling, 2, live, BusyClock()).run(prompts())
     assert live.scored == 48
     # Those in flight, and one that each thread has had in hand last.
     assert most <= 2 + 3 + module.SAVERS + 2

@@ -66,7 +66,7 @@ def given(tmp_path, monkeypatch):
         "lora": "l",
         "noise": {"search_rounds": 2, "search_branch": 2},
         "reflect": {"search_rounds": 2, "search_branch": 2},
-        "settings": {"height": 16, "width": 16, "condition_size": 16, "batch_size": 3},
+        "sampling": {"height": 16, "width": 16, "condition_size": 16, "batch_size": 3},
         "verifier": {"name": "ensemble", "options": {"members": [own("a"), own("b", backwards=True, fails="123")],
                                                      "weights": [2.0, 1.0]}},
         "reflector": writes,

@@ -46,8 +46,10 @@ def test_line_separators_inside_a_prompt_do_not_end_the_line(tmp_path):
 
 def test_slices_keep_the_index_of_the_file():
     entries = [{"prompt": str(number)} for number in range(5)]
-    assert list(slice_prompts(entries, 0, -1)) == [0, 1, 2, 3, 4]
+    assert list(slice_prompts(entries, 0, None)) == list(slice_prompts(entries, 0, -1)) == [0, 1, 2, 3, 4]
     assert slice_prompts(entries, 3, 9) == {3: {"prompt": "3"}, 4: {"prompt": "4"}}
+    with pytest.raises(InputError, match=r"^--start 5 leaves none of the 5 prompts"):
+        slice_prompts(entries, 5, None)
     for start, end in [(5, -1), (3, 3), (-1, -1), (0, -2), (2, 1)]:
         with pytest.raises(InputError, match=f"--start {start} --end {end}"):
             slice_prompts(entries, start, end)

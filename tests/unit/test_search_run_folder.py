@@ -1,4 +1,4 @@
-"""The folder of a run: the same search goes on, and one process with each share."""
+"""The folder of a run: the same search goes on, and one process with each index."""
 
 import errno
 import subprocess
@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model": "m",
     "seed": 0,
-    "share": "0/1",
+    "process_index": 0,
+    "process_count": 1,
     "budget": None,
     "noise": {"search_rounds": 2},
-    "settings": {"batch_size": 4, "k": [1, 2]},
+    "sampling": {"batch_size": 4, "k": [1, 2]},
     "verifier": {"name": "openai", "model": "gpt", "timeout": 60.0, "base_url": "http://a"},
     "reflector": {"model": "gpt", "concurrency": 8},
 }
@@ -58,10 +59,10 @@ def test_the_configuration_is_written_once_and_reads_as_it_was(run):
     [
         ({"seed": 1}, "seed is 0 there and 1 now;"),
         ({"noise__search_rounds": 3}, "noise.search_rounds is 2 there and 3 now;"),
-        ({"settings__batch_size": 8}, "settings.batch_size is 4 there and 8 now;"),
-        ({"settings__k": [1]}, "settings.k is [1, 2] there and [1] now;"),
+        ({"sampling__batch_size": 8}, "sampling.batch_size is 4 there and 8 now;"),
+        ({"sampling__k": [1]}, "sampling.k is [1, 2] there and [1] now;"),
         ({"verifier__model": "other"}, "verifier.model is gpt there and other now;"),
-        ({"seed": 1, "model": "n", "settings__k": []}, "(and 2 more)"),
+        ({"seed": 1, "model": "n", "sampling__k": []}, "(and 2 more)"),
         ({"new": 1}, "new is None there and 1 now;"),
     ],
 )
@@ -77,16 +78,27 @@ def test_a_changed_setting_is_named(run, change, message):
 
 def test_what_changes_no_result_may_change(run):
     require_same(run, CONFIG)
-    free = {"share": "1/2", "budget": 5.0, "prompts": "p", "out": "o", "start": 3, "end": 4, "prompts_in_flight": 2}
+    free = {"process_index": 1, "process_count": 2, "budget": 5.0, "prompts": "p", "out": "o"}
+    free |= {"start": 3, "end": 4, "prompts_in_flight": 2}
     models = {"verifier__timeout": 1.0, "verifier__base_url": "http://b", "reflector__concurrency": 1}
     require_same(run, changed(**free, **models, verifier__price_input=1.0, reflector__max_retries=0))
 
 
 def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_keys(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed(noise__closeness=0.95)))
-    require_same(tmp_path, changed(noise__noise_similarity=0.95))
-    with pytest.raises(InputError, match=r"noise\.noise_similarity is 0\.95 there and 0\.5 now"):
-        require_same(tmp_path, changed(noise__noise_similarity=0.5))
+    old = changed(noise__closeness=0.95, share="1/2", end=-1, reflect={"include_initial_images": True})
+    for key in ("process_index", "process_count"):
+        del old[key]
+    old["settings"] = old.pop("sampling")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    now = {"noise__noise_similarity": 0.95, "end": None, "reflect": {"include_initial_images": True}}
+    require_same(tmp_path, changed(**now))
+    for key, value, message in [
+        ("noise__noise_similarity", 0.5, r"noise\.noise_similarity is 0\.95 there and 0\.5 now; "),
+        ("reflect", {"include_initial_images": False}, r"include_initial_images is True there and False now; "),
+        ("sampling__batch_size", 8, r"sampling\.batch_size is 4 there and 8 now; "),
+    ]:
+        with pytest.raises(InputError, match=message):
+            require_same(tmp_path, changed(**now | {key: value}))
 
 
 def test_a_folder_without_a_run_is_any(tmp_path):
@@ -144,7 +156,7 @@ def test_without_links_the_configuration_is_written_all_the_same(tmp_path, monke
 
 
 def test_one_process_a_share_until_it_dies(run):
-    """Claims are held between processes, so another one is needed: it claims share 2 and waits to be killed."""
+    """Claims are held between processes, so another one is needed: it claims index 2 and waits to be killed."""
     code = (
         "import sys, yaml, pathlib; from rflow_jax.search.run_folder import claim\n"
         "out = pathlib.Path(sys.argv[1])\n"

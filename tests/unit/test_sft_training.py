@@ -14,7 +14,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig
 from rflow_jax.testing.make_genref import make_genref
 from rflow_jax.tokenizers.qwen import QwenTokenizer
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.sft.config import ChatDataConfig, ChatValidationConfig
 from rflow_jax.weights.lora.peft import attach_adapter
 from rflow_jax.weights.qwen import load_qwen, published_table
@@ -40,8 +40,8 @@ def losses(plain) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "devices", "train"),
     [
-        (MeshConfig(), 1, {"remat": "full", "accumulation": 4}),
-        (MeshConfig(data=1, fsdp=2, tensor=2), 4, {"accumulation": 2}),
+        (MeshConfig(), 1, {"remat": "full", "gradient_accumulation_steps": 4}),
+        (MeshConfig(data=1, fsdp=2, tensor=2), 4, {"gradient_accumulation_steps": 2}),
     ],
     ids=["in parts", "fsdp x tensor in parts"],
 )
@@ -170,4 +170,6 @@ def test_settings_that_make_no_sense():
     with pytest.raises(InputError, match=r"validation\.every"):
         ChatValidationConfig(every=0)
     with pytest.raises(InputError, match="not a regular expression"):
-        QwenTrainableConfig(parameters="(")
+        QwenLoraConfig(target_modules="(")
+    with pytest.raises(InputError, match=r"^trainable_parameters: not a regular expression"):
+        sft_config("c", trainable_parameters="(")

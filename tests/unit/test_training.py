@@ -43,7 +43,7 @@ def test_the_path_runs_from_the_picture_to_the_noise():
     [
         OptimizerConfig("prodigy", weight_decay=0.0),
         OptimizerConfig("adamw", lr=0.1, weight_decay=0.0),
-        OptimizerConfig("sgd", lr=0.1, clip=100.0, weight_decay=0.0),
+        OptimizerConfig("sgd", lr=0.1, max_grad_norm=100.0, weight_decay=0.0),
     ],
     ids=lambda config: config.name,
 )
@@ -61,13 +61,13 @@ def test_prodigy_finds_a_step_size():
 
 
 def test_the_decay_is_decoupled_from_the_gradient():
-    decayed, _ = _minimise(OptimizerConfig("sgd", lr=0.1, clip=100.0, weight_decay=0.5), 200)
+    decayed, _ = _minimise(OptimizerConfig("sgd", lr=0.1, max_grad_norm=100.0, weight_decay=0.5), 200)
     # The minimum of |p - 3|^2 + 0.25 |p|^2.
     np.testing.assert_allclose(decayed, 2.4, atol=1e-3)
 
 
 def test_the_clip_bounds_the_global_norm():
-    p, _ = _minimise(OptimizerConfig("sgd", lr=1.0, clip=0.5, weight_decay=0.0), 1)
+    p, _ = _minimise(OptimizerConfig("sgd", lr=1.0, max_grad_norm=0.5, weight_decay=0.0), 1)
     assert np.linalg.norm(p) == pytest.approx(0.5)
 
 
@@ -76,7 +76,7 @@ def test_the_clip_bounds_the_global_norm():
     [
         {"lr": 0.0},
         {"lr": math.inf},
-        {"clip": -1.0},
+        {"max_grad_norm": -1.0},
         {"eps": math.nan},
         {"d0": math.nan},
         {"d_coef": math.inf},

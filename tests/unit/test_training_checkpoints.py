@@ -135,6 +135,24 @@ def test_a_subset_that_comes_or_goes_is_another_mixture(kept):
     assert restored(kept, config=CONFIG | {"train.of_a_later_version": 1}) is not None
 
 
+def test_a_run_of_an_earlier_version_resumes_under_the_new_names_of_keys(tmp_path, caplog):
+    old = {"optimizer.clip": 0.5, "train.accumulation": 2, "data.shards": "s", "watch.every": 10, "data.buffer": 1000}
+    new = {"optimizer.max_grad_norm": 0.5, "train.gradient_accumulation_steps": 2, "data.path": "t"}
+    new |= {"logging.every": 5, "data.shuffle_buffer_size": 1000}
+    old |= {"trainable.rank": 4, "trainable.pattern": "q", "trainable.lora": None, "trainable.parameters": None}
+    new |= {"lora.rank": 4, "lora.target_modules": "q", "lora.init_from": None, "trainable_parameters": None}
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(state(2), {}, CONFIG | old, EXPORTS_NOTHING)
+    checkpoints.wait()
+    checkpoints.close()
+    assert restored(tmp_path, config=CONFIG | new) is not None
+    assert caplog.text == ""
+    assert restored(tmp_path, config=CONFIG | new | {"optimizer.max_grad_norm": 1.0}) is not None
+    assert "optimizer.max_grad_norm 0.5 is now 1.0" in caplog.text
+    with pytest.raises(InputError, match=r"was trained with lora\.rank 4, and now it is 8"):
+        restored(tmp_path, config=CONFIG | new | {"lora.rank": 8})
+
+
 # ---- the folder ----
 
 

@@ -9,7 +9,7 @@ import pytest
 from rflow_jax.errors import InputError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
 from rflow_jax.training.checkpoints import Checkpoints
-from rflow_jax.training.config import CheckpointConfig, TrainableConfig
+from rflow_jax.training.config import CheckpointConfig
 from tests.kit.training import TrainingRun
 
 
@@ -21,8 +21,8 @@ def plain() -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "devices", "how"),
     [
-        (MeshConfig(), 1, {"remat": "dots", "accumulation": 4}),
-        (MeshConfig(data=1, fsdp=4), 4, {"remat": "full", "accumulation": 2}),
+        (MeshConfig(), 1, {"remat": "dots", "gradient_accumulation_steps": 4}),
+        (MeshConfig(data=1, fsdp=4), 4, {"remat": "full", "gradient_accumulation_steps": 2}),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"remat": "full"}),
         (MeshConfig(data=2, tensor=4), 8, {"remat": "dots", "scan_blocks": True}),
         (MeshConfig(data=1, fsdp=2, sequence=2), 4, {"remat": "full", "scan_blocks": True}),
@@ -48,19 +48,19 @@ def test_training_moves_the_loras_second_matrix_first(plain):
 
 
 def test_a_full_fine_tune_moves_what_the_pattern_names():
-    run = TrainingRun(MeshConfig(), 1, TrainableConfig(parameters=r"single_blocks\.0\..*"))
+    run = TrainingRun(MeshConfig(), 1, parameters=r"single_blocks\.0\..*")
     assert {str(path[0]) for path, _ in jax.tree_util.tree_flatten_with_path(run.state.trainable)[0]}
     assert np.isfinite(run.losses(range(1))).all()
 
 
 def test_parameters_of_some_blocks_cannot_be_stacked():
     with pytest.raises(InputError, match="of some blocks only"):
-        TrainingRun(MeshConfig(), 1, TrainableConfig(parameters=r"single_blocks\.0\..*"), scan_blocks=True)
+        TrainingRun(MeshConfig(), 1, parameters=r"single_blocks\.0\..*", scan_blocks=True)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(InputError, match="matches no parameter"):
-        TrainingRun(MeshConfig(), 1, TrainableConfig(parameters="nothing"))
+        TrainingRun(MeshConfig(), 1, parameters="nothing")
 
 
 def test_a_checkpoint_goes_on_where_the_run_stopped(tmp_path):

@@ -49,15 +49,15 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
     [
         ("--optimizer=adamw", "optimizer: expected keys with values, got 'adamw'"),
         ("--mesh=4", "mesh: expected keys with values, got '4'"),
-        ("--data.patience=5", "data.patience: expected keys with values, got '5'"),
-        ("--data.patience=[1]", "data.patience: expected keys with values, got '[1]'"),
-        ("--watch={every: x}", "watch is x: give a whole number"),
+        ("--data.retry=5", "data.retry: expected keys with values, got '5'"),
+        ("--data.retry=[1]", "data.retry: expected keys with values, got '[1]'"),
+        ("--logging={every: x}", "logging is x: give a whole number"),
         ("--optimizer=null", "optimizer: expected keys with values, got 'null'"),
     ],
 )
 def test_a_word_where_a_section_belongs(argv, message):
     with pytest.raises(InputError) as caught:
-        cli.run_command(cli.Command((RunConfig,), print), ["--model=m", "--data.shards=s", "--out=o", argv])
+        cli.run_command(cli.Command((RunConfig,), print), ["--model=m", "--data.path=s", "--out=o", argv])
     assert str(caught.value) == message
 
 
@@ -66,12 +66,12 @@ def test_a_word_where_a_section_belongs(argv, message):
     [
         ("train: null", "train: expected keys with values, got None"),
         ("optimizer: adamw", "optimizer: expected keys with values, got 'adamw'"),
-        ("data: {shards: s, patience: 5}", "data.patience: expected keys with values, got 5"),
+        ("data: {path: s, retry: 5}", "data.retry: expected keys with values, got 5"),
     ],
 )
 def test_a_value_where_a_file_should_hold_a_section(tmp_path, text, message):
     (tmp_path / "wrong.yaml").write_text(text)
-    argv = ["--data.shards=s", "--config", str(tmp_path / "wrong.yaml"), "--model=m", "--out=o"]
+    argv = ["--data.path=s", "--config", str(tmp_path / "wrong.yaml"), "--model=m", "--out=o"]
     with pytest.raises(InputError) as caught:
         cli.run_command(cli.Command((RunConfig,), print), argv)
     assert str(caught.value) == message

@@ -23,7 +23,7 @@ from rflow_jax.training.config import LoggingConfig, OptimizerConfig, RunConfig
 from rflow_jax.training.metrics import METRICS, SKIPPED_SHOWN, MetricWriter, known_tflops, peak_flops
 from rflow_jax.training.optimizers import learning_rate
 from rflow_jax.training.prefetch import prefetch_to_device
-from rflow_jax.training.qwen.config import QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.run_folder import CONFIG, write_config
 from rflow_jax.utils import cli
 
@@ -213,33 +213,33 @@ def test_a_schedule_needs_its_end():
         ("train.max_sequence_length", "0"),
         ("train.max_sequence_length", "-3"),
         ("train.seed", str(2**32)),
-        ("trainable.alpha", "0"),
-        ("trainable.alpha", "-1.5"),
-        ("trainable.alpha", ".nan"),
-        ("trainable.alpha", ".inf"),
-        ("trainable.rank", "0"),
+        ("lora.alpha", "0"),
+        ("lora.alpha", "-1.5"),
+        ("lora.alpha", ".nan"),
+        ("lora.alpha", ".inf"),
+        ("lora.rank", "0"),
         ("validation.num_inference_steps", "0"),
         ("validation.guidance_scale", ".nan"),
         ("validation.guidance_scale", "-1"),
         ("validation.seed", str(10**23)),
         ("validation.every", "0"),
-        ("watch.peak_tflops", "-1"),
-        ("watch.peak_tflops", ".nan"),
-        ("watch.every", "0"),
+        ("logging.peak_tflops", "-1"),
+        ("logging.peak_tflops", ".nan"),
+        ("logging.every", "0"),
         ("data.workers", "-1"),
         ("out", ""),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setting, value):
-    argv = ["--model=m", "--data.shards=s", "--out=o", f"--{setting}={value}"]
+    argv = ["--model=m", "--data.path=s", "--out=o", f"--{setting}={value}"]
     with pytest.raises(InputError, match=rf"^{setting} is (-?[\d.]+|nan|inf|empty): "):
         cli.run_command(cli.Command((RunConfig,), lambda _: None), argv)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_the_strength_of_a_lora_on_a_language_model(alpha):
-    with pytest.raises(InputError, match=f"^trainable.alpha is {alpha}: give a finite number above 0"):
-        QwenTrainableConfig(alpha=alpha)
+    with pytest.raises(InputError, match=f"^lora.alpha is {alpha}: give a finite number above 0"):
+        QwenLoraConfig(alpha=alpha)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("corrector_*.yaml")), ids=lambda path: path.stem)

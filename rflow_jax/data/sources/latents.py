@@ -218,7 +218,7 @@ class LatentLoader(Loader):
 def open_latents(folder: str | list[str]) -> LatentSource:
     """Opens the output of ``rflow data precompute``; raises InputError if it is missing or incomplete."""
     if not isinstance(folder, str):
-        raise InputError("data.shards: give one folder with data.format precomputed, not a list")
+        raise InputError("data.path: give one folder with data.format precomputed, not a list")
     return LatentSource(Path(folder).expanduser().absolute())
 
 
@@ -236,7 +236,7 @@ def open_latent_loader(
     Raises:
         InputError: the files are unusable, made with other sizes, or do not fit the position.
     """
-    source = open_latents(config.shards)
+    source = open_latents(config.path)
     wanted = {name: getattr(config, name) for name in ("target_size", "condition_size", "crop")}
     require_same(source.folder, source.settings, wanted)
     plan = RecordSampler(source, config, seed=seed, batch_size=batch_size, slots=slots, position=position)

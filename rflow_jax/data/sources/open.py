@@ -23,11 +23,11 @@ def open_source(config: DataConfig) -> RecordSource:
     """
     if config.format == "tar":
         cache = Path(config.cache) if config.cache else None
-        return open_tars(config.shards, cache=cache, patience=config.patience)
+        return open_tars(config.path, cache=cache, retry=config.retry)
     if config.format == "tfds":
         from rflow_jax.data.sources.tfds import open_tfds  # an optional extra
 
-        return open_tfds(config.shards)
+        return open_tfds(config.path)
     raise InputError(f"data.format is {config.format}: it has no random access; give tar or tfds")
 
 

@@ -135,21 +135,21 @@ class GenRefPairs:
         raise IndexError(index)
 
 
-def open_pairs(pairs: str | None, shards: str | list[str] | None, **options: Any) -> PairSource:
+def open_pairs(pairs: str | None, path: str | list[str] | None, **options: Any) -> PairSource:
     """The pairs of a file of JSON lines, or of shards of GenRef.
 
     Args:
-        options: further fields of :class:`~rflow_jax.data.config.DataConfig` for the shards.
+        options: further fields of :class:`~rflow_jax.data.config.DataConfig` for these.
 
     Raises:
         InputError: they are unusable, or there are none.
     """
     if pairs is not None:
         return PairFile.open(Path(pairs).expanduser())
-    assert shards is not None
-    found = GenRefPairs(open_source(DataConfig(shards, **options)))
+    assert path is not None
+    found = GenRefPairs(open_source(DataConfig(path, **options)))
     if not len(found):
-        raise InputError(f"{shards}: contain no records")
+        raise InputError(f"{path}: contains no records")
     return found
 
 

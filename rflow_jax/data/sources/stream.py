@@ -234,7 +234,7 @@ def open_stream(
         InputError: no shard can be read, or the position is of another stream or number of processes.
     """
     choice = SubsetSchedule(config.split_ratios, config.training_stages, seed, batch_size)
-    shards = expand(config.shards, allow_shell=config.allow_shell, patience=config.patience)
+    shards = expand(config.path, allow_shell=config.allow_shell, retry=config.retry)
     identity = [[shard.name, shard.size] for shard in shards]
     fingerprint = hashlib.sha256(json.dumps(["stream", identity]).encode()).hexdigest()[:32]
     require_same_records(position, fingerprint)
@@ -251,7 +251,7 @@ def open_stream(
         raise InputError(f"data.format is stream: cannot begin at step {start} without the position of a run")
     route = ShardAssignment(shards, share, seed)
     begin = StreamPosition(*snapshot["place"]) if snapshot else StreamPosition(0, 0, 0)
-    buffers = Buffers(Stream(route, config.patience, begin), route, choice.wanted, config.buffer, seed)
+    buffers = Buffers(Stream(route, config.retry, begin), route, choice.wanted, config.shuffle_buffer_size, seed)
     if snapshot:
         buffers.restore(snapshot)
     plan = StreamSampler(choice, buffers, share, fingerprint, start, kept=config.prefetch + 16)

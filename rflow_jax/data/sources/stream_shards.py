@@ -101,10 +101,8 @@ class ShardAssignment:
 class Stream:
     """The endless records of one process, from any position on; ``position`` is that of the next sample."""
 
-    def __init__(
-        self, route: ShardAssignment, patience: RetryPolicy, position: StreamPosition = StreamPosition(0, 0, 0)
-    ):
-        self._route, self._patience, self.position = route, patience, position
+    def __init__(self, route: ShardAssignment, retry: RetryPolicy, position: StreamPosition = StreamPosition(0, 0, 0)):
+        self._route, self._retry, self.position = route, retry, position
         self._open: Iterator[tuple[StreamPosition, RawSample]] | None = None
         self._shards = route.shards(position.epoch)
 
@@ -130,7 +128,7 @@ class Stream:
         for epoch, shard in sorted({position[:2] for position in positions}):
             wanted = {position for position in positions if position[:2] == (epoch, shard)}
             begin = StreamPosition(epoch, shard, 0)
-            for position, raw in Stream(self._route, self._patience, begin)._read(begin):
+            for position, raw in Stream(self._route, self._retry, begin)._read(begin):
                 if position in wanted and not raw.trouble:
                     found[position] = BufferedSample(position, raw)
                 if position.sample >= max(wanted).sample:
@@ -146,7 +144,7 @@ class Stream:
         """The samples of a shard that this process takes, from ``begin`` on."""
         shard = self._shards[begin.shard]
         counts: dict[str, int] = dict.fromkeys(SUBSETS, 0)
-        for number, raw in enumerate(read_shard(shard, self._patience)):
+        for number, raw in enumerate(read_shard(shard, self._retry)):
             position = begin._replace(sample=number)
             taken = bool(raw.trouble) or self._route.takes(position, counts[raw.subset])
             if not raw.trouble:
@@ -173,7 +171,7 @@ class RawSample(NamedTuple):
     trouble: str = ""
 
 
-def read_shard(shard: Shard, patience: RetryPolicy) -> Iterator[RawSample]:
+def read_shard(shard: Shard, retry: RetryPolicy) -> Iterator[RawSample]:
     """The samples of a shard.
 
     After a broken connection it is read from the beginning again, and earlier samples are skipped. If the rest cannot
@@ -185,7 +183,7 @@ def read_shard(shard: Shard, patience: RetryPolicy) -> Iterator[RawSample]:
     def following() -> RawSample | None:
         nonlocal reader
         if reader is None:
-            reader = _read_once(shard, patience, done)
+            reader = _read_once(shard, retry, done)
         try:
             return next(reader, None)
         except TransientError:
@@ -193,7 +191,7 @@ def read_shard(shard: Shard, patience: RetryPolicy) -> Iterator[RawSample]:
             raise
 
     try:
-        while (raw := with_retries(following, shard.url, patience)) is not None:
+        while (raw := with_retries(following, shard.url, retry)) is not None:
             yield raw
             done += 1
     except InputError as error:
@@ -203,10 +201,10 @@ def read_shard(shard: Shard, patience: RetryPolicy) -> Iterator[RawSample]:
             reader.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _read_once(shard: Shard, patience: RetryPolicy, skip: int) -> Iterator[RawSample]:
+def _read_once(shard: Shard, retry: RetryPolicy, skip: int) -> Iterator[RawSample]:
     damage: list[str] = []
     with ExitStack() as stack:
-        file = _open(shard, patience, stack)
+        file = _open(shard, retry, stack)
         number = 0
         for sample in samples(_members(file, damage)):
             if damage and "has no" in sample.trouble:  # the one at the cut is the damage
@@ -237,17 +235,17 @@ def _members(file: Any, damage: list[str]) -> Iterator[tuple[str, bytes]]:
         damage.append(str(error) or type(error).__name__)
 
 
-def _open(shard: Shard, patience: RetryPolicy, stack: ExitStack) -> Any:
+def _open(shard: Shard, retry: RetryPolicy, stack: ExitStack) -> Any:
     """A readable file of a shard, to be closed by the stack."""
     if shard.is_pipe:
-        return _Pipe(shard, patience, stack)
+        return _Pipe(shard, retry, stack)
     if is_http(shard.url):
-        response, chunks = stack.enter_context(http_get(shard.url, {}, patience))
+        response, chunks = stack.enter_context(http_get(shard.url, {}, retry))
         if response.status_code != 200:
             raise TransientError(f"status {response.status_code}")
         return _Chunks(chunks)
     if not shard.is_local:
-        return RangeFile(shard, patience)
+        return RangeFile(shard, retry)
     try:
         return stack.enter_context(open(shard.url, "rb", buffering=_BLOCK))
     except OSError as error:
@@ -276,8 +274,8 @@ class _Chunks:
 class _Pipe:
     """The output of a shell command, which is killed if it is silent too long or not read to its end."""
 
-    def __init__(self, shard: Shard, patience: RetryPolicy, stack: ExitStack):
-        self._shard, self._patience = shard, patience
+    def __init__(self, shard: Shard, retry: RetryPolicy, stack: ExitStack):
+        self._shard, self._retry = shard, retry
         command = shard.url.removeprefix(PIPE)
         # In its own session, so that everything the shell has started ends with it.
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
@@ -292,12 +290,12 @@ class _Pipe:
         return self._chunks.read(size)
 
     def _read_some(self) -> bytes:
-        if not self._ready.select(self._patience.timeout):
-            raise TransientError(f"no byte for {self._patience.timeout:g} s")
+        if not self._ready.select(self._retry.timeout):
+            raise TransientError(f"no byte for {self._retry.timeout:g} s")
         data = os.read(self._fd, _BLOCK)
         if not data:
             try:
-                status = self._process.wait(self._patience.timeout)
+                status = self._process.wait(self._retry.timeout)
             except subprocess.TimeoutExpired as error:
                 raise TransientError("the command does not end") from error
             if status:

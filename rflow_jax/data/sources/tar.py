@@ -32,8 +32,8 @@ class TarSource:
         InputError: there is no usable sample.
     """
 
-    def __init__(self, shards: Sequence[Shard], indexes: Sequence[ShardIndex], patience: RetryPolicy = RetryPolicy()):
-        self._shards, self._indexes, self._patience = list(shards), list(indexes), patience
+    def __init__(self, shards: Sequence[Shard], indexes: Sequence[ShardIndex], retry: RetryPolicy = RetryPolicy()):
+        self._shards, self._indexes, self._retry = list(shards), list(indexes), retry
         self._ends = np.cumsum([len(index) for index in indexes], dtype=np.int64)
         subsets = np.concatenate([index.subsets for index in indexes]) if indexes else np.zeros(0, np.uint8)
         self._rows = {name: np.flatnonzero(subsets == number) for number, name in enumerate(SUBSETS)}
@@ -79,7 +79,7 @@ class TarSource:
         for group in _neighbours(offsets, sizes):
             start = offsets[group[0]]
             length = max(offsets[i] + sizes[i] for i in group) - start
-            data = read_range(self._shards[number], start, length, self._patience)
+            data = read_range(self._shards[number], start, length, self._retry)
             for i in group:
                 members[i] = data[offsets[i] - start : offsets[i] - start + sizes[i]]
         return make_record(found.key(row), subset, members)
@@ -89,7 +89,7 @@ def open_tars(
     patterns: str | Sequence[str],
     *,
     cache: Path | None = None,
-    patience: RetryPolicy = RetryPolicy(),
+    retry: RetryPolicy = RetryPolicy(),
     threads: int = 16,
     show: bool = True,
 ) -> TarSource:
@@ -104,9 +104,9 @@ def open_tars(
     Raises:
         InputError: no shard matches, one cannot be read, or none holds a usable sample.
     """
-    shards = expand(patterns, allow_shell=True, patience=patience)  # a pipe is refused below, and never run
-    indexes = index_shards(shards, cache or default_cache(), patience=patience, threads=threads, show=show)
-    return TarSource(shards, indexes, patience)
+    shards = expand(patterns, allow_shell=True, retry=retry)  # a pipe is refused below, and never run
+    indexes = index_shards(shards, cache or default_cache(), retry=retry, threads=threads, show=show)
+    return TarSource(shards, indexes, retry)
 
 
 def _neighbours(offsets: list[int], sizes: list[int]) -> list[list[int]]:

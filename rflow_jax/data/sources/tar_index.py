@@ -212,7 +212,7 @@ def default_cache() -> Path:
 
 
 def index_shards(
-    shards: Sequence[Shard], cache: Path, *, patience: RetryPolicy = RetryPolicy(), threads: int = 16, show: bool = True
+    shards: Sequence[Shard], cache: Path, *, retry: RetryPolicy = RetryPolicy(), threads: int = 16, show: bool = True
 ) -> list[ShardIndex]:
     """An index of each shard: from the cache, or else from the shard's headers.
 
@@ -234,7 +234,7 @@ def index_shards(
             file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
             found = _load(file)
             if found is None:
-                found = build_index(shard, patience)
+                found = build_index(shard, retry)
                 _save(file, found)
             progress.advance(task)
             return found
@@ -247,9 +247,9 @@ def index_shards(
             raise
 
 
-def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> ShardIndex:
+def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> ShardIndex:
     """Reads the headers and ``subset.txt`` of each sample, but no image; raises as :func:`index_shards`."""
-    with _open(shard, patience) as file:
+    with _open(shard, retry) as file:
         try:
             tar = open_tar(file, stream=False)
         except DamagedTar as error:
@@ -279,9 +279,9 @@ def build_index(shard: Shard, patience: RetryPolicy = RetryPolicy()) -> ShardInd
     )
 
 
-def _open(shard: Shard, patience: RetryPolicy) -> _File:
+def _open(shard: Shard, retry: RetryPolicy) -> _File:
     if not shard.is_local:
-        return RangeFile(shard, patience)
+        return RangeFile(shard, retry)
     try:
         file = open(shard.url, "rb", buffering=_BUFFER)  # noqa: SIM115 (the caller closes it)
     except OSError as error:

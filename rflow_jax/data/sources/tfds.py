@@ -77,7 +77,7 @@ def open_tfds(folder: str | list[str]) -> TfdsSource:
         InputError: there is no data set of GenRef, or a package is not installed.
     """
     if not isinstance(folder, str):
-        raise InputError("data.shards: give one folder with data.format tfds, not a list")
+        raise InputError("data.path: give one folder with data.format tfds, not a list")
     root = Path(folder).expanduser()
     found = [root, *sorted((root / "genref").glob("*"))]
     home = next((path for path in found if (path / _INFO).is_file() and "incomplete" not in path.name), None)

@@ -38,7 +38,7 @@ class Probe(NamedTuple):
     ranges: bool
 
 
-def probe_http(url: str, patience: RetryPolicy) -> Probe:
+def probe_http(url: str, retry: RetryPolicy) -> Probe:
     """Asks for the first byte, which tells more than HEAD does and works with addresses signed for GET.
 
     Raises:
@@ -46,17 +46,17 @@ def probe_http(url: str, patience: RetryPolicy) -> Probe:
     """
 
     def attempt() -> Probe:
-        with http_get(url, {"Range": "bytes=0-0"}, patience) as (response, _):
+        with http_get(url, {"Range": "bytes=0-0"}, retry) as (response, _):
             version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
             if response.status_code == 200:
                 length = response.headers.get("Content-Length")
                 return Probe(int(length) if length else None, version, False)
             return Probe(_content_range(response)[2], version, True)
 
-    return with_retries(attempt, url, patience)
+    return with_retries(attempt, url, retry)
 
 
-def http_range(url: str, start: int, length: int, size: int | None, patience: RetryPolicy) -> bytes:
+def http_range(url: str, start: int, length: int, size: int | None, retry: RetryPolicy) -> bytes:
     """Exactly the ``length`` bytes from ``start``.
 
     Args:
@@ -68,7 +68,7 @@ def http_range(url: str, start: int, length: int, size: int | None, patience: Re
     """
 
     def attempt() -> bytes:
-        with http_get(url, {"Range": f"bytes={start}-{start + length - 1}"}, patience) as (response, chunks):
+        with http_get(url, {"Range": f"bytes={start}-{start + length - 1}"}, retry) as (response, chunks):
             if response.status_code == 200:
                 raise NoRanges(
                     f"{public(url)}: the server does not serve byte ranges; download the shards or stream them"
@@ -83,13 +83,11 @@ def http_range(url: str, start: int, length: int, size: int | None, patience: Re
             raise TransientError(f"{len(data)} bytes came instead of {length}")
         return data
 
-    return with_retries(attempt, url, patience)
+    return with_retries(attempt, url, retry)
 
 
 @contextmanager
-def http_get(
-    url: str, headers: dict[str, str], patience: RetryPolicy
-) -> Iterator[tuple[httpx.Response, Iterator[bytes]]]:
+def http_get(url: str, headers: dict[str, str], retry: RetryPolicy) -> Iterator[tuple[httpx.Response, Iterator[bytes]]]:
     """One GET: the response (status 200, 206 or 416) and its body, chunk by chunk.
 
     Raises:
@@ -103,14 +101,14 @@ def http_get(
     address, own = (known[0], {}) if known is not None and moved else _address(url)
     headers = {"Accept-Encoding": "identity", **own, **headers}
     try:
-        with _client().stream("GET", address, headers=headers, timeout=patience.timeout) as response:
+        with _client().stream("GET", address, headers=headers, timeout=retry.timeout) as response:
             if response.status_code not in (200, 206, 416) and moved:
                 _moved.pop(url, None)
                 raise TransientError(f"status {response.status_code} where it was redirected to")
             _check_status(url, response)
             if response.history and not moved:
                 _moved[url] = (str(response.url), time.monotonic() + _MOVED_FOR)
-            yield response, enforce_min_throughput(response.iter_raw(), patience.timeout)
+            yield response, enforce_min_throughput(response.iter_raw(), retry.timeout)
     except httpx.TransportError as error:
         raise TransientError(f"{error or 'no answer'} ({type(error).__name__})") from error
     except httpx.InvalidURL as error:

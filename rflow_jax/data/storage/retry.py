@@ -35,8 +35,8 @@ class RetryPolicy:
     max_backoff: float = 20.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "patience", "timeout")
-        require_least(self, "patience", max_retries=0, max_backoff=0)
+        require_positive(self, "retry", "timeout")
+        require_least(self, "retry", max_retries=0, max_backoff=0)
 
 
 class TransientError(Exception):
@@ -57,7 +57,7 @@ def public(url: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "", url.partition("?")[0]) if is_http(url) else url
 
 
-def with_retries(attempt: Callable[[], T], url: str, patience: RetryPolicy) -> T:
+def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
     """The result of ``attempt``, which is called again after each :class:`TransientError`.
 
     Raises:
@@ -65,14 +65,14 @@ def with_retries(attempt: Callable[[], T], url: str, patience: RetryPolicy) -> T
     """
     import tenacity
 
-    jitter = tenacity.wait_random_exponential(multiplier=0.5, max=patience.max_backoff)
+    jitter = tenacity.wait_random_exponential(multiplier=0.5, max=retry.max_backoff)
 
     def pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         return max(jitter(state), min(getattr(error, "retry_after", 0.0), _LONGEST_RETRY_AFTER))
 
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(patience.max_retries + 1),
+        stop=tenacity.stop_after_attempt(retry.max_retries + 1),
         wait=pause,
         retry=tenacity.retry_if_exception_type(TransientError),
         reraise=True,
@@ -80,7 +80,7 @@ def with_retries(attempt: Callable[[], T], url: str, patience: RetryPolicy) -> T
     try:
         return retrying(attempt)
     except TransientError as error:
-        attempts = patience.max_retries + 1
+        attempts = retry.max_retries + 1
         raise InputError(
             f"{public(url)}: {error} ({attempts} attempts); check the address and the network, or raise max_retries"
         ) from error

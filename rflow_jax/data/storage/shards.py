@@ -39,7 +39,7 @@ class Store:
     def __init__(self, url: str):
         self._fs = _open(url)[0]
 
-    def find(self, url: str, patience: RetryPolicy) -> list[Found]:
+    def find(self, url: str, retry: RetryPolicy) -> list[Found]:
         """The files that an address matches, sorted; it may contain ``*``, ``?`` and ``[ab]``.
 
         Raises:
@@ -57,14 +57,14 @@ class Store:
             except Exception as error:  # each store has errors of its own, without a common base
                 raise TransientError(_line(error)) from error
 
-        infos = {path: info for path, info in with_retries(look, url, patience).items() if info["type"] != "directory"}
+        infos = {path: info for path, info in with_retries(look, url, retry).items() if info["type"] != "directory"}
         if not infos:
             raise InputError(f"{url}: no shard matches")
         scheme = url.partition("://")[0]
         return [Found(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())]
 
 
-def store_range(url: str, start: int, length: int, patience: RetryPolicy) -> bytes:
+def store_range(url: str, start: int, length: int, retry: RetryPolicy) -> bytes:
     """Exactly the ``length`` bytes from ``start``.
 
     Raises:
@@ -77,7 +77,7 @@ def store_range(url: str, start: int, length: int, patience: RetryPolicy) -> byt
         fs, path = _open(url)
         try:
             if isinstance(fs, AsyncFileSystem):
-                limit = patience.timeout + length / SLOWEST
+                limit = retry.timeout + length / SLOWEST
                 data = sync(fs.loop, fs._cat_file, path, start=start, end=start + length, timeout=limit)
             else:
                 data = fs.cat_file(path, start=start, end=start + length)
@@ -89,7 +89,7 @@ def store_range(url: str, start: int, length: int, patience: RetryPolicy) -> byt
             raise TransientError(f"{len(data or b'')} bytes came instead of {length}")
         return bytes(data)
 
-    return with_retries(attempt, url, patience)
+    return with_retries(attempt, url, retry)
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -148,7 +148,7 @@ class Shard:
 
 
 def expand(
-    patterns: str | Sequence[str], *, allow_shell: bool = False, patience: RetryPolicy = RetryPolicy()
+    patterns: str | Sequence[str], *, allow_shell: bool = False, retry: RetryPolicy = RetryPolicy()
 ) -> list[Shard]:
     """The shards that patterns match, in their order (matches of ``*`` sorted), without duplicates.
 
@@ -173,7 +173,7 @@ def expand(
     stores = {name.partition("://")[0]: name for name in names if _in_store(name)}
     stores = {scheme: Store(name) for scheme, name in stores.items()}
     with ThreadPoolExecutor(_LOOKUPS) as pool:
-        found = pool.map(partial(_find, stores=stores, patience=patience), names)
+        found = pool.map(partial(_find, stores=stores, retry=retry), names)
         # Keyed by address: a store may format a file's version differently in a listing and in a single lookup.
         return list({shard.url: shard for shards in found for shard in shards}.values())
 
@@ -192,13 +192,13 @@ def _in_store(name: str) -> bool:
     return "://" in name and not name.startswith(("http://", "https://", "file://", PIPE))
 
 
-def _find(name: str, stores: dict[str, Store], patience: RetryPolicy) -> list[Shard]:
+def _find(name: str, stores: dict[str, Store], retry: RetryPolicy) -> list[Shard]:
     if name.startswith(PIPE):
         return [Shard(name, None, "")]
     if _in_store(name):
-        return [Shard(*found) for found in stores[name.partition("://")[0]].find(name, patience)]
+        return [Shard(*found) for found in stores[name.partition("://")[0]].find(name, retry)]
     if is_http(name):
-        probe = probe_http(name, patience)
+        probe = probe_http(name, retry)
         return [Shard(name, probe.size, probe.version)]
     path = Path(name.removeprefix("file://")).expanduser()
     pattern = str(path / "*.tar") if path.is_dir() else str(path)
@@ -214,7 +214,7 @@ def _find(name: str, stores: dict[str, Store], patience: RetryPolicy) -> list[Sh
 _SMALL_BLOCK, _LARGE_BLOCK = 1 << 14, 1 << 20
 
 
-def read_range(shard: Shard, start: int, length: int, patience: RetryPolicy = RetryPolicy()) -> bytes:
+def read_range(shard: Shard, start: int, length: int, retry: RetryPolicy = RetryPolicy()) -> bytes:
     """Exactly the ``length`` bytes from ``start``; threads and processes may call it at once.
 
     Raises:
@@ -226,10 +226,10 @@ def read_range(shard: Shard, start: int, length: int, patience: RetryPolicy = Re
     if shard.is_pipe:
         raise InputError(f"{shard.shown}: no byte ranges can be read from a pipe; stream it")
     if is_http(shard.url):
-        return http_range(shard.url, start, length, shard.size, patience)
+        return http_range(shard.url, start, length, shard.size, retry)
     if not shard.is_local:
-        return store_range(shard.url, start, length, patience)
-    return with_retries(lambda: _local_range(shard, start, length), shard.url, patience)
+        return store_range(shard.url, start, length, retry)
+    return with_retries(lambda: _local_range(shard, start, length), shard.url, retry)
 
 
 def _local_range(shard: Shard, start: int, length: int) -> bytes:
@@ -265,11 +265,11 @@ class RangeFile(io.RawIOBase):
     sequential, so that small members don't cost a request each.
     """
 
-    def __init__(self, shard: Shard, patience: RetryPolicy = RetryPolicy()):
+    def __init__(self, shard: Shard, retry: RetryPolicy = RetryPolicy()):
         super().__init__()
         if shard.size is None:
             raise InputError(f"{shard.shown}: its server does not say its size; download the shards or stream them")
-        self._shard, self._size, self._patience = shard, shard.size, patience
+        self._shard, self._size, self._retry = shard, shard.size, retry
         self._at, self._block, self._block_start = 0, b"", 0
         self._ahead = _SMALL_BLOCK
 
@@ -294,7 +294,7 @@ class RangeFile(io.RawIOBase):
                 sequential = self._at == self._block_start + len(self._block)
                 self._ahead = min(2 * self._ahead, _LARGE_BLOCK) if sequential else _SMALL_BLOCK
                 length = min(max(self._ahead, end - self._at), self._size - self._at)
-                self._block = read_range(self._shard, self._at, length, self._patience)
+                self._block = read_range(self._shard, self._at, length, self._retry)
                 self._block_start = self._at
             inside = self._at - self._block_start
             pieces.append(self._block[inside : inside + end - self._at])

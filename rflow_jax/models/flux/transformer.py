@@ -275,7 +275,7 @@ class FluxGraph:
         """Raises InputError for trained parameters that only some of the stacked blocks have."""
         if self.scan_blocks and (path := of_some_blocks(chosen, block_counts(self.config))):
             raise InputError(
-                f"trainable.parameters names {path} of some blocks only, and stacked blocks move together: set "
+                f"trainable_parameters names {path} of some blocks only, and stacked blocks move together: set "
                 "train.scan_blocks to false"
             )
 

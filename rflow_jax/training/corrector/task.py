@@ -33,7 +33,7 @@ class Corrector:
     def __init__(self, config: RunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         options = {"seed": config.train.seed, "dtype": config.train.dtype, "scan_blocks": config.train.scan_blocks}
-        self.model = load_trainable_model(config.model, config.trainable, mesh=mesh, **options)
+        self.model = load_trainable_model(config.model, config.lora, config.trainable_parameters, mesh=mesh, **options)
         self.trainable = self.model.trainable
         self.title = "a LoRA" if self.model.is_lora else "parameters"
         self._recipe = make_step_spec(config, self.model)
@@ -43,8 +43,8 @@ class Corrector:
         if data.format != "precomputed":
             self._put, self._encode = put_pixels(flux, recipe.shape.text, mesh), make_encode(flux, recipe, mesh)
             return
-        require_latents_of(data.shards, flux, recipe)
-        if config.validation.shards is None:
+        require_latents_of(data.path, flux, recipe)
+        if config.validation.path is None:
             for name in ENCODERS:  # no longer needed
                 del flux.weights[name]
         self._put, self._encode = put_latents(mesh), make_encode_latents(flux, recipe, mesh)
@@ -95,7 +95,7 @@ class Corrector:
     def open_validation(self, out: Path) -> Validation | None:
         """Losses and images of held-out records."""
         config = self._config
-        if config.validation.shards is None:
+        if config.validation.path is None:
             return None
         return Validation(config.validation, config.data, self.model, self._recipe, self._mesh, out)
 
@@ -112,4 +112,5 @@ def make_step_spec(config: RunConfig, trained: PartitionedModel) -> StepSpec:
     text = train.max_sequence_length or trained.bundle.default_t5_length
     shape = TokenShape(text, (image, image), (condition, condition))
     dtype = jnp.dtype(train.dtype)
-    return StepSpec(train.seed, dtype, shape, train.flags, train.remat, train.accumulation, train.attention)
+    parts = train.gradient_accumulation_steps
+    return StepSpec(train.seed, dtype, shape, train.flags, train.remat, parts, train.attention)

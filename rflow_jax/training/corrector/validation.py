@@ -151,9 +151,9 @@ def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Reco
     Raises:
         InputError: the shards are not usable.
     """
-    assert config.shards is not None
+    assert config.path is not None
     nothing_dropped = {"drop_text_prob": 0.0, "drop_image_prob": 0.0, "drop_reflection_prob": 0.0}
-    whole = replace(data, shards=config.shards, format=config.format, crop="center", **nothing_dropped)
+    whole = replace(data, path=config.path, format=config.format, crop="center", **nothing_dropped)
     source = open_source(whole)
 
     def prepare(index: int, subset: str) -> tuple[Record, Example]:
@@ -164,5 +164,5 @@ def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Reco
     for subset in SUBSETS:
         found += first_held_out(partial(prepare, subset=subset), source.counts.get(subset, 0), config.records)[0]
     if not found:
-        raise InputError(f"validation.shards: {config.shards} hold no usable record")
+        raise InputError(f"validation.path: {config.path} contains no usable record")
     return found

@@ -13,30 +13,24 @@ LANGUAGE_LINEARS = r"language\.blocks\.\d+\.(attn\.(q|k|v|out)|ff\.(gate|up|down
 
 
 @dataclass(frozen=True)
-class QwenTrainableConfig:
-    """What is trained.
+class QwenLoraConfig:
+    """The LoRA that is trained.
 
     Attributes:
-        pattern: regular expression on dotted paths: the linears that get a LoRA; null: no LoRA. The vision tower's are
-            ``vision.blocks.0.ff.up`` and so on.
-        rank: of the LoRA.
+        target_modules: regular expression on dotted paths: the linears that get an adapter; null: no LoRA. The vision
+            tower's are ``vision.blocks.0.ff.up`` and so on.
+        rank: its rank.
         alpha: its strength is alpha / rank; null is the rank.
-        parameters: regular expression on dotted paths of the model's own parameters: these are trained too (".*" and no
-            pattern is a full fine-tune; ``vision.*`` the vision tower).
     """
 
-    pattern: str | None = LANGUAGE_LINEARS
+    target_modules: str | None = LANGUAGE_LINEARS
     rank: int = 16
     alpha: float | None = 32.0
-    parameters: str | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "trainable", rank=1)
-        require_positive(self, "trainable", "alpha")
-        if self.pattern is None and self.parameters is None:
-            raise InputError("trainable.pattern and trainable.parameters are null: give one of them")
-        for name in ("pattern", "parameters"):
-            require_pattern(f"trainable.{name}", getattr(self, name))
+        require_least(self, "lora", rank=1)
+        require_positive(self, "lora", "alpha")
+        require_pattern("lora.target_modules", self.target_modules)
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,14 @@ class QwenRunConfig(CommonConfig):
 
     Attributes:
         model: the Qwen2.5-VL it begins with: a folder or a Hub id.
+        trainable_parameters: regular expression on dotted parameter paths of the model: these are trained too (".*"
+            without a LoRA is a full fine-tune; ``vision.*`` the vision tower).
     """
 
     data: QwenDataConfig
-    trainable: QwenTrainableConfig = field(default_factory=QwenTrainableConfig)
+    lora: QwenLoraConfig = field(default_factory=QwenLoraConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.target_modules is None and self.trainable_parameters is None:
+            raise InputError("lora.target_modules and trainable_parameters are null: give one of them")

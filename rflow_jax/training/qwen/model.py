@@ -22,7 +22,7 @@ from rflow_jax.training.corrector.step import INIT
 from rflow_jax.training.partition import dotted, on_host, shard_state
 from rflow_jax.training.prefetch import slots_here
 from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, Collator, RowSizes, Source, open_array_loader
-from rflow_jax.training.qwen.config import QwenRunConfig, QwenTrainableConfig
+from rflow_jax.training.qwen.config import QwenRunConfig
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import StepMetrics, TrainState
 
@@ -59,9 +59,7 @@ def first_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT)
 
 
-def partition_params(
-    model: Qwen25VL, config: QwenTrainableConfig, mesh: Mesh, *, seed: int, also: str = ""
-) -> ParamPartition:
+def partition_params(model: Qwen25VL, config: QwenRunConfig, mesh: Mesh, *, also: str = "") -> ParamPartition:
     """Attaches a fresh LoRA and splits the network into trainable and frozen parameters, on the mesh.
 
     Args:
@@ -71,18 +69,18 @@ def partition_params(
         InputError: a pattern matches nothing, or a linear that cannot have a LoRA.
     """
     put = sharding_for(mesh)
-    if config.pattern is not None:
-        options = {"alpha": config.alpha, "pattern": config.pattern, "rngs": nnx.Rngs(params=first_key(seed))}
-        init_lora(model, config.rank, sharding_for=put, **options)
-    graph, trainable, frozen = split_trainable(model, config, also)
+    if (lora := config.lora).target_modules is not None:
+        rngs = nnx.Rngs(params=first_key(config.train.seed))
+        init_lora(model, lora.rank, alpha=lora.alpha, pattern=lora.target_modules, rngs=rngs, sharding_for=put)
+    graph, trainable, frozen = split_trainable(model, config.trainable_parameters, also)
     # Steps are far below bfloat16's resolution: trained parameters are float32, and rounded where they are used.
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return ParamPartition(graph, shard_state(trainable, put), shard_state(frozen, put))
 
 
-def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = "") -> tuple[Any, Any, Any]:
+def split_trainable(model: Qwen25VL, parameters: str | None, also: str = "") -> tuple[Any, Any, Any]:
     """(graph, trainable, frozen) of a network, of arrays or of shapes; see :func:`partition_params`."""
-    named = re.compile(config.parameters or "")
+    named = re.compile(parameters or "")
 
     def is_trained(path: Any, variable: Any) -> bool:
         name = dotted(path)
@@ -90,17 +88,17 @@ def split_trainable(model: Qwen25VL, config: QwenTrainableConfig, also: str = ""
             module = name.rpartition(".")[0]
             if re.fullmatch(_FUSED, module):
                 raise InputError(
-                    f"trainable.pattern: {module} can have no LoRA, since a checkpoint holds query, key and value of "
+                    f"lora.target_modules: {module} can have no LoRA, since a checkpoint holds query, key and value of "
                     "the vision tower as one matrix; take its out, ff.gate, ff.up and ff.down, or name its parameters "
-                    "in trainable.parameters"
+                    "in trainable_parameters"
                 )
             return True
         return isinstance(variable, nnx.Param) and bool(named.fullmatch(name) or re.fullmatch(also, name))
 
     graph, trainable, frozen = nnx.split(model, is_trained, ...)
     paths = [dotted(path) for path, _ in nnx.to_flat_state(trainable)]
-    if config.parameters is not None and not any(named.fullmatch(path) for path in paths):
-        raise InputError(f"trainable.parameters: {config.parameters!r} matches no parameter")
+    if parameters is not None and not any(named.fullmatch(path) for path in paths):
+        raise InputError(f"trainable_parameters: {parameters!r} matches no parameter")
     return graph, trainable, frozen
 
 
@@ -154,7 +152,7 @@ class QwenTask:
     @property
     def samples_at_once(self) -> int:
         """Samples of a part of a batch."""
-        return self._train.batch_size // self._train.accumulation
+        return self._train.batch_size // self._train.gradient_accumulation_steps
 
     def to_saved(self, state: TrainState) -> TrainState:
         """The state as it is."""

@@ -38,48 +38,48 @@ class RewardTaskConfig:
 
 @dataclass(frozen=True)
 class PairDataConfig(QwenDataConfig):
-    """Pairs of images of one prompt; give ``pairs`` or ``shards``.
+    """Pairs of images of one prompt; give ``pairs`` or ``path``.
 
     Attributes:
         pairs: file of JSON lines: ``prompt``, ``image_a``, ``image_b`` (relative to the file), ``label`` (A, B or
             same), and if people scored the images ``score_a`` and ``score_b``.
-        shards: of GenRef, whose good images are preferred to the bad ones: addresses as in the corrector's ``data``.
-        format: of the shards: ``tar`` or ``tfds``.
+        path: of GenRef, whose good images are preferred to the bad ones: addresses as in the corrector's ``data``.
+        format: of GenRef: ``tar`` or ``tfds``.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
-        patience: how long a server is waited for.
+        retry: how long a server is waited for.
     """
 
     pairs: str | None = None
-    shards: str | list[str] | None = None
+    path: str | list[str] | None = None
     format: Literal["tar", "tfds"] = "tar"
     cache: str | None = None
-    patience: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = RetryPolicy()
     max_pixels: int = 240 * 320
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.pairs is None) == (self.shards is None):
-            raise InputError("data: give pairs (a file of JSON lines) or shards (of GenRef), one of the two")
+        if (self.pairs is None) == (self.path is None):
+            raise InputError("data: give pairs (a file of JSON lines) or path (of GenRef), one of the two")
 
 
 @dataclass(frozen=True)
 class PairValidationConfig:
-    """Validation on pairs that are held out; give ``pairs`` or ``shards``, or neither for none.
+    """Validation on pairs that are held out; give ``pairs`` or ``path``, or neither for none.
 
     Attributes:
-        pairs, shards: as in ``data``.
+        pairs, path: as in ``data``.
         every: steps between two; there is one before the first step too.
         records: how many, from the first on.
     """
 
     pairs: str | None = None
-    shards: str | list[str] | None = None
+    path: str | list[str] | None = None
     every: int = 500
     records: int = 512
 
     def __post_init__(self) -> None:
-        if self.pairs is not None and self.shards is not None:
-            raise InputError("validation: give pairs or shards, one of the two")
+        if self.pairs is not None and self.path is not None:
+            raise InputError("validation: give pairs or path, one of the two")
         require_least(self, "validation", every=1, records=1)
 
 
@@ -89,7 +89,7 @@ class RewardRunConfig(QwenRunConfig):
 
     Attributes:
         reward: how images are scored, and the loss.
-        trainable: what is trained besides the reward head and the special token.
+        lora: the LoRA that is trained, besides the reward head and the special token.
         train: the steps; a sample is a pair.
         validation: how it is tried on held-out pairs.
     """
@@ -101,5 +101,7 @@ class RewardRunConfig(QwenRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward.normalise and self.validation.pairs is None and self.validation.shards is None:
-            raise InputError("reward.normalise: takes the held-out pairs' rewards; give validation.pairs or shards")
+        if self.reward.normalise and self.validation.pairs is None and self.validation.path is None:
+            raise InputError(
+                "reward.normalise takes rewards of held-out pairs: give validation.pairs or validation.path"
+            )

@@ -24,7 +24,6 @@ from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.training.partition import dotted
 from rflow_jax.training.qwen.batches import RowSizes
-from rflow_jax.training.qwen.config import QwenTrainableConfig
 from rflow_jax.training.qwen.model import ParamPartition, QwenTask, first_key, partition_params
 from rflow_jax.training.reward.config import RewardRunConfig
 from rflow_jax.training.reward.loss import NEED_LABELS, NEED_SCORES, PairMaker, PairObjective
@@ -87,17 +86,17 @@ class Reward(QwenTask):
         exported = reward_config(config, folder)
         # The prompt template and the data come first, since they are cheap to check.
         template = read_template(exported, config.reward.prompt_file)
-        source = open_checked(config, config.data.pairs, config.data.shards)
+        source = open_checked(config, config.data.pairs, config.data.path)
         held_out = config.validation
         self._held_out = (
-            open_checked(config, held_out.pairs, held_out.shards) if held_out.pairs or held_out.shards else None
+            open_checked(config, held_out.pairs, held_out.path) if held_out.pairs or held_out.path else None
         )
         tokenizer = QwenTokenizer(folder, added=[SPECIAL_TOKEN] if exported.special_tokens else [])
         special = tokenizer.id_of(SPECIAL_TOKEN) if exported.special_tokens else None
 
         seed, dtype = config.train.seed, jnp.dtype(config.train.dtype)
         base = load_qwen(folder, dtype=dtype, sharding_for=sharding_for(mesh))
-        parts = partition_params(begin(base, special, seed, dtype), config.trainable, mesh, seed=seed, also=HEAD)
+        parts = partition_params(begin(base, special, seed, dtype), config, mesh, also=HEAD)
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
         padded = RowSizes.of(config.data, sizes, rules, pictures=1)
         prepare = QwenProcessor(tokenizer, rules, sizes, padded.tokens, config.data.max_pixels)
@@ -131,14 +130,13 @@ class Reward(QwenTask):
 
 def reward_config(config: RewardRunConfig, folder: Path) -> RewardConfig:
     """The configuration that an export contains."""
-    trainable: QwenTrainableConfig = config.trainable
     base = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
     return RewardConfig(
         base,
         token=config.reward.token,
         special_tokens=config.reward.token == "special",
-        rank=trainable.rank,
-        alpha=float(trainable.rank if trainable.alpha is None else trainable.alpha),
+        rank=config.lora.rank,
+        alpha=float(config.lora.rank if config.lora.alpha is None else config.lora.alpha),
         max_pixels=config.data.max_pixels,
         template="none" if config.reward.prompt_file is None else _FROM_FILE,
     )
@@ -165,7 +163,7 @@ def compile_pair_step(
     mesh: Mesh,
 ) -> Any:
     """Compiles the step of (state, frozen parameters, pairs)."""
-    update = make_update(objective, optimizer, accumulation=config.train.accumulation, mesh=mesh)
+    update = make_update(objective, optimizer, accumulation=config.train.gradient_accumulation_steps, mesh=mesh)
     return compile_step(update, shardings, mesh)
 
 
@@ -177,13 +175,13 @@ def begin(base: Qwen25VL, special: int | None, seed: int, dtype: Dtype) -> Rewar
     return reward_model_of(base, init_kernel(key, (table.shape[1], 1), dtype), special, mean)
 
 
-def open_checked(config: RewardRunConfig, pairs: str | None, shards: str | list[str] | None) -> PairSource:
+def open_checked(config: RewardRunConfig, pairs: str | None, path: str | list[str] | None) -> PairSource:
     """The pairs; raises InputError if the loss could learn nothing from them."""
     data, loss = config.data, config.reward.loss
-    source = open_pairs(pairs, shards, format=data.format, cache=data.cache, patience=data.patience)
+    source = open_pairs(pairs, path, format=data.format, cache=data.cache, retry=data.retry)
     if loss in NEED_SCORES and not source.has_scores:
-        raise InputError(f"reward.loss is {loss}: it takes people's scores, and {pairs or shards} has none")
+        raise InputError(f"reward.loss is {loss}: it takes people's scores, and {pairs or path} has none")
     if loss in NEED_LABELS and not source.labels & NEED_LABELS[loss]:
         wanted = "A, B or same" if loss == "btt" else "A or B"
-        raise InputError(f"reward.loss is {loss}: {pairs or shards} has no line with a label {wanted}")
+        raise InputError(f"reward.loss is {loss}: {pairs or path} has no line with a label {wanted}")
     return source

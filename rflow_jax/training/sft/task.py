@@ -81,14 +81,14 @@ class Sft(QwenTask):
 
         base = load_qwen(folder, dtype=jnp.dtype(config.train.dtype), sharding_for=sharding_for(mesh))
         sizes, rules = base.config, read_image_processor_config(folder, base.config)
-        parts = partition_params(base, config.trainable, mesh, seed=config.train.seed)
+        parts = partition_params(base, config, mesh)
         padded = RowSizes.of(config.data, sizes, rules, pictures=config.data.max_images)
         prepare = QwenProcessor(tokenizer, rules, sizes, padded.tokens, config.data.max_pixels)
         maker = ChatMaker(prepare, padded)
         super().__init__(config, mesh, parts, source, maker, padded)
         self._objective = make_objective(config, parts.graph, sizes, rules)
         name = str(folder.absolute()) if Path(config.model).expanduser().exists() else config.model
-        merge = config.sft.merge or config.trainable.parameters is not None
+        merge = config.sft.merge or config.trainable_parameters is not None
         self.exporter = TrainedChat(parts, folder, name, merge)
 
     def _compile_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
@@ -113,7 +113,7 @@ def compile_chat_step(
     config: SftRunConfig, objective: ChatObjective, optimizer: optax.GradientTransformation, shardings: Any, mesh: Mesh
 ) -> Any:
     """Compiles the step of (state, frozen parameters, chats)."""
-    parts = config.train.accumulation
+    parts = config.train.gradient_accumulation_steps
     update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
 
     def whole(state: TrainState, frozen: nnx.State, chats: ChatInputs) -> tuple[TrainState, StepMetrics]:
