@@ -15,7 +15,8 @@ from PIL import Image
 import rflow_jax.writers
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.generation import Prompts, _tokens_of, penalised
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig, question_key
+from rflow_jax.vlm.config import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, question_key
 from rflow_jax.weights.qwen import repetition_penalty
 from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
 from rflow_jax.writers.qwen import QwenTextGenerator, _written

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 import rflow_jax.verifiers.reward as reward_module
 from rflow_jax.errors import InputError
-from rflow_jax.verifiers import VerifierConfig, make_verifier
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
+from rflow_jax.verifiers import VERIFIERS, make_verifier
+from rflow_jax.vlm.config import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
 from tests.kit.asking import pictures
 from tests.kit.clip import make_clip
 
@@ -67,7 +68,7 @@ def made(folders):
             if kind == "qwen":
                 found[kind] = QwenChat(QwenChatConfig(model, max_new_tokens=4, **how))
             else:
-                found[kind] = make_verifier(VerifierConfig(name=kind, model=model, options=how))
+                found[kind] = make_verifier(VERIFIERS.parse({"name": kind, "model": model} | how))
         return found[kind]
 
     return make
@@ -183,7 +184,7 @@ def others(folders, llama, golden, tmp_path_factory):
 )
 def test_a_checkpoint_of_another_architecture_is_one_line(others, kind, given, words):
     folder = str(others[given])
-    config = QwenChatConfig(folder) if kind == "qwen" else VerifierConfig(name=kind, model=folder)
+    config = QwenChatConfig(folder) if kind == "qwen" else VERIFIERS.parse({"name": kind, "model": folder})
     make = QwenChat if kind == "qwen" else make_verifier
     with pytest.raises(InputError) as caught:
         make(config)

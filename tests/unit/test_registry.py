@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rflow_jax.utils.plugins import load_class, parse_options
 
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.run_folder import public_section
-from rflow_jax.utils.plugins import load_class, parse_options
 from rflow_jax.verifiers import VERIFIERS, VerifierConfig, make_verifier
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import EnsembleOptions
