@@ -226,10 +226,10 @@ def _taken(argv: Sequence[str], role: str) -> tuple[list[str], list[dict[str, An
         if not equals and (value := next(words, None)) is None:
             raise InputError(f"{flag.removeprefix('--')}: give a value")
         key = flag.removeprefix(f"--{role}").removeprefix(".")
-        if not key:
-            whole.append(_section(_yaml(value) or _loaded(value), role))
+        if key:
+            single[key] = Word(value)
         else:
-            single[key] = _loaded(value) if key == "options" else Word(value)
+            whole.append(_section(_yaml(value) or Word(value).loaded(), role))
     return rest, [*whole, single] if single else whole
 
 
@@ -237,14 +237,6 @@ def _section(value: Any, role: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{role}: expected keys with values, such as {{name: ...}}")
     return value
-
-
-def _loaded(text: str) -> Any:
-    """A word as YAML; the word itself where it is none."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 # What jsonargparse has no setting for is put into its words before it parses; each step takes and gives a command line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 
@@ -20,6 +20,15 @@ _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 class Word(str):
     """A value of the command line, of which the type of its field decides what it means."""
+
+    def loaded(self) -> Any:
+        """What it means as YAML; the text where it is none."""
+        import yaml
+
+        with suppress(yaml.YAMLError):
+            found = yaml.safe_load(self)
+            return str(self) if isinstance(found, str) else found
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,13 @@ class Registry(Generic[C]):
             return today
         if _names(self.endpoint) <= section.keys():  # as a run wrote it, with what this kind never used
             own = _names(kind) if kind.asks_endpoint or kind is self.plugin else {"name", "model", "prompt_file"}
-            unused = {name for one, _ in self.kinds.values() if one.asks_endpoint for name in _names(one)} - own
+            remote = [self.endpoint, *(one for one, _ in self.kinds.values() if one.asks_endpoint)]
+            unused = {name for one in remote for name in _names(one)} - own
             today = {key: value for key, value in section.items() if key not in unused and value is not None}
         if kind is self.plugin:
             return today
         options = today.pop("options")
+        options = options.loaded() if isinstance(options, Word) else options
         if not isinstance(options, Mapping):
             raise InputError("options: expected keys with values")
         if twice := today.keys() & options.keys():
@@ -149,20 +160,17 @@ class Registry(Generic[C]):
     def _typed(self, hint: Any, value: Any, source: str) -> Any:
         """The value as its type; strings and containers are not repeated in messages: they may be secret."""
         if get_args(hint)[:1] == (self.base,):
-            if not isinstance(value, Sequence) or isinstance(value, str):
+            members = value.loaded() if isinstance(value, Word) else value
+            if not isinstance(members, Sequence) or isinstance(members, str):
                 raise InputError(f"{source}: give a list of {self.role} sections")
-            return tuple(self._member(one, f"{source}[{k}]") for k, one in enumerate(value))
+            return tuple(self._member(one, f"{source}[{k}]") for k, one in enumerate(members))
         from pydantic import TypeAdapter, ValidationError
 
         adapter = TypeAdapter(hint)
         if isinstance(value, Word):
-            import yaml
-
-            try:
-                loaded = yaml.safe_load(value)
-                return adapter.validate_python(str(value) if isinstance(loaded, str) else loaded)
-            except (yaml.YAMLError, ValidationError):
-                value = str(value)
+            with suppress(ValidationError):
+                return adapter.validate_python(value.loaded())
+            value = str(value)
         try:
             return adapter.validate_python(value)
         except ValidationError as error:

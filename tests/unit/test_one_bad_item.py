@@ -23,7 +23,7 @@ from tests.kit.clip import make_clip
 PROMPTS = ("an owl", "a red drum", "two kites", "a clock")
 BAD = ("no image", "cut off", "too long", "no prompt")
 REASONS = dict(zip(BAD, ("decoded", "decoded", "too long", "no prompt"), strict=True))
-VERIFIERS = ("reward", "nvila", "clip")
+LOCAL = ("reward", "nvila", "clip")
 LONG = "word " * 5000
 
 
@@ -83,7 +83,7 @@ def results(model, pairs):
     return [(verdict.score, verdict.error) for verdict in model.score(images, items)]
 
 
-@pytest.mark.parametrize("kind", [*VERIFIERS, "qwen"])
+@pytest.mark.parametrize("kind", [*LOCAL, "qwen"])
 def test_a_bad_item_changes_no_other(made, kind):
     model = made(kind)
     want = results(model, good())
@@ -101,7 +101,7 @@ def test_a_bad_item_changes_no_other(made, kind):
         assert value == (wanted if isinstance(wanted, str) else pytest.approx(wanted, rel=1e-5, abs=1e-5))
 
 
-@pytest.mark.parametrize("kind", [*VERIFIERS, "qwen"])
+@pytest.mark.parametrize("kind", [*LOCAL, "qwen"])
 def test_a_prompt_is_text_and_ends_no_message(made, kind):
     image, item = good()[0]
     mark = "<|endoftext|>"
@@ -111,7 +111,7 @@ def test_a_prompt_is_text_and_ends_no_message(made, kind):
     assert f"holds the special token {mark}" in found[2][1]
 
 
-@pytest.mark.parametrize("kind", VERIFIERS)
+@pytest.mark.parametrize("kind", LOCAL)
 def test_a_score_that_is_no_number_changes_no_other(made, kind, monkeypatch):
     verifier = made(kind)
     want = results(verifier, good())
