@@ -38,7 +38,7 @@ from rflow_jax.testing.openai_server import KEY, score_of
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.config import OpenAIVerifierConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
-from rflow_jax.writers.base import HTTPWriterConfig
+from rflow_jax.writers.base import HttpTextGeneratorConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SIDE, CONDITION = 128, 64
@@ -174,8 +174,8 @@ def main() -> None:
             reflect=ReflectStage(arguments.rounds, 2),
             settings=settings,
             verifier=OpenAIVerifierConfig(**asked, concurrency=32),
-            reflector=HTTPWriterConfig(**asked, concurrency=32),
-            refiner=HTTPWriterConfig(**asked, concurrency=32),
+            reflector=HttpTextGeneratorConfig(**asked, concurrency=32),
+            refiner=HttpTextGeneratorConfig(**asked, concurrency=32),
         )
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on "
               f"{jax.default_backend()}; {settings.num_inference_steps} steps, "

@@ -39,7 +39,7 @@ from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
 from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
-from rflow_jax.writers.base import QwenWriterConfig
+from rflow_jax.writers.base import QwenTextGeneratorConfig
 from rflow_jax.writers.prompt_template import PromptFile, read_prompt
 
 # No tokenizer is read: an English token has about four letters, and a user's prompt about 64 tokens.
@@ -109,7 +109,7 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
     writers["refiner"] = (config.refiner, REFINE_PROMPT, 1)
     asked: dict[QwenChatConfig, dict[QwenInputs, list[str]]] = {}
     for role, (writer, prompt, pictures) in writers.items():
-        if isinstance(writer, QwenWriterConfig):
+        if isinstance(writer, QwenTextGeneratorConfig):
             options = writer.chat
             sizes, rules = read_qwen_sizes(options.model, layers)
             text = _text_tokens(writer, prompt, pictures)
@@ -228,7 +228,7 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
     )
 
 
-def _text_tokens(writer: QwenWriterConfig, default: Path, pictures: int) -> int:
+def _text_tokens(writer: QwenTextGeneratorConfig, default: Path, pictures: int) -> int:
     """About the number of text tokens in a writer's chat."""
     parts = PromptFile.of(writer.prompt_file, default)
     written = parts.instructions + parts.question.template + (pictures - 1) * parts.past.template

@@ -19,7 +19,7 @@ from rflow_jax.verifiers.config import (
     VerifierConfig,
     members_of,
 )
-from rflow_jax.writers.base import WRITERS, HTTPWriterConfig, WriterConfig
+from rflow_jax.writers.base import WRITERS, HttpTextGeneratorConfig, TextGeneratorConfig
 
 Kind = Literal["noise", "noise-prompt", "reflect"]
 
@@ -113,8 +113,8 @@ class SearchConfig:
     scan_blocks: bool | None = field(default=None, metadata=EXECUTION)
     settings: SamplingConfig = field(default_factory=SamplingConfig)
     verifier: VerifierConfig = field(default_factory=OpenAIVerifierConfig, metadata={"registry": VERIFIERS})
-    reflector: WriterConfig = field(default_factory=HTTPWriterConfig, metadata={"registry": WRITERS})
-    refiner: WriterConfig = field(default_factory=HTTPWriterConfig, metadata={"registry": WRITERS})
+    reflector: TextGeneratorConfig = field(default_factory=HttpTextGeneratorConfig, metadata={"registry": WRITERS})
+    refiner: TextGeneratorConfig = field(default_factory=HttpTextGeneratorConfig, metadata={"registry": WRITERS})
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
@@ -164,9 +164,9 @@ class SearchConfig:
                 f"{images} images a prompt: raise noise.search_rounds or noise.search_branch"
             )
 
-    def roles(self, kind: Kind) -> dict[str, VerifierConfig | WriterConfig]:
+    def roles(self, kind: Kind) -> dict[str, VerifierConfig | TextGeneratorConfig]:
         """The models that a search of this kind uses beside its pipeline."""
-        roles: dict[str, VerifierConfig | WriterConfig] = {"verifier": self.verifier}
+        roles: dict[str, VerifierConfig | TextGeneratorConfig] = {"verifier": self.verifier}
         if kind == "reflect":
             roles["reflector"] = self.reflector
         if kind != "noise":

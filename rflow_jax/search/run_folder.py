@@ -18,7 +18,7 @@ from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import try_lock, use_folder
 from rflow_jax.utils.checks import RENAMED
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, VerifierConfig
-from rflow_jax.writers.base import WRITERS, WriterConfig
+from rflow_jax.writers.base import WRITERS, TextGeneratorConfig
 
 CONFIG = "config.yaml"
 MODELS = {"verifier": VERIFIERS, "reflector": WRITERS, "refiner": WRITERS}
@@ -127,7 +127,7 @@ def _fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def public_section(model: VerifierConfig | WriterConfig) -> dict[str, Any]:
+def public_section(model: VerifierConfig | TextGeneratorConfig) -> dict[str, Any]:
     """A model's section as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
     section = asdict(model)
     if isinstance(model, Connection):

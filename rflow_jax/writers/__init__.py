@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.writers.base import WRITERS, TextGenerator, WriterConfig
+from rflow_jax.writers.base import WRITERS, TextGenerator, TextGeneratorConfig
 
 _PROMPTS = Path(__file__).parent / "prompts"
 REFLECTION_PROMPT = _PROMPTS / "reflection.md"
 REFINE_PROMPT = _PROMPTS / "refine.md"
 
 
-def make_text_generator(config: WriterConfig, default_prompt: Path, meter: UsageTracker | None = None) -> TextGenerator:
+def make_text_generator(
+    config: TextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
+) -> TextGenerator:
     """The writer that a configuration describes.
 
     Args:

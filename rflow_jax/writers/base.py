@@ -78,12 +78,12 @@ class TextGenerator(Protocol):
 
 
 @dataclass(frozen=True)
-class WriterConfig(Component):
+class TextGeneratorConfig(Component):
     """The settings of any writer; ``name`` says which."""
 
 
 @dataclass(frozen=True)
-class HTTPWriterConfig(Connection, WriterConfig):
+class HttpTextGeneratorConfig(Connection, TextGeneratorConfig):
     """Any OpenAI-compatible endpoint.
 
     Attributes:
@@ -103,7 +103,7 @@ class HTTPWriterConfig(Connection, WriterConfig):
 
 
 @dataclass(frozen=True)
-class QwenWriterConfig(QwenChatConfig, WriterConfig):
+class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
     """Qwen2.5-VL in this process; roles that differ in their prompt file alone share one model.
 
     Attributes:
@@ -120,7 +120,7 @@ class QwenWriterConfig(QwenChatConfig, WriterConfig):
 
 
 @dataclass(frozen=True)
-class PluginWriterConfig(Endpoint, WriterConfig):
+class PluginTextGeneratorConfig(Endpoint, TextGeneratorConfig):
     """A class of your own, which is made as ``Class(config, default_prompt, meter)`` and follows ``TextGenerator``.
 
     Attributes:
@@ -141,12 +141,12 @@ class PluginWriterConfig(Endpoint, WriterConfig):
 
 WRITERS = Registry(
     "writer",
-    WriterConfig,
+    TextGeneratorConfig,
     "http",
     {
-        "http": (HTTPWriterConfig, "rflow_jax.writers.http:HttpTextGenerator"),
-        "qwen": (QwenWriterConfig, "rflow_jax.writers.qwen:make_qwen_writer"),
+        "http": (HttpTextGeneratorConfig, "rflow_jax.writers.http:HttpTextGenerator"),
+        "qwen": (QwenTextGeneratorConfig, "rflow_jax.writers.qwen:make_qwen_writer"),
     },
-    PluginWriterConfig,
+    PluginTextGeneratorConfig,
     Endpoint,
 )

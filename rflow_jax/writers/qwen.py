@@ -10,12 +10,12 @@ from rflow_jax.errors import InputError
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
-from rflow_jax.writers.base import QwenWriterConfig, WriterInput, WriterOutput
+from rflow_jax.writers.base import QwenTextGeneratorConfig, WriterInput, WriterOutput
 from rflow_jax.writers.prompt_template import PromptFile, in_one_line
 
 
 def make_qwen_writer(
-    config: QwenWriterConfig, default_prompt: Path, meter: UsageTracker | None = None
+    config: QwenTextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
 ) -> QwenTextGenerator:
     """The writer that a configuration describes; both roles share a model that is configured alike."""
     return QwenTextGenerator(_shared(config.chat), default_prompt, config.prompt_file)

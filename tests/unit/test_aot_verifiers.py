@@ -23,7 +23,7 @@ from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.nvila_programs import padded_length
 from rflow_jax.vlm.qwen_batching import LEAST_TOKENS, bucket
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
-from rflow_jax.writers.base import QwenWriterConfig
+from rflow_jax.writers.base import QwenTextGeneratorConfig
 
 SIZE = (160, 96)
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8))
@@ -45,7 +45,7 @@ def verifying(name, model, **options):
 
 
 def writing(model, **options):
-    writer = QwenWriterConfig(model, **options)
+    writer = QwenTextGeneratorConfig(model, **options)
     return SearchConfig(model="m", settings=SETTINGS, reflector=writer, refiner=writer)
 
 
@@ -193,7 +193,7 @@ def test_models_over_http_compile_nothing():
         (writing("someone/else"), "model someone/else: no such folder"),
         (verifying("nvila", "someone/else"), "its sizes are not known"),
         (verifying("reward", "someone/else", base="someone/base"), "model someone/base"),
-        (verifying("nvila", None, devices=(8,)), "no device 8"),
+        (verifying("nvila", "Efficient-Large-Model/NVILA-Lite-2B-Verifier", devices=(8,)), "no device 8"),
         (verifying("nvila", None, dtype="float16"), "dtype is float16"),
     ],
 )

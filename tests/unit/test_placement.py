@@ -24,7 +24,7 @@ from rflow_jax.verifiers.nvila import NvilaVerifier
 from rflow_jax.verifiers.reward import RewardVerifier
 from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
-from rflow_jax.writers.base import QwenWriterConfig
+from rflow_jax.writers.base import QwenTextGeneratorConfig
 
 PROMPTS = ("a photo of a bench", "two red apples")
 ITEMS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -231,8 +231,8 @@ def test_the_generator_takes_the_devices_of_roles_that_a_search_does_not_have(ki
     config = SearchConfig(
         model="m",
         verifier=NvilaVerifierConfig("v", devices=(2, 4, 5, 6, 7)),
-        reflector=QwenWriterConfig("w", devices=(1,)),
-        refiner=QwenWriterConfig("w", devices=(3,)),
+        reflector=QwenTextGeneratorConfig("w", devices=(1,)),
+        refiner=QwenTextGeneratorConfig("w", devices=(3,)),
     )
     mesh = command._load(kind, config)
     used = jax.devices()[:1] if mesh is None else mesh.devices.flatten().tolist()

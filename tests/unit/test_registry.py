@@ -23,7 +23,13 @@ from rflow_jax.verifiers.config import (
     YesNoVerifierConfig,
 )
 from rflow_jax.writers import REFINE_PROMPT, make_text_generator
-from rflow_jax.writers.base import WRITERS, HTTPWriterConfig, PluginWriterConfig, QwenWriterConfig, WriterOutput
+from rflow_jax.writers.base import (
+    WRITERS,
+    HttpTextGeneratorConfig,
+    PluginTextGeneratorConfig,
+    QwenTextGeneratorConfig,
+    WriterOutput,
+)
 
 
 class Mine:
@@ -59,7 +65,7 @@ def test_a_class_of_ones_own_gets_the_config_and_the_meter():
     meter = UsageTracker()
     config = PluginVerifierConfig(name=OWN)
     assert make_verifier(config, meter).given == (config, meter)
-    config = PluginWriterConfig(name=OWN)
+    config = PluginTextGeneratorConfig(name=OWN)
     assert make_text_generator(config, REFINE_PROMPT, meter).given == (config, REFINE_PROMPT, meter)
 
 
@@ -80,7 +86,7 @@ def test_a_class_of_ones_own_that_lacks_something_is_named(monkeypatch, lacks, s
     with pytest.raises(InputError, match=f"verifier {OWN}: {said}"):
         make_verifier(PluginVerifierConfig(name=OWN))
     with pytest.raises(InputError, match=f"writer {OWN}: {said}"):
-        make_text_generator(PluginWriterConfig(name=OWN), REFINE_PROMPT)
+        make_text_generator(PluginTextGeneratorConfig(name=OWN), REFINE_PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +201,12 @@ VERIFIER, WRITER = WRITTEN | {"prompts": None, "template": "question"}, WRITTEN 
         (
             WRITERS,
             WRITER | {"name": "qwen", "model": "m", "prompt_file": "p", "options": {"temperature": 0.5}},
-            QwenWriterConfig("m", prompt_file="p", temperature=0.5),
+            QwenTextGeneratorConfig("m", prompt_file="p", temperature=0.5),
         ),
         (
             WRITERS,
             WRITER | {"name": "http", "model": "m", "options": {}},
-            HTTPWriterConfig(model="m", timeout=20.0, max_retries=3),
+            HttpTextGeneratorConfig(model="m", timeout=20.0, max_retries=3),
         ),
     ],
 )
