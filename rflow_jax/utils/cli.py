@@ -339,7 +339,8 @@ def _yaml(file: str) -> dict[str, Any]:
 def _require_sections(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
     for config in configs:
         for name, kind in get_type_hints(config).items():
-            if not is_dataclass(kind) or issubclass(kind, Component) or name not in namespace:
+            chosen = isinstance(kind, type) and issubclass(kind, Component)
+            if chosen or not is_dataclass(kind) or name not in namespace:
                 continue
             if not isinstance(section := namespace[name], Namespace):
                 raise InputError(f"{prefix}{name}: expected keys with values, got {section!r}")

@@ -194,7 +194,6 @@ def test_models_over_http_compile_nothing():
         (verifying("nvila", "someone/else"), "its sizes are not known"),
         (verifying("reward", "someone/else", base="someone/base"), "model someone/base"),
         (verifying("nvila", "Efficient-Large-Model/NVILA-Lite-2B-Verifier", devices=(8,)), "no device 8"),
-        (verifying("nvila", None, dtype="float16"), "dtype is float16"),
     ],
 )
 def test_what_cannot_be_compiled_is_told(config, reason):

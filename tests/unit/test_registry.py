@@ -147,6 +147,7 @@ def test_an_error_repeats_no_text_that_may_be_secret():
             "{name: yesno, temperature: 0}",
             "verifier.temperature: yesno has no such setting (openai",
         ),
+        (VERIFIERS, "{name: nvila, dtype: float16}", "verifier: dtype is float16"),
         (VERIFIERS, "{name: none, timeout: 3}", "would use it); leave it out"),
         (VERIFIERS, "{name: openai, options: {scale: 3}}", "unknown key verifier.scale: "),
         (
