@@ -235,7 +235,7 @@ def _taken(argv: Sequence[str], role: str) -> tuple[list[str], list[dict[str, An
 
 def _section(value: Any, role: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{role}: expected keys with values, such as {{name: ...}}")
+        raise InputError(f"{role}: expected keys with values, or a YAML file of them")
     return value
 
 
