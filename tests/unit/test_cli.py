@@ -65,7 +65,7 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
         (
             "noise --verifier.name=nvila --verifier.timeout=3",
-            "verifier.timeout: nvila has no such setting (openai, yesno",
+            "verifier.timeout: nvila has no such setting",
         ),
         ("noise --verifier.timeout", "verifier.timeout: give a value"),
         ("noise --verifier.timeout=never", "verifier.timeout: Input should be a valid number"),
