@@ -26,7 +26,8 @@ from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.tokenizers.nvila import NvilaTokenizer
-from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+from rflow_jax.verifiers.config import NvilaVerifierConfig
+from rflow_jax.verifiers.nvila import NvilaVerifier
 from rflow_jax.weights.nvila import LANGUAGE, NvilaModel
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "nvila" / "checkpoint" / LANGUAGE

@@ -36,9 +36,9 @@ from rflow_jax.search.prompt_folder import PromptFolder, read_records
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.testing.openai_server import KEY, score_of
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import OpenAIVerifierConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
-from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.writers.base import HttpTextGeneratorConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SIDE, CONDITION = 128, 64
@@ -173,9 +173,9 @@ def main() -> None:
             noise=NoiseStage(1, 2),
             reflect=ReflectStage(arguments.rounds, 2),
             sampling=settings,
-            verifier=VerifierConfig(**asked, concurrency=32),
-            reflector=TextGeneratorConfig(**asked, concurrency=32),
-            refiner=TextGeneratorConfig(**asked, concurrency=32),
+            verifier=OpenAIVerifierConfig(**asked, concurrency=32),
+            reflector=HttpTextGeneratorConfig(**asked, concurrency=32),
+            refiner=HttpTextGeneratorConfig(**asked, concurrency=32),
         )
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on "
               f"{jax.default_backend()}; {settings.num_inference_steps} steps, "

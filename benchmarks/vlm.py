@@ -42,7 +42,8 @@ from rflow_jax.models.quantization import Quantization, quantize
 from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.tokenizers.qwen import QwenTokenizer
-from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+from rflow_jax.verifiers.config import RewardVerifierConfig
+from rflow_jax.verifiers.reward import RewardVerifier
 from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
 from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts

@@ -24,7 +24,6 @@ from rflow_jax.parallel.mesh import make_mesh
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.parallel.sharding import unclaimed
 from rflow_jax.search.config import SearchConfig
-from rflow_jax.verifiers.factory import claimed_devices
 from rflow_jax.weights import components
 from rflow_jax.weights.flux import FluxModel, scans_blocks
 
@@ -32,7 +31,7 @@ from rflow_jax.weights.flux import FluxModel, scans_blocks
 def sampling_mesh(config: SearchConfig, devices: Sequence[Any]) -> Mesh:
     """The mesh of the devices that no model of the search claims."""
     roles = (config.verifier, config.reflector, config.refiner)
-    claims = [claim for role in roles for claim in claimed_devices(role.options)]
+    claims = [claim for role in roles for claim in role.claimed_devices]
     return make_mesh(config.mesh, unclaimed(claims, devices))
 
 

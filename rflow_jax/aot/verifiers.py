@@ -28,20 +28,19 @@ from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS, abstract_qwen2_5
 from rflow_jax.parallel.sharding import on_mesh_of, pick
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.utils.checks import require_dtype
-from rflow_jax.verifiers.config import REWARD, VerifierConfig
-from rflow_jax.verifiers.factory import configure
-from rflow_jax.verifiers.nvila import NvilaVerifierConfig
-from rflow_jax.verifiers.reward import PROMPT, RewardVerifierConfig
+from rflow_jax.verifiers.config import NvilaVerifierConfig, RewardVerifierConfig, members_of
+from rflow_jax.verifiers.reward import PROMPT
 from rflow_jax.vlm import nvila_programs
+from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.nvila_programs import PICTURES_AT_ONCE, padded_length, token_slots
 from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
-from rflow_jax.vlm.qwen_chat import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import decoding_of
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, fitted, limited, patches_of
 from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
 from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
-from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.writers.base import QwenTextGeneratorConfig
 from rflow_jax.writers.prompt_template import PromptFile, read_prompt
 
 # No tokenizer is read: an English token has about four letters, and a user's prompt about 64 tokens.
@@ -82,7 +81,7 @@ def verifier_programs(config: SearchConfig, devices: Sequence[Any], *, layers: i
     The search's own pipeline is not counted as resident.
 
     Args:
-        devices: of the process, which ``options.devices`` indexes; a model without that takes the first.
+        devices: of the process, which ``devices`` of a model indexes; a model without that takes the first.
         layers: of each transformer, for a quick check.
 
     Raises:
@@ -98,19 +97,21 @@ def verifier_programs(config: SearchConfig, devices: Sequence[Any], *, layers: i
 
 def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | None = None) -> list[LocalModel]:
     """The models behind :func:`verifier_programs`; writers that are configured alike share one."""
-    verifiers = {f"verifier {k}": member for k, member in enumerate(config.verifier.members, 1)}
+    members = members_of(config.verifier)
     image = config.sampling.width, config.sampling.height
-    judges = [
-        _MAKERS[one.name](role, one, image, devices, layers)
-        for role, one in (verifiers or {"verifier": config.verifier}).items()
-        if one.name in _MAKERS
-    ]
+    judges: list[LocalModel] = []
+    for k, member in enumerate(members, 1):
+        role = "verifier" if members == (config.verifier,) else f"verifier {k}"
+        if isinstance(member, NvilaVerifierConfig):
+            judges.append(_nvila(role, member, image, devices, layers))
+        elif isinstance(member, RewardVerifierConfig):
+            judges.append(_reward(role, member, image, devices, layers))
     writers = {"reflector": (config.reflector, REFLECTION_PROMPT, 1 + config.reflect.history)}
     writers["refiner"] = (config.refiner, REFINE_PROMPT, 1)
     asked: dict[QwenChatConfig, dict[QwenInputs, list[str]]] = {}
     for role, (writer, prompt, pictures) in writers.items():
-        if writer.name == "qwen":
-            options = configure(QwenChatConfig, writer.model, writer.options, role)
+        if isinstance(writer, QwenTextGeneratorConfig):
+            options = writer.chat
             sizes, rules = read_qwen_sizes(options.model, layers)
             text = _text_tokens(writer, prompt, pictures)
             inputs = _inputs(sizes, rules, [image] * pictures, text, options.max_pixels, options.batch_size)
@@ -119,9 +120,8 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
 
 
 def _nvila(
-    role: str, config: VerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
+    role: str, options: NvilaVerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
 ) -> LocalModel:
-    options = configure(NvilaVerifierConfig, config.model, config.options, role)
     sizes, dtype = read_nvila_sizes(options.model, layers), jnp.dtype(options.dtype)
     network = abstract_nvila(sizes, dtype)
     network.language = in_8_bits(network.language, options.quantization)
@@ -156,9 +156,8 @@ def _nvila(
 
 
 def _reward(
-    role: str, config: VerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
+    role: str, options: RewardVerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
 ) -> LocalModel:
-    options = configure(RewardVerifierConfig, config.model, config.options, role)
     checkpoint = _reward_config(options)
     sizes, rules = read_qwen_sizes(checkpoint.base, layers)
     model = abstract_reward_model(sizes, checkpoint.outputs, jnp.dtype(require_dtype(options.dtype)))
@@ -176,7 +175,7 @@ def _reward(
     def lower() -> Any:
         return rewards.lower(graph, rules, scoring, weights, inputs)
 
-    programs = _programs(f"{role} {REWARD}", mesh, weights, rewards=(lower, _read_flops(sizes, inputs), 1))
+    programs = _programs(f"{role} reward", mesh, weights, rewards=(lower, _read_flops(sizes, inputs), 1))
     return LocalModel(tuple(mesh.devices.flat), weights, programs)
 
 
@@ -221,7 +220,8 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
     ends = () if folder is None else end_tokens(folder, sizes)
     penalty = _PENALTY if folder is None else repetition_penalty(folder)
     last = sizes.language.vocab_size
-    return options.decoding(
+    return decoding_of(
+        options,
         eos=ends or tuple(min(end, last - 1) for end in _ENDS),
         pad=min(_PAD, last - 1),
         repetition_penalty=penalty,
@@ -229,7 +229,7 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
     )
 
 
-def _text_tokens(writer: TextGeneratorConfig, default: Path, pictures: int) -> int:
+def _text_tokens(writer: QwenTextGeneratorConfig, default: Path, pictures: int) -> int:
     """About the number of text tokens in a writer's chat."""
     parts = PromptFile.of(writer.prompt_file, default)
     written = parts.instructions + parts.question.template + (pictures - 1) * parts.past.template
@@ -305,6 +305,3 @@ def _programs(
 def _host(shape: Sequence[int], dtype: Dtype) -> jax.ShapeDtypeStruct:
     """The shape of an array that comes from the host, without a sharding."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
-
-
-_MAKERS: dict[str, Callable[..., LocalModel]] = {"nvila": _nvila, REWARD: _reward}

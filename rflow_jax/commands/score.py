@@ -19,6 +19,7 @@ from rflow_jax.utils.cli import Command
 from rflow_jax.utils.progress import count_progress
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.config import EnsembleVerifierConfig
 from rflow_jax.verifiers.ranking import with_ensemble_scores
 
 NONE = "-"  # stands for no score and no label
@@ -45,7 +46,7 @@ def score(config: ScoreConfig) -> int:
         meter = UsageTracker()
         found = _rated(_scored(config, targets, results, meter))
         results.finish(found)
-    if config.verifier.members:
+    if isinstance(config.verifier, EnsembleVerifierConfig):
         _Lines(targets).print(dict(enumerate(found)))
     unscored = sum(not one.verdict.scored for one in found)
     print(_summary(found, unscored, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
@@ -63,7 +64,7 @@ def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, me
             found[k] = known
     todo = {k: target for k, target in enumerate(targets) if k not in found}
     # The scores of an ensemble are known when all are. Otherwise lines on a terminal are the progress.
-    at_end = bool(config.verifier.members)
+    at_end = isinstance(config.verifier, EnsembleVerifierConfig)
     lines = _Lines(() if at_end else targets)
     with count_progress(show=at_end or not sys.stdout.isatty()) as progress:
         task = progress.add_task("score", total=len(targets), completed=len(found))

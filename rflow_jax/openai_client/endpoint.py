@@ -3,10 +3,11 @@
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.registry import EXECUTION
 
 HIDDEN = "***"
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
@@ -49,41 +50,32 @@ class Secrets:
 DEFAULT_MODEL = "gpt-4o"
 NO_KEY = "none"  # for a server without a key; the client library insists on one
 STRUCTURED = ("auto", "json_schema", "json_object", "text")
-OF_ANSWERS = ("temperature", "max_tokens", "structured")
-"""Fields that affect a model's answers; the others only say where, when and at what price it is asked."""
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """A chat endpoint and how to ask it.
+class Connection:
+    """How a chat endpoint is reached, and what it costs.
 
     Attributes:
         base_url: address of an OpenAI-compatible API; null takes OPENAI_BASE_URL, then OpenAI's own.
         model: name of the model; null takes OPENAI_MODEL, then gpt-4o.
         api_key_env: name of the environment variable that holds the key (never the key itself).
-        temperature: sampling temperature; null leaves it to the server.
-        max_tokens: longest answer in tokens; null leaves it to the server.
         timeout: seconds to wait for one answer.
         concurrency: requests in flight at once.
         max_retries: further attempts after a timeout, a broken connection, a busy or failing server, and
             after an answer that cannot be used.
-        structured: how the server is asked for JSON: json_schema, json_object, text (in words only), or auto, which
-            begins with json_schema and takes the next one when the server refuses.
         price_input: USD per million tokens read; null: the cost is not known (a server of your own costs 0).
         price_output: USD per million tokens written.
     """
 
-    base_url: str | None = field(default=None, repr=False)  # it may hold a password
+    base_url: str | None = field(default=None, repr=False, metadata=EXECUTION)  # it may hold a password
     model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    temperature: float | None = None
-    max_tokens: int | None = None
-    timeout: float = 60.0
-    concurrency: int = 8
-    max_retries: int = 5
-    structured: str = "auto"
-    price_input: float | None = None
-    price_output: float | None = None
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata=EXECUTION)
+    timeout: float = field(default=60.0, metadata=EXECUTION)
+    concurrency: int = field(default=8, metadata=EXECUTION)
+    max_retries: int = field(default=5, metadata=EXECUTION)
+    price_input: float | None = field(default=None, metadata=EXECUTION)
+    price_output: float | None = field(default=None, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
@@ -93,12 +85,6 @@ class Endpoint:
             _require_address(self.base_url, "base_url")
         if not _between(self.timeout, 1e-3) or self.concurrency < 1 or self.max_retries < 0:
             raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
-        if self.temperature is not None and not _between(self.temperature, 0.0):
-            raise InputError(f"temperature is {self.temperature}: give 0 or more, or null")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens is {self.max_tokens}: give at least 1, or null")
-        if self.structured not in STRUCTURED:
-            raise InputError(f"structured is {self.structured!r}: give one of {', '.join(STRUCTURED)}")
         if (self.price_input is None) != (self.price_output is None):
             raise InputError("give both price_input and price_output, or neither; 0 is a price")
         if not all(price is None or _between(price, 0.0) for price in (self.price_input, self.price_output)):
@@ -138,6 +124,36 @@ class Endpoint:
         if self.price_input is None or self.price_output is None:
             return None
         return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
+
+    def endpoint(self) -> "Endpoint":
+        """The endpoint for a client; what these settings leave open is at its default."""
+        known = [one.name for one in fields(Endpoint) if hasattr(self, one.name)]
+        return Endpoint(**{name: getattr(self, name) for name in known})
+
+
+@dataclass(frozen=True)
+class Endpoint(Connection):
+    """A chat endpoint and how it is asked.
+
+    Attributes:
+        temperature: sampling temperature; null leaves it to the server.
+        max_tokens: longest answer in tokens; null leaves it to the server.
+        structured: how the server is asked for JSON: json_schema, json_object, text (in words only), or auto, which
+            begins with json_schema and takes the next one when the server refuses.
+    """
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    structured: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None and not _between(self.temperature, 0.0):
+            raise InputError(f"temperature is {self.temperature}: give 0 or more, or null")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"max_tokens is {self.max_tokens}: give at least 1, or null")
+        if self.structured not in STRUCTURED:
+            raise InputError(f"structured is {self.structured!r}: give one of {', '.join(STRUCTURED)}")
 
 
 def public_url(url: str) -> str:

@@ -13,13 +13,11 @@ import PIL.Image
 from rflow_jax.errors import InputError
 from rflow_jax.scoring.results import Found
 from rflow_jax.scoring.targets import Target
-from rflow_jax.search.run_folder import public_section, result_affecting
+from rflow_jax.search.run_folder import public_section
 from rflow_jax.utils.images import image_in
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers.base import Verdict, Verifier, normalize_verdict, score_images
-from rflow_jax.verifiers.config import REWARD, VerifierConfig
-from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.reward import find_step
+from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, RewardVerifierConfig, VerifierConfig
 
 Chunk = list[tuple[int, Target]]
 Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
@@ -108,16 +106,12 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
     Raises:
         InputError: a reward model's checkpoint is not there.
     """
-    return _resolved(result_affecting(public_section(config)), config)
+    found = VERIFIERS.results_follow_from(public_section(config))
+    if isinstance(config, RewardVerifierConfig) and config.step is None:
+        from rflow_jax.weights.hub import resolve_vlm  # these import JAX, for which --help need not wait
+        from rflow_jax.weights.reward import find_step
 
-
-def _resolved(section: Mapping[str, Any], config: VerifierConfig) -> dict[str, Any]:
-    options = dict(section.get("options", {}))
-    model = config.model or options.get("model")
-    if config.name == REWARD and options.get("step") is None and isinstance(model, str):
-        options["step"], _ = find_step(resolve_vlm(model, reward=True))
-    elif config.members:
-        options["members"] = [_resolved(*pair) for pair in zip(options["members"], config.members, strict=True)]
-    else:
-        return dict(section)
-    return {**section, "options": options}
+        found["step"], _ = find_step(resolve_vlm(config.model, reward=True))
+    if isinstance(config, EnsembleVerifierConfig):
+        found["members"] = [scores_follow_from(member) for member in config.members]
+    return found

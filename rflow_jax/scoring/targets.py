@@ -15,7 +15,7 @@ from rflow_jax.search.inputs import image_files
 from rflow_jax.search.prompt_folder import METADATA
 from rflow_jax.utils.checks import require_text
 from rflow_jax.utils.json_files import read_json_lines
-from rflow_jax.verifiers.config import NONE, VerifierConfig
+from rflow_jax.verifiers.config import VERIFIERS, NoVerifierConfig, OpenAIVerifierConfig, VerifierConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ScoreConfig:
     samples: str = "samples"
     out: str | None = None
     again: bool = False
-    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    verifier: VerifierConfig = field(default_factory=OpenAIVerifierConfig, metadata={"registry": VERIFIERS})
 
     def __post_init__(self) -> None:
         if self.prompts is None and not self.images:
@@ -52,7 +52,7 @@ class ScoreConfig:
         require_text(self.prompt or "", "prompt")
         if self.prompts is not None and self.out and os.path.realpath(self.out) == os.path.realpath(self.prompts):
             raise InputError("out is the list of prompts: give another file")
-        if self.verifier.name == NONE:
+        if isinstance(self.verifier, NoVerifierConfig):
             raise InputError("verifier.name is none: name one that scores")
 
 

@@ -5,12 +5,21 @@ from typing import Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
 from rflow_jax.utils.checks import require_dtype, require_least, require_seed
-from rflow_jax.verifiers.config import ENSEMBLE, NONE, VerifierConfig
-from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.utils.registry import EXECUTION
+from rflow_jax.verifiers.config import (
+    VERIFIERS,
+    EnsembleVerifierConfig,
+    NoVerifierConfig,
+    OpenAIVerifierConfig,
+    VerifierConfig,
+    members_of,
+)
+from rflow_jax.writers.base import WRITERS, HttpTextGeneratorConfig, TextGeneratorConfig
 
 Kind = Literal["noise", "noise-prompt", "reflect"]
 
@@ -94,18 +103,18 @@ class SearchConfig:
     lora_alpha: float | None = None
     dtype: str = "bfloat16"
     seed: int = 0
-    prompts_in_flight: int = 16
+    prompts_in_flight: int = field(default=16, metadata=EXECUTION)
     noise: NoiseStage = field(default_factory=NoiseStage)
     reflect: ReflectStage = field(default_factory=ReflectStage)
     stop_score: float | None = None
     max_images: int | None = None
-    budget: float | None = None
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    scan_blocks: bool | None = None
+    budget: float | None = field(default=None, metadata=EXECUTION)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=EXECUTION)
+    scan_blocks: bool | None = field(default=None, metadata=EXECUTION)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    verifier: VerifierConfig = field(default_factory=VerifierConfig)
-    reflector: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
-    refiner: TextGeneratorConfig = field(default_factory=TextGeneratorConfig)
+    verifier: VerifierConfig = field(default_factory=OpenAIVerifierConfig, metadata={"registry": VERIFIERS})
+    reflector: TextGeneratorConfig = field(default_factory=HttpTextGeneratorConfig, metadata={"registry": WRITERS})
+    refiner: TextGeneratorConfig = field(default_factory=HttpTextGeneratorConfig, metadata={"registry": WRITERS})
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
@@ -127,22 +136,19 @@ class SearchConfig:
             InputError: no corrector, no verifier, more branches than images to choose them from, or a budget in dollars
                 where the price of an answer is not known.
         """
-        judged = self.verifier.name != NONE
+        judged = not isinstance(self.verifier, NoVerifierConfig)
         if not judged and (kind != "noise" or self.noise.method != "random" or self.stop_score is not None):
             raise InputError(
                 f"{kind} chooses or improves images by their verdicts: verifier.name none serves random noise only"
             )
-        if self.stop_score is not None and self.verifier.name == ENSEMBLE:
+        if self.stop_score is not None and isinstance(self.verifier, EnsembleVerifierConfig):
             raise InputError("stop_score: an ensemble ranks the images of a prompt, and has no score to stop at")
         if kind == "noise-prompt" and self.noise.method != "random":
             raise InputError("noise.method is zero_order: noise-prompt takes fresh noise; set it to random")
-        asked = {"verifier": self.verifier, "reflector": self.reflector, "refiner": self.refiner}
-        used = {"noise": ["verifier"], "noise-prompt": ["verifier", "refiner"]}.get(kind, list(asked))
-        for role in used if self.budget is not None else ():
+        for role, model in self.roles(kind).items() if self.budget is not None else ():
             # Models in this process cost nothing, and a class of the user's own may count its cost itself.
-            model = asked[role]
-            members = (isinstance(model, VerifierConfig) and model.members) or (model,)
-            if any(member.asks_endpoint and member.price_input is None for member in members):
+            models = members_of(model) if isinstance(model, VerifierConfig) else (model,)
+            if any(one.asks_endpoint and isinstance(one, Connection) and one.price_input is None for one in models):
                 raise InputError(
                     f"budget counts dollars, and the price of {role} is not known: set {role}.price_input and "
                     f"{role}.price_output (0 for a server of your own)"
@@ -157,6 +163,15 @@ class SearchConfig:
                 f"reflect.search_branch is {self.reflect.search_branch}, but the noise stage makes only "
                 f"{images} images a prompt: raise noise.search_rounds or noise.search_branch"
             )
+
+    def roles(self, kind: Kind) -> dict[str, VerifierConfig | TextGeneratorConfig]:
+        """The models that a search of this kind uses beside its pipeline."""
+        roles: dict[str, VerifierConfig | TextGeneratorConfig] = {"verifier": self.verifier}
+        if kind == "reflect":
+            roles["reflector"] = self.reflector
+        if kind != "noise":
+            roles["refiner"] = self.refiner
+        return roles
 
     def strategy(self, kind: Kind, given: int | None = None) -> Strategy:
         """The search of one prompt.
@@ -195,14 +210,14 @@ class RunConfig:
         strategy: written by the command: which search this is.
     """
 
-    prompts: str
-    out: str
-    start: int = 0
-    end: int | None = None
+    prompts: str = field(metadata=EXECUTION)
+    out: str = field(metadata=EXECUTION)
+    start: int = field(default=0, metadata=EXECUTION)
+    end: int | None = field(default=None, metadata=EXECUTION)
     images: str | None = None
-    process_index: int = 0
-    process_count: int = 1
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    process_index: int = field(default=0, metadata=EXECUTION)
+    process_count: int = field(default=1, metadata=EXECUTION)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig, metadata=EXECUTION)
     strategy: Kind | None = None
 
     def __post_init__(self) -> None:

@@ -19,10 +19,7 @@ from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.config import VerifierConfig
-from rflow_jax.verifiers.factory import claimed_devices
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
-from rflow_jax.writers.base import TextGeneratorConfig
 
 Entries = Mapping[int, Mapping[str, Any]]
 
@@ -60,8 +57,8 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
         print(f"{out}: all {len(mine)} prompts are done; nothing to do")
         return 0
     given = given_images(Path(run_config.images), todo) if run_config.images else {}
-    accounts = Budget(out, process_index, MODELS, config.budget)
-    meters, roles = accounts.meters, _roles(kind, config)
+    accounts = Budget(out, process_index, tuple(MODELS), config.budget)
+    meters, roles = accounts.meters, config.roles(kind)
     models = Models(
         make_verifier(config.verifier, meters["verifier"]),
         make_text_generator(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if "reflector" in roles else None,
@@ -137,16 +134,6 @@ def _search(
     return 1 if context.verified and live.unscored and not live.scored else 0
 
 
-def _roles(kind: Kind, config: SearchConfig) -> dict[str, VerifierConfig | TextGeneratorConfig]:
-    """The models that a search of this kind uses, by their roles."""
-    roles: dict[str, VerifierConfig | TextGeneratorConfig] = {"verifier": config.verifier}
-    if kind == "reflect":
-        roles["reflector"] = config.reflector
-    if kind != "noise":
-        roles["refiner"] = config.refiner
-    return roles
-
-
 def _load(kind: Kind, config: SearchConfig) -> Any:
     import jax
 
@@ -154,7 +141,7 @@ def _load(kind: Kind, config: SearchConfig) -> Any:
     from rflow_jax.parallel.mesh import make_mesh
     from rflow_jax.parallel.sharding import unclaimed
 
-    claims = [claim for model in _roles(kind, config).values() for claim in claimed_devices(model.options)]
+    claims = [claim for model in config.roles(kind).values() for claim in model.claimed_devices]
     devices = unclaimed(claims)
     mesh = None if devices == jax.local_devices()[:1] else make_mesh(config.mesh, devices)
     return load_pipeline(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -13,32 +13,15 @@ from typing import IO, Any
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import public_url
+from rflow_jax.openai_client.endpoint import Connection, public_url
+from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import try_lock, use_folder
 from rflow_jax.utils.checks import current_key, flatten
-from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
-from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, VerifierConfig
+from rflow_jax.writers.base import WRITERS, TextGeneratorConfig
 
 CONFIG = "config.yaml"
-# Settings that may differ at the next start: they change when, where and for how much, but not the results.
-NOT_IN_FINGERPRINT = (
-    "prompts",
-    "out",
-    "start",
-    "end",
-    "share",  # of earlier versions: process_index and process_count
-    "process_index",
-    "process_count",
-    "distributed",
-    "mesh",
-    "scan_blocks",
-    "prompts_in_flight",
-    "budget",
-)
-FREE_OF_A_MODEL = ("base_url", "api_key_env", "timeout", "concurrency", "max_retries", "price_input", "price_output")
-LOCAL = ("nvila", "reward", "clip")
-FREE_OF_A_LOCAL_MODEL = ("batch_size", "devices")
-MODELS = ("verifier", "reflector", "refiner")
+MODELS = {"verifier": VERIFIERS, "reflector": WRITERS, "refiner": WRITERS}
 
 
 def require_usable(out: Path) -> None:
@@ -136,37 +119,23 @@ def _write_first(path: Path, content: str) -> None:
 
 def _fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that results depend on."""
-    kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
-    for role in MODELS:
+    free = {one.name for kind in (SearchConfig, RunConfig) for one in fields(kind) if one.metadata.get("execution")}
+    free.add("share")  # of earlier versions: process_index and process_count
+    kept = {key: value for key, value in config.items() if key not in free}
+    for role, registry in MODELS.items():
         if isinstance(kept.get(role), Mapping):
-            kept[role] = result_affecting(kept[role])
-    return kept
-
-
-def result_affecting(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a model that its answers depend on."""
-    kept = {key: value for key, value in section.items() if key not in FREE_OF_A_MODEL}
-    name, options = kept.get("name"), kept.get("options")
-    if not isinstance(options, Mapping):
-        return kept
-    if name in LOCAL:
-        kept["options"] = {key: value for key, value in options.items() if key not in FREE_OF_A_LOCAL_MODEL}
-    elif name == ENSEMBLE and isinstance(members := options.get("members"), (list, tuple)):
-        members = [result_affecting(member) if isinstance(member, Mapping) else member for member in members]
-        kept["options"] = {**options, "members": members}
+            kept[role] = registry.results_follow_from(kept[role])
     return kept
 
 
 def public_section(model: VerifierConfig | TextGeneratorConfig) -> dict[str, Any]:
     """A model's section as YAML that ``--config`` reads again; addresses lose what may be secret in them."""
     section = asdict(model)
-    if model.asks_endpoint:
-        section["model"] = model.model_name
-    if model.base_url:
-        section["base_url"] = public_url(model.base_url)
-    if isinstance(model, VerifierConfig) and model.members:
-        members = section["options"]["members"]
-        for k, (member, given) in enumerate(zip(model.members, list(members), strict=True)):
-            kept = {*given, "model"} if member.asks_endpoint else given
-            members[k] = {key: value for key, value in public_section(member).items() if key in kept}
+    if isinstance(model, Connection):
+        if model.asks_endpoint:
+            section["model"] = model.model_name
+        if model.base_url:
+            section["base_url"] = public_url(model.base_url)
+    if isinstance(model, EnsembleVerifierConfig):
+        section["members"] = [public_section(member) for member in model.members]
     return section

@@ -9,10 +9,11 @@ import json
 import os
 import re
 import sys
-from argparse import ArgumentError
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from argparse import SUPPRESS, ArgumentError, HelpFormatter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
@@ -21,6 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.utils.checks import RENAMED, current_key, flatten, nearest
 from rflow_jax.utils.recipes import find_recipe
+from rflow_jax.utils.registry import Component, Registry, Word
 
 T = TypeVar("T")
 
@@ -111,7 +113,8 @@ def run_command(
     Raises:
         InputError: the command line or its YAML file is not usable; for an unknown key it names the nearest.
     """
-    parser = _parser(command, prog, description)
+    registries = _registries(command)
+    parser = _parser(command, registries, prog, description)
     argv = list(sys.argv[1:] if argv is None else argv)
     for step in (
         _underscored,
@@ -120,19 +123,18 @@ def run_command(
         _spelled_out_switches,
         _numbers_in_lists,
         _named_words,
-        _known_keys,
     ):
         argv = step(argv, command)
+    components = {}
+    if not {"-h", "--help"} & set(argv):
+        components, argv = _components(argv, registries)
+    argv = _known_keys(argv, command)
     try:
         namespace = parser.parse_args(argv)
         _require_sections(namespace, command.configs)
     except ArgumentError as error:
-        raise InputError(_explain(error, argv, parser)) from error
-    return _call(command, parser, namespace)
-
-
-def _call(command: Command, parser: ArgumentParser, namespace: Namespace) -> int | None:
-    ready = parser.instantiate(namespace)
+        raise InputError(_explain(error, argv, parser, components)) from error
+    ready = vars(parser.instantiate(namespace)) | components
     return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
 
@@ -155,12 +157,95 @@ def _values_of(argv: Sequence[str], flag: str) -> list[tuple[int, str]]:
     return sorted([*alone, *((k, w.partition("=")[2]) for k, w in enumerate(argv) if w.startswith(f"{flag}="))])
 
 
-def _parser(command: Command, prog: str | None, description: str | None) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+class _Parser(ArgumentParser):
+    """A parser whose help goes on with the settings of components, by their names."""
+
+    registries: Mapping[str, Registry[Any]] = MappingProxyType({})
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The help, with each kind's own settings; roles that choose among the same kinds share them."""
+        roles: dict[int, list[str]] = {}
+        for role, registry in self.registries.items():
+            roles.setdefault(id(registry), []).append(role)
+        return super().format_help(formatter) + "".join(
+            _kinds_help(names, self.registries[names[0]]) for names in roles.values()
+        )
+
+
+def _kinds_help(roles: Sequence[str], registry: Registry[Any]) -> str:
+    """What each kind of a component takes; what it shares with one before is not repeated."""
+    role, told = roles[0], set()
+    text = f"\n--{role}, and --{' and --'.join(roles[1:])} likewise:\n" if len(roles) > 1 else ""
+    for name, kind in {**registry.kinds, "package.module:Class": (registry.plugin, "")}.items():
+        shared = [one.name for one in fields(kind[0]) if one in told]
+        told |= set(fields(kind[0]))
+        parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+        parser.add_class_arguments(kind[0], role, skip={*shared, "name"})
+        for action in parser._actions:
+            if action.dest == role or action.dest.endswith(".help"):
+                action.help = SUPPRESS
+        summary = (kind[0].__doc__ or "").partition("\n")[0]
+        text += f"\n--{role}.name {name}: {summary}\n{parser.format_help().partition(chr(10))[2]}"
+        text += f"  --{role}.{{{','.join(shared)}}}\n                        as above\n" if shared else ""
+    return text
+
+
+def _parser(
+    command: Command, registries: Mapping[str, Registry[Any]], prog: str | None, description: str | None
+) -> ArgumentParser:
+    parser = _Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.registries = registries
     parser.add_argument("--config", action="config", help="YAML file; flags take precedence over it")
     for config in command.configs:
-        parser.add_class_arguments(config)
+        parser.add_class_arguments(config, skip={one.name for one in fields(config) if one.name in registries})
+    for role, registry in registries.items():
+        words = f"its name and settings, or a YAML file of them; each also as a flag, --{role}.name and those below"
+        default = {"name": registry.default}
+        parser.add_argument(f"--{role}", type=dict[str, Any], default=default, metavar="CONFIG", help=words)
     return parser
+
+
+def _registries(command: Command) -> dict[str, Registry[Any]]:
+    """The fields whose class is chosen by a name, and from what."""
+    every = [one for config in command.configs for one in fields(config)]
+    return {one.name: one.metadata["registry"] for one in every if "registry" in one.metadata}
+
+
+def _components(argv: Sequence[str], registries: Mapping[str, Registry[Any]]) -> tuple[dict[str, Component], list[str]]:
+    """(the components that files and flags describe, the other words and each component as one)."""
+    files = [_yaml(file) for _, file in _values_of(argv, "--config")]
+    components: dict[str, Component] = {}
+    for role, registry in registries.items():
+        sections = [_section(content[role], role) for content in files if role in content]
+        argv, given = _taken(argv, role)
+        components[role] = registry.parse(*sections, *given, source=role)
+        argv = [*argv, f"--{role}={json.dumps(asdict(components[role]))}"]
+    return components, list(argv)
+
+
+def _taken(argv: Sequence[str], role: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """(the other words, the sections of this role: each that is given whole, and its single flags)."""
+    rest, whole, single = [], [], {}
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != f"--{role}" and not flag.startswith(f"--{role}."):
+            rest.append(word)
+            continue
+        if not equals and (value := next(words, None)) is None:
+            raise InputError(f"{flag.removeprefix('--')}: give a value")
+        key = flag.removeprefix(f"--{role}").removeprefix(".")
+        if key:
+            single[key] = Word(value)
+        else:
+            whole.append(_section(_yaml(value) or Word(value).loaded(), role))
+    return rest, [*whole, single] if single else whole
+
+
+def _section(value: Any, role: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{role}: expected keys with values, or a YAML file of them")
+    return value
 
 
 # What jsonargparse has no setting for is put into its words before it parses; each step takes and gives a command line.
@@ -265,10 +350,15 @@ def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
 
 
 def _keys(configs: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of dataclasses; a key may hold a dictionary of any keys."""
+    """(dotted key, type) of dataclasses; a component, whose keys depend on its name, is one key."""
     for config in configs:
         for name, kind in get_type_hints(config).items():
-            yield from _keys([kind], f"{prefix}{name}.") if is_dataclass(kind) else [(prefix + name, kind)]
+            section = is_dataclass(kind) and not _is_component(kind)
+            yield from _keys([kind], f"{prefix}{name}.") if section else [(prefix + name, kind)]
+
+
+def _is_component(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Component)
 
 
 def _yaml(file: str) -> dict[str, Any]:
@@ -283,14 +373,16 @@ def _yaml(file: str) -> dict[str, Any]:
 def _require_sections(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
     for config in configs:
         for name, kind in get_type_hints(config).items():
-            if not is_dataclass(kind) or name not in namespace:
+            if _is_component(kind) or not is_dataclass(kind) or name not in namespace:
                 continue
             if not isinstance(section := namespace[name], Namespace):
                 raise InputError(f"{prefix}{name}: expected keys with values, got {section!r}")
             _require_sections(section, [kind], f"{prefix}{name}.")
 
 
-def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser) -> str:
+def _explain(
+    error: ArgumentError, argv: Sequence[str], parser: ArgumentParser, components: Mapping[str, Component]
+) -> str:
     text = plain(error)
     unknown = _UNKNOWN.search(text)
     if unknown is None or "Parser key" in text:
@@ -299,7 +391,8 @@ def _explain(error: ArgumentError, argv: Sequence[str], parser: ArgumentParser) 
         return text.replace('"<unicode string>"', _config_file(argv))
     # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
     key = unknown[1]
-    return _unknown(key, list(parser.get_defaults().keys()))
+    settings = [f"{role}.{one.name}" for role, component in components.items() for one in fields(component)]
+    return _unknown(key, [*parser.get_defaults().keys(), *settings])
 
 
 def _unknown(key: str, known: Collection[str]) -> str:

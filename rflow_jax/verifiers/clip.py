@@ -20,10 +20,10 @@ from rflow_jax.errors import InputError
 from rflow_jax.tokenizers.flux import load_tokenizer, require_plain, special_tokens
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.batching import require_fitting
-from rflow_jax.utils.checks import require_dtype
 from rflow_jax.utils.images import levels_in
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.verifiers.base import BATCHES_A_CALL, Verdict, score_each, unscored_number
+from rflow_jax.verifiers.config import ClipVerifierConfig
 from rflow_jax.weights.components import check_clip_model, load_clip_model, read_clip_config
 from rflow_jax.weights.hub import resolve
 
@@ -82,28 +82,6 @@ WANTED = ["*.json", "*.txt", "*.safetensors"]
 Implementation = Literal["auto", "transformers", "own"]
 # (uint8 images [b, y, x, 3], tokens [b, t]) -> scores [b]
 Scores = Callable[[np.ndarray, np.ndarray], Array]
-
-
-@dataclass(frozen=True)
-class ClipVerifierConfig:
-    """How CLIP judges.
-
-    Attributes:
-        model: a folder of Transformers, or an id on the Hub.
-        implementation: "transformers" (its Flax model), "own", or "auto": the first where it is available.
-        batch_size: images judged together.
-        dtype: number type of the activations (with "own" also of the weights), bfloat16 or float32.
-    """
-
-    model: str = "openai/clip-vit-large-patch14"
-    implementation: Implementation = "auto"
-    batch_size: int = 32
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}: give at least 1")
-        require_dtype(self.dtype)
 
 
 @dataclass(frozen=True)

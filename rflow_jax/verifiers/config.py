@@ -1,100 +1,228 @@
-"""Which verifier scores the images."""
+"""Which verifier scores the images: a dataclass for each kind, and the registry of all."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import Endpoint
-from rflow_jax.openai_client.endpoint import OF_ANSWERS
-from rflow_jax.utils.plugins import check_name, check_unused, parse_options
-
-REWARD, ENSEMBLE, NONE = "reward", "ensemble", "none"
-VERIFIERS = {
-    "openai": "rflow_jax.verifiers.openai:OpenAIVerifier",
-    "yesno": "rflow_jax.verifiers.yesno:YesNoVerifier",
-    "nvila": "rflow_jax.verifiers.factory:nvila",
-    REWARD: "rflow_jax.verifiers.factory:reward",
-    "clip": "rflow_jax.verifiers.factory:clip",
-    ENSEMBLE: "rflow_jax.verifiers.ensemble:EnsembleVerifier",
-}
-"""Names and their classes, which are made as ``Class(config, meter)`` and follow ``Verifier``."""
-
-OVER_HTTP = ("openai", "yesno")
-OF_HTTP = (*OF_ANSWERS, "prompts", "template")
-INSTEAD = {
-    "nvila": {"template": "give options.template, raw or question"},
-    REWARD: {"template": "give options.prompt_file", "prompts": "give options.prompt_file"},
-}
-"""The options of a verifier in this process that replace a setting of those over HTTP."""
+from rflow_jax.openai_client.endpoint import Connection, Endpoint
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.registry import EXECUTION, Component, Registry, claimed_in
+from rflow_jax.vlm.config import CHECKPOINT, Quantization
 
 
 @dataclass(frozen=True)
-class EnsembleOptions:
-    """The options of an ensemble.
+class VerifierConfig(Component):
+    """The settings of any verifier; ``name`` says which."""
+
+
+class LocalVerifierConfig(VerifierConfig):
+    """A model in this process, which is made as ``Class(config)``; others get a meter of their cost as well."""
+
+
+@dataclass(frozen=True)
+class OpenAIVerifierConfig(Endpoint, VerifierConfig):
+    """Grades in JSON, from any OpenAI-compatible endpoint.
 
     Attributes:
-        members: a ``verifier`` section each.
+        prompts: folder with judge.md, question.md and aspects.json, instead of the ones shipped here.
+    """
+
+    name: Literal["openai"] = field(default="openai", init=False)
+    prompts: str | None = None
+    asks_endpoint: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class YesNoVerifierConfig(Connection, VerifierConfig):
+    """The likelihood of yes and no as the first word of an endpoint's answer.
+
+    Attributes:
+        template: what is asked: question, raw (the prompt alone), or a file with $prompt in it.
+    """
+
+    name: Literal["yesno"] = field(default="yesno", init=False)
+    template: str = "question"
+    asks_endpoint: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class NvilaVerifierConfig(LocalVerifierConfig):
+    """NVILA-Lite-2B-Verifier in this process.
+
+    Attributes:
+        model: a published checkpoint, a converted folder, or an id on the Hub.
+        template: "raw" shows it the prompt as it is, as the original does; "question" asks the question that the
+            verifier was trained with.
+        rank: "word" ranks yes before no, yes by higher score, no by lower; "margin" scores by yes minus no.
+        batch_size: images judged together.
+        dtype: number type of the weights and activations, bfloat16 or float32.
+        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
+            null: the first one, with whatever else is there.
+        quantization: int8 or fp8: the language model's weights in 8 bits.
+    """
+
+    name: Literal["nvila"] = field(default="nvila", init=False)
+    model: str = "Efficient-Large-Model/NVILA-Lite-2B-Verifier"
+    template: Literal["raw", "question"] = "raw"
+    rank: Literal["word", "margin"] = "word"
+    batch_size: int = field(default=8, metadata=EXECUTION)
+    dtype: str = "bfloat16"
+    devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        _require_batch(self.batch_size)
+        require_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class RewardVerifierConfig(LocalVerifierConfig):
+    """The original's image verifier in this process: Qwen2.5-VL with a reward head.
+
+    Attributes:
+        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), or a Hub id.
+        step: which ``checkpoint-N``; null: the latest.
+        base: folder or Hub id of the model it was trained from, instead of what ``model_config.json`` names.
+        dtype: number type of the weights and activations, bfloat16 or float32.
+        batch_size: images scored at once; the last batch is filled up.
+        mrope: multimodal rotary positions; the original trains and scores without.
+        merge_lora: add the LoRA to the weights (faster); else it is kept apart.
+        prompt_file: the wording around ``$prompt`` that the model was trained with. Without it the prompt stands alone
+            where ``model_config.json`` says so (``prompt_template_type: none``), else in the ``prompt.md`` that
+            ``rflow train`` leaves with a checkpoint, or in the wording shipped here.
+        max_pixels: of a picture; null: what the model was trained with.
+        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
+            null: the first one, with whatever else is there.
+        quantization: int8 or fp8: the language model's weights in 8 bits.
+    """
+
+    name: Literal["reward"] = field(default="reward", init=False)
+    model: str = field(metadata=CHECKPOINT)
+    step: int | None = None
+    base: str | None = None
+    dtype: str = "bfloat16"
+    batch_size: int = field(default=8, metadata=EXECUTION)
+    mrope: bool = False
+    merge_lora: bool = True
+    prompt_file: str | None = None
+    max_pixels: int | None = None
+    devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        _require_batch(self.batch_size)
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
+
+
+@dataclass(frozen=True)
+class ClipVerifierConfig(LocalVerifierConfig):
+    """CLIP's score in this process.
+
+    Attributes:
+        model: a folder of Transformers, or an id on the Hub.
+        implementation: "transformers" (its Flax model), "own", or "auto": the first where it is available.
+        batch_size: images judged together.
+        dtype: number type of the activations (with "own" also of the weights), bfloat16 or float32.
+    """
+
+    name: Literal["clip"] = field(default="clip", init=False)
+    model: str = "openai/clip-vit-large-patch14"
+    implementation: Literal["auto", "transformers", "own"] = "auto"
+    batch_size: int = field(default=32, metadata=EXECUTION)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _require_batch(self.batch_size)
+        require_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class EnsembleVerifierConfig(VerifierConfig):
+    """Several verifiers, whose rankings are combined.
+
+    Attributes:
+        members: a section like this one each, with its name and settings.
         weights: how much each member counts; empty: all alike.
     """
 
-    members: list[dict[str, Any]] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    name: Literal["ensemble"] = field(default="ensemble", init=False)
+    members: tuple[VerifierConfig, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise InputError("members: give some, such as [{name: nvila}, {name: clip}]")
+        if wrong := [one.name for one in self.members if isinstance(one, EnsembleVerifierConfig | NoVerifierConfig)]:
+            raise InputError(f"members: a member cannot be {wrong[0]}")
+        if (self.weights and len(self.weights) != len(self.members)) or not all(0 < w < math.inf for w in self.weights):
+            raise InputError(
+                f"weights is {list(self.weights)}: give a number above 0 for each of the {len(self.members)} members"
+            )
+
+    @property
+    def member_weights(self) -> tuple[float, ...]:
+        """One for each member."""
+        return self.weights or (1.0,) * len(self.members)
+
+    @property
+    def claimed_devices(self) -> tuple[Sequence[int], ...]:
+        """Those of its members."""
+        return tuple(claim for member in self.members for claim in member.claimed_devices)
 
 
 @dataclass(frozen=True)
-class VerifierConfig(Endpoint):
-    """Which verifier scores the images.
+class NoVerifierConfig(VerifierConfig):
+    """Images without scores (``rflow noise`` only)."""
+
+    name: Literal["none"] = field(default="none", init=False)
+
+
+@dataclass(frozen=True)
+class PluginVerifierConfig(Endpoint, VerifierConfig):
+    """A class of your own, which is made as ``Class(config, meter)`` and follows ``Verifier``.
 
     Attributes:
-        name: openai (grades in JSON, from any compatible endpoint), yesno (the likelihood of yes and no as the first
-            word); nvila, reward or clip in this process; ensemble of several; a class of your own as
-            package.module:Class; or none to generate without scoring (noise only).
-        prompts: folder with judge.md, question.md and aspects.json for openai, instead of the ones shipped here.
-        template: what yesno asks: question, raw (the prompt alone), or a file with $prompt in it.
-        options: of a verifier in this process, such as {batch_size: 8, rank: margin}; of an ensemble its members, a
-            section like this one each, and their weights.
+        name: package.module:Class.
+        options: what the class makes of it; ``devices: [1]`` keeps the generator off these devices.
     """
 
-    name: str = "openai"
-    prompts: str | None = None
-    template: str = "question"
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # members may have addresses with passwords
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_name("verifier", self.name, (*VERIFIERS, NONE))
-        if self.name in VERIFIERS and not self.asks_endpoint:
-            other = "give it to the members" if self.name == ENSEMBLE else "leave it out"
-            check_unused(self, dict.fromkeys(OF_HTTP, other) | INSTEAD.get(self.name, {}))
-        if self.name != ENSEMBLE:
-            return
-        if not self.members:
-            raise InputError(f"{ENSEMBLE}.options: give members, such as [{{name: nvila}}, {{name: clip}}]")
-        if wrong := [member.name for member in self.members if member.name in (ENSEMBLE, NONE)]:
-            raise InputError(f"{ENSEMBLE}.options: a member cannot be {wrong[0]}")
-        if len(self.weights) != len(self.members) or not all(math.isfinite(w) and w > 0 for w in self.weights):
-            raise InputError(
-                f"{ENSEMBLE}.options: weights is {list(self.weights)}: give a number above 0 for each of the "
-                f"{len(self.members)} members"
-            )
-
-    @cached_property
-    def members(self) -> tuple["VerifierConfig", ...]:
-        """Those of an ensemble; empty for any other verifier."""
-        if self.name != ENSEMBLE:
-            return ()
-        given = parse_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").members
-        return tuple(parse_options(VerifierConfig, m, f"{ENSEMBLE}.options.members[{k}]") for k, m in enumerate(given))
+    name: str = field(kw_only=True)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """One for each member."""
-        weights = parse_options(EnsembleOptions, self.options, f"{ENSEMBLE}.options").weights
-        return tuple(weights or [1.0] * len(self.members))
+    def claimed_devices(self) -> tuple[Sequence[int], ...]:
+        """``options.devices``, if these are numbers; anything else there is left to the class."""
+        return claimed_in(self.options)
 
-    @property
-    def asks_endpoint(self) -> bool:
-        """Whether it is called over HTTP."""
-        return self.name in OVER_HTTP
+
+VERIFIERS = Registry(
+    "verifier",
+    VerifierConfig,
+    "openai",
+    {
+        "openai": (OpenAIVerifierConfig, "rflow_jax.verifiers.openai:OpenAIVerifier"),
+        "yesno": (YesNoVerifierConfig, "rflow_jax.verifiers.yesno:YesNoVerifier"),
+        "nvila": (NvilaVerifierConfig, "rflow_jax.verifiers.nvila:NvilaVerifier"),
+        "reward": (RewardVerifierConfig, "rflow_jax.verifiers.reward:RewardVerifier"),
+        "clip": (ClipVerifierConfig, "rflow_jax.verifiers.clip:CLIPVerifier"),
+        "ensemble": (EnsembleVerifierConfig, "rflow_jax.verifiers.ensemble:EnsembleVerifier"),
+        "none": (NoVerifierConfig, ""),
+    },
+    PluginVerifierConfig,
+    Endpoint,
+)
+
+
+def members_of(config: VerifierConfig) -> tuple[VerifierConfig, ...]:
+    """Those of an ensemble; of any other verifier itself."""
+    return config.members if isinstance(config, EnsembleVerifierConfig) else (config,)
+
+
+def _require_batch(size: int) -> None:
+    if size < 1:
+        raise InputError(f"batch_size is {size}: give at least 1")

@@ -17,7 +17,7 @@ from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, normalize_verdict, score_images
-from rflow_jax.verifiers.config import ENSEMBLE, VerifierConfig
+from rflow_jax.verifiers.config import EnsembleVerifierConfig
 
 
 class EnsembleVerifier:
@@ -30,15 +30,15 @@ class EnsembleVerifier:
         InputError: a member cannot be made.
     """
 
-    def __init__(self, config: VerifierConfig, meter: UsageTracker | None = None) -> None:
+    def __init__(self, config: EnsembleVerifierConfig, meter: UsageTracker | None = None) -> None:
         device = threading.Lock()
         self._members: list[_Member] = []
         try:
-            for index, (member, weight) in enumerate(zip(config.members, config.weights, strict=True)):
+            for index, (member, weight) in enumerate(zip(config.members, config.member_weights, strict=True)):
                 try:
                     verifier = make_verifier(member, meter)
                 except InputError as error:
-                    raise InputError(f"{ENSEMBLE}.options.members[{index}]: {error}") from error
+                    raise InputError(f"members[{index}] of the ensemble: {error}") from error
                 assert verifier is not None
                 turn = nullcontext() if member.asks_endpoint or verifier.concurrency > 1 else device
                 self._members.append(_Member(verifier, weight, turn))

@@ -8,52 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
 
-from rflow_jax.errors import InputError
-from rflow_jax.models.nvila import Template, ask, chat, message
-from rflow_jax.models.quantization import Quantization
+from rflow_jax.models.nvila import ask, chat, message
 from rflow_jax.parallel.sharding import on_devices
 from rflow_jax.utils.batching import require_fitting
-from rflow_jax.utils.checks import require_dtype
 from rflow_jax.verifiers.base import BATCHES_A_CALL, Verdict, score_each, unscored_number
+from rflow_jax.verifiers.config import NvilaVerifierConfig
 from rflow_jax.vlm.nvila_programs import NvilaPrograms, NvilaQuery
 from rflow_jax.weights.nvila import NvilaModel, load_nvila
-
-
-@dataclass(frozen=True)
-class NvilaVerifierConfig:
-    """How NVILA judges.
-
-    Attributes:
-        model: a published checkpoint, a converted folder, or an id on the Hub.
-        template: "raw" shows it the prompt as it is, as the original does; "question" asks the question that the
-            verifier was trained with.
-        rank: "word" ranks yes before no, yes by higher score, no by lower; "margin" scores by yes minus no.
-        batch_size: images judged together.
-        dtype: number type of the weights and activations, bfloat16 or float32.
-        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
-            null: the first one, with whatever else is there.
-        quantization: int8 or fp8: the language model's weights in 8 bits.
-    """
-
-    model: str = "Efficient-Large-Model/NVILA-Lite-2B-Verifier"
-    template: Template = "raw"
-    rank: Literal["word", "margin"] = "word"
-    batch_size: int = 8
-    dtype: str = "bfloat16"
-    devices: tuple[int, ...] | None = None
-    quantization: Quantization | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}: give at least 1")
-        require_dtype(self.dtype)
 
 
 class NvilaVerifier:

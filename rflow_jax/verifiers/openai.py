@@ -20,10 +20,11 @@ from rflow_jax.openai_client import (
     UnusableAnswer,
     vision_messages,
 )
+from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.openai_client.messages import encodable, only_object
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import OpenAIVerifierConfig
 from rflow_jax.writers.prompt_template import read_prompt
 
 
@@ -87,8 +88,8 @@ class ChatVerifier:
 
     batch_size = 1
 
-    def __init__(self, kind: str, config: VerifierConfig, meter: UsageTracker | None) -> None:
-        self._chat = Chat(config, meter)
+    def __init__(self, kind: str, config: Connection, meter: UsageTracker | None) -> None:
+        self._chat = Chat(config.endpoint(), meter)
         self.name = f"{kind} {config.model_name}"
         self.concurrency = config.concurrency
 
@@ -107,8 +108,6 @@ class ChatVerifier:
         """Cancels pending calls; those images are unscored, with ``CLOSED`` as the reason."""
         self._chat.close()
 
-
-__all__ = ["Mark", "OpenAIVerifier", "VerifierConfig"]
 
 _OVERALL = "overall"
 
@@ -129,7 +128,7 @@ class OpenAIVerifier(ChatVerifier):
         InputError: no key for OpenAI's own address, or the folder of prompts is incomplete.
     """
 
-    def __init__(self, config: VerifierConfig, meter: UsageTracker | None = None) -> None:
+    def __init__(self, config: OpenAIVerifierConfig, meter: UsageTracker | None = None) -> None:
         folder = Path(config.prompts) if config.prompts else SHIPPED
         judge = Template(read_prompt(folder / "judge.md"))
         self._judge = judge if "form" in judge.get_identifiers() else Template(f"{judge.template}\n\n$form")

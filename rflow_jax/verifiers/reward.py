@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -17,12 +16,13 @@ from flax import nnx
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.quantization import Quantization, quantize
+from rflow_jax.models.quantization import quantize
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.parallel.sharding import on_devices, on_mesh_of
 from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.utils.checks import require_dtype
 from rflow_jax.verifiers.base import BATCHES_A_CALL, Verdict, score_each, unscored_number
+from rflow_jax.verifiers.config import RewardVerifierConfig
 from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_chat import batches
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
@@ -33,45 +33,6 @@ from rflow_jax.writers.prompt_template import read_prompt
 
 PROMPT = Path(__file__).parent / "prompts" / "reward.md"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RewardVerifierConfig:
-    """Which reward model scores the images.
-
-    Attributes:
-        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), or a Hub id.
-        step: which ``checkpoint-N``; null: the latest.
-        base: folder or Hub id of the model it was trained from, instead of what ``model_config.json`` names.
-        batch_size: images scored at once; the last batch is filled up.
-        mrope: multimodal rotary positions; the original trains and scores without.
-        merge_lora: add the LoRA to the weights (faster); else it is kept apart.
-        prompt_file: the wording around ``$prompt`` that the model was trained with. Without it the prompt stands alone
-            where ``model_config.json`` says so (``prompt_template_type: none``), else in the ``prompt.md`` that
-            ``rflow train`` leaves with a checkpoint, or in the wording shipped here.
-        max_pixels: of a picture; null: what the model was trained with.
-        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
-            null: the first one, with whatever else is there.
-        quantization: int8 or fp8: the language model's weights in 8 bits.
-    """
-
-    model: str
-    step: int | None = None
-    base: str | None = None
-    dtype: str = "bfloat16"
-    batch_size: int = 8
-    mrope: bool = False
-    merge_lora: bool = True
-    prompt_file: str | None = None
-    max_pixels: int | None = None
-    devices: tuple[int, ...] | None = None
-    quantization: Quantization | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
 
 
 class RewardVerifier:

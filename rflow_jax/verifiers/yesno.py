@@ -14,7 +14,7 @@ from rflow_jax.openai_client import Answer, ChatRequest, UnusableAnswer
 from rflow_jax.openai_client.messages import image_part, words
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.base import Verdict
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import YesNoVerifierConfig
 from rflow_jax.verifiers.openai import ChatVerifier, yes_no_template
 
 # Beside what a reader would strip: the marks for a space in tokens that a server gives as they stand in the vocabulary.
@@ -29,7 +29,7 @@ class YesNoVerifier(ChatVerifier):
         InputError: no key for OpenAI's own address, or the template is not usable.
     """
 
-    def __init__(self, config: VerifierConfig, meter: UsageTracker | None = None) -> None:
+    def __init__(self, config: YesNoVerifierConfig, meter: UsageTracker | None = None) -> None:
         self._template = yes_no_template(config.template)
         super().__init__("yesno", config, meter)
 

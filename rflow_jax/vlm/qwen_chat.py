@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.quantization import Quantization, quantize
+from rflow_jax.models.quantization import quantize
 from rflow_jax.models.qwen2.generation import Decoding
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
@@ -23,68 +23,13 @@ from rflow_jax.parallel.sharding import on_devices, on_mesh_of
 from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.utils.batching import map_batched
 from rflow_jax.utils.checks import require_dtype
+from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
 from rflow_jax.vlm.qwen_programs import texts
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.lora.peft import attach_adapter, merged
 from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config, repetition_penalty
-
-
-@dataclass(frozen=True)
-class QwenChatConfig:
-    """A model that answers, and its decoding.
-
-    Attributes:
-        model: a folder of Transformers or of ``rflow convert qwen``, or a Hub id.
-        batch_size: questions answered at once; the last batch is filled up.
-        max_new_tokens: of an answer.
-        temperature: 0 takes the likeliest token; above, tokens are drawn.
-        top_p: drawn from the likeliest tokens that together have this probability.
-        repetition_penalty: makes tokens of the question and of the answer so far less likely; 1 is off. None: the value
-            of the model's ``generation_config.json``.
-        seed: of the drawing; an answer depends on it and on its question only.
-        max_pixels: of a picture; None: the model's own limit.
-        devices: JAX's numbers of the devices that the model takes for itself; several share its weights. None: the
-            first device, shared with other models.
-        quantization: int8 or fp8: the language model's weights in 8 bits.
-        adapter: folder of a LoRA that PEFT or ``rflow train`` (task ``sft``) wrote; it is added to the weights.
-    """
-
-    model: str
-    dtype: str = "bfloat16"
-    batch_size: int = 8
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float | None = None
-    seed: int = 0
-    max_pixels: int | None = None
-    devices: tuple[int, ...] | None = None
-    quantization: Quantization | None = None
-    adapter: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected a whole number from 0")
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
-        self.decoding(eos=(), pad=0)
-
-    def decoding(self, **model: Any) -> Decoding:
-        """The decoding of tokens.
-
-        Args:
-            model: the model's own settings.
-
-        Raises:
-            InputError: a setting is out of its range.
-        """
-        if self.repetition_penalty is not None:
-            model["repetition_penalty"] = self.repetition_penalty
-        return Decoding(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, **model)
 
 
 @dataclass(frozen=True)
@@ -115,7 +60,8 @@ class QwenChat:
             adapter = Path(config.adapter).expanduser()
             model = merged(attach_adapter(model, adapter, published_table(model), sharding_for=sharding_for))
         quantize(model, config.quantization, LANGUAGE_LINEARS)
-        self._decoding = config.decoding(
+        self._decoding = decoding_of(
+            config,
             eos=tuple(sorted({*ends, tokenizer.eos} - {None})),
             pad=tokenizer.pad,
             repetition_penalty=penalty,
@@ -159,6 +105,13 @@ class QwenChat:
             k: self.prepare.tokenizer.decode(row[:length])
             for k, row, length in zip(batch, tokens, lengths, strict=False)
         }
+
+
+def decoding_of(config: QwenChatConfig, repetition_penalty: float, **model: Any) -> Decoding:
+    """The choice of tokens; ``repetition_penalty`` and the others are the model's own settings."""
+    penalty = repetition_penalty if config.repetition_penalty is None else config.repetition_penalty
+    sampled = {"temperature": config.temperature, "top_p": config.top_p, "repetition_penalty": penalty}
+    return Decoding(config.max_new_tokens, **sampled, **model)
 
 
 def _context(sizes: Qwen25VLConfig, config: QwenChatConfig) -> int:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.utils.plugins import load_class, require_limits
 from rflow_jax.writers.base import WRITERS, TextGenerator, TextGeneratorConfig
 
 _PROMPTS = Path(__file__).parent / "prompts"
@@ -14,14 +13,14 @@ REFINE_PROMPT = _PROMPTS / "refine.md"
 def make_text_generator(
     config: TextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
 ) -> TextGenerator:
-    """The writer that a configuration names.
+    """The writer that a configuration describes.
 
     Args:
         default_prompt: its role: ``REFLECTION_PROMPT`` or ``REFINE_PROMPT``.
 
     Raises:
-        InputError: the name is unknown, something that the writer needs is missing, or it is not a ``TextGenerator``.
+        InputError: something that the writer needs is missing, or it is not a ``TextGenerator``.
     """
-    writer = load_class("writer", config.name, WRITERS)(config, default_prompt, meter)
-    require_limits("writer", config.name, writer, "write")
+    writer = WRITERS.load(config.name)(config, default_prompt, meter)
+    WRITERS.require_limits(config.name, writer, "write")
     return writer

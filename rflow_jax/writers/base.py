@@ -1,14 +1,14 @@
 """The protocol of a search's language models, which write reflections and refine prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
-from rflow_jax.openai_client import Endpoint
-from rflow_jax.openai_client.endpoint import OF_ANSWERS
-from rflow_jax.utils.plugins import check_name, check_unused
+from rflow_jax.openai_client.endpoint import Connection, Endpoint
+from rflow_jax.utils.registry import Component, Registry, claimed_in
+from rflow_jax.vlm.config import QwenChatConfig
 
 
 @dataclass(frozen=True)
@@ -77,36 +77,76 @@ class TextGenerator(Protocol):
         ...
 
 
-HTTP = "http"
-WRITERS = {HTTP: "rflow_jax.writers.http:HttpTextGenerator", "qwen": "rflow_jax.verifiers.factory:qwen"}
-"""Names and their classes, which are made as ``Class(config, default_prompt, meter)`` and follow ``TextGenerator``."""
-
-INSTEAD = {"temperature": "give options.temperature", "max_tokens": "give options.max_new_tokens"}
-"""The options of a writer in this process that replace a setting of those over HTTP."""
+@dataclass(frozen=True)
+class TextGeneratorConfig(Component):
+    """The settings of any writer; ``name`` says which."""
 
 
 @dataclass(frozen=True)
-class TextGeneratorConfig(Endpoint):
-    """Which model writes.
+class HttpTextGeneratorConfig(Connection, TextGeneratorConfig):
+    """Any OpenAI-compatible endpoint.
 
     Attributes:
-        name: http (any OpenAI-compatible endpoint), qwen in this process, or a class of your own as
-            package.module:Class.
+        temperature: sampling temperature; null leaves it to the server.
+        max_tokens: longest answer in tokens; null leaves it to the server.
         prompt_file: what the model is told, instead of the file shipped here.
-        options: of a writer in this process, such as {batch_size: 8, max_new_tokens: 128}.
     """
 
-    name: str = HTTP
+    name: Literal["http"] = field(default="http", init=False)
+    temperature: float | None = None
+    max_tokens: int | None = None
     prompt_file: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    asks_endpoint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_name("writer", self.name, WRITERS)
-        if self.name in WRITERS and not self.asks_endpoint:
-            check_unused(self, dict.fromkeys(OF_ANSWERS, "leave it out") | INSTEAD)
+        self.endpoint()  # checks all of them
+
+
+@dataclass(frozen=True)
+class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
+    """Qwen2.5-VL in this process; roles that differ in their prompt file alone share one model.
+
+    Attributes:
+        prompt_file: what the model is told, instead of the file shipped here.
+    """
+
+    name: Literal["qwen"] = field(default="qwen", init=False)
+    prompt_file: str | None = None
 
     @property
-    def asks_endpoint(self) -> bool:
-        """Whether it is called over HTTP."""
-        return self.name == HTTP
+    def chat(self) -> QwenChatConfig:
+        """The settings of the model alone."""
+        return QwenChatConfig(**{one.name: getattr(self, one.name) for one in fields(QwenChatConfig)})
+
+
+@dataclass(frozen=True)
+class PluginTextGeneratorConfig(Endpoint, TextGeneratorConfig):
+    """A class of your own, which is made as ``Class(config, default_prompt, meter)`` and follows ``TextGenerator``.
+
+    Attributes:
+        name: package.module:Class.
+        prompt_file: what the model is told, instead of the file shipped here.
+        options: what the class makes of it; ``devices: [1]`` keeps the generator off these devices.
+    """
+
+    name: str = field(kw_only=True)
+    prompt_file: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
+
+    @property
+    def claimed_devices(self) -> tuple[Sequence[int], ...]:
+        """``options.devices``, if these are numbers; anything else there is left to the class."""
+        return claimed_in(self.options)
+
+
+WRITERS = Registry(
+    "writer",
+    TextGeneratorConfig,
+    "http",
+    {
+        "http": (HttpTextGeneratorConfig, "rflow_jax.writers.http:HttpTextGenerator"),
+        "qwen": (QwenTextGeneratorConfig, "rflow_jax.writers.qwen:make_qwen_writer"),
+    },
+    PluginTextGeneratorConfig,
+    Endpoint,
+)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rflow_jax.openai_client import Answer, Chat, ChatError, ChatRequest, UnusableAnswer, vision_messages
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.writers.base import TextGeneratorConfig, WriterInput, WriterOutput
+from rflow_jax.writers.base import HttpTextGeneratorConfig, WriterInput, WriterOutput
 from rflow_jax.writers.prompt_template import PromptFile, in_one_line
 
 
@@ -18,9 +18,11 @@ class HttpTextGenerator:
 
     batch_size = 1
 
-    def __init__(self, config: TextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None) -> None:
+    def __init__(
+        self, config: HttpTextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
+    ) -> None:
         self._parts = PromptFile.of(config.prompt_file, default_prompt)
-        self._chat = Chat(config, meter)
+        self._chat = Chat(config.endpoint(), meter)
         self.name = f"http {config.model_name}"
         self.concurrency = config.concurrency
 

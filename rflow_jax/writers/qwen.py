@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
-from rflow_jax.writers.base import WriterInput, WriterOutput
+from rflow_jax.writers.base import QwenTextGeneratorConfig, WriterInput, WriterOutput
 from rflow_jax.writers.prompt_template import PromptFile, in_one_line
+
+
+def make_qwen_writer(
+    config: QwenTextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
+) -> QwenTextGenerator:
+    """The writer that a configuration describes; both roles share a model that is configured alike."""
+    return QwenTextGenerator(_shared(config.chat), default_prompt, config.prompt_file)
+
+
+@lru_cache(maxsize=1)
+def _shared(config: QwenChatConfig) -> QwenChat:
+    return QwenChat(config)
 
 
 class QwenTextGenerator:

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.config import VerifierConfig
+from rflow_jax.verifiers.config import RewardVerifierConfig
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ["--config=configs/debug.yaml", "--prompts=configs/prompts_debug.jsonl", "--end=2"]
@@ -45,7 +45,7 @@ def test_the_whole_loop_runs_in_one_process(tmp_path):
     assert done.returncode == 0, done.stderr
     found = records(tmp_path / "run")
     assert len(found) == 8
-    config = VerifierConfig(name="reward", model=str(ROOT / "tests/golden/qwen/reward"), options=json.loads(BATCHES))
+    config = RewardVerifierConfig(str(ROOT / "tests/golden/qwen/reward"), **json.loads(BATCHES))
     verifier = make_verifier(config)
     assert verifier is not None
     for record in found:
@@ -72,10 +72,10 @@ def test_nvila_judges_in_this_process(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (['--verifier.options={"batchsize": 2}'], "verifier.options: unknown key batchsize: did you mean batch_size?"),
+        (['--verifier.options={"batchsize": 2}'], "unknown key verifier.batchsize: did you mean verifier.batch_size?"),
         (
             ['--verifier.options={"batch_size": "many"}'],
-            "verifier.options: batch_size: Input should be a valid int",
+            "verifier.batch_size: Input should be a valid int",
         ),
         (['--verifier.options={"batch_size": 0}'], "batch_size is 0"),
         (["--verifier.model=tests/golden/pipeline"], "tests/golden/pipeline"),

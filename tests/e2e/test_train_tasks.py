@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from rflow_jax.testing.make_genref import make_genref
-from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+from rflow_jax.verifiers.config import RewardVerifierConfig
+from rflow_jax.verifiers.reward import RewardVerifier
 from tests.kit.chats import make_chats
 from tests.kit.preferences import make_pairs
 

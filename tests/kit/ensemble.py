@@ -6,8 +6,8 @@ from typing import Any
 
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import score_of
-from rflow_jax.verifiers import VerifierConfig
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.config import VERIFIERS, PluginVerifierConfig, VerifierConfig
 from tests.kit.searching import HashVerifier
 
 OWN = {"name": "tests.kit.ensemble:make"}
@@ -23,7 +23,7 @@ class Backwards(HashVerifier):
         return Verdict(None if verdict.score is None else -verdict.score, error=verdict.error)
 
 
-def make(config: VerifierConfig, meter: UsageTracker | None) -> HashVerifier:
+def make(config: PluginVerifierConfig, meter: UsageTracker | None) -> HashVerifier:
     """A verifier whose ``model`` says how it is: {"name", "concurrency", "batch_size", "fails", "backwards"}."""
     how = json.loads(config.model or "{}")
     kind = Backwards if how.pop("backwards", False) else HashVerifier
@@ -38,6 +38,6 @@ def own(name: str, **how: Any) -> dict[str, Any]:
     return OWN | {"model": json.dumps({"name": name, "concurrency": 1, **how})}
 
 
-def config(*members: dict[str, Any], **options: Any) -> VerifierConfig:
+def config(*members: dict[str, Any], **more: Any) -> VerifierConfig:
     """An ensemble."""
-    return VerifierConfig(name="ensemble", options={"members": list(members)} | options)
+    return VERIFIERS.parse({"name": "ensemble", "members": list(members)} | more)

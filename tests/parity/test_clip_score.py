@@ -17,7 +17,8 @@ import transformers
 
 from rflow_jax.models.clip import Clip
 from rflow_jax.models.layers import abstract
-from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier, ClipVerifierConfig, _flax_class
+from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier, _flax_class
+from rflow_jax.verifiers.config import ClipVerifierConfig
 from rflow_jax.weights.components import load_clip_model
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes

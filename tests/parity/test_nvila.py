@@ -20,7 +20,8 @@ from torch import nn
 from rflow_jax.models.nvila import Nvila
 from rflow_jax.parity import nvila, run
 from rflow_jax.parity.measure import Recording
-from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+from rflow_jax.verifiers.config import NvilaVerifierConfig
+from rflow_jax.verifiers.nvila import NvilaVerifier
 from tests.kit.compare import save_arrays
 from tests.kit.nvila import ANOTHER, TorchNvila
 from tests.kit.nvila_recordings import IMAGES, record

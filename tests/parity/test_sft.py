@@ -23,7 +23,8 @@ from rflow_jax.training.qwen.batches import ArrayBatch
 from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.sft.config import ChatValidationConfig, SftTaskConfig
 from rflow_jax.training.sft.loss import weighed
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
+from rflow_jax.vlm.config import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
 from rflow_jax.vlm.qwen_processing import normalised
 from tests.kit.chats import make_chats
 from tests.kit.pictures import picture

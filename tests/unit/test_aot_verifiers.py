@@ -15,14 +15,15 @@ from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.search.config import ReflectStage, SearchConfig
 from rflow_jax.verifiers import reward
-from rflow_jax.verifiers.config import VerifierConfig
-from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
-from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+from rflow_jax.verifiers.config import VERIFIERS, NvilaVerifierConfig, RewardVerifierConfig
+from rflow_jax.verifiers.nvila import NvilaVerifier
+from rflow_jax.verifiers.reward import RewardVerifier
 from rflow_jax.vlm import nvila_programs, qwen_chat
+from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.nvila_programs import padded_length
 from rflow_jax.vlm.qwen_batching import LEAST_TOKENS, bucket
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
-from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
+from rflow_jax.writers.base import QwenTextGeneratorConfig
 
 SIZE = (160, 96)
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8))
@@ -38,11 +39,13 @@ def qwen(golden, tmp_path_factory):
 
 
 def verifying(name, model, **options):
-    return SearchConfig(model="m", sampling=SETTINGS, verifier=VerifierConfig(name=name, model=model, options=options))
+    return SearchConfig(
+        model="m", sampling=SETTINGS, verifier=VERIFIERS.parse({"name": name, "model": model} | options)
+    )
 
 
 def writing(model, **options):
-    writer = TextGeneratorConfig(name="qwen", model=model, options=options)
+    writer = QwenTextGeneratorConfig(model, **options)
     return SearchConfig(model="m", sampling=SETTINGS, reflector=writer, refiner=writer)
 
 
@@ -138,11 +141,9 @@ def test_a_writer_is_compiled_for_what_it_is_given(qwen, monkeypatch):
 
 def test_models_on_the_same_device_are_resident_beside_each_other(golden, qwen):
     checkpoint = str(golden / "nvila" / "checkpoint")
-    members = [
-        {"name": "nvila", "model": checkpoint, "options": {"devices": devices}} for devices in ([0, 1], [1], [5])
-    ]
+    members = [{"name": "nvila", "model": checkpoint, "devices": devices} for devices in ([0, 1], [1], [5])]
     config = SearchConfig(
-        model="m", sampling=SETTINGS, verifier=VerifierConfig(name="ensemble", options={"members": members})
+        model="m", sampling=SETTINGS, verifier=VERIFIERS.parse({"name": "ensemble", "members": members})
     )
     first, _, second, _, third, _ = verifier_programs(config, jax.devices())
     assert [one.name for one in (first, third)] == ["verifier 1 nvila look", "verifier 3 nvila look"]
@@ -173,14 +174,17 @@ def test_published_models_are_known_by_name():
         [program, *_] = verifier_programs(writing(name), jax.devices(), layers=1)
         assert seven["flops"] == 0 or program.flops < seven["flops"]
         seven["flops"] = program.flops
-    for name, model, count in (("nvila", None, 2), ("reward", "someone/a-reward-model", 1)):
-        config = SearchConfig(model="m", verifier=VerifierConfig(name=name, model=model))
+    for name, model, count in (
+        ("nvila", "Efficient-Large-Model/NVILA-Lite-2B-Verifier", 2),
+        ("reward", "someone/a-reward-model", 1),
+    ):
+        config = SearchConfig(model="m", verifier=VERIFIERS.parse({"name": name, "model": model}))
         assert len(verifier_programs(config, jax.devices())) == count
 
 
 def test_models_over_http_compile_nothing():
     assert verifier_programs(SearchConfig(model="m"), jax.devices()) == []
-    assert verifier_programs(verifying("clip", None), jax.devices()) == []
+    assert verifier_programs(verifying("clip", "m"), jax.devices()) == []
 
 
 @pytest.mark.parametrize(
@@ -189,8 +193,7 @@ def test_models_over_http_compile_nothing():
         (writing("someone/else"), "model someone/else: no such folder"),
         (verifying("nvila", "someone/else"), "its sizes are not known"),
         (verifying("reward", "someone/else", base="someone/base"), "model someone/base"),
-        (verifying("nvila", None, devices=(8,)), "no device 8"),
-        (verifying("nvila", None, dtype="float16"), "dtype is float16"),
+        (verifying("nvila", "Efficient-Large-Model/NVILA-Lite-2B-Verifier", devices=(8,)), "no device 8"),
     ],
 )
 def test_what_cannot_be_compiled_is_told(config, reason):

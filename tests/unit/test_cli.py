@@ -63,6 +63,12 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("convert flx", "unknown command convert flx: did you mean convert flux?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll=secret", "did you mean verifier.base_url?"),
         ("noise --model=m --prompts=p --out=o --verifier.base_urll secret", "did you mean verifier.base_url?"),
+        (
+            "noise --verifier.name=nvila --verifier.timeout=3",
+            "verifier.timeout: nvila has no such setting",
+        ),
+        ("noise --verifier.timeout", "verifier.timeout: give a value"),
+        ("noise --verifier.timeout=never", "verifier.timeout: Input should be a valid number"),
         ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean sampling.height?"),
         ("noise --model=m --prompts=p --out=o --search_branches=2", "search_branch?"),
         ("noise --model=m --prompts=p --out=o --share=0/4", "share is now called process_index and process_count"),
@@ -263,7 +269,12 @@ def test_every_command_explains_itself(capsys, command, flag):
     with pytest.raises(SystemExit) as caught:
         call(command, flag)
     assert caught.value.code == 0
-    assert COMMANDS[command].help in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert COMMANDS[command].help in shown
+    if command in ("noise", "noise-prompt", "reflect", "score"):
+        assert re.search(
+            r"--verifier\.name nvila: .*\n(  .*\n)*  --verifier\.rank \{word,margin\}\n +\"word\" ranks", shown
+        )
 
 
 # ---- generate ----

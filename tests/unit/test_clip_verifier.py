@@ -16,7 +16,8 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from rflow_jax.verifiers import clip
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier, ClipVerifierConfig
+from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier
+from rflow_jax.verifiers.config import ClipVerifierConfig
 from rflow_jax.weights.components import load_clip_model
 from tests.kit.clip import VISION, make_clip
 

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from rflow_jax.verifiers import VerifierConfig, make_verifier
+from rflow_jax.verifiers import VERIFIERS, make_verifier
 from rflow_jax.verifiers.base import Verifier
 from tests.kit.asking import pictures
 
@@ -66,9 +66,9 @@ def test_a_verifier_of_ones_own_scores_by_the_command_that_is_shown(folder):
 
 def test_it_follows_the_protocol_and_can_be_a_member(folder):
     own = {"name": "sharpness:Sharpness"}
-    verifier = make_verifier(VerifierConfig(**own))
+    verifier = make_verifier(VERIFIERS.parse(own))
     assert isinstance(verifier, Verifier)
-    ensemble = make_verifier(VerifierConfig(name="ensemble", options={"members": [own, own]}))
+    ensemble = make_verifier(VERIFIERS.parse({"name": "ensemble", "members": [own, own]}))
     images, items = pictures(3), [{"prompt": "x"}] * 3
     alone, together = verifier.score(images, items), ensemble.score(images, items)
     ensemble.close()

@@ -10,7 +10,7 @@ from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, sentence_of
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
 from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
-from rflow_jax.writers.http import HttpTextGenerator, TextGeneratorConfig
+from rflow_jax.writers.http import HttpTextGenerator, HttpTextGeneratorConfig
 from tests.kit.asking import pictures
 
 
@@ -28,7 +28,7 @@ def cases(count: int) -> list[WriterInput]:
 
 
 def write(server, asked, default=REFLECTION_PROMPT, meter=None, **more):
-    config = TextGeneratorConfig(base_url=server.base_url, **({"max_retries": 1, "timeout": 10.0} | more))
+    config = HttpTextGeneratorConfig(base_url=server.base_url, **({"max_retries": 1, "timeout": 10.0} | more))
     writer = HttpTextGenerator(config, default, meter)
     try:
         return writer.write(asked)
@@ -113,9 +113,11 @@ def test_instructions_can_be_replaced(tmp_path):
     for text in ("no divider", "a\n---\nb\n---\nc\n---\nd"):
         path.write_text(text)
         with pytest.raises(InputError, match=r"mine\.md: a line ---"):
-            HttpTextGenerator(TextGeneratorConfig(base_url="http://localhost", prompt_file=str(path)), REFINE_PROMPT)
+            HttpTextGenerator(
+                HttpTextGeneratorConfig(base_url="http://localhost", prompt_file=str(path)), REFINE_PROMPT
+            )
     with pytest.raises(InputError, match="cannot read"):
-        HttpTextGenerator(TextGeneratorConfig(base_url="http://localhost", prompt_file="/none.md"), REFINE_PROMPT)
+        HttpTextGenerator(HttpTextGeneratorConfig(base_url="http://localhost", prompt_file="/none.md"), REFINE_PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_text_is_one_line_without_quotation_marks_around_it(said, kept):
 def test_it_follows_the_protocol_and_gives_up_when_closed():
     with OpenAIServer() as server:
         writer = make_text_generator(
-            TextGeneratorConfig(base_url=server.base_url, concurrency=5, model="m"), REFINE_PROMPT
+            HttpTextGeneratorConfig(base_url=server.base_url, concurrency=5, model="m"), REFINE_PROMPT
         )
         assert isinstance(writer, TextGenerator)
         assert (writer.name, writer.concurrency, writer.batch_size) == ("http m", 5, 1)

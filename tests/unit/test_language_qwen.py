@@ -15,7 +15,8 @@ from PIL import Image
 import rflow_jax.writers
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.generation import Prompts, _tokens_of, penalised
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig, question_key
+from rflow_jax.vlm.config import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, decoding_of, question_key
 from rflow_jax.weights.qwen import repetition_penalty
 from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
 from rflow_jax.writers.qwen import QwenTextGenerator, _written
@@ -207,9 +208,9 @@ def test_a_repetition_penalty_is_the_files_or_the_options(golden, tmp_path, conf
     folder = folder_saying(golden, tmp_path, {"repetition_penalty": 1.05, "do_sample": True, "num_beams": 1})
     assert repetition_penalty(folder) == 1.05
     assert not caplog.records
-    assert config.decoding(eos=(), pad=0, repetition_penalty=1.05).repetition_penalty == 1.05
+    assert decoding_of(config, 1.05, eos=(), pad=0).repetition_penalty == 1.05
     own = replace(config, repetition_penalty=1.0)
-    assert own.decoding(eos=(), pad=0, repetition_penalty=1.05).repetition_penalty == 1
+    assert decoding_of(own, 1.05, eos=(), pad=0).repetition_penalty == 1
     folder_saying(golden, tmp_path, {"no_repeat_ngram_size": 3, "num_beams": 4})
     assert repetition_penalty(folder) == 1
     assert "num_beams 4, no_repeat_ngram_size 3 is not followed here" in caplog.text

@@ -20,7 +20,8 @@ from rflow_jax.openai_client import CLOSED
 from rflow_jax.parity.nvila import pattern
 from rflow_jax.utils.batching import BATCHES_AT_ONCE
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
+from rflow_jax.verifiers.config import NvilaVerifierConfig
+from rflow_jax.verifiers.nvila import NvilaVerifier
 from rflow_jax.weights.nvila import load_nvila
 
 PATTERN = {"a": 3, "b": 1, "p1": 97, "d": 2, "p2": 61, "s": 16, "p3": 127}

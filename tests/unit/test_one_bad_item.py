@@ -14,15 +14,16 @@ from safetensors.numpy import save_file
 
 import rflow_jax.verifiers.reward as reward_module
 from rflow_jax.errors import InputError
-from rflow_jax.verifiers import VerifierConfig, make_verifier
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
+from rflow_jax.verifiers import VERIFIERS, make_verifier
+from rflow_jax.vlm.config import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
 from tests.kit.asking import pictures
 from tests.kit.clip import make_clip
 
 PROMPTS = ("an owl", "a red drum", "two kites", "a clock")
 BAD = ("no image", "cut off", "too long", "no prompt")
 REASONS = dict(zip(BAD, ("decoded", "decoded", "too long", "no prompt"), strict=True))
-VERIFIERS = ("reward", "nvila", "clip")
+LOCAL = ("reward", "nvila", "clip")
 LONG = "word " * 5000
 
 
@@ -67,7 +68,7 @@ def made(folders):
             if kind == "qwen":
                 found[kind] = QwenChat(QwenChatConfig(model, max_new_tokens=4, **how))
             else:
-                found[kind] = make_verifier(VerifierConfig(name=kind, model=model, options=how))
+                found[kind] = make_verifier(VERIFIERS.parse({"name": kind, "model": model} | how))
         return found[kind]
 
     return make
@@ -82,7 +83,7 @@ def results(model, pairs):
     return [(verdict.score, verdict.error) for verdict in model.score(images, items)]
 
 
-@pytest.mark.parametrize("kind", [*VERIFIERS, "qwen"])
+@pytest.mark.parametrize("kind", [*LOCAL, "qwen"])
 def test_a_bad_item_changes_no_other(made, kind):
     model = made(kind)
     want = results(model, good())
@@ -100,7 +101,7 @@ def test_a_bad_item_changes_no_other(made, kind):
         assert value == (wanted if isinstance(wanted, str) else pytest.approx(wanted, rel=1e-5, abs=1e-5))
 
 
-@pytest.mark.parametrize("kind", [*VERIFIERS, "qwen"])
+@pytest.mark.parametrize("kind", [*LOCAL, "qwen"])
 def test_a_prompt_is_text_and_ends_no_message(made, kind):
     image, item = good()[0]
     mark = "<|endoftext|>"
@@ -110,7 +111,7 @@ def test_a_prompt_is_text_and_ends_no_message(made, kind):
     assert f"holds the special token {mark}" in found[2][1]
 
 
-@pytest.mark.parametrize("kind", VERIFIERS)
+@pytest.mark.parametrize("kind", LOCAL)
 def test_a_score_that_is_no_number_changes_no_other(made, kind, monkeypatch):
     verifier = made(kind)
     want = results(verifier, good())
@@ -183,7 +184,7 @@ def others(folders, llama, golden, tmp_path_factory):
 )
 def test_a_checkpoint_of_another_architecture_is_one_line(others, kind, given, words):
     folder = str(others[given])
-    config = QwenChatConfig(folder) if kind == "qwen" else VerifierConfig(name=kind, model=folder)
+    config = QwenChatConfig(folder) if kind == "qwen" else VERIFIERS.parse({"name": kind, "model": folder})
     make = QwenChat if kind == "qwen" else make_verifier
     with pytest.raises(InputError) as caught:
         make(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,12 +19,12 @@ from rflow_jax.models.lora import linears
 from rflow_jax.parallel.sharding import on_devices, on_mesh_of, pick, unclaimed
 from rflow_jax.search import run as command
 from rflow_jax.search.config import SearchConfig
-from rflow_jax.verifiers.config import VerifierConfig
-from rflow_jax.verifiers.factory import claimed_devices
-from rflow_jax.verifiers.nvila import NvilaVerifier, NvilaVerifierConfig
-from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
-from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, QwenChatConfig
-from rflow_jax.writers.base import TextGeneratorConfig
+from rflow_jax.verifiers.config import VERIFIERS, NvilaVerifierConfig, RewardVerifierConfig
+from rflow_jax.verifiers.nvila import NvilaVerifier
+from rflow_jax.verifiers.reward import RewardVerifier
+from rflow_jax.vlm.config import QwenChatConfig
+from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
+from rflow_jax.writers.base import QwenTextGeneratorConfig
 
 PROMPTS = ("a photo of a bench", "two red apples")
 ITEMS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -203,16 +202,12 @@ def test_the_generator_takes_what_is_left():
     assert unclaimed([range(8)]) == jax.devices()
 
 
-def test_claims_of_an_ensemble_are_found():
-    members = [{"name": "nvila", "options": {"devices": [2]}}, {"name": "clip"}]
-    options = json.loads(json.dumps({"members": members, "weights": [1.0, 2.0]}))
-    assert list(claimed_devices(options)) == [[2]]
-    assert list(claimed_devices({"batch_size": 4, "devices": (1, 2)})) == [(1, 2)]
-    for other in (None, 2, "01", ["0"], [True], {"a": 1}):
-        assert list(claimed_devices({"devices": other})) == []
-    for members in (3, ["a"], [{"options": 3}], {"options": {"devices": [1]}}):
-        assert list(claimed_devices({"members": members})) == []
-    assert list(claimed_devices({"others": [{"options": {"devices": [1]}}]})) == []
+def test_claims_of_an_ensemble_and_of_a_users_class_are_found():
+    own = {"name": "package.module:Class", "options": {"devices": [1, 3]}}
+    members = [{"name": "nvila", "devices": [2]}, {"name": "clip"}, {"name": "reward", "model": "m"}, own]
+    assert VERIFIERS.parse({"name": "ensemble", "members": members}).claimed_devices == ((2,), [1, 3])
+    for other in (None, 2, "01", ["0"], [True], {"a": 1}, []):
+        assert VERIFIERS.parse(own | {"options": {"devices": other}}).claimed_devices == ()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +219,7 @@ def test_a_search_generates_on_the_devices_that_no_model_took(monkeypatch, devic
     monkeypatch.setattr(
         "rflow_jax.generation.pipeline.load_pipeline", lambda *_, mesh, **__: setattr(seen, "mesh", mesh)
     )
-    verifier = VerifierConfig(name="nvila", options={"devices": devices})
+    verifier = NvilaVerifierConfig(devices=tuple(devices))
     command._load("noise", SearchConfig(model="nowhere", verifier=verifier))
     found = None if seen.mesh is None else sorted(device.id for device in seen.mesh.devices.flat)
     assert found == left
@@ -235,9 +230,9 @@ def test_the_generator_takes_the_devices_of_roles_that_a_search_does_not_have(ki
     monkeypatch.setattr("rflow_jax.generation.pipeline.load_pipeline", lambda model, **given: given["mesh"])
     config = SearchConfig(
         model="m",
-        verifier=VerifierConfig(name="nvila", model="v", options={"devices": [2, 4, 5, 6, 7]}),
-        reflector=TextGeneratorConfig(name="qwen", model="w", options={"devices": [1]}),
-        refiner=TextGeneratorConfig(name="qwen", model="w", options={"devices": [3]}),
+        verifier=NvilaVerifierConfig("v", devices=(2, 4, 5, 6, 7)),
+        reflector=QwenTextGeneratorConfig("w", devices=(1,)),
+        refiner=QwenTextGeneratorConfig("w", devices=(3,)),
     )
     mesh = command._load(kind, config)
     used = jax.devices()[:1] if mesh is None else mesh.devices.flatten().tolist()

@@ -23,7 +23,8 @@ from rflow_jax.training.partition import dotted
 from rflow_jax.training.qwen.config import QwenLoraConfig
 from rflow_jax.training.reward.config import PairDataConfig, PairValidationConfig, RewardRunConfig, RewardTaskConfig
 from rflow_jax.training.reward.task import Reward, open_checked
-from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig
+from rflow_jax.verifiers.config import RewardVerifierConfig
+from rflow_jax.verifiers.reward import RewardVerifier
 from rflow_jax.weights.reward import SPECIAL_TOKEN
 from tests.kit.preferences import make_pairs
 from tests.kit.reward import RewardRun, reward_config

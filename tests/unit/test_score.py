@@ -25,8 +25,8 @@ from rflow_jax.scoring.targets import Target
 from rflow_jax.testing.openai_server import OpenAIServer, score_of
 from rflow_jax.utils import cli
 from rflow_jax.utils.images import read_image
-from rflow_jax.verifiers import VerifierConfig
 from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.config import VERIFIERS, RewardVerifierConfig
 from tests.kit.asking import pictures
 from tests.kit.searching import HashVerifier
 
@@ -476,17 +476,17 @@ def test_a_verifier_in_this_process_gets_several_batches_a_call(folder):
 
 def test_scores_follow_from_the_checkpoint_that_is_the_latest(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
-    latest = VerifierConfig(name="reward", model=str(tmp_path))
-    members = [{"name": "reward", "model": str(tmp_path)}, {"name": "clip", "options": {}}]
-    ensemble = VerifierConfig(name="ensemble", options={"members": members})
+    latest = RewardVerifierConfig(str(tmp_path))
+    members = [{"name": "reward", "model": str(tmp_path)}, {"name": "clip"}]
+    ensemble = VERIFIERS.parse({"name": "ensemble", "members": members})
     before = [scores_follow_from(one) for one in (latest, ensemble)]
-    assert before[0] == scores_follow_from(replace(latest, options={"step": 10}))
+    assert before[0] == scores_follow_from(replace(latest, step=10))
     (tmp_path / "checkpoint-20").mkdir()
     now = [scores_follow_from(one) for one in (latest, ensemble)]
-    assert before[0] == scores_follow_from(replace(latest, options={"step": 10}))
-    assert now[0]["options"] == {"step": 20}
-    assert [member.get("options") for member in now[1]["options"]["members"]] == [{"step": 20}, {}]
-    assert before[1]["options"]["members"][0]["options"] == {"step": 10}
+    assert before[0] == scores_follow_from(replace(latest, step=10))
+    assert now[0]["step"] == 20
+    assert [member.get("step") for member in now[1]["members"]] == [20, None]
+    assert before[1]["members"][0]["step"] == 10
 
 
 def test_a_line_names_its_verifier_and_older_ones_are_read(folder, asked, tmp_path, capsys):

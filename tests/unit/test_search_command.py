@@ -214,17 +214,17 @@ def test_what_does_not_fit_a_search_is_said(kind, changes, message):
 
 def config(verifier=ASKED["name"], writer=WRITES["name"], method="random", branches=2, lora: str | None = "l", **more):
     from rflow_jax.search.config import NoiseStage, ReflectStage
-    from rflow_jax.verifiers.config import VerifierConfig
-    from rflow_jax.writers.base import TextGeneratorConfig
+    from rflow_jax.verifiers.config import VERIFIERS
+    from rflow_jax.writers.base import WRITERS
 
     return SearchConfig(
         "m",
         lora,
         noise=NoiseStage(1, 2, method=method),
         reflect=ReflectStage(1, branches),
-        verifier=VerifierConfig(name=verifier),
-        reflector=TextGeneratorConfig(name=writer),
-        refiner=TextGeneratorConfig(name=writer),
+        verifier=VERIFIERS.parse({"name": verifier}),
+        reflector=WRITERS.parse({"name": writer}),
+        refiner=WRITERS.parse({"name": writer}),
         **more,
     )
 

@@ -67,8 +67,8 @@ def given(tmp_path, monkeypatch):
         "noise": {"search_rounds": 2, "search_branch": 2},
         "reflect": {"search_rounds": 2, "search_branch": 2},
         "sampling": {"height": 16, "width": 16, "condition_size": 16, "batch_size": 3},
-        "verifier": {"name": "ensemble", "options": {"members": [own("a"), own("b", backwards=True, fails="123")],
-                                                     "weights": [2.0, 1.0]}},
+        "verifier": {"name": "ensemble", "weights": [2, 1],
+                     "members": [own("a"), own("b", backwards=True, fails="123")]},
         "reflector": writes,
         "refiner": writes,
     }  # fmt: skip
@@ -113,9 +113,8 @@ def test_a_search_goes_on_from_its_journal_and_its_own_configuration(given, tmp_
     assert results(out) == before
     assert not MADE["a"].seen
     capsys.readouterr()
-    options = {"members": [own("a"), own("b")], "weights": [2.0, 1.0]}
-    assert call(given, out, f"--verifier.options={json.dumps(options)}") == 2
-    assert "verifier.options.members is" in capsys.readouterr().err
+    assert call(given, out, f"--verifier.members={json.dumps([own('a'), own('b')])}") == 2
+    assert "verifier.members is" in capsys.readouterr().err
 
 
 def test_score_ranks_the_images_of_each_prompt(given, tmp_path, capsys):

@@ -10,8 +10,9 @@ import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.search import run_folder
-from rflow_jax.search.run_folder import claim, require_same, require_usable, result_affecting
+from rflow_jax.search.run_folder import claim, require_same, require_usable
 from rflow_jax.utils import atomic_io as files
+from rflow_jax.verifiers import VERIFIERS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -212,14 +213,12 @@ def test_only_beginnings_of_the_file_itself_are_removed(tmp_path):
 
 
 def test_what_changes_no_score_of_a_local_model_may_change():
-    def section(name, **options):
-        return {"name": name, "options": options}
+    def affecting(name, **settings):
+        return VERIFIERS.results_follow_from({"name": name, **settings})
 
     for name in ("nvila", "reward", "clip"):
-        one, other = section(name, batch_size=1, rank="x"), section(name, devices=[1], batch_size=2, rank="x")
-        assert result_affecting(one) == result_affecting(other) == section(name, rank="x")
-        assert result_affecting(section("ensemble", members=[one])) == result_affecting(
-            section("ensemble", members=[other])
-        )
-    own = section("package.module:Class", members=["a", 3], batch_size=2, devices=[1])
-    assert result_affecting(own) == own
+        one, other = {"name": name, "batch_size": 1}, {"name": name, "devices": [1], "options": {"batch_size": 2}}
+        assert affecting(**one) == affecting(**other) != affecting(name, dtype="x")
+        assert affecting("ensemble", members=[one]) == affecting("ensemble", members=[other])
+    own = affecting("package.module:Class", options={"batch_size": 2, "devices": [1]})
+    assert own["options"] == {"batch_size": 2, "devices": [1]}

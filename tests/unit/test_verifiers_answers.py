@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.openai_client import Answer, UnusableAnswer
-from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig
+from rflow_jax.verifiers.config import OpenAIVerifierConfig
+from rflow_jax.verifiers.openai import OpenAIVerifier
 from tests.kit.asking import pictures, prompt_folder
 
 MARK = {"reason": "so", "score": 7.5}
@@ -18,7 +19,7 @@ GRADES = {"sharpness": MARK, "overall": {"reason": "on the whole", "score": 4}}
 def parse(tmp_path_factory):
     """What the verifier makes of an answer's text."""
     folder = prompt_folder(tmp_path_factory.mktemp("prompts"))
-    verifier = OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=folder))
+    verifier = OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=folder))
     asked = verifier.question(pictures(1)[0], {"prompt": "x"})
     verifier.close()
     return lambda text: asked.parse(Answer(text))

@@ -11,7 +11,7 @@ from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.testing.openai_server import Fault, OpenAIServer, decision_of, score_of
-from rflow_jax.verifiers import VerifierConfig, make_verifier
+from rflow_jax.verifiers import VERIFIERS, make_verifier
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.ensemble import EnsembleVerifier
 from tests.kit.asking import items, pictures, wait_until
@@ -154,13 +154,19 @@ def test_a_bug_in_a_member_is_no_verdict():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give members"),
-        ({"members": []}, "give members"),
-        ({"memebers": []}, "unknown key memebers: did you mean members?"),
-        ({"members": ["nvila"]}, r"members\[0\]: Input should be a valid dict"),
-        ({"members": [{"name": "clip", "modell": "x"}]}, r"members\[0\]: unknown key modell: did you mean model\?"),
-        ({"members": [{"name": "clip"}, {"name": "nvla"}]}, "unknown verifier 'nvla': did you mean nvila"),
-        ({"members": [{"name": "ensemble", "options": {"members": [OWN]}}]}, "a member cannot be ensemble"),
+        ({}, "members: give some"),
+        ({"members": []}, "members: give some"),
+        ({"memebers": []}, r"unknown key verifier\.memebers: did you mean verifier\.members\?"),
+        ({"members": ["nvila"]}, r"verifier\.members\[0\]: give a section"),
+        (
+            {"members": [{"name": "clip", "modell": "x"}]},
+            r"members\[0\]\.modell: did you mean .*\[0\]\.model\?",
+        ),
+        (
+            {"members": [{"name": "clip"}, {"name": "nvla"}]},
+            r"members\[1\]\.name: unknown verifier 'nvla'",
+        ),
+        ({"members": [{"name": "ensemble", "members": [OWN]}]}, "a member cannot be ensemble"),
         ({"members": [{"name": "none"}]}, "a member cannot be none"),
         ({"members": [OWN], "weights": [1.0, 2.0]}, "a number above 0 for each of the 1 members"),
         ({"members": [OWN, OWN], "weights": [1.0, 0.0]}, "a number above 0"),
@@ -169,12 +175,12 @@ def test_a_bug_in_a_member_is_no_verdict():
 )
 def test_options_that_are_not_usable(options, message):
     with pytest.raises(InputError, match=message):
-        VerifierConfig(name="ensemble", options=options)
+        VERIFIERS.parse({"name": "ensemble"} | options)
 
 
 def test_a_member_that_cannot_be_made_leaves_no_other_waiting():
-    with pytest.raises(InputError, match="name the checkpoint"):
-        make_verifier(config(own("first"), {"name": "reward"}))
+    with pytest.raises(InputError, match=r"members\[1\] of the ensemble: verifier package:Class: cannot import"):
+        make_verifier(config(own("first"), {"name": "package:Class"}))
     assert MADE["first"].closed
 
 
@@ -182,11 +188,10 @@ def test_what_is_published_holds_no_secret_of_a_member():
     member = {"name": "openai", "base_url": "http://me:secret@host/v1?key=hidden", "concurrency": 3}
     verifier = config(own("a"), member)
     section = public_section(verifier)
-    assert section["options"]["members"][1]["base_url"] == "http://host/v1"
-    assert section["options"]["members"][1]["model"] == "gpt-4o"
+    assert section["members"][1]["base_url"] == "http://host/v1"
+    assert section["members"][1]["model"] == "gpt-4o"
     assert "secret" not in repr(section) + repr(verifier)
-    assert section["options"]["members"][1].keys() == {"name", "base_url", "concurrency", "model"}
-    assert VerifierConfig(**section).members[0] == verifier.members[0]
+    assert VERIFIERS.parse(section).members[0] == verifier.members[0]
 
 
 def search_config(**more):
@@ -225,8 +230,8 @@ def test_members_over_http_are_asked_at_the_same_time(monkeypatch):
 
 
 def test_a_members_mistake_is_told_with_its_place_and_members_of_one_name_by_their_numbers():
-    with pytest.raises(InputError, match=r"ensemble\.options\.members\[1\]: verifier\.options: unknown key bach"):
-        make_verifier(config(own("a"), {"name": "nvila", "options": {"bach": 1}}))
+    with pytest.raises(InputError, match=r"members\[1\]\.batch: did you mean .*\.batch_size"):
+        make_verifier(config(own("a"), {"name": "nvila", "batch": 1}))
     verifier = EnsembleVerifier(config(own("a", fails="0123456789"), own("b"), own("a")))
     (verdict,) = verifier.score(pictures(1), items(1))
     verifier.close()

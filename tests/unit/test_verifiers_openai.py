@@ -10,7 +10,8 @@ from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import KEY, Chaos, Fault, OpenAIServer, score_of
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.openai import OpenAIVerifier, VerifierConfig, excluded, required
+from rflow_jax.verifiers.config import OpenAIVerifierConfig
+from rflow_jax.verifiers.openai import OpenAIVerifier, excluded, required
 from tests.kit.asking import TAGS, items, pictures, prompt_folder
 
 
@@ -22,7 +23,7 @@ def _environment(monkeypatch):
 
 
 def score(server, images, meter=None, **more):
-    config = VerifierConfig(base_url=server.base_url, **({"timeout": 10.0, "max_retries": 3} | more))
+    config = OpenAIVerifierConfig(base_url=server.base_url, **({"timeout": 10.0, "max_retries": 3} | more))
     verifier = OpenAIVerifier(config, meter)
     try:
         return verifier.score(images, items(len(images)))
@@ -195,13 +196,15 @@ def test_prompts_can_be_replaced_and_the_form_is_always_said(tmp_path, judge):
 )
 def test_unusable_aspects_are_one_line(tmp_path, content):
     with pytest.raises(InputError, match=r"aspects\.json: ") as caught:
-        OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=prompt_folder(tmp_path, aspects=content)))
+        OpenAIVerifier(
+            OpenAIVerifierConfig(base_url="http://localhost", prompts=prompt_folder(tmp_path, aspects=content))
+        )
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"judge\.md: cannot read"):
-        OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=str(tmp_path / "none")))
+        OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=str(tmp_path / "none")))
     (tmp_path / "judge.md").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"judge\.md: .* not in UTF-8"):
-        OpenAIVerifier(VerifierConfig(base_url="http://localhost", prompts=str(tmp_path)))
+        OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=str(tmp_path)))
 
 
 def test_model_address_and_key_come_from_the_environment(monkeypatch):
@@ -209,7 +212,7 @@ def test_model_address_and_key_come_from_the_environment(monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_MODEL", "from-env")
         monkeypatch.setenv("MY_KEY", "k-123")
-        verifier = OpenAIVerifier(VerifierConfig(api_key_env="MY_KEY"))
+        verifier = OpenAIVerifier(OpenAIVerifierConfig(api_key_env="MY_KEY"))
         assert verifier.name == "openai from-env"
         assert verifier.score(pictures(1), items(1))[0].scored
         verifier.close()
@@ -218,7 +221,7 @@ def test_model_address_and_key_come_from_the_environment(monkeypatch):
 
 def test_it_follows_the_protocol_and_gives_up_when_closed():
     with OpenAIServer() as server:
-        verifier = make_verifier(VerifierConfig(base_url=server.base_url, concurrency=5, model="m"))
+        verifier = make_verifier(OpenAIVerifierConfig(base_url=server.base_url, concurrency=5, model="m"))
         assert isinstance(verifier, Verifier)
         assert (verifier.name, verifier.concurrency, verifier.batch_size) == ("openai m", 5, 1)
         verifier.close()
@@ -229,7 +232,7 @@ def test_it_follows_the_protocol_and_gives_up_when_closed():
 @pytest.mark.parametrize("tag", [["colors"], {}, 3, None])
 def test_a_tag_that_is_no_text_is_none(tag):
     (image,) = pictures(1)
-    verifier = OpenAIVerifier(VerifierConfig())
+    verifier = OpenAIVerifier(OpenAIVerifierConfig())
     item = {"prompt": "a cat", "include": [{"class": "cat", "count": 1, "position": ["left"]}], "exclude": "x"}
     without = verifier.question(image, item)
     assert verifier.question(image, item | {"tag": tag}).messages == without.messages

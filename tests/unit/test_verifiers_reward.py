@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
 from rflow_jax.verifiers.base import Verifier
-from rflow_jax.verifiers.reward import RewardVerifier, RewardVerifierConfig, read_template
+from rflow_jax.verifiers.config import RewardVerifierConfig
+from rflow_jax.verifiers.reward import RewardVerifier, read_template
 from rflow_jax.weights.convert import convert_qwen
 from rflow_jax.weights.model_folder import ORBAX_FOLDER
 from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint, RewardConfig

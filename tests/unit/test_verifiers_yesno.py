@@ -10,14 +10,15 @@ from rflow_jax.errors import InputError
 from rflow_jax.openai_client import UnusableAnswer, png_bytes
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, decision_of, score_of
-from rflow_jax.verifiers import VerifierConfig, make_verifier
+from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict, Verifier
+from rflow_jax.verifiers.config import YesNoVerifierConfig
 from rflow_jax.verifiers.yesno import YesNoVerifier, decide
 from tests.kit.asking import items, pictures
 
 
 def score(server, images, meter=None, **more):
-    config = VerifierConfig(name="yesno", base_url=server.base_url, **({"timeout": 10.0, "max_retries": 3} | more))
+    config = YesNoVerifierConfig(base_url=server.base_url, **({"timeout": 10.0, "max_retries": 3} | more))
     verifier = make_verifier(config, meter)
     assert isinstance(verifier, YesNoVerifier)
     assert isinstance(verifier, Verifier)
@@ -47,7 +48,7 @@ def test_decisions_follow_the_images_and_rank_as_their_likelihood_of_yes():
 
 def test_the_request_asks_for_one_token_with_its_alternatives():
     with OpenAIServer() as server:
-        score(server, pictures(1), temperature=0.9, max_tokens=50)
+        score(server, pictures(1))
         (call,) = server.calls
     options = {name: call.body[name] for name in ("logprobs", "top_logprobs", "max_tokens", "temperature")}
     assert options == {"logprobs": True, "top_logprobs": 20, "max_tokens": 1, "temperature": 0}
@@ -71,7 +72,7 @@ def test_what_is_asked_is_a_question_the_prompt_alone_or_a_file(tmp_path):
     mine.write_text("Show me $promt!")
     for template, problem in ((str(mine), r"mine\.md: \$prompt"), ("qestion", "qestion: cannot read")):
         with pytest.raises(InputError, match=problem):
-            YesNoVerifier(VerifierConfig(base_url="http://localhost", template=template))
+            YesNoVerifier(YesNoVerifierConfig(base_url="http://localhost", template=template))
 
 
 def test_the_evaluation_is_words():
