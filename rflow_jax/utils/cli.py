@@ -133,7 +133,7 @@ def run_command(
         namespace = parser.parse_args(argv)
         _require_sections(namespace, command.configs)
     except ArgumentError as error:
-        raise InputError(_explain(error, argv, parser, components)) from error
+        raise InputError(_explain(error, argv, command)) from error
     ready = vars(parser.instantiate(namespace)) | components
     return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
@@ -342,7 +342,7 @@ def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
         content = _yaml(file)
         for key in flatten(content):
             if not any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in known):
-                raise InputError(f"{file}: {_unknown(key, known)}")
+                raise InputError(f"{file}: {_unknown(key, [*known, *_settings(command)])}")
         if content.keys() & (others - own):
             kept = {key: value for key, value in content.items() if key in command.shared or key not in others}
             result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(kept, default=str)}"
@@ -355,6 +355,12 @@ def _keys(configs: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]
         for name, kind in get_type_hints(config).items():
             section = is_dataclass(kind) and not _is_component(kind)
             yield from _keys([kind], f"{prefix}{name}.") if section else [(prefix + name, kind)]
+
+
+def _settings(command: Command) -> list[str]:
+    """The dotted settings of all kinds of its components."""
+    kinds = [(role, kind) for role, registry in _registries(command).items() for kind, _ in registry.kinds.values()]
+    return list(dict.fromkeys(f"{role}.{one.name}" for role, kind in kinds for one in fields(kind)))
 
 
 def _is_component(kind: Any) -> bool:
@@ -380,9 +386,7 @@ def _require_sections(namespace: Namespace, configs: Iterable[Any], prefix: str 
             _require_sections(section, [kind], f"{prefix}{name}.")
 
 
-def _explain(
-    error: ArgumentError, argv: Sequence[str], parser: ArgumentParser, components: Mapping[str, Component]
-) -> str:
+def _explain(error: ArgumentError, argv: Sequence[str], command: Command) -> str:
     text = plain(error)
     unknown = _UNKNOWN.search(text)
     if unknown is None or "Parser key" in text:
@@ -391,8 +395,7 @@ def _explain(
         return text.replace('"<unicode string>"', _config_file(argv))
     # The value behind an unknown key is not repeated: it may be a secret in the wrong place.
     key = unknown[1]
-    settings = [f"{role}.{one.name}" for role, component in components.items() for one in fields(component)]
-    return _unknown(key, [*parser.get_defaults().keys(), *settings])
+    return _unknown(key, [*(key for key, _ in _keys(command.configs)), *_settings(command)])
 
 
 def _unknown(key: str, known: Collection[str]) -> str:
