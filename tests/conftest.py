@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Eight fake devices: the same number whatever the machine, so that sharding is tested everywhere.
@@ -12,16 +16,21 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-# A test must not be fed by what an earlier run compiled, nor reach for the network.
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-os.environ["HF_HUB_OFFLINE"] = "1"
+# What one test compiled serves the others of this run, and none of a later run. Workers inherit the first one's folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rflow_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test must not reach for the network
 
 import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes in the package's annotations are checked at every call of a test.
-install_import_hook("rflow_jax", "beartype.beartype")
+# Shapes and dtypes in the package's annotations are checked at every call of a test, in the modules that have any.
+ROOT = Path(__file__).parents[1]
+ANNOTATED = [file for file in ROOT.glob("rflow_jax/**/*.py") if "from rflow_jax.typing import" in file.read_text()]
+install_import_hook([".".join(file.relative_to(ROOT).with_suffix("").parts) for file in ANNOTATED], "beartype.beartype")
 
 # The first example of a shape compiles, and takes as long as that takes.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
@@ -43,6 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(PARITY):
             item.add_marker(pytest.mark.parity)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not search it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)
