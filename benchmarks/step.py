@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rflow_jax.flow.latents import rope_for
-from rflow_jax.flow.sampler import euler
+from rflow_jax.flow import euler, rope_for
 from rflow_jax.generation.sampling import Conditioning, DynamicArgs, StaticArgs, velocity_of
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig, forward_flops
 from rflow_jax.models.flux.transformer import FluxGraph, abstract_flux

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rflow_jax.aot.program import on_mesh, whole_in
 from rflow_jax.errors import InputError
-from rflow_jax.flow.sampler import Schedule
+from rflow_jax.flow import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig

@@ -16,8 +16,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import PATCH, pack, rope_for, unpack
-from rflow_jax.flow.sampler import euler, guided
+from rflow_jax.flow import PATCH, euler, guided, pack, rope_for, unpack
 from rflow_jax.models.autoencoder import AutoencoderKL, sample_posterior
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.layers import Context, Rope

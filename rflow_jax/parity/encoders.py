@@ -12,8 +12,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from rflow_jax.flow.latents import image_ids, pack, text_ids
-from rflow_jax.flow.sampler import Schedule
+from rflow_jax.flow import Schedule, image_ids, pack, text_ids
 from rflow_jax.generation.sampling import to_network_range
 from rflow_jax.models.autoencoder import AutoencoderKL, sample_posterior
 from rflow_jax.parity.measure import INPUT, Recording

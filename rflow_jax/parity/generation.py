@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rflow_jax.flow.latents import PATCH, image_ids, text_ids, unpack
-from rflow_jax.flow.sampler import euler
+from rflow_jax.flow import PATCH, euler, image_ids, text_ids, unpack
 from rflow_jax.generation.pipeline import Pipeline
 from rflow_jax.generation.sampling import Conditioning, DynamicArgs, StaticArgs, to_pixels, velocity_of
 from rflow_jax.models.flux.config import ConditionFlags

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from rflow_jax.flow.latents import image_ids, text_ids
+from rflow_jax.flow import image_ids, text_ids
 from rflow_jax.models.flux.layers import Rope, rope_table
 from rflow_jax.parity.encoders import embed, image_tokens
 from rflow_jax.parity.measure import INPUT, PARAMETERS, Moved, Recording

@@ -36,7 +36,7 @@ from rflow_jax.data.sources.latents import (
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import PATCH
+from rflow_jax.flow import PATCH
 from rflow_jax.generation.sampling import to_network_range
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, put_batch, samples_along

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
-from rflow_jax.flow.sampler import Schedule
+from rflow_jax.flow import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from rflow_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipTextEncoder, ClipVisionConfig, part_of
 from rflow_jax.models.flux.config import FluxConfig

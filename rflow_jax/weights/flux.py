@@ -15,8 +15,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import PATCH
-from rflow_jax.flow.sampler import Schedule
+from rflow_jax.flow import PATCH, Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig

@@ -17,7 +17,7 @@ diffusers = pytest.importorskip("diffusers", reason="the parity extra is not ins
 
 from diffusers.models.embeddings import get_timestep_embedding
 
-from rflow_jax.flow.latents import image_ids, rope_for, text_ids
+from rflow_jax.flow import image_ids, rope_for, text_ids
 from rflow_jax.models.flux.layers import TIME_FEATURES, TIME_SCALE, time_features, time_frequencies
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.weights.components import TRANSFORMER

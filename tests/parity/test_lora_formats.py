@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="the parity extra is not installed")
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from rflow_jax.flow.latents import image_ids, rope_for, text_ids
+from rflow_jax.flow import image_ids, rope_for, text_ids
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.lora import Adapter, attach, linear_shapes

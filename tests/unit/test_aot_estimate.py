@@ -26,7 +26,7 @@ from rflow_jax.aot.estimate import (
     t5_flops,
 )
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import rope_for
+from rflow_jax.flow import rope_for
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder, ClipVisionConfig, ClipVisionEncoder
 from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, forward_parts, training_flops

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import condition_delta, image_ids, pack, rope_for, unpack
-from rflow_jax.flow.sampler import Schedule, euler, guided
+from rflow_jax.flow import Schedule, condition_delta, euler, guided, image_ids, pack, rope_for, unpack
 from rflow_jax.models.flux.config import FluxConfig
 
 SIDES = st.integers(1, 5)

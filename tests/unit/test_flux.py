@@ -10,7 +10,7 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import rope_for
+from rflow_jax.flow import rope_for
 from rflow_jax.models.attention import attend
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig, forward_flops
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rflow_jax.flow.latents import rope_for
+from rflow_jax.flow import rope_for
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxGraph, FluxTransformer
 from rflow_jax.models.lora import init_lora

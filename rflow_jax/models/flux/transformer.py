@@ -93,7 +93,7 @@ class FluxTransformer(nnx.Module):
             text: T5's hidden states.
             pooled: CLIP's pooled embedding.
             t: time in [0, 1], 1 is noise.
-            rope: angles of [text, image, condition] (:func:`rflow_jax.flow.latents.rope_for`).
+            rope: angles of [text, image, condition] (:func:`rflow_jax.flow.rope_for`).
             guidance: the distilled guidance in the user's units (3.5); unused by networks without it.
             condition: packed clean latents of the image to correct.
             c_t: the condition's time.

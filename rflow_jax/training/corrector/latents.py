@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rflow_jax.data.sources.latents import LatentBatch, LatentMetadata, open_latents, require_same
-from rflow_jax.flow.latents import pack
+from rflow_jax.flow import pack
 from rflow_jax.models.autoencoder import sample_posterior
 from rflow_jax.parallel.mesh import BATCH, put_batch
 from rflow_jax.precompute.precompute import identity_of

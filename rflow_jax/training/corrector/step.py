@@ -14,7 +14,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import Mesh, PartitionSpec
 
-from rflow_jax.flow.latents import rope_for
+from rflow_jax.flow import rope_for
 from rflow_jax.generation.sampling import encode_condition
 from rflow_jax.models.flux.config import ConditionFlags
 from rflow_jax.models.flux.layers import Rope

@@ -20,7 +20,7 @@ from rflow_jax.data.records import SUBSETS, Record, first_held_out
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.data.transforms import Example, make_example
 from rflow_jax.errors import InputError
-from rflow_jax.flow.latents import rope_for
+from rflow_jax.flow import rope_for
 from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.generation.pipeline import Pipeline
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced_on
