@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 from rflow_jax.aot.chips import H100, H200, Chip
 from rflow_jax.errors import InputError
 from rflow_jax.models.autoencoder import AutoencoderConfig
-from rflow_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from rflow_jax.models.clip import ClipVisionConfig
 from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, training_flops
 from rflow_jax.models.options import Remat
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2_5_vl.config import VisionConfig
 from rflow_jax.models.siglip import SiglipVisionConfig
-from rflow_jax.models.t5 import T5Config
+from rflow_jax.models.text_encoders import ClipTextConfig, T5Config
 
 BF16 = 2  # bytes
 

@@ -16,7 +16,6 @@ from rflow_jax.aot.program import on_mesh, whole_in
 from rflow_jax.errors import InputError
 from rflow_jax.flow import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
-from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxGraph
 from rflow_jax.models.layers import LoRAScale
@@ -27,7 +26,7 @@ from rflow_jax.models.quantization import Quantization, quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2_5_vl.config import MROPE_SECTION, Qwen25VLConfig, VisionConfig
 from rflow_jax.models.siglip import SiglipVisionConfig
-from rflow_jax.models.t5 import T5Config
+from rflow_jax.models.text_encoders import ClipTextConfig, T5Config
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, read_image_processor_config
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, read_schedule

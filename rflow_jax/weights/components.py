@@ -14,11 +14,11 @@ from flax.typing import Dtype
 from rflow_jax.errors import InputError
 from rflow_jax.flow import Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from rflow_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipTextEncoder, ClipVisionConfig, part_of
+from rflow_jax.models.clip import Clip, ClipConfig, ClipVisionConfig, part_of
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.models.layers import abstract
-from rflow_jax.models.t5 import T5Config, T5Encoder
+from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.weights.key_mapping import KeyMapping, plan
 from rflow_jax.weights.loading import load_into, parameter_shapes

@@ -17,11 +17,11 @@ from flax.typing import Dtype
 from rflow_jax.errors import InputError
 from rflow_jax.flow import PATCH, Schedule
 from rflow_jax.models.autoencoder import AutoencoderConfig
-from rflow_jax.models.clip import ClipTextConfig
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxGraph, abstract_flux
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import attach, check_fit, linear_shapes
+from rflow_jax.models.text_encoders import ClipTextConfig
 from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.tokenizers.flux import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
 from rflow_jax.utils.checks import require_dtype

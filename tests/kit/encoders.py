@@ -10,8 +10,7 @@ import numpy as np
 from flax import nnx
 
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder
-from rflow_jax.models.t5 import T5Config, T5Encoder
+from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
 from rflow_jax.weights.loading import load_into
 from rflow_jax.weights.mappings import autoencoder, text_encoders
 from rflow_jax.weights.safetensors_io import TensorFiles

@@ -13,7 +13,7 @@ from flax import nnx
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 import transformers
 
-from rflow_jax.models.clip import ClipTextEncoder
+from rflow_jax.models.text_encoders import ClipTextEncoder
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.mappings import text_encoders as names

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 import transformers
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from rflow_jax.models.t5 import T5Encoder, relative_buckets
+from rflow_jax.models.text_encoders import T5Encoder, relative_buckets
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.mappings import text_encoders as names

@@ -28,7 +28,7 @@ from rflow_jax.aot.estimate import (
 from rflow_jax.errors import InputError
 from rflow_jax.flow import rope_for
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder, ClipVisionConfig, ClipVisionEncoder
+from rflow_jax.models.clip import ClipVisionConfig, ClipVisionEncoder
 from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, forward_parts, training_flops
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.layers import abstract
@@ -40,7 +40,7 @@ from rflow_jax.models.qwen2_5_vl.config import VisionConfig
 from rflow_jax.models.qwen2_5_vl.layout import layout_of
 from rflow_jax.models.qwen2_5_vl.model import VisionTower
 from rflow_jax.models.siglip import SiglipVisionConfig, SiglipVisionTower
-from rflow_jax.models.t5 import T5Config, T5Encoder
+from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
 
 # Wide enough for products to be nearly all of the work.
 FLUX = FluxConfig(

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
+from rflow_jax.models.clip import ClipConfig, ClipVisionConfig
+from rflow_jax.models.text_encoders import ClipTextConfig
 from rflow_jax.verifiers import clip
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.clip import ClipImages, CLIPVerifier

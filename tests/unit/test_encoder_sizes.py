@@ -8,8 +8,7 @@ import pytest
 from flax import nnx
 
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder
-from rflow_jax.models.t5 import T5Config, T5Encoder
+from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.mappings import autoencoder, text_encoders

@@ -18,7 +18,7 @@ from rflow_jax.models.layers import abstract
 from rflow_jax.models.lora import linear_shapes
 from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
-from rflow_jax.models.t5 import T5Config, T5Encoder
+from rflow_jax.models.text_encoders import T5Config, T5Encoder
 from rflow_jax.parallel.sharding import fit, sharding_for, whole_parameters
 from rflow_jax.weights.loading import parameter_shapes
 

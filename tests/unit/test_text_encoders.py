@@ -11,8 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.clip import ClipTextConfig, ClipTextEncoder, end_positions
-from rflow_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from rflow_jax.models.text_encoders import (
+    ClipTextConfig,
+    ClipTextEncoder,
+    T5Config,
+    T5Encoder,
+    end_positions,
+    relative_buckets,
+)
 from tests.kit.compare import relative_error
 from tests.kit.encoders import load_clip, load_t5, random_model, read_config
 

@@ -6,11 +6,12 @@ import math
 
 import pytest
 
-from rflow_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
+from rflow_jax.models.clip import Clip, ClipConfig, ClipVisionConfig
 from rflow_jax.models.layers import abstract
 from rflow_jax.models.nvila import Nvila, NvilaConfig, abstract_nvila
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig, SiglipVisionTower
+from rflow_jax.models.text_encoders import ClipTextConfig
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.mappings import nvila, qwen, text_encoders
