@@ -6,7 +6,6 @@ It contacts only the given address, and only when asked.
 from rflow_jax.openai_client.client import Chat
 from rflow_jax.openai_client.endpoint import Endpoint, public_url
 from rflow_jax.openai_client.messages import (
-    CLOSED,
     Answer,
     ChatError,
     ChatRequest,
@@ -17,7 +16,6 @@ from rflow_jax.openai_client.messages import (
 )
 
 __all__ = [
-    "CLOSED",
     "Answer",
     "Chat",
     "ChatError",

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from rflow_jax.openai_client.endpoint import Endpoint, Secrets
-from rflow_jax.openai_client.messages import CLOSED, ChatError, ChatRequest, UnusableAnswer
+from rflow_jax.openai_client.messages import ChatError, ChatRequest, UnusableAnswer
 from rflow_jax.openai_client.protocol import FORMATS, read_answer, read_body, read_usage, request
 from rflow_jax.openai_client.retry import backoff, is_retryable, reason, refuses_form
 from rflow_jax.openai_client.usage import Usage, UsageTracker
+from rflow_jax.utils.batching import CLOSED
 
 _LONGEST_REASON = 300
 

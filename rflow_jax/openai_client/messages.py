@@ -9,8 +9,6 @@ from typing import Any
 
 from PIL.Image import Image
 
-CLOSED = "closed while the answer was awaited"
-
 
 class ChatError(Exception):
     """A question without a usable answer after its retries; the message is the reason, in one line.

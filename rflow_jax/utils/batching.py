@@ -9,11 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import CLOSED
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
+CLOSED = "closed while the answer was awaited"
 BATCHES_AT_ONCE = 4  # items are prepared for this many batches, so that similar ones can be batched together
 THREADS = min(8, os.cpu_count() or 1)  # images are decoded and resized without the GIL
 

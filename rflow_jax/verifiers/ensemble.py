@@ -12,8 +12,8 @@ from typing import Any
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import CLOSED
 from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.utils.batching import CLOSED
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, normalize_verdict, score_images

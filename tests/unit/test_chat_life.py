@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rflow_jax.openai_client import CLOSED, Chat, ChatError, Endpoint
+from rflow_jax.openai_client import Chat, ChatError, Endpoint
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
+from rflow_jax.utils.batching import CLOSED
 from tests.kit.asking import ask, expected, question, wait_until
 
 
