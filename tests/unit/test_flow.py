@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
@@ -15,6 +15,7 @@ SIDES = st.integers(1, 5)
 NUMBERS = st.floats(-3, 3, width=32, allow_subnormal=False)  # XLA takes subnormal numbers for 0
 
 
+@settings(max_examples=10)  # each shape is compiled
 @given(SIDES, SIDES, st.integers(1, 3), st.integers(1, 2))
 def test_unpack_is_the_inverse_of_pack(rows, columns, z, b):
     latents = np.arange(b * rows * columns * 4 * z, dtype=np.float32).reshape(b, 2 * rows, 2 * columns, z)

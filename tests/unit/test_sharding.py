@@ -1,6 +1,5 @@
 """Rules of sharding, on eight fake devices."""
 
-import dataclasses
 import re
 
 import jax
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from PIL import Image
 
 from rflow_jax import load_pipeline
 from rflow_jax.generation.config import SamplingConfig
@@ -126,24 +124,12 @@ def test_whole_parameters_come_largest_first():
     assert whole == [("decoder.conv.kernel", (3, 3, 8, 8), 2304), ("norm.scale", (16,), 64), ("a.bias", (8,), 32)]
 
 
-def test_a_sharded_model_makes_the_same_picture(golden):
-    model, lora = str(golden / "pipeline"), str(golden / "lora")
+def test_a_model_and_its_lora_lie_on_the_mesh(golden):
+    """What they draw there is compared in test_pipeline_mesh.py."""
     mesh = _mesh(2, 2)
-    alone = load_pipeline(model, lora=lora, dtype="float32", progress=False)
-    spread = load_pipeline(model, lora=lora, dtype="float32", mesh=mesh, progress=False)
-    kernel = spread.bundle.weights["transformer"][0]["double_blocks"][0]["image"]["qkv"]["q"]["kernel"].get_value()
+    how = {"lora": str(golden / "lora"), "dtype": "float32", "mesh": mesh, "progress": False}
+    weights = load_pipeline(str(golden / "pipeline"), **how).bundle.weights
+    kernel = weights["transformer"][0]["double_blocks"][0]["image"]["qkv"]["q"]["kernel"].get_value()
     assert kernel.sharding.spec == P("fsdp", "tensor")
-    pictures = [np.asarray(p.generate(["a cat"], seeds=[0], settings=SETTINGS)[0], np.int32) for p in (alone, spread)]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
-
-
-def test_a_lora_lies_on_the_mesh_and_makes_the_same_correction(golden):
-    model, lora, mesh = str(golden / "pipeline"), str(golden / "lora"), _mesh(2, 2)
-    alone = load_pipeline(model, lora=lora, dtype="float32", progress=False)
-    spread = load_pipeline(model, lora=lora, dtype="float32", mesh=mesh, progress=False)
-    for leaf in jax.tree.leaves(spread.bundle.weights):
+    for leaf in jax.tree.leaves(weights):
         assert leaf.sharding.device_set == set(mesh.devices.flat)
-    bad = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
-    how = {"seeds": [0], "conditions": [bad], "settings": dataclasses.replace(SETTINGS, latent_lora=False)}
-    pictures = [np.asarray(p.generate(["a cat"], **how)[0], np.int32) for p in (alone, spread)]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
