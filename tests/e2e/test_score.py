@@ -15,6 +15,7 @@ import pytest
 from rflow_jax.testing.openai_server import Fault, OpenAIServer, score_of
 from tests.kit.asking import pictures
 from tests.kit.clip import make_clip
+from tests.kit.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = '--verifier.options={"batch_size": 2, "dtype": "float32"}'
@@ -27,7 +28,7 @@ def command(*argv: object) -> list[str]:
 
 
 def score(*argv: object, environment: dict[str, str] = NOWHERE) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"XLA_FLAGS": ""} | environment
+    variables = os.environ | {"XLA_FLAGS": xla_flags()} | environment
     return subprocess.run(command(*argv), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
 
 
@@ -119,7 +120,7 @@ def test_yes_and_no_are_shown(run):
 def test_a_killed_run_goes_on_with_what_is_left(run, tmp_path):
     out = tmp_path / "o.jsonl"
     with OpenAIServer(delay=0.4) as server:
-        variables = os.environ | {"XLA_FLAGS": ""} | server.environment
+        variables = os.environ | {"XLA_FLAGS": xla_flags()} | server.environment
         argv = command(run, "--verifier.concurrency=1", "--out", out)
         process = subprocess.Popen(argv, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rflow_jax.testing.openai_server import Chaos, OpenAIServer
+from tests.kit.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("RFLOW_KILLS", "3"))
@@ -34,7 +35,7 @@ OWN_COURSE = {"usage.json"}  # seconds and tokens: a search that was killed took
 
 
 def start(out: Path, server: OpenAIServer) -> subprocess.Popen[str]:
-    environment = os.environ | {"XLA_FLAGS": ""} | server.environment
+    environment = os.environ | {"XLA_FLAGS": xla_flags()} | server.environment
     command = [sys.executable, "infer.py", "reflect", *SEARCH, f"--out={out}"]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -18,6 +18,7 @@ from PIL import Image
 
 from rflow_jax.generation.pipeline import load_pipeline
 from rflow_jax.testing.make_genref import make_genref
+from tests.kit.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]
 UNTRIED = ("--validation.path", "null")  # a run without validation trains alike, and in half the time
@@ -42,7 +43,7 @@ class Place:
     def environment(self, devices: int = 1) -> dict[str, str]:
         return os.environ | {
             # Compiles in half the time; what is compared went through the same compiler.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{xla_flags(devices)} --xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

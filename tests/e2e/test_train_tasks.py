@@ -19,6 +19,7 @@ from rflow_jax.verifiers.config import RewardVerifierConfig
 from rflow_jax.verifiers.reward import RewardVerifier
 from tests.kit.chats import make_chats
 from tests.kit.preferences import make_pairs
+from tests.kit.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 400  # seconds that a run may take on a slow machine
@@ -33,7 +34,7 @@ class Place:
 
     def start(self, config: str, out: str, *flags: str) -> subprocess.Popen[str]:
         environment = os.environ | {
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": xla_flags(),
             "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
