@@ -13,10 +13,15 @@ from pathlib import Path
 # Eight fake devices: the same number whatever the machine, so that sharding is tested everywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Where few cores stand for eight devices some come late to a collective; after 40 s XLA would end the process.
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_collective_call_terminate_timeout_seconds=600"]
-if version("jaxlib") < "0.11":  # where XLA for CPUs has these flags; it then compiles in half the time
-    XLA_FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+if version("jaxlib").split(".")[:2] == [
+    "0",
+    "10",
+]:  # XLA then compiles for CPUs in half the time; 0.11 has no such flags
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # What one test compiled serves the others of this run, and none of a later run. Workers inherit the first one's folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rflow_jax_compiled_")
