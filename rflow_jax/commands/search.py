@@ -11,10 +11,10 @@ from rflow_jax.utils.cli import Command
 
 def command(name: str, argv: Sequence[str]) -> Command:
     """The search of this name."""
-    return Command((SearchConfig, RunConfig), lambda config, where: _search(cast(Kind, name), config, where))
+    return Command((SearchConfig, RunConfig), lambda config, run: _search(cast(Kind, name), config, run))
 
 
-def _search(kind: Kind, config: SearchConfig, where: RunConfig) -> int:
+def _search(kind: Kind, config: SearchConfig, run: RunConfig) -> int:
     from rflow_jax.search.run import search  # imports JAX, for which --help need not wait
 
-    return search(kind, config, where)
+    return search(kind, config, run)

@@ -71,17 +71,17 @@ def linear_shapes(model: nnx.Module) -> dict[str, tuple[int, int]]:
     return {path: (shape[0], shape[1]) for path, shape in shapes.items()}
 
 
-def check_fit(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], where: str = "LoRA") -> None:
+def check_fit(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], source: str = "LoRA") -> None:
     """Raises InputError unless every adapter belongs to a linear of the network and has its sizes."""
     if not adapters:
-        raise InputError(f"{where}: contains no adapter, so it can have no effect")
+        raise InputError(f"{source}: contains no adapter, so it can have no effect")
     for path, adapter in adapters.items():
         if path not in shapes:
-            raise InputError(f"{where}: {path} is not a linear of this network; a LoRA for another network")
+            raise InputError(f"{source}: {path} is not a linear of this network; a LoRA for another network")
         d_in, d_out = shapes[path]
         if adapter.a.shape != (adapter.rank, d_in) or adapter.b.shape != (d_out, adapter.rank):
             raise InputError(
-                f"{where}: {path} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}, the network's "
+                f"{source}: {path} has A {list(adapter.a.shape)} and B {list(adapter.b.shape)}, the network's "
                 f"linear takes {d_in} and gives {d_out}; a LoRA for another network"
             )
 
@@ -92,7 +92,7 @@ def attach(
     *,
     dtype: Dtype | None = None,
     put: Callable[[str, np.ndarray], jax.Array] | None = None,
-    where: str = "LoRA",
+    source: str = "LoRA",
 ) -> Model:
     """Attaches adapters in place of those the model had, and returns the model.
 
@@ -100,13 +100,13 @@ def attach(
         adapters: dotted path of a linear -> its adapter.
         dtype: of the matrices; None keeps the file's.
         put: places an array on devices, given its dotted path; None: the default device.
-        where: the adapters' name in errors, usually their file.
+        source: the adapters' name in errors, usually their file.
 
     Raises:
         InputError: an adapter does not fit (see :func:`check_fit`).
     """
     modules = linears(model)
-    check_fit(adapters, linear_shapes(model), where)
+    check_fit(adapters, linear_shapes(model), source)
     put = put or (lambda _, value: jnp.asarray(value))
     detach(model)
     for path, adapter in adapters.items():

@@ -51,9 +51,9 @@ def command(name: str, argv: Sequence[str]) -> Command:
     return Command((GenRefConfig,), _run, ("out",))
 
 
-def make_genref(out: Path, **how: object) -> list[Path]:
+def make_genref(out: Path, **options: object) -> list[Path]:
     """Writes shards; the keywords are those of :class:`GenRefConfig`. Returns their paths."""
-    config = GenRefConfig(str(out), **how)  # pyright: ignore[reportArgumentType]
+    config = GenRefConfig(str(out), **options)  # pyright: ignore[reportArgumentType]
     return [_write_shard(config, number) for number in range(config.shards)]
 
 

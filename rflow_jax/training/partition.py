@@ -122,7 +122,7 @@ def load_trainable_model(
     choose = sharding_for(mesh)
     if parameters is None and config.init_from is not None:
         lora = read_lora(resolve_lora(config.init_from), alpha=config.alpha)
-        attach(transformer, lora.adapters, dtype=jnp.float32, put=put_by(choose), where=lora.source)
+        attach(transformer, lora.adapters, dtype=jnp.float32, put=put_by(choose), source=lora.source)
     elif parameters is None:
         rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
         options = {"alpha": config.alpha, "pattern": config.target_modules, "sharding_for": choose}

@@ -174,11 +174,11 @@ class _Parser(ArgumentParser):
 
 def _kinds_help(roles: Sequence[str], registry: Registry[Any]) -> str:
     """What each kind of a component takes; what it shares with one before is not repeated."""
-    role, told = roles[0], set()
+    role, shown = roles[0], set()
     text = f"\n--{role}, and --{' and --'.join(roles[1:])} likewise:\n" if len(roles) > 1 else ""
     for name, kind in {**registry.kinds, "package.module:Class": (registry.plugin, "")}.items():
-        shared = [one.name for one in fields(kind[0]) if one in told]
-        told |= set(fields(kind[0]))
+        shared = [one.name for one in fields(kind[0]) if one in shown]
+        shown |= set(fields(kind[0]))
         parser = ArgumentParser(usage=SUPPRESS, add_help=False)
         parser.add_class_arguments(kind[0], role, skip={*shared, "name"})
         for action in parser._actions:

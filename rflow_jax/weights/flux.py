@@ -197,7 +197,7 @@ def load_flux(
         _load_networks(networks, paths, configs, kind, choose, progress)
     if adapters is not None:
         put = None if choose is None else put_by(choose)
-        attach(transformer, adapters.adapters, dtype=kind, put=put, where=adapters.source)
+        attach(transformer, adapters.adapters, dtype=kind, put=put, source=adapters.source)
     graph = FluxGraph.of(transformer, scan_blocks=scans_blocks(scan_blocks, mesh))
     _, matrices, scales, base = nnx.split(transformer, nnx.LoRAParam, LoRAScale, ...)
     parts = {c.folder: nnx.split(networks[c.folder]) for c in (components.VAE, components.CLIP, components.T5)}

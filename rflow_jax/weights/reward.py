@@ -198,7 +198,7 @@ class RewardCheckpoint:
         adapters = find_adapters(files, model, reward_mapping(), **lora, origin=f"{CONFIG_FILE} says lora_r")
         load_into(model, reward_mapping(), files, dtype=dtype, sharding_for=sharding_for, on_bytes=on_bytes)
         if adapters:
-            attach(model, adapters, where=files.source, put=put_by(sharding_for) if sharding_for else None)
+            attach(model, adapters, source=files.source, put=put_by(sharding_for) if sharding_for else None)
         return merged(model) if merge else model
 
     def _files(self) -> LayeredFiles:

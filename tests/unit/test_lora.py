@@ -120,7 +120,7 @@ class TestNetwork:
     def test_a_lora_for_another_network(self, adapters, message):
         made = {path: Adapter(np.ones((r, i)), np.ones((o, r))) for path, (r, i, o) in adapters.items()}
         with pytest.raises(InputError, match=message):
-            attach(abstract_flux(TINY), made, where="file")
+            attach(abstract_flux(TINY), made, source="file")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

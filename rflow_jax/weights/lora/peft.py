@@ -122,7 +122,7 @@ def attach_adapter(model: Model, folder: Path, table: KeyMapping, *, sharding_fo
     put, rslora = put_by(sharding_for) if sharding_for else None, bool(config.get("use_rslora"))
     origin = f"{ADAPTER_CONFIG} says r"
     found = find_adapters(files, model, table, rank=rank, alpha=alpha, rslora=rslora, origin=origin)
-    return attach(model, found, where=files.source, put=put)
+    return attach(model, found, source=files.source, put=put)
 
 
 def export_adapter(adapters: Mapping[str, Adapter], table: KeyMapping, base: str, folder: Path, **config: Any) -> None:
