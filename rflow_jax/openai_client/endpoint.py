@@ -112,7 +112,7 @@ class Connection:
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if key and not re.fullmatch(r"[!-~]+", key):
-            raise InputError(f"the environment variable {self.api_key_env} holds characters that no key has")
+            raise InputError(f"the environment variable {self.api_key_env} contains characters that no key has")
         if key:
             return key
         if self.address():

@@ -111,13 +111,13 @@ def only_object(text: str) -> dict[str, Any]:
     """
     start = text.find("{")
     if start < 0:
-        raise UnusableAnswer("the answer holds no JSON object")
+        raise UnusableAnswer("the answer contains no JSON object")
     try:
         found, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError) as error:
         raise UnusableAnswer(f"the answer is not valid JSON ({error})") from error
     if set("{}") & {*text[:start], *text[end:]}:
-        raise UnusableAnswer("the answer holds more than one JSON object")
+        raise UnusableAnswer("the answer contains more than one JSON object")
     return found
 
 

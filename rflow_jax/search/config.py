@@ -56,7 +56,7 @@ class ReflectStage:
     Attributes:
         search_rounds: rounds of the stage: its depth.
         search_branch: images of each prompt that are corrected in a round: its width.
-        history: so many earlier images of the chain, and the reflections on them, are shown to the reflection
+        history: the number of earlier images of the chain that are shown, with their reflections, to the reflection
             generator beside the current one.
         include_initial_images: an image from before the first correction can be the best of its chain and of all; false
             is the accounting of the original.

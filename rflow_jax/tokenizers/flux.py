@@ -91,7 +91,7 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
 def require_plain(text: str, marks: Iterable[str]) -> str:
     """A user's text; raises InputError if it contains one of these marks, which would end or begin a message."""
     if found := [mark for mark in marks if mark in text]:
-        raise InputError(f"the prompt holds the special token {found[0]}: leave it out")
+        raise InputError(f"the prompt contains the special token {found[0]}: leave it out")
     return text
 
 

@@ -300,7 +300,7 @@ class Checkpoints:
             kept = f"the newest whole checkpoint is of step {self.steps[-1]}" if self.steps else "none is whole"
             raise RunError(
                 f"{self.out}: the checkpoint cannot be written, the disk is full or a quota is used up; {kept}; free "
-                "some space and go on with --resume"
+                "some space and resume with --resume"
             ) from error
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ def loop(run: Run, preemption: Preemption) -> None:
                 unwritten = None
                 validate(run, state, step)
     run.checkpoints.wait()
-    done = "stopped by SIGTERM; go on with --resume" if stop and not last else "done"
+    done = "stopped by SIGTERM; resume with --resume" if stop and not last else "done"
     run.watch.info(f"step {step} is saved in {config.out}: {done}")
 
 

@@ -60,9 +60,11 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
     try:
         taken = any(path.name != LOCK for path in out.iterdir())
         if taken and not resume:
-            raise InputError(f"{out}: holds files already; add --resume to continue that run, or give an empty folder")
+            raise InputError(
+                f"{out}: contains files already; add --resume to continue that run, or give an empty folder"
+            )
         if taken and not (out / CONFIG).exists():
-            raise InputError(f"{out}: holds files, but no run ({CONFIG} is missing); give another folder")
+            raise InputError(f"{out}: contains files, but no run ({CONFIG} is missing); give another folder")
         yield
     finally:
         lock.unlink(missing_ok=True)  # while it is held: it must not be another's by then

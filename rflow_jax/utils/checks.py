@@ -17,7 +17,7 @@ def require_text(text: str, source: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{source}: holds half a surrogate pair, which is not text") from error
+        raise InputError(f"{source}: contains an unpaired surrogate (invalid UTF-8)") from error
     return text
 
 

@@ -34,7 +34,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 _OF_THE_MACHINE = {
     errno.ENOSPC: "the disk is full; free some space or name another place",
     errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
-    errno.EIO: "the device reports an error; look after the disk, or copy the file again",
+    errno.EIO: "the device reports an error; check the disk, or copy the file again",
 }
 _OF_THE_USER = {
     errno.ENOENT: "no such file or folder",

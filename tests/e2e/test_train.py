@@ -246,7 +246,7 @@ def test_two_processes_give_the_losses_of_one(place, whole):
     begun = time.monotonic()
     told = two_processes(place, "two", "--mesh.fsdp", "2", devices=2)  # without --resume
     assert [status for status, _ in told] == [2, 2], told
-    assert all("holds files already; add --resume" in text and "Traceback" not in text for _, text in told)
+    assert all("contains files already; add --resume" in text and "Traceback" not in text for _, text in told)
     assert time.monotonic() - begun < 0.5 * LIMIT
 
 

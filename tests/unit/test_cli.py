@@ -89,7 +89,7 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("generate --model=m --prompt= --out=o", "prompt is empty"),
         ("generate --model=m --prompt=x --out=o --height=65", "height is 65"),
         ("generate --model=m --prompt=x --out=o --height=tall", "height is tall: give a whole number"),
-        ("generate --model=m --prompt=\udcff --out=o", "prompt: holds half a surrogate pair"),
+        ("generate --model=m --prompt=\udcff --out=o", "prompt: contains an unpaired surrogate"),
         ("generate --model=m --prompt=x --out=o --dtype=int8", "give bfloat16 or float32"),
         ("generate --model=m --prompt=x --out=o --dtype=float16", "its largest number, 65504; use bfloat16"),
         ("noise --model=m --prompts=p --out=o --dtype=float16", "its largest number, 65504; use bfloat16"),

@@ -111,7 +111,7 @@ def test_slices_lie_along_data(described, topology, slices, axes):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (9, "mesh.data is 2, no multiple of the 4 slices: every slice holds whole copies"),
+        (9, "mesh.data is 2, not a multiple of the 4 slices: every slice holds whole copies"),
         (10, "mesh.num_slices is 4, but the devices are of 2 slices: give 2, or leave it out"),
         (11, "mesh.num_slices is 2, but the devices are of 1 slice: give 1, or leave it out"),
     ],
@@ -151,7 +151,7 @@ def test_axes_and_their_order():
         ({"sequence": 3}, "mesh: data -1 x fsdp 1 x sequence 3 x tensor 1 does not divide 8 devices"),
         ({"num_slices": 0}, "mesh.num_slices is 0: give the number of TPU slices, at least 1"),
         ({"num_slices": -1}, "mesh.num_slices is -1"),
-        ({"num_slices": 4, "fsdp": 4}, "mesh.data is 2, no multiple of the 4 slices"),
+        ({"num_slices": 4, "fsdp": 4}, "mesh.data is 2, not a multiple of the 4 slices"),
     ],
 )
 def test_sizes_that_make_no_mesh(change, message):

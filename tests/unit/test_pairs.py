@@ -91,7 +91,7 @@ def test_text_with_separators_is_one_line(folder):
         ),
         (
             r'[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": "\ud800", "reflection": "y"}]',
-            "pair 0: prompt: holds half a surrogate pair",
+            "pair 0: prompt: contains an unpaired surrogate",
         ),
         (
             '[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": " ", "reflection": "y"}]',

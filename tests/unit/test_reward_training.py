@@ -162,7 +162,7 @@ def test_pictures_that_cannot_be_decoded_are_replaced_and_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
-    [("word " * 200, "too long: 852 tokens, the model reads 64"), (f"a {SPECIAL_TOKEN}", "holds the special token")],
+    [("word " * 200, "too long: 852 tokens, the model reads 64"), (f"a {SPECIAL_TOKEN}", "contains the special token")],
     ids=["long", "special token"],
 )
 def test_prompts_that_do_not_fit_are_skipped(pairs, tmp_path, prompt, reason):
@@ -258,7 +258,7 @@ def test_texts_may_hold_separators_of_lines_and_no_half_characters(tmp_path):
     file.write_text("\ufeff" + json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert PairFile.open(file).lines[0].prompt == prompt
     file.write_text(json.dumps(line | {"prompt": "half \ud83d"}))
-    with pytest.raises(InputError, match=r"pairs\.jsonl:1: holds half a surrogate pair"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl:1: contains an unpaired surrogate"):
         PairFile.open(file)
     file.write_text(json.dumps(line | {"image_a": "a\0.png"}))
     with pytest.raises(RecordError, match="cannot read this picture"):

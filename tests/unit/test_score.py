@@ -429,8 +429,8 @@ def test_what_pillow_raises_of_its_own_is_an_error_of_that_image(folder, asked, 
     [
         ('{"image": "a", "prompt": ' + "[" * 100_000, "not a JSON object"),
         ('{"image": "a", "prompt": "x", "n": ' + "1" * 5000 + "}", "not a JSON object"),
-        (r'{"image": "a", "prompt": "\ud800"}', "holds half a surrogate pair"),
-        (r'{"image": "a\udcff", "prompt": "x"}', "holds half a surrogate pair"),
+        (r'{"image": "a", "prompt": "\ud800"}', "contains an unpaired surrogate"),
+        (r'{"image": "a\udcff", "prompt": "x"}', "contains an unpaired surrogate"),
         (r'{"image": "a\u0000", "prompt": "x"}', "image contains a NUL"),
     ],
 )
@@ -448,7 +448,7 @@ def test_what_no_file_can_hold_is_said_with_its_line(folder, tmp_path, asked, ca
 
 def test_a_prompt_that_is_no_text(folder, asked, capsys):
     assert call(folder / "00000/samples", "--prompt=\udcff", HASH) == 2
-    assert "prompt: holds half a surrogate pair" in capsys.readouterr().err
+    assert "prompt: contains an unpaired surrogate" in capsys.readouterr().err
 
 
 def test_a_path_that_the_terminal_cannot_show_is_no_crash(folder, asked, monkeypatch):

@@ -11,7 +11,7 @@ from rflow_jax.search.inputs import read_prompts, slice_prompts
     [
         ('{"prompt": "a"', ":3: not a JSON object"),
         ('["a"]', ":3: not a JSON object such as"),
-        (r'{"prompt": "\ud800"}', ":3: holds half a surrogate pair"),
+        (r'{"prompt": "\ud800"}', ":3: contains an unpaired surrogate"),
         ('{"tag": "counting"}', ":3: 'prompt' must be"),
         ('{"prompt": "  "}', ":3: 'prompt' must be"),
         ('{"prompt": "a", "tag": 3}', ":3: 'tag' must be"),

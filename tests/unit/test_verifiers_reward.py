@@ -105,7 +105,7 @@ def test_one_bad_image_is_its_own_error(whole, images, items, tmp_path):
     assert [verdicts[k].score for k in (0, 4)] == pytest.approx([one.score for one in want], abs=1e-5)
     for verdict, reason in zip(
         [verdicts[k] for k in (1, 2, 3, 5)],
-        ("cannot be decoded", "no prompt", "the model reads 4096", "holds the special token"),
+        ("cannot be decoded", "no prompt", "the model reads 4096", "contains the special token"),
         strict=True,
     ):
         assert reason in (verdict.error or "")

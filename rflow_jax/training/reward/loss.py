@@ -92,7 +92,7 @@ class PairMaker:
         except InputError as error:
             raise RecordError(f"{pair.key}: {error}") from error
         if self.special is not None and np.sum(sample.ids == self.special) != 1:
-            raise RecordError(f"{pair.key}: the prompt holds the special token")
+            raise RecordError(f"{pair.key}: the prompt contains the special token")
         return self.sizes.require(sample, self.prepare.config, pair.key)
 
 
