@@ -51,8 +51,8 @@ class MeshConfig:
             raise InputError(f"mesh: {asked} does not divide {devices} device{'s' if devices > 1 else ''}")
         if filled["data"] % self.num_slices:
             raise InputError(
-                f"mesh.data is {filled['data']}, not a multiple of the {self.num_slices} slices: every slice holds whole "
-                "copies of the parameters, so give mesh.data a multiple and the other axes less"
+                f"mesh.data is {filled['data']}, not a multiple of the {self.num_slices} slices: every slice "
+                "holds whole copies of the parameters, so give mesh.data a multiple and the other axes less"
             )
         return filled
 
