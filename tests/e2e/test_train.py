@@ -123,7 +123,7 @@ def test_killed_three_times_at_random_it_does_what_it_would_have_done(place, who
     print("seed", seed)
     reached = []
     for _ in range(3):
-        process = place.start("killed", "--resume", "true")
+        process = place.start("killed", "--resume", "true", *UNTRIED)
         # Somewhere in the loop, or while a checkpoint is being written.
         begun = max(place.steps("killed") or [0])
         place.wait_for_step(process, "killed", min(begun // 5 * 5 + chance.randint(1, 6), STEPS - 1))
@@ -131,13 +131,13 @@ def test_killed_three_times_at_random_it_does_what_it_would_have_done(place, who
         process.send_signal(signal.SIGKILL)
         process.communicate()
         reached.append(max(place.steps("killed")))
-    status, text = place.run("killed", "--resume", "true")
+    status, text = place.run("killed", "--resume", "true", *UNTRIED)
     assert status == 0, text
     assert place.steps("killed") == whole, reached
 
 
 def test_sigterm_saves_and_exits_with_0(place, whole):
-    process = place.start("stopped", *UNTRIED)
+    process = place.start("stopped")
     place.wait_for_step(process, "stopped", 7)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=LIMIT)
@@ -146,7 +146,7 @@ def test_sigterm_saves_and_exits_with_0(place, whole):
     assert 7 <= stopped < STEPS
     assert f"step {stopped} is saved" in text
     assert (place.root / "stopped" / "checkpoints" / str(stopped)).is_dir()
-    status, text = place.run("stopped", "--resume", "true", *UNTRIED)
+    status, text = place.run("stopped", "--resume", "true")
     assert status == 0, text
     assert place.steps("stopped") == whole
 
