@@ -57,23 +57,23 @@ class StepMetrics(NamedTuple):
 
 
 def make_update(
-    objective: Objective, optimizer: optax.GradientTransformation, *, accumulation: int, mesh: Mesh
+    objective: Objective, optimizer: optax.GradientTransformation, *, gradient_accumulation_steps: int, mesh: Mesh
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]:
     """A function of (state, frozen parameters, batch), to be compiled by :func:`compile_step`.
 
     Args:
-        accumulation: number of parts of a batch, processed one after the other.
+        gradient_accumulation_steps: number of parts of a batch, processed one after the other.
     """
 
     @partial(jax.shard_map, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec(None, *BATCH))
     def split(rows: Array) -> Array:
         """[b, ...] -> [parts, b / parts, ...], each device keeping its rows."""
-        return rows.reshape(accumulation, rows.shape[0] // accumulation, *rows.shape[1:])
+        return rows.reshape(gradient_accumulation_steps, -1, *rows.shape[1:])
 
     def gradients(trainable: Any, frozen: Any, batch: Any) -> tuple[tuple[Array, Metrics], Any]:
         """Loss, metrics and gradient of the batch."""
         differentiate = jax.value_and_grad(objective, has_aux=True)
-        if accumulation == 1:
+        if gradient_accumulation_steps == 1:
             return differentiate(trainable, frozen, batch)
         parts = jax.tree.map(split, batch)
 
@@ -84,7 +84,7 @@ def make_update(
         shapes = jax.eval_shape(differentiate, trainable, frozen, first)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         ((loss, metrics), gradient), _ = jax.lax.scan(add, zero, parts)
-        loss, gradient = jax.tree.map(lambda x: x / accumulation, (loss, gradient))
+        loss, gradient = jax.tree.map(lambda x: x / gradient_accumulation_steps, (loss, gradient))
         return (loss, metrics), gradient
 
     def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, StepMetrics]:

@@ -300,12 +300,16 @@ class _Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    FOLDER = json.dumps([{"type": "directory", "oid": "d", "path": "data"}]).encode()
+
     def do_POST(self):  # what is known of a path
         self.rfile.read(int(self.headers["Content-Length"]))
-        self._reply(200, json.dumps([{"type": "directory", "oid": "d", "path": "data"}]).encode())
+        self._reply(200, self.FOLDER)
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        if path == "/api/datasets/o/n/tree/main":
+            return self._reply(200, self.FOLDER)
         if path.startswith("/api/datasets/o/n/tree/"):
             files = [{"type": "file", "oid": f"id{i}", "size": 100, "path": f"data/{i:03d}.tar"} for i in range(3)]
             return self._reply(200, json.dumps(files).encode())

@@ -142,7 +142,9 @@ def test_buckets_by_hand():
 
 def test_bfloat16_parameters_compute_in_bfloat16():
     t5 = random_model(T5Encoder, T5Config(30, 16, 4, 32, 1, 4), dtype=jnp.bfloat16)
-    clip = random_model(ClipTextEncoder, ClipTextConfig(30, 16, 32, 1, 4, 8), dtype=jnp.bfloat16)
+    clip = random_model(
+        ClipTextEncoder, ClipTextConfig(16, 32, 1, 4, vocab_size=30, max_position_embeddings=8), dtype=jnp.bfloat16
+    )
     ids = jnp.arange(8)[None]
     assert jax.jit(t5)(ids).dtype == jnp.bfloat16
     assert {array.dtype for array in jax.jit(clip)(ids)} == {jnp.dtype(jnp.bfloat16)}

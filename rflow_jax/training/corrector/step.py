@@ -61,7 +61,7 @@ class StepSpec:
 
     Attributes:
         dtype: of the activations.
-        accumulation: number of parts of a batch, processed one after the other.
+        gradient_accumulation_steps: number of parts of a batch, processed one after the other.
     """
 
     seed: int
@@ -69,7 +69,7 @@ class StepSpec:
     shape: TokenShape
     flags: ConditionFlags = ConditionFlags()
     remat: Remat = "full"
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     attention: AttentionImpl = "auto"
 
 
@@ -135,7 +135,9 @@ def make_step(
         keys = sample_keys(recipe.seed, numbers)
         return jnp.mean(batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys)), {}
 
-    update = make_update(objective, optimizer, accumulation=recipe.accumulation, mesh=mesh)
+    update = make_update(
+        objective, optimizer, gradient_accumulation_steps=recipe.gradient_accumulation_steps, mesh=mesh
+    )
 
     def step(
         state: TrainState, frozen: nnx.State, examples: Examples, numbers: Array

@@ -53,7 +53,7 @@ class Validation:
         out: Path,
     ):
         self.config, self.model, self.mesh, self.out = config, trained, mesh, out
-        self._recipe = replace(recipe, seed=config.seed, remat="none", accumulation=1)
+        self._recipe = replace(recipe, seed=config.seed, remat="none", gradient_accumulation_steps=1)
         self.held_out = read_held_out(config, data)
         self._batches = list(self._encode())
         recipe, graph = self._recipe, trained.graph

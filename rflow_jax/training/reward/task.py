@@ -163,7 +163,9 @@ def compile_pair_step(
     mesh: Mesh,
 ) -> Any:
     """Compiles the step of (state, frozen parameters, pairs)."""
-    update = make_update(objective, optimizer, accumulation=config.train.gradient_accumulation_steps, mesh=mesh)
+    update = make_update(
+        objective, optimizer, gradient_accumulation_steps=config.train.gradient_accumulation_steps, mesh=mesh
+    )
     return compile_step(update, shardings, mesh)
 
 

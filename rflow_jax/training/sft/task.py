@@ -114,7 +114,7 @@ def compile_chat_step(
 ) -> Any:
     """Compiles the step of (state, frozen parameters, chats)."""
     parts = config.train.gradient_accumulation_steps
-    update = make_update(objective, optimizer, accumulation=parts, mesh=mesh)
+    update = make_update(objective, optimizer, gradient_accumulation_steps=parts, mesh=mesh)
 
     def whole(state: TrainState, frozen: nnx.State, chats: ChatInputs) -> tuple[TrainState, StepMetrics]:
         return update(state, frozen, weighed(chats, parts))
