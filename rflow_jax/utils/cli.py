@@ -30,7 +30,16 @@ _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|[Oo]ption |[Kk]ey )['\"]?(
 _NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config ('.*?'|".*?") - (.*)""")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "keys with values",
+    "NoneType": "null",
+}
 _OF_THE_MACHINE = {
     errno.ENOSPC: "the disk is full; free some space or name another place",
     errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
@@ -460,14 +469,13 @@ def plain(error: ArgumentError) -> str:
         if "Unable to load config" in reason:
             return f"{key}: expected keys with values, got {value}"
         text = reason
-    if choice := re.fullmatch(r'Parser key "([\w.]+)": Expected a typing.Literal\[(.*)\]. Got value: (.*)', text):
-        return f"{choice[1]} is {choice[3]}: give one of {choice[2].replace(chr(39), '')}"
-    # Only for values that are plain: of a section or a list the message says where in it the mistake is.
+    # Other messages say more, such as how long a list has to be.
     wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?: Given value type: .*)?(?:Given|Got) value: (.*)', text)
-    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", wrong[2])) if wrong else {}
-    if wrong is None or not kinds or not kinds.keys() <= _KINDS.keys():
+    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", wrong[2])) if wrong else {}
+    meant = [_KINDS.get(kind) or choices.replace("'", "").replace(", ", " or ") for kind, choices in kinds]
+    if wrong is None or not all(meant) or not meant:
         return text
-    return f"{wrong[1]} is {wrong[3]}: give {' or '.join(_KINDS[kind] for kind in kinds)}"
+    return f"{wrong[1]} is {wrong[3]}: give {' or '.join(meant)}"
 
 
 def _config_file(argv: Sequence[str]) -> str:
