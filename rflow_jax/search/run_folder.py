@@ -55,9 +55,10 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
     if other:
         key = other[0]
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        # The options of a user's class may hold a password.
+        values = "differs" if ".options." in key else f"is {was.get(key)} there and {now.get(key)} now"
         raise InputError(
-            f"{out}: contains another search: {key} is {was.get(key)} there and {now.get(key)} now{more}; set it so "
-            "again, or give a new folder as --out"
+            f"{out}: contains another search: {key} {values}{more}; set it so again, or give a new folder as --out"
         )
 
 

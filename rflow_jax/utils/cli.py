@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -30,7 +30,16 @@ _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|[Oo]ption |[Kk]ey )['\"]?(
 _NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config ('.*?'|".*?") - (.*)""")
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "keys with values",
+    "NoneType": "null",
+}
 _OF_THE_MACHINE = {
     errno.ENOSPC: "the disk is full; free some space or name another place",
     errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
@@ -126,14 +135,20 @@ def run_command(
     ):
         argv = step(argv, command)
     components = {}
-    if not {"-h", "--help"} & set(argv):
-        components, argv = _components(argv, registries)
-    argv = _known_keys(argv, command)
     try:
+        if not {"-h", "--help"} & set(argv):
+            components, argv = _components(argv, registries)
+        argv = _known_keys(argv, command)
         namespace = parser.parse_args(argv)
-        _require_sections(namespace, command.configs)
+        _require_values(namespace, command.configs)
     except ArgumentError as error:
         raise InputError(_explain(error, argv, command)) from error
+    except UnicodeDecodeError as error:
+        raise InputError("a file that the command line names for a section is not a text in UTF-8") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{_config_file(argv)}: a section contains itself, or sections are nested too deeply"
+        ) from error
     ready = vars(parser.instantiate(namespace)) | components
     return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
 
@@ -212,14 +227,20 @@ def _registries(command: Command) -> dict[str, Registry[Any]]:
 
 
 def _components(argv: Sequence[str], registries: Mapping[str, Registry[Any]]) -> tuple[dict[str, Component], list[str]]:
-    """(the components that files and flags describe, the other words and each component as one)."""
-    files = [_yaml(file) for _, file in _values_of(argv, "--config")]
+    """(the components that files and flags describe, the words for the parser)."""
+    files = {file: _yaml(file) for _, file in _values_of(argv, "--config")}
     components: dict[str, Component] = {}
     for role, registry in registries.items():
-        sections = [_section(content[role], role) for content in files if role in content]
+        for file, content in files.items():
+            if dotted := [key for key in content if str(key).startswith(f"{role}.")]:
+                raise InputError(f"{file}: {dotted[0]}: give it as a key of the section {role}")
+        sections = [_section(content[role], role) for content in files.values() if role in content]
         argv, given = _taken(argv, role)
         components[role] = registry.parse(*sections, *given, source=role)
-        argv = [*argv, f"--{role}={json.dumps(asdict(components[role]))}"]
+    # To be printed only: the parser repeats words that it rejects, and a component may hold a password.
+    if any(word.partition("=")[0] == "--print_config" for word in argv):
+        printed = {role: json.dumps(asdict(one), default=str) for role, one in components.items()}
+        argv = [*argv, *(f"--{role}={text}" for role, text in printed.items())]
     return components, list(argv)
 
 
@@ -330,19 +351,33 @@ def _bare_words(argv: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _known_keys(argv: Sequence[str], command: Command) -> list[str]:
-    """The words, once the keys of YAML files are known ones; without those that only other commands have.
+    """The words, once the keys of YAML files and of sections are known ones; without those of other commands alone.
 
     jsonargparse would name an unknown key without its section.
     """
     own = {f.name for config in command.configs for f in fields(config)}
     others = {f.name for config in command.kin for f in fields(config)}
     known = [key for key, _ in _keys((*command.configs, *command.kin))]
+
+    def require_known(content: Mapping[str, Any], place: str = "") -> None:
+        unknown = [
+            key
+            for key in flatten(content)
+            if not any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in known)
+        ]
+        if unknown:
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise InputError(place + _unknown(unknown[0], [*known, *_settings(command)]) + more)
+
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag != "--config" and flag[2:] not in known:
+            section = Word(value if equals else after).loaded()
+            require_known({flag[2:]: section} if isinstance(section, dict) else {})
     result = list(argv)
     for k, file in _values_of(argv, "--config"):
         content = _yaml(file)
-        for key in flatten(content):
-            if not any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in known):
-                raise InputError(f"{file}: {_unknown(key, [*known, *_settings(command)])}")
+        require_known(content, f"{file}: ")
         if content.keys() & (others - own):
             kept = {key: value for key, value in content.items() if key in command.shared or key not in others}
             result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(kept, default=str)}"
@@ -370,26 +405,39 @@ def _is_component(kind: Any) -> bool:
 def _yaml(file: str) -> dict[str, Any]:
     """The keys of a YAML file; none where the parser had better say what is wrong with it."""
     try:
-        content = yaml.safe_load(Path(file).read_bytes())
-    except (OSError, yaml.YAMLError):
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not a text in UTF-8") from error
+    except (OSError, ValueError):
         return {}
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    except ValueError as error:  # such as a date in month 13, or a number with thousands of digits
+        raise InputError(f"{file}: {error}") from error
     return content if isinstance(content, dict) else {}
 
 
-def _require_sections(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
+def _require_values(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
+    """Raises InputError for a section that is none, and for null where it is no value: jsonargparse takes both."""
     for config in configs:
         for name, kind in get_type_hints(config).items():
-            if _is_component(kind) or not is_dataclass(kind) or name not in namespace:
+            if _is_component(kind) or name not in namespace:
                 continue
-            if not isinstance(section := namespace[name], Namespace):
-                raise InputError(f"{prefix}{name}: expected keys with values, got {section!r}")
-            _require_sections(section, [kind], f"{prefix}{name}.")
+            value = namespace[name]
+            if is_dataclass(kind) and not isinstance(value, Namespace):
+                raise InputError(f"{prefix}{name}: expected keys with values, got {value!r}")
+            if isinstance(value, Namespace):
+                _require_values(value, [kind], f"{prefix}{name}.")
+            elif value is None and type(None) not in get_args(kind):
+                raise InputError(f"{prefix}{name} is null: give a value, or leave it out")
 
 
 def _explain(error: ArgumentError, argv: Sequence[str], command: Command) -> str:
     text = plain(error)
     unknown = _UNKNOWN.search(text)
-    if unknown is None or "Parser key" in text:
+    if unknown is None or "Parser key" in text or text.startswith("Problems parsing"):
         if text.startswith("Unexpected config"):  # repeats the whole file
             return f"{_config_file(argv)}: expected keys with values"
         return text.replace('"<unicode string>"', _config_file(argv))
@@ -399,10 +447,12 @@ def _explain(error: ArgumentError, argv: Sequence[str], command: Command) -> str
 
 
 def _unknown(key: str, known: Collection[str]) -> str:
-    # Of a section that is one word, --data={buffer: 9}, jsonargparse names the inner key alone.
+    # Of a section that is a file, --data=data.yaml, jsonargparse names the inner key alone.
     inner = (new for old, new in RENAMED.items() if old.endswith(f".{key}") and new in known)
     new = current_key(key) if "." in key else RENAMED.get(key) or next(inner, key)
-    return f"{key} is now called {new}" if new != key else f"unknown key {key}: did you mean {nearest(key, known)}?"
+    if new != key:
+        return f"{key} is now called {new}"
+    return f"unknown key {key}: {f'did you mean {nearest(key, known)}?' if known else 'give no flags'}"
 
 
 def plain(error: ArgumentError) -> str:
@@ -418,12 +468,14 @@ def plain(error: ArgumentError) -> str:
             return f"{key}: {reason}, got {value}"
         if "Unable to load config" in reason:
             return f"{key}: expected keys with values, got {value}"
-    # Only for values that are plain: of a section or a list the message says where in it the mistake is.
+        text = reason
+    # Other messages say more, such as how long a list has to be.
     wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?: Given value type: .*)?(?:Given|Got) value: (.*)', text)
-    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>", wrong[2])) if wrong else {}
-    if wrong is None or not kinds or not kinds.keys() <= _KINDS.keys():
+    kinds = dict.fromkeys(re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", wrong[2])) if wrong else {}
+    meant = [_KINDS.get(kind) or choices.replace("'", "").replace(", ", " or ") for kind, choices in kinds]
+    if wrong is None or not all(meant) or not meant:
         return text
-    return f"{wrong[1]} is {wrong[3]}: give {' or '.join(_KINDS[kind] for kind in kinds)}"
+    return f"{wrong[1]} is {wrong[3]}: give {' or '.join(meant)}"
 
 
 def _config_file(argv: Sequence[str]) -> str:

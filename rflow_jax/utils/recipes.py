@@ -18,6 +18,8 @@ def find_recipe(name: str) -> str:
     Raises:
         InputError: there is no such file and no such recipe; names the nearest.
     """
+    if not name:
+        raise InputError("config is empty: name a YAML file or a recipe, which rflow configs lists")
     if Path(name).exists() or "/" in name:
         return name
     for file in (CONFIGS / name, CONFIGS / f"{name}.yaml"):

@@ -25,7 +25,7 @@ class Word(str):
         """What it means as YAML; the text where it is none."""
         import yaml
 
-        with suppress(yaml.YAMLError):
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
             found = yaml.safe_load(self)
             return str(self) if isinstance(found, str) else found
         return str(self)
@@ -108,7 +108,7 @@ class Registry(Generic[C]):
                 section = self._upgraded(kind, {**section, "name": name})
             known = [one.name for one in fields(kind)]
             for key in section:
-                self._require_known(key, name, known, source)
+                self._require_known(str(key), name, known, source)
             merged = {key: value for key, value in merged.items() if name == before or key in known} | dict(section)
         kind = self.settings(name)
         hints = get_type_hints(kind)
@@ -168,16 +168,18 @@ class Registry(Generic[C]):
 
         adapter = TypeAdapter(hint)
         if isinstance(value, Word):
-            with suppress(ValidationError):
-                return adapter.validate_python(value.loaded())
-            value = str(value)
+            for meaning in (value.loaded(), str(value)):
+                with suppress(ValidationError):
+                    return adapter.validate_python(meaning)
+            value = value.loaded()
         try:
             return adapter.validate_python(value)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
             given_as = f" is {value!r}" if value is None or isinstance(value, (bool, int, float)) else ""
-            raise InputError(f"{source}{path}{given_as}: {first['msg']}") from error
+            reason = first["msg"].replace("valid tuple", "list").replace("valid dictionary", "section")
+            raise InputError(f"{source}{path}{given_as}: {reason}") from error
 
     def _member(self, section: Any, source: str) -> C:
         if isinstance(section, self.base):
@@ -198,11 +200,14 @@ class Registry(Generic[C]):
             return None
         module, _, attribute = path.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            made_from = getattr(importlib.import_module(module), attribute)
         except ImportError as error:
             raise InputError(f"{self.role} {name}: cannot import {module} ({error})") from error
         except AttributeError as error:
             raise InputError(f"{self.role} {name}: {module} has no {attribute}") from error
+        if not callable(made_from):
+            raise InputError(f"{self.role} {name}: is no class")
+        return made_from
 
     def require_limits(self, name: str, made: Any, method: str) -> None:
         """Raises InputError if an instance of a user's class lacks a name, its limits, or a method."""

@@ -115,6 +115,7 @@ class RewardVerifierConfig(LocalVerifierConfig):
 
     def __post_init__(self) -> None:
         _require_batch(self.batch_size)
+        require_dtype(self.dtype)
         if self.max_pixels is not None and self.max_pixels < 1:
             raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
 

@@ -7,6 +7,7 @@ from math import inf
 from typing import Literal
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.checks import require_dtype
 
 CHECKPOINT = {"needs": "name the checkpoint, a folder or a Hub id"}
 """Metadata of a field ``model`` without a default."""
@@ -49,6 +50,7 @@ class QwenChatConfig:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
+        require_dtype(self.dtype)
         for name in ("batch_size", "max_new_tokens", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -19,6 +19,7 @@ from rflow_jax.commands.main import COMMANDS, main
 from rflow_jax.errors import InputError
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
 from rflow_jax.utils import cli
+from rflow_jax.verifiers.config import ClipVerifierConfig
 from tests.kit.fake_pipeline import FakePipeline
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,13 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
             "verifier.timeout: nvila has no such setting",
         ),
         ("noise --verifier.timeout", "verifier.timeout: give a value"),
+        ("noise --verifier.name=nvila --verifier.devices=[1.5]", "verifier.devices[0]: Input should be a valid"),
+        ("noise --verifier.base_url=http://u:secret@host/v1 -- x", "unrecognized arguments: -- x"),
+        ("noise --config=", "config is empty"),
+        ('noise --noise={"method":"foo"}', "noise.method is foo: give random or zero_order"),
+        ('noise --mesh={"data":"x"}', "mesh.data is x: give a whole number"),
+        ('train --model=m --out=o --validation={"shards":1}', "validation.shards is now called validation.path"),
+        ("configs --x=3", "unknown key x: give no flags"),
         ("noise --verifier.timeout=never", "verifier.timeout: Input should be a valid number"),
         ("noise --model=m --prompts=p --out=o --heigth=64", "did you mean sampling.height?"),
         ("noise --model=m --prompts=p --out=o --search_branches=2", "search_branch?"),
@@ -125,13 +133,28 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv, message):
         ("- a", "wrong.yaml: expected keys with values"),
         ("hi", "wrong.yaml: expected keys with values"),
         ("verifier: [", "wrong.yaml"),
+        (b"model: \xff", "wrong.yaml: not a text in UTF-8"),
+        ("model: &a {b: *a}", "wrong.yaml: a section contains itself, or sections are nested too deeply"),
+        ("model: 2020-13-45", "wrong.yaml: month must be in 1..12"),
+        ("model: m\nprompts: p\nout: o\nmesh: {data: null}", "mesh.data is null: give a value"),
+        ("model: m\nprompts: p\nout: o\nseed: null", "seed is null: give a value"),
+        ("verifier: {1: secret}", "unknown key verifier.1"),
+        ("verifier.model: secret", "wrong.yaml: verifier.model: give it as a key of the section verifier"),
+        ("? [a] : secret", "wrong.yaml"),
+        ("modle: secret\nshare: 0/4", "did you mean model? (and 1 more)"),
     ],
 )
 def test_a_wrong_yaml_file_is_one_line_and_status_2(capsys, tmp_path, text, message):
-    (tmp_path / "wrong.yaml").write_text(text)
+    (tmp_path / "wrong.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     error = error_of(capsys, "noise", "--config", tmp_path / "wrong.yaml")
     assert message in error
     assert "secret" not in error
+
+
+def test_the_printed_configuration_contains_what_flags_say_of_components(capsys):
+    with pytest.raises(SystemExit):
+        call("noise", "--model=m", "--prompts=p", "--out=o", "--verifier.name=clip", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["verifier"] == asdict(ClipVerifierConfig())
 
 
 def test_other_exit_statuses(capsys):
@@ -253,6 +276,7 @@ def test_a_list_takes_all_words():
         ("filter --corrections_only /none", "/none: not the folder of a search"),
         ("filter /none --k=[]", "k is []: give numbers of images from 1"),
         ("filter /none --kk=[1]", "did you mean k?"),
+        ("filter /none --k=x", "k is x: give a list"),
         ("pairs a b", "b is too much; give one file"),
         ("pairs /none --model=m --lora=l --out=o", "/none: cannot read the list of pairs"),
         ("pairs /none --model=m --out=o", "missing: lora"),

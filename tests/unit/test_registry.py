@@ -105,6 +105,7 @@ def test_an_unknown_name_is_bad_input_and_the_nearest_is_named(wrong, near):
         ("no_such_module:Mine", "cannot import no_such_module"),
         ("rflow_jax.no_such:Mine", "cannot import rflow_jax.no_such"),
         (f"{__name__}:Yours", "has no Yours"),
+        ("os:path", "is no class"),
     ],
 )
 def test_a_path_to_nothing_is_bad_input(path, problem):
@@ -148,6 +149,9 @@ def test_an_error_repeats_no_text_that_may_be_secret():
             "verifier.temperature: yesno has no such setting (openai",
         ),
         (VERIFIERS, "{name: nvila, dtype: float16}", "verifier: dtype is float16"),
+        (VERIFIERS, "{name: reward, model: m, dtype: float16}", "verifier: dtype is float16"),
+        (WRITERS, "{name: qwen, model: m, dtype: float16}", "writer: dtype is float16"),
+        (VERIFIERS, "{name: ensemble, members: [{name: clip, 1: 2}]}", "unknown key verifier.members[0].1: "),
         (VERIFIERS, "{name: none, timeout: 3}", "would use it); leave it out"),
         (VERIFIERS, "{name: openai, options: {scale: 3}}", "unknown key verifier.scale: "),
         (

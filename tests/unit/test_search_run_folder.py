@@ -77,6 +77,13 @@ def test_a_changed_setting_is_named(run, change, message):
     assert (run / "config.yaml").read_bytes() == before
 
 
+def test_a_changed_option_of_a_users_class_is_named_without_its_value(tmp_path):
+    was, now = (changed(verifier={"name": "mine:Mine", "options": {"password": word}}) for word in ("old", "new"))
+    claim(tmp_path, was, 0).close()
+    with pytest.raises(InputError, match=r"verifier\.options\.password differs; set it so again"):
+        require_same(tmp_path, now)
+
+
 def test_what_changes_no_result_may_change(run):
     require_same(run, CONFIG)
     free = {"process_index": 1, "process_count": 2, "budget": 5.0, "prompts": "p", "out": "o"}

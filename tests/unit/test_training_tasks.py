@@ -51,7 +51,7 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
         ("--mesh=4", "mesh: expected keys with values, got '4'"),
         ("--data.retry=5", "data.retry: expected keys with values, got '5'"),
         ("--data.retry=[1]", "data.retry: expected keys with values, got '[1]'"),
-        ("--logging={every: x}", "logging is x: give a whole number"),
+        ("--logging={every: x}", "logging.every is x: give a whole number"),
         ("--optimizer=null", "optimizer: expected keys with values, got 'null'"),
     ],
 )
