@@ -31,7 +31,7 @@ REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Which pairs are corrected, with what.
+    """The pairs to correct, the model and the LoRA.
 
     Attributes:
         file: a JSON list, or JSON lines, of {"bad_image", "good_image", "prompt", "reflection"}; paths from the file's

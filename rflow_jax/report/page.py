@@ -63,7 +63,7 @@ def render(runs: Sequence[Run], folder: Path) -> str:
 
 
 def page_data(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
-    """What the page's script is given: all that the list shows, and each prompt's details in a packed form."""
+    """The data of the page's script: all that the list shows, and each prompt's details in a packed form."""
     matched: dict[tuple[str, int], dict[int, Prompt]] = {}
     for number, run in enumerate(runs):
         seen: Counter[str] = Counter()

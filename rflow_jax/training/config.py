@@ -123,7 +123,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, and how; the defaults are the original's.
+    """The optimizer and its settings; the defaults are the original's.
 
     Attributes:
         name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
@@ -239,14 +239,14 @@ class CommonConfig:
         trainable_parameters: regular expression on dotted parameter paths of the model: train these and no LoRA (".*"
             is all of them).
         lora: the LoRA that is trained.
-        optimizer: how it moves.
+        optimizer: its name and settings.
         train: the steps.
-        mesh: how the devices are arranged.
+        mesh: the layout of the devices.
         distributed: several processes as one run.
         data: what it is trained on.
         checkpoint: when the run is saved.
-        validation: how it is tried on held-out records.
-        logging: how its progress is reported.
+        validation: evaluation on held-out records.
+        logging: reports of its progress.
     """
 
     task: str

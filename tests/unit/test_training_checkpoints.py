@@ -121,7 +121,7 @@ def test_one_without_sums_is_taken_if_it_can_be_read(kept):
 
 
 def test_a_state_of_other_shapes_is_refused_in_one_line(kept):
-    with pytest.raises(InputError, match=r"checkpoints/6: is of another model \(optimizer\.mu has the shape \(3,\)"):
+    with pytest.raises(InputError, match=r"6: belongs to another model \(optimizer\.mu has the shape \(3,\)"):
         restored(kept, like=state(0, size=4))
     assert not list(kept.glob("damaged*"))
 

@@ -74,5 +74,5 @@ def _line(source: str, record: Mapping[str, Any]) -> _Line:
         raise InputError(f"{source}: images is {images!r}: give a list of files")
     asked = sum(message["content"].count(PICTURE) for message in messages)
     if asked != len(images):
-        raise InputError(f"{source}: {PICTURE} stands {asked} times in the messages, for {len(images)} images")
+        raise InputError(f"{source}: {PICTURE} occurs {asked} times in the messages, for {len(images)} images")
     return _Line(source, tuple((message["role"], message["content"]) for message in messages), tuple(images))

@@ -37,7 +37,7 @@ _KEPT_HEADERS = 256
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """What is encoded, and by which model.
+    """The records to encode, and the model.
 
     Attributes:
         model: the pipeline whose encoders are used: a converted or diffusers-layout folder, or a Hub id.

@@ -244,7 +244,7 @@ def open_stream(
         streams = position.get("streams", {})
         if share.name not in streams:
             raise InputError(
-                f"data.format is stream: the run was of {len(streams)} processes with other samples; use as many again"
+                f"data.format is stream: the run had {len(streams)} processes with other samples; use as many as it had"
             )
         snapshot = streams[share.name]
     elif start:

@@ -135,9 +135,7 @@ class Stream:
                     break
         if missing := set(positions) - found.keys():
             shard = self._route.shards(min(missing).epoch)[min(missing).shard]
-            raise InputError(
-                f"{shard.shown}: sample {min(missing).sample} is not there any more, so it cannot be resumed"
-            )
+            raise InputError(f"{shard.shown}: sample {min(missing).sample} is gone, so the run cannot be resumed")
         return found
 
     def _read(self, begin: StreamPosition) -> Iterator[tuple[StreamPosition, RawSample]]:

@@ -268,7 +268,7 @@ class RangeFile(io.RawIOBase):
     def __init__(self, shard: Shard, retry: RetryPolicy = RetryPolicy()):
         super().__init__()
         if shard.size is None:
-            raise InputError(f"{shard.shown}: its server does not say its size; download the shards or stream them")
+            raise InputError(f"{shard.shown}: its server does not report its size; download the shards or stream them")
         self._shard, self._size, self._retry = shard, shard.size, retry
         self._at, self._block, self._block_start = 0, b"", 0
         self._ahead = _SMALL_BLOCK

@@ -57,7 +57,7 @@ class TokenShape:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """How a step is computed.
+    """The settings of a step.
 
     Attributes:
         dtype: of the activations.

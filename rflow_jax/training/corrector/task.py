@@ -51,12 +51,12 @@ class Corrector:
 
     @property
     def exporter(self) -> PartitionedModel:
-        """What writes the LoRA of a checkpoint."""
+        """The exporter of a checkpoint's LoRA."""
         return self.model
 
     @property
     def flops(self) -> float:
-        """Frozen weights get no gradient, only the activations that pass through them."""
+        """FLOPs of a training sample: frozen weights get no gradient, only the activations that pass through them."""
         shape = self._recipe.shape
         (rows, columns), (c_rows, c_columns) = shape.image, shape.condition
         config = self.model.bundle.flux_config
@@ -101,7 +101,7 @@ class Corrector:
 
 
 def make_step_spec(config: RunConfig, trained: PartitionedModel) -> StepSpec:
-    """How a step is computed, the sizes in the model's own tokens.
+    """The settings of a step, with sizes in the model's tokens.
 
     Raises:
         InputError: the images' sizes do not fit the model.

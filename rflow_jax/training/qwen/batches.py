@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 class RowSizes(NamedTuple):
-    """What every row is padded to.
+    """The sizes that every row is padded to.
 
     Attributes:
         pictures: images of a row.
