@@ -252,7 +252,9 @@ class NvilaConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_tiles <= self.max_tiles:
-            raise InputError(f"NVILA config: min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
+            raise InputError(
+                f"NVILA config: min_tiles {self.min_tiles}, max_tiles {self.max_tiles}; expected 1 or more, in this order"
+            )
         depth = self.vision.num_hidden_layers
         if not -depth - 1 <= self.mm_vision_select_layer <= depth:
             raise InputError(f"NVILA config: mm_vision_select_layer {self.mm_vision_select_layer} of {depth} layers")

@@ -272,7 +272,7 @@ class CommonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(CommonConfig):
+class CorrectorRunConfig(CommonConfig):
     """Trains the corrector on GenRef.
 
     Attributes:
@@ -293,7 +293,7 @@ class RunConfig(CommonConfig):
 
 # The key ``task`` of a configuration -> (its dataclass, the class that is made from it and a mesh).
 TASKS = {
-    "corrector": ("rflow_jax.training.config:RunConfig", "rflow_jax.training.corrector.task:Corrector"),
+    "corrector": ("rflow_jax.training.config:CorrectorRunConfig", "rflow_jax.training.corrector.task:Corrector"),
     "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
     "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
 }

@@ -112,7 +112,7 @@ def test_chats_that_do_not_fit_are_replaced_and_counted(chats, tmp_path):
         ({"messages": [{"role": "user", "content": ["a"]}]}, "is not a message"),
         (
             {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]},
-            "<image> stands 1 times in the messages, for 0 images",
+            "<image> occurs 1 times in the messages, for 0 images",
         ),
         ({"messages": [{"role": "assistant", "content": "a"}], "images": "a.png"}, "give a list of files"),
     ],

@@ -160,7 +160,7 @@ def test_a_second_run_is_kept_out_as_long_as_the_first_is_there(tmp_path):
     out = tmp_path / "run"
     with open_folder(out, resume=False):
         for resume in (False, True):
-            with pytest.raises(InputError, match="another run is at work"), open_folder(out, resume):
+            with pytest.raises(InputError, match="another run is using"), open_folder(out, resume):
                 pass
         write_config(out, {"a": 1})
     assert [path.name for path in out.iterdir()] == ["config.yaml"]

@@ -21,7 +21,7 @@ _MAGIC = frozenset("*?[")
 _VERSION_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
 
 
-class Found(NamedTuple):
+class StoredFile(NamedTuple):
     """A file of a store; ``size`` in bytes, None if the store does not say."""
 
     url: str
@@ -39,7 +39,7 @@ class Store:
     def __init__(self, url: str):
         self._fs = _open(url)[0]
 
-    def find(self, url: str, retry: RetryPolicy) -> list[Found]:
+    def find(self, url: str, retry: RetryPolicy) -> list[StoredFile]:
         """The files that an address matches, sorted; it may contain ``*``, ``?`` and ``[ab]``.
 
         Raises:
@@ -61,7 +61,9 @@ class Store:
         if not infos:
             raise InputError(f"{url}: no shard matches")
         scheme = url.partition("://")[0]
-        return [Found(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())]
+        return [
+            StoredFile(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())
+        ]
 
 
 def store_range(url: str, start: int, length: int, retry: RetryPolicy) -> bytes:
