@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from rflow_jax.report.runs import Prompt
+from rflow_jax.report.runs import Prompt, SearchRun
 
 
 def names(runs: Sequence[SearchRun]) -> list[str]:

@@ -268,7 +268,7 @@ class StoredNetwork:
     files: TensorFiles | None  # None: in our layout
 
     @classmethod
-    def open(cls, path: Path) -> Source:
+    def open(cls, path: Path) -> StoredNetwork:
         """Reads the headers only."""
         if is_stored(path):
             return cls(path, stored_bytes(path), None)

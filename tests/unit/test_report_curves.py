@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rflow_jax.report.charts import NARROW, SMALL, WIDE, Series, chart, ticks
 from rflow_jax.report.curves import OVERALL, UNTAGGED, curve, duration, names, numbers_of_images, tags
-from rflow_jax.report.runs import Picture, Prompt
+from rflow_jax.report.runs import Picture, Prompt, SearchRun
 from rflow_jax.verifiers.base import Verdict
 
 

@@ -164,7 +164,7 @@ def test_a_second_run_is_kept_out_as_long_as_the_first_is_there(tmp_path):
                 pass
         write_config(out, {"a": 1})
     assert [path.name for path in out.iterdir()] == ["config.yaml"]
-    with pytest.raises(InputError, match="holds files already"), open_folder(out, resume=False):
+    with pytest.raises(InputError, match="contains files already"), open_folder(out, resume=False):
         pass
     with open_folder(out, resume=True):
         assert (out / LOCK).exists()

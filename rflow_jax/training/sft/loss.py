@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from rflow_jax.data.records import RecordError
-from rflow_jax.data.sources.chats import PICTURE
+from rflow_jax.data.sources.chats import PICTURE, ChatRecord
 from rflow_jax.data.transforms import decode
 from rflow_jax.errors import InputError
 from rflow_jax.models.options import AttentionImpl, Remat
