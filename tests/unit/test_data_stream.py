@@ -86,7 +86,7 @@ def test_a_position_of_other_shards_or_processes_is_refused(config):
         position = loader.position(0)
     with pytest.raises(InputError, match="not the records the run began with"):
         batches(replace(config, path=f"{config.path}/000.tar"), 1, position=position)
-    with pytest.raises(InputError, match="of 1 processes with other samples"):
+    with pytest.raises(InputError, match="had 1 processes with other samples"):
         batches(config, 1, slots=range(2), position=position)
     with pytest.raises(InputError, match="without the position"):
         batches(config, 1, start=3)

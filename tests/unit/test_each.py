@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import CLOSED
 from rflow_jax.tokenizers.qwen import QwenTokenizer
-from rflow_jax.utils.batching import BATCHES_AT_ONCE, map_batched
+from rflow_jax.utils.batching import BATCHES_AT_ONCE, CLOSED, map_batched
 
 
 @given(st.lists(st.integers(-5, 5), max_size=60), st.integers(1, 4))

@@ -16,9 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert_weights.__main__ import main
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import CLOSED
 from rflow_jax.parity.nvila import pattern
-from rflow_jax.utils.batching import BATCHES_AT_ONCE
+from rflow_jax.utils.batching import BATCHES_AT_ONCE, CLOSED
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.config import NvilaVerifierConfig
 from rflow_jax.verifiers.nvila import NvilaVerifier
