@@ -124,7 +124,7 @@ def runs(recording: Recording) -> list[RecordedRun]:
     prodigy, big, clip2 = meta["prodigy"], meta["prodigy_bigd"], meta["prodigy_clip2"]
     if prodigy["growth_rate"] != "inf" or not prodigy["use_bias_correction"] or prodigy["beta3"] is not None:
         raise ValueError("recordings of Prodigy with a growth rate, a beta3 or without bias correction")
-    common = {"clip": meta["gradient_clip"]}
+    common = {"max_grad_norm": meta["gradient_clip"]}
     base = OptimizerConfig("prodigy", **_settings(prodigy), **common)
     small = float(recording.arrays(OPTIMIZERS)["clip2"])
     adamw = OptimizerConfig("adamw", **_settings(meta["adamw"]), **common)
