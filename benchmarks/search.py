@@ -2,7 +2,7 @@
 
     python -m benchmarks.search [--prompts 16] [--in_flight 8] [--delay 2] [--chaos 0.1] [--seconds 1.0] [--rounds 3]
 
-A tiny FLUX on this machine's accelerator, with so many steps that an image takes about ``--seconds``; verifier and
+A tiny FLUX on this machine's accelerator, with enough steps that an image takes about ``--seconds``; verifier and
 language models over real HTTP on the loopback, from a server that answers after ``--delay`` seconds and more, out of
 order, and fails a part of the requests in every way. Every score is held against its image's bytes, and both searches
 must leave the same files. Prints the two times, their ratio, and the generator's busy time since it was warm.
@@ -59,7 +59,7 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def sized(pipe: Any, seconds: float) -> SamplingConfig:
-    """Settings with so many steps that an image takes about so long."""
+    """Settings with enough steps that an image takes about ``seconds``."""
     trial = SamplingConfig(
         height=SIDE, width=SIDE, condition_size=CONDITION, num_inference_steps=40, max_sequence_length=64
     )
@@ -87,7 +87,7 @@ def models(config: SearchConfig) -> Models:
 
 
 def prompts(config: SearchConfig, out: Path, count: int) -> Iterator[PromptSearch]:
-    """The searches of so many prompts."""
+    """The searches of ``count`` prompts."""
     terms = SearchContext(config.seed, True, 0, config.noise.noise_similarity, True, {"lora": config.lora})
     for index in range(count):
         folder = PromptFolder(out, index, {"prompt": f"a photo of {index + 2} kites"})

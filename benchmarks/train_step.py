@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--remat", nargs="+", default=["full", "dots"], choices=("none", "dots", "full"))
-    parser.add_argument("--fsdp", type=int, default=1, help="also on so many devices")
+    parser.add_argument("--fsdp", type=int, default=1, help="also on this many devices")
     parser.add_argument("--scan_blocks", action="store_true", help="with stacked blocks")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels")

@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, though what it was told is right: one line that says why and what is saved.
+    """A run that cannot continue, although its input is valid: one line that says why and what is saved.
 
     The command lines print the message without a traceback and exit with status 1.
     """

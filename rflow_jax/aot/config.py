@@ -15,7 +15,7 @@ What = Literal["train", "sample", "verifier"]
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """What is compiled, and for which devices.
+    """The programs to compile, and the devices.
 
     Attributes:
         topology: generation and chips (not cores): v5p:2x2x1, v5e:4x4, v6e:16x16 and so on.

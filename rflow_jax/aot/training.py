@@ -21,9 +21,9 @@ from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
 from rflow_jax.parallel.mesh import BATCH, samples_along
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.training.config import CommonConfig, RunConfig
+from rflow_jax.training.config import CommonConfig, CorrectorRunConfig
 from rflow_jax.training.corrector.latents import LatentInputs, make_encode_latents
-from rflow_jax.training.corrector.step import ENCODERS, Inputs, StepSpec, make_encode, make_step
+from rflow_jax.training.corrector.step import ENCODERS, StepInputs, StepSpec, make_encode, make_step
 from rflow_jax.training.corrector.task import make_step_spec
 from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.partition import PartitionedModel, split_trainable
@@ -124,7 +124,9 @@ def _program(step: Any, state: TrainState, parts: ParamPartition, batch: Any, me
     return AheadProgram("step", lambda: step.lower(state, parts.frozen, batch), mesh.size, waiting, flops, whole=whole)
 
 
-def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None) -> list[AheadProgram]:
+def training_programs(
+    config: CorrectorRunConfig, mesh: Mesh, *, blocks: tuple[int, int] | None = None
+) -> list[AheadProgram]:
     """What ``rflow train`` compiles for the corrector on this mesh.
 
     Args:
@@ -182,7 +184,7 @@ def training_programs(config: RunConfig, mesh: Mesh, *, blocks: tuple[int, int] 
     ]
 
 
-def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | None = None) -> PartitionedModel:
+def abstract_trained(config: CorrectorRunConfig, mesh: Mesh, blocks: tuple[int, int] | None = None) -> PartitionedModel:
     """The partitioned model, as shapes on the mesh."""
     dtype, lora = jnp.dtype(config.train.dtype), config.lora
     scan_blocks = scans_blocks(config.train.scan_blocks, mesh)
@@ -203,14 +205,14 @@ def abstract_trained(config: RunConfig, mesh: Mesh, blocks: tuple[int, int] | No
     return PartitionedModel(flux, graph, running, frozen, on_mesh(trainable, mesh), scales)
 
 
-def _images(config: RunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Inputs:
+def _images(config: CorrectorRunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> StepInputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
     good, bad = ((b, side, side, 3) for side in (config.data.target_size, config.data.condition_size))
     arrays = [(good, np.uint8), (bad, np.uint8), ((b, flux.clip_length), np.int32), ((b, recipe.shape.text), np.int32)]
-    return Inputs(*(shaped(shape, kind, rows) for shape, kind in [*arrays, ((b,), np.uint32)]))  # pyright: ignore[reportArgumentType]
+    return StepInputs(*(shaped(shape, kind, rows) for shape, kind in [*arrays, ((b,), np.uint32)]))  # pyright: ignore[reportArgumentType]
 
 
-def _latents(config: RunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> LatentInputs:
+def _latents(config: CorrectorRunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> LatentInputs:
     b, rows = config.train.batch_size, NamedSharding(mesh, BATCH)
     vae, sizes = flux.vae_config, flux.flux_config
 
@@ -227,7 +229,7 @@ def _latents(config: RunConfig, flux: FluxModel, recipe: StepSpec, mesh: Mesh) -
     )
 
 
-def _encoder_flops(config: RunConfig, flux: FluxModel, recipe: StepSpec) -> float:
+def _encoder_flops(config: CorrectorRunConfig, flux: FluxModel, recipe: StepSpec) -> float:
     """Of one sample: T5, CLIP and two sides."""
     t5 = read_sizes(config.model)[0][components.T5.folder]
     sides = (config.data.target_size, config.data.condition_size)

@@ -1,4 +1,4 @@
-"""``rflow configs``: the recipes that come along."""
+"""``rflow configs``: lists the recipes of the package."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TfdsConfig:
-    """What is written as a data set of TFDS.
+    """A data set of TFDS from tar shards.
 
     Attributes:
         shards: tar files, as for training.
@@ -42,14 +42,14 @@ class TfdsConfig:
 
 @dataclass(frozen=True)
 class ChatsConfig:
-    """What is made: each bad picture with its prompt as a question, and its reflection as the answer.
+    """Chats: each bad picture with its prompt as a question, and its reflection as the answer.
 
     Attributes:
         shards: of GenRef: addresses as in the corrector's ``data``.
         out: folder of ``chats.jsonl``, ``held_out.jsonl`` and the pictures.
         question: the user's message; ``$prompt`` is the record's, and <image> the bad picture.
-        held_out: so many of the records go into ``held_out.jsonl``, spread evenly over all.
-        limit: the first so many records, at least 1; null: all.
+        held_out: number of records that go into ``held_out.jsonl``, spread evenly over all.
+        limit: number of records, the first ones; null: all.
     """
 
     shards: str | list[str]
@@ -61,7 +61,7 @@ class ChatsConfig:
     def __post_init__(self) -> None:
         require_least(self, "", held_out=0, limit=1)
         if self.question.count(PICTURE) != 1:
-            raise InputError(f"question: must hold {PICTURE} once")
+            raise InputError(f"question: must contain {PICTURE} once")
 
 
 def command(name: str, argv: Sequence[str]) -> Command:

@@ -16,7 +16,7 @@ from rflow_jax.verifiers.ranking import best_first
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Which images are chosen from.
+    """The search to choose from.
 
     Attributes:
         folder: of a search.

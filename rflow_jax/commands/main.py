@@ -27,7 +27,7 @@ COMMANDS = {
     "reflect": Entry("rflow_jax.commands.search", "Correct the best images round by round."),
     "filter": Entry("rflow_jax.commands.filter", "Choose the best of a search's first k images."),
     "report": Entry("rflow_jax.commands.report", "Show searches on one page."),
-    "score": Entry("rflow_jax.commands.score", "Score images that are there already."),
+    "score": Entry("rflow_jax.commands.score", "Score existing images."),
     "pairs": Entry("rflow_jax.commands.pairs", "Correct known bad images, beside the good ones."),
     "train": Entry("rflow_jax.commands.train", "Train a corrector, an image verifier or a reflection generator."),
     "convert flux": Entry("rflow_jax.commands.convert", "A FLUX model of diffusers or Black Forest Labs to ours."),
@@ -41,7 +41,7 @@ COMMANDS = {
     "data precompute": Entry("rflow_jax.commands.dataset", "Encode records once, for training without encoders."),
     "compile": Entry("rflow_jax.commands.compile", "Compile a recipe for a TPU topology on this CPU: does it fit?"),
     "parity": Entry("rflow_jax.commands.parity", "Compare with recordings of the original, array by array."),
-    "configs": Entry("rflow_jax.commands.configs", "List the recipes that come along."),
+    "configs": Entry("rflow_jax.commands.configs", "List the recipes of the package."),
 }
 
 

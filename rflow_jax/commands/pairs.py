@@ -31,7 +31,7 @@ REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Which pairs are corrected, with what.
+    """The pairs to correct, the model and the LoRA.
 
     Attributes:
         file: a JSON list, or JSON lines, of {"bad_image", "good_image", "prompt", "reflection"}; paths from the file's
@@ -63,7 +63,7 @@ class PairsConfig:
 
 
 @dataclass(frozen=True)
-class Pair:
+class CorrectionPair:
     """One entry of the file."""
 
     number: int
@@ -130,7 +130,7 @@ def pairs(config: PairsConfig) -> int:
     return 1 if failed else 0
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> list[CorrectionPair]:
     """The entries of a file, in order.
 
     Raises:
@@ -150,7 +150,7 @@ def read_pairs(path: Path) -> list[Pair]:
     return found
 
 
-def _pair(entry: Any, number: int, path: Path) -> Pair:
+def _pair(entry: Any, number: int, path: Path) -> CorrectionPair:
     source = f"{path}: pair {number}"
     if not isinstance(entry, dict):
         raise InputError(f"{source}: expected an object with bad_image, good_image, prompt and reflection")
@@ -167,10 +167,10 @@ def _pair(entry: Any, number: int, path: Path) -> Pair:
         if not file.is_file():
             raise InputError(f"{source}: {file}: no such file")
     assert isinstance(reflection, str)
-    return Pair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
+    return CorrectionPair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
 
 
-def _readable(chunk: list[Pair], config: PairsConfig) -> Iterator[tuple[Pair, Image, Image]]:
+def _readable(chunk: list[CorrectionPair], config: PairsConfig) -> Iterator[tuple[CorrectionPair, Image, Image]]:
     """(pair, bad picture as the condition, good picture) of those that can be read; prints why others are left out."""
     sampling = config.sampling
     sizes = DataConfig("", target_size=sampling.height, condition_size=sampling.condition_size, crop=config.crop)
@@ -187,7 +187,7 @@ def _readable(chunk: list[Pair], config: PairsConfig) -> Iterator[tuple[Pair, Im
         yield pair, fromarray(bad), fromarray(good)
 
 
-def _record(config: PairsConfig, pair: Pair, settings: dict[str, Any]) -> dict[str, Any]:
+def _record(config: PairsConfig, pair: CorrectionPair, settings: dict[str, Any]) -> dict[str, Any]:
     own = {
         "number": pair.number,
         "image_id": pair.name,
@@ -201,5 +201,5 @@ def _record(config: PairsConfig, pair: Pair, settings: dict[str, Any]) -> dict[s
     return own | made_with | {"settings": settings}
 
 
-def _file(out: Path, pair: Pair) -> Path:
+def _file(out: Path, pair: CorrectionPair) -> Path:
     return out / f"{pair.number:05d}.png"

@@ -12,7 +12,7 @@ from rflow_jax.utils.cli import Command
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """Which recordings.
+    """The recordings to compare with.
 
     Attributes:
         dir: folder laid out like tests/golden.

@@ -14,7 +14,7 @@ from rflow_jax.utils.cli import Command
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which searches are shown, and where.
+    """The searches to show, and the folder of the page.
 
     Attributes:
         runs: folders of searches (their --out); several are shown side by side.

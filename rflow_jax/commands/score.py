@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.scoring.judging import judge, scores_follow_from
-from rflow_jax.scoring.results import Found, Results, shown
+from rflow_jax.scoring.results import ImageResult, Results, shown
 from rflow_jax.scoring.targets import ScoreConfig, Target, find_targets
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.cli import Command
@@ -53,8 +53,8 @@ def score(config: ScoreConfig) -> int:
     return 1 if unscored else 0
 
 
-def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, meter: UsageTracker) -> list[Found]:
-    found: dict[int, Found] = {}
+def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, meter: UsageTracker) -> list[ImageResult]:
+    found: dict[int, ImageResult] = {}
     for k, target in enumerate(targets if results and not config.again else ()):
         try:
             sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
@@ -79,17 +79,17 @@ def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, me
 
 def _judged(
     config: ScoreConfig, todo: Mapping[int, Target], results: Results, meter: UsageTracker
-) -> Iterator[tuple[int, Found]]:
+) -> Iterator[tuple[int, ImageResult]]:
     rest = {k: target for k, target in todo.items() if target.error is None}
     verifier = make_verifier(config.verifier, meter) if rest else None
     results.begin()  # only now: a verifier that cannot be made leaves no file
     for k in todo.keys() - rest.keys():
-        yield k, Found(todo[k], None, Verdict(None, error=todo[k].error))
+        yield k, ImageResult(todo[k], None, Verdict(None, error=todo[k].error))
     if verifier is not None:
         yield from judge(verifier, rest)
 
 
-def _rated(found: Sequence[Found]) -> list[Found]:
+def _rated(found: Sequence[ImageResult]) -> list[ImageResult]:
     """Adds the scores that verdicts of an ensemble have among the images of the same prompt."""
     prompts: dict[str, list[int]] = {}
     for k, one in enumerate(found):
@@ -108,7 +108,7 @@ class _Lines:
         self._out = sys.stdout  # a progress bar replaces sys.stdout
         self._count, self._next = len(targets), 0
 
-    def print(self, found: Mapping[int, Found]) -> None:
+    def print(self, found: Mapping[int, ImageResult]) -> None:
         while self._next < self._count and self._next in found:
             target, verdict = found[self._next].target, found[self._next].verdict
             columns = [f"{verdict.score:.6g}" if verdict.scored else NONE, verdict.label or NONE, shown(target.path)]
@@ -118,7 +118,7 @@ class _Lines:
             self._next += 1
 
 
-def _summary(found: Sequence[Found], unscored: int, usage: Usage, seconds: float) -> str:
+def _summary(found: Sequence[ImageResult], unscored: int, usage: Usage, seconds: float) -> str:
     scored = [one.verdict for one in found if one.verdict.scored]
     counts = [f"{len(scored)} of {len(found)} images scored"]
     if scored:

@@ -39,7 +39,7 @@ class DataConfig:
         allow_shell: whether ``pipe:`` shards may run shell commands.
         shuffle_buffer_size: records of each subset held in memory to be shuffled, in every process (``stream`` alone);
             of GenRef about 1.6 MB each.
-        retry: how long a server is waited for.
+        retry: timeouts and retries of servers.
     """
 
     path: str | list[str]

@@ -127,7 +127,7 @@ class WorkerResult(NamedTuple):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Which samples this process makes at each step.
+    """The samples that this process makes at each step.
 
     A job can be pickled, and has the ``number`` of its sample.
     """
@@ -143,13 +143,13 @@ class Sampler(Protocol):
         ...
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where the data stands before a step, to be kept as JSON."""
+        """The state of the data before a step, as JSON."""
         ...
 
 
 @runtime_checkable
 class LoaderConfig(Protocol):
-    """How batches are made in advance; see :class:`~rflow_jax.data.config.DataConfig`."""
+    """Settings of loading in advance; see :class:`~rflow_jax.data.config.DataConfig`."""
 
     @property
     def workers(self) -> int | None: ...

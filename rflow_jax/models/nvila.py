@@ -252,7 +252,9 @@ class NvilaConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_tiles <= self.max_tiles:
-            raise InputError(f"NVILA config: between min_tiles {self.min_tiles} and max_tiles {self.max_tiles} is none")
+            raise InputError(
+                f"NVILA config: min_tiles {self.min_tiles}, max_tiles {self.max_tiles}; expected 1 <= min <= max"
+            )
         depth = self.vision.num_hidden_layers
         if not -depth - 1 <= self.mm_vision_select_layer <= depth:
             raise InputError(f"NVILA config: mm_vision_select_layer {self.mm_vision_select_layer} of {depth} layers")

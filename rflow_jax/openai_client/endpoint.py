@@ -54,7 +54,7 @@ STRUCTURED = ("auto", "json_schema", "json_object", "text")
 
 @dataclass(frozen=True)
 class Connection:
-    """How a chat endpoint is reached, and what it costs.
+    """The address, key, limits and prices of a chat endpoint.
 
     Attributes:
         base_url: address of an OpenAI-compatible API; null takes OPENAI_BASE_URL, then OpenAI's own.
@@ -133,7 +133,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Endpoint(Connection):
-    """A chat endpoint and how it is asked.
+    """A chat endpoint and the settings of its requests.
 
     Attributes:
         temperature: sampling temperature; null leaves it to the server.

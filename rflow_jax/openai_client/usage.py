@@ -1,4 +1,4 @@
-"""Usage of paid models: counted across threads, shown live, kept over resumed runs."""
+"""Usage of paid models: counted across threads, shown live, kept across resumed runs."""
 
 import threading
 from dataclasses import asdict, dataclass

@@ -1,6 +1,6 @@
 """Sharding rules over parameter paths, outside the models.
 
-Parameters are cut over the mesh axes ``fsdp`` and ``sequence`` (gathered where they are used) and ``tensor`` (heads
+Parameters are sharded over the mesh axes ``fsdp`` and ``sequence`` (gathered where they are used) and ``tensor`` (heads
 and the width of the feed-forward part). The first rule whose pattern matches a path applies, and of its specs the
 first that cuts the parameter on this mesh. A spec describes the *last* dimensions: the parameters of stacked blocks
 have their layers in front, which are never cut, and the kernels of patches the pixels of a patch.

@@ -148,7 +148,7 @@ INPUT = "input"  # a check's answer for an array that it fed in
 
 
 @dataclass(frozen=True)
-class Line:
+class ArrayResult:
     """The verdict on one array."""
 
     file: str
@@ -164,7 +164,7 @@ class Line:
         return f"{self.file} {self.stage} {' '.join(numbers)} {self.status}{remark}"
 
 
-def lines(recording: Recording, results: Mapping[str, Any]) -> Iterator[Line]:
+def lines(recording: Recording, results: Mapping[str, Any]) -> Iterator[ArrayResult]:
     """A line for every array that is not an input by name.
 
     Args:
@@ -178,19 +178,19 @@ def lines(recording: Recording, results: Mapping[str, Any]) -> Iterator[Line]:
             ours = got[stage]
             if isinstance(ours, Exception):
                 remark = f"{type(ours).__name__}: {str(ours).splitlines()[0]}"
-                yield Line(name, stage, None, None, "FAIL", remark)
+                yield ArrayResult(name, stage, None, None, "FAIL", remark)
             elif isinstance(ours, str) and ours == INPUT:
-                yield Line(name, stage, None, None, "input")
+                yield ArrayResult(name, stage, None, None, "input")
             elif recording.is_exempt(f"{name}/{stage}"):
-                yield Line(name, stage, None, None, "exempt")
+                yield ArrayResult(name, stage, None, None, "exempt")
             elif ours is None:
-                yield Line(name, stage, None, None, "not covered")
+                yield ArrayResult(name, stage, None, None, "not covered")
             else:
                 error, tolerance = judge(stage, ours, want)
-                yield Line(name, stage, error, tolerance, "ok" if error <= tolerance else "FAIL")
+                yield ArrayResult(name, stage, error, tolerance, "ok" if error <= tolerance else "FAIL")
 
 
-def summary(all_lines: Iterable[Line]) -> str:
+def summary(all_lines: Iterable[ArrayResult]) -> str:
     """How many arrays have each status, in one line."""
     counts = Counter(line.status for line in all_lines)
     kinds = ("ok", "FAIL", "exempt", "input", "not covered")

@@ -42,7 +42,7 @@ def checks(recording: Recording) -> dict[str, Check]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TokenizedCase:
     """One tokenized case."""
 
     ids: list[int]
@@ -144,14 +144,14 @@ class Recorded:
             yield stage, self._computed[values][row, :steps]
 
     @cached_property
-    def _asked(self) -> dict[str, Answer | Exception]:
+    def _asked(self) -> dict[str, TokenizedCase | Exception]:
         """Every case, numbered, or why it cannot be asked."""
-        asked: dict[str, Answer | Exception] = {}
+        asked: dict[str, TokenizedCase | Exception] = {}
         row = 0
         for name in self._cases:
             try:
                 ids, layout = self._text(self.meta["cases"][name.removeprefix(f"{PREFIX}case_")])
-                asked[name] = Answer(ids, layout, row)
+                asked[name] = TokenizedCase(ids, layout, row)
                 row += 1
             except Exception as error:  # the other cases go on
                 asked[name] = error
@@ -163,7 +163,7 @@ class Recorded:
         questions = [
             NvilaQuery(self._pictures(self.meta["cases"][name.removeprefix(f"{PREFIX}case_")]), answer.layout)
             for name, answer in self._asked.items()
-            if isinstance(answer, Answer)
+            if isinstance(answer, TokenizedCase)
         ]
         programs = NvilaPrograms(self.model, len(questions))
         longest = max(len(question.layout) for question in questions)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from rflow_jax.parity import encoders, flux, generation, nvila, qwen, training
-from rflow_jax.parity.measure import PARAMETERS, Line, Recording, lines
+from rflow_jax.parity.measure import PARAMETERS, ArrayResult, Recording, lines
 
 CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
     flux.PLAIN: flux.plain,
@@ -27,7 +27,7 @@ CHECKS: dict[str, Callable[[Recording], Iterator[tuple[str, Any]]]] = {
 }
 
 
-def verify(root: Path, on_check: Callable[[str, int], None] | None = None) -> list[Line]:
+def verify(root: Path, on_check: Callable[[str, int], None] | None = None) -> list[ArrayResult]:
     """Compares this package with the recordings below ``root``: a line for each recorded array.
 
     A check that raises is a FAIL on each of its missing arrays, and the others go on.

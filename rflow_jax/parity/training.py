@@ -109,7 +109,7 @@ def gradients(recording: Recording) -> Iterator[Result]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """One recorded optimization."""
 
     prefix: str  # of its arrays' names
@@ -118,7 +118,7 @@ class Run:
     parameters: dict[int, str]  # steps taken -> file with the parameters then
 
 
-def runs(recording: Recording) -> list[Run]:
+def runs(recording: Recording) -> list[RecordedRun]:
     """The recorded runs, with the settings of the metadata."""
     meta = recording.meta
     prodigy, big, clip2 = meta["prodigy"], meta["prodigy_bigd"], meta["prodigy_clip2"]
@@ -132,10 +132,12 @@ def runs(recording: Recording) -> list[Run]:
     files = {steps: f"{PARAMETERS}prodigy{steps}" for steps in prodigy["steps"]}
     replaced = {**_settings(prodigy), "d0": big["d0"]}
     return [
-        Run("adamw", adamw, meta["adamw"]["steps"], {meta["adamw"]["steps"]: adamw_file}),
-        Run("prodigy", base, max(prodigy["steps"]), files),
-        Run("prodigy_clip2", OptimizerConfig("prodigy", **_settings(prodigy), max_grad_norm=small), clip2["steps"], {}),
-        Run(
+        RecordedRun("adamw", adamw, meta["adamw"]["steps"], {meta["adamw"]["steps"]: adamw_file}),
+        RecordedRun("prodigy", base, max(prodigy["steps"]), files),
+        RecordedRun(
+            "prodigy_clip2", OptimizerConfig("prodigy", **_settings(prodigy), max_grad_norm=small), clip2["steps"], {}
+        ),
+        RecordedRun(
             "prodigy_bigd",
             OptimizerConfig("prodigy", **replaced, **common),
             big["steps"],
@@ -158,7 +160,7 @@ def optimizers(recording: Recording) -> Iterator[Result]:
         yield from _follow(problem, run, start)
 
 
-def _follow(problem: Problem, run: Run, start: Tensors) -> Iterator[Result]:
+def _follow(problem: Problem, run: RecordedRun, start: Tensors) -> Iterator[Result]:
     optimizer = make_optimizer(run.config)
 
     @jax.jit

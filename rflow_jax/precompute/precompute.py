@@ -25,7 +25,7 @@ from rflow_jax.data.sources.latents import (
     RECORDS_IN_FILE,
     SETTINGS,
     SHARED,
-    Entry,
+    LatentEntry,
     LatentMetadata,
     PrecomputeConfig,
     file_name,
@@ -48,7 +48,7 @@ from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.progress import byte_progress, count_progress
 from rflow_jax.weights.components import CLIP, T5, TRANSFORMER, VAE
-from rflow_jax.weights.flux import DISTILLED_T5_LENGTH, T5_LENGTH, FluxModel, Source, describe
+from rflow_jax.weights.flux import DISTILLED_T5_LENGTH, T5_LENGTH, FluxModel, StoredNetwork, describe
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
@@ -98,7 +98,7 @@ def load_encoders(model: str, dtype: Dtype, mesh: Mesh, *, progress: bool = True
     tokenizers = Tokenizers(root)
     configs = {name: component.read_config(root) for name, component in NETWORKS.items()}
     networks = {name: component.abstract(configs[name], dtype) for name, component in NETWORKS.items()}
-    sources = {name: Source.open(paths[component.folder]) for name, component in NETWORKS.items()}
+    sources = {name: StoredNetwork.open(paths[component.folder]) for name, component in NETWORKS.items()}
     with byte_progress(progress) as bar:
         task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
         options = {"dtype": dtype, "sharding_for": sharding_for(mesh), "on_bytes": lambda n: bar.advance(task, n)}
@@ -240,7 +240,7 @@ class Writer:
             return
         side, small = self._settings.target_size, self._settings.condition_size
         good, bad = np.zeros((side, side, 3), np.uint8), np.zeros((small, small, 3), np.uint8)
-        arrays = jax.device_get(self._start([Prepared(Entry("", "", ""), good, bad)]))
+        arrays = jax.device_get(self._start([Prepared(LatentEntry("", "", ""), good, bad)]))
         black = {"black_mean": arrays.bad[0][0], "black_logvar": arrays.bad[1][0]}
         with atomic_output(path) as file:
             save_tensors(file, black | {"empty_text": arrays.text[0, 0]})
@@ -259,7 +259,7 @@ class Writer:
                     save_tensors(file, tensors, {"entries": json.dumps([list(entry) for entry, _ in records])})
                 yield len(records)
 
-    def _encoded(self, found: Iterator[Prepared]) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
+    def _encoded(self, found: Iterator[Prepared]) -> Iterator[tuple[LatentEntry, dict[str, np.ndarray]]]:
         """Each record with its tensors; while one batch is computed, the previous one is fetched and written."""
         pending: deque[tuple[list[Prepared], Encoded | None]] = deque()
         while batch := list(islice(found, self._size)):
@@ -285,7 +285,7 @@ class Writer:
         return encode(self._encoders.graphs, self._dtype, self._mesh, self._encoders.weights, *batch)
 
 
-def _split_batch(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tuple[Entry, dict[str, np.ndarray]]]:
+def _split_batch(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tuple[LatentEntry, dict[str, np.ndarray]]]:
     arrays, row = jax.device_get(encoded), 0
     for one in batch:
         if one.entry.trouble or arrays is None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import RecordError, RecordSource
-from rflow_jax.data.sources.latents import Entry
+from rflow_jax.data.sources.latents import LatentEntry
 from rflow_jax.data.transforms import pictures
 from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 class Prepared(NamedTuple):
     """A record's texts and, if it can be used, its images: uint8 [y, y, 3] and [v, v, 3]."""
 
-    entry: Entry
+    entry: LatentEntry
     good: np.ndarray = np.empty(0)
     bad: np.ndarray = np.empty(0)
 
@@ -48,7 +48,7 @@ class Prepare:
             record = self.source.read(*job)
             good, bad = pictures(record, self.config)
         except RecordError as error:
-            return Prepared(Entry("", "", "", str(error)))
+            return Prepared(LatentEntry("", "", "", str(error)))
         if self.config.crop != "center":
             with Image.open(io.BytesIO(record.good_image)) as image:
                 width, height = image.size
@@ -57,7 +57,7 @@ class Prepare:
                     f"{record.key}: {width} x {height} pixels are cropped at random each time, which precomputed "
                     "latents cannot follow; set data.crop to center, here and in training"
                 )
-        return Prepared(Entry(record.key, record.prompt, record.reflection), good, bad)
+        return Prepared(LatentEntry(record.key, record.prompt, record.reflection), good, bad)
 
 
 def ahead(workers: Workers, jobs: Iterable[Job], count: int) -> Iterator[Prepared]:

@@ -1,4 +1,4 @@
-"""What a search found, to be looked at: one HTML page, and a table for the terminal."""
+"""Reports of searches: one HTML page, and a table for the terminal."""
 
 from rflow_jax.report.curves import summary_table
 from rflow_jax.report.page import write_report

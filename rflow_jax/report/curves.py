@@ -8,10 +8,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from rflow_jax.report.runs import Prompt, Run
+from rflow_jax.report.runs import Prompt, SearchRun
 
 
-def names(runs: Sequence[Run]) -> list[str]:
+def names(runs: Sequence[SearchRun]) -> list[str]:
     """The last parts of each run's path, as many as no other run's path ends with."""
     paths = [run.folder.absolute().parts for run in runs]
     found = []
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def verifier(run: Run) -> str:
+def verifier(run: SearchRun) -> str:
     """The model that scored the images."""
     if not run.verified:
         return "none"
@@ -51,13 +51,13 @@ def verifier(run: Run) -> str:
     return _text(section.get("model")) or _text(section.get("name")) or "unknown"
 
 
-def model(run: Run) -> str:
+def model(run: SearchRun) -> str:
     """The generator, and its corrector if it has one."""
     parts = [_text(run.config.get("model")) or "unknown", _text(run.config.get("lora"))]
     return " + ".join(part.rstrip("/").rpartition("/")[2] for part in parts if part)
 
 
-def strategy(run: Run) -> str:
+def strategy(run: SearchRun) -> str:
     """The kind of search."""
     return _text(run.config.get("strategy")).replace("_", " + ") or "unknown"
 
@@ -91,13 +91,13 @@ class Curve:
     values: tuple[float | None, ...]
 
 
-def numbers_of_images(runs: Iterable[Run]) -> list[int]:
+def numbers_of_images(runs: Iterable[SearchRun]) -> list[int]:
     """1, 2, 4, ... as far as there are images, and the greatest number itself."""
     most = max(run.most for run in runs)
     return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
-def tags(runs: Sequence[Run]) -> list[str]:
+def tags(runs: Sequence[SearchRun]) -> list[str]:
     """The tags of all prompts: GenEval's in its order, then others as they come; empty if no prompt has any."""
     found = dict.fromkeys(prompt.tag for run in runs for prompt in run.prompts)
     known = [tag for tag in GENEVAL_TAGS if tag in found]
@@ -105,7 +105,7 @@ def tags(runs: Sequence[Run]) -> list[str]:
     return [*known, *others, *([UNTAGGED] if None in found and len(found) > 1 else [])]
 
 
-def curve(run: Run, tag: str, numbers: Sequence[int]) -> Curve:
+def curve(run: SearchRun, tag: str, numbers: Sequence[int]) -> Curve:
     """The curve of one tag, or of :data:`OVERALL`, at these numbers of images."""
     wanted = None if tag == UNTAGGED else tag
     prompts = [prompt for prompt in run.prompts if tag == OVERALL or prompt.tag == wanted]
@@ -126,7 +126,7 @@ def _mean(prompts: Sequence[Prompt], count: int, decides: bool) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def summary_table(runs: Sequence[Run]) -> Table:
+def summary_table(runs: Sequence[SearchRun]) -> Table:
     """The mean best score after 1, 2, 4, ... images for each tag and overall, a line a run.
 
     For a verifier that decides it is the share of prompts whose best image is a "yes".

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rflow_jax.report import charts
 from rflow_jax.report import curves as names
 from rflow_jax.report.curves import OVERALL, curve, numbers_of_images, tags
-from rflow_jax.report.runs import Picture, Prompt, Run, read_runs
+from rflow_jax.report.runs import Picture, Prompt, SearchRun, read_runs
 from rflow_jax.utils.atomic_io import write_file
 
 _HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return write_page(read_runs(runs), out)
 
 
-def write_page(runs: Sequence[Run], out: Path | None = None) -> Path:
+def write_page(runs: Sequence[SearchRun], out: Path | None = None) -> Path:
     """As :func:`write_report`, for searches that have been read."""
     folder = runs[0].folder if out is None else out
     page = folder / "index.html"
@@ -44,7 +44,7 @@ def write_page(runs: Sequence[Run], out: Path | None = None) -> Path:
     return page
 
 
-def render(runs: Sequence[Run], folder: Path) -> str:
+def render(runs: Sequence[SearchRun], folder: Path) -> str:
     """The page's HTML, for a page that lies in ``folder``."""
     # Every text comes from models and files: what a template inserts is escaped, and scripts use text nodes only.
     environment = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined)
@@ -62,8 +62,8 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     )
 
 
-def page_data(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
-    """What the page's script is given: all that the list shows, and each prompt's details in a packed form."""
+def page_data(runs: Sequence[SearchRun], folder: Path) -> dict[str, Any]:
+    """The data of the page's script: all that the list shows, and each prompt's details in a packed form."""
     matched: dict[tuple[str, int], dict[int, Prompt]] = {}
     for number, run in enumerate(runs):
         seen: Counter[str] = Counter()
@@ -135,7 +135,7 @@ def _url(path: str) -> str:
     return quote(os.fsencode(Path(path).as_posix()))
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: SearchRun) -> dict[str, Any]:
     most = run.most
     ends = curve(run, OVERALL, [1, most]).values if run.verified else (None, None)
     begun = len(run.prompts) + run.running
@@ -156,11 +156,11 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _of(runs: Sequence[Run], decides: bool) -> list[int]:
+def _of(runs: Sequence[SearchRun], decides: bool) -> list[int]:
     return [number for number, run in enumerate(runs) if run.verified and run.decides == decides]
 
 
-def _curves(runs: Sequence[Run], decides: bool) -> dict[str, Any]:
+def _curves(runs: Sequence[SearchRun], decides: bool) -> dict[str, Any]:
     """The charts of the runs whose verifiers decide, or of those whose verifiers grade."""
     chosen, all_names = _of(runs, decides), names.names(runs)
     numbers = numbers_of_images(runs[number] for number in chosen)

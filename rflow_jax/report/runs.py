@@ -85,7 +85,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Run:
+class SearchRun:
     """One search.
 
     Attributes:
@@ -129,7 +129,7 @@ class Run:
         return max(len(prompt.pictures) for prompt in self.prompts)
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[SearchRun]:
     """Reads searches.
 
     Raises:
@@ -140,7 +140,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [read_run(folder) for folder in folders]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> SearchRun:
     """Reads one search; raises as :func:`read_runs`."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the --out of a search")
@@ -162,7 +162,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder / 'usage.json'}: not JSON ({error})") from error
     known = usage.items() if isinstance(usage, dict) else ()
     usage = {key: float(value) for key, value in known if isinstance(value, int | float)}
-    return Run(folder, config, usage, tuple(finished), len(begun) - len(finished))
+    return SearchRun(folder, config, usage, tuple(finished), len(begun) - len(finished))
 
 
 def _read_prompt(folder: Path) -> Prompt | None:

@@ -1,1 +1,1 @@
-"""What a verifier says of images that are there already: which images, the verdicts, the file that keeps them."""
+"""Scoring of existing images: which images, their verdicts, and the file that keeps these."""

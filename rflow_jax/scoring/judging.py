@@ -11,7 +11,7 @@ from typing import Any
 import PIL.Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.scoring.results import Found
+from rflow_jax.scoring.results import ImageResult
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.utils.images import image_in
@@ -24,7 +24,7 @@ Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, imag
 PIXELS_AT_ONCE = 2**27  # of the images that a thread holds, beyond a batch: 400 MB in RGB
 
 
-def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[int, Found]]:
+def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[int, ImageResult]]:
     """Each image's verdict as it comes, with the key of its target; the verifier is closed in the end.
 
     One thread more than the verifier takes calls reads images, so that it never waits for the disk.
@@ -32,7 +32,7 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
     turn, ended = threading.Semaphore(verifier.concurrency), threading.Event()
 
-    def call(chunks: Sequence[Chunk]) -> list[list[tuple[int, Found]]]:
+    def call(chunks: Sequence[Chunk]) -> list[list[tuple[int, ImageResult]]]:
         return [_score(verifier, turn, ended, chunk) for chunk in chunks]
 
     calls = BatchingPool("score", call, verifier.concurrency + 1, 1, lambda _, found: heard.put(found), heard.put)
@@ -58,8 +58,8 @@ def judge(verifier: Verifier, targets: Mapping[int, Target]) -> Iterator[tuple[i
 
 def _score(
     verifier: Verifier, turn: threading.Semaphore, ended: threading.Event, chunk: Chunk
-) -> list[tuple[int, Found]]:
-    found: dict[int, Found] = {}
+) -> list[tuple[int, ImageResult]]:
+    found: dict[int, ImageResult] = {}
     for part in _parts(chunk, verifier.batch_size):
         images = {k: image for k, (_, _, image) in part.items() if isinstance(image, PIL.Image.Image)}
         with turn:
@@ -69,7 +69,7 @@ def _score(
             verdicts = score_images(verifier, list(images.values()), items) if images else []
         judged = dict(zip(images, map(normalize_verdict, verdicts), strict=True))
         for k, (target, sha256, reason) in part.items():
-            found[k] = Found(target, sha256, judged.get(k) or Verdict(None, error=str(reason)), verifier.name)
+            found[k] = ImageResult(target, sha256, judged.get(k) or Verdict(None, error=str(reason)), verifier.name)
     return list(found.items())
 
 

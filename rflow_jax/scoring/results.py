@@ -32,7 +32,7 @@ _START, _REST = b'{"image": "', b', "item": {'
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageResult:
     """The result for one image.
 
     Attributes:
@@ -106,18 +106,18 @@ class Results:
         """Whether any score is known."""
         return bool(self._scored)
 
-    def known(self, target: Target, sha256: str) -> Found | None:
+    def known(self, target: Target, sha256: str) -> ImageResult | None:
         """This verifier's earlier result for these bytes and this prompt, if it is a score."""
         kept = self._scored.get(_key(sha256, self._settings, target.item))
-        return kept and Found(target, sha256, *kept)
+        return kept and ImageResult(target, sha256, *kept)
 
-    def add(self, found: Found) -> None:
+    def add(self, found: ImageResult) -> None:
         """Appends a verdict, whole or not at all."""
         self.begin()
         if self._path is not None:
             append_line(self._path, json_line(self._line(found)))
 
-    def finish(self, all_found: Iterable[Found]) -> None:
+    def finish(self, all_found: Iterable[ImageResult]) -> None:
         """Rewrites the file in order: its other lines, then one line for each of these images."""
         self.begin()
         if self._path is None:
@@ -129,7 +129,7 @@ class Results:
             self._lines[key] = line
         write_file(self._path, "".join(map(json_line, self._lines.values())))
 
-    def _line(self, found: Found) -> dict[str, Any]:
+    def _line(self, found: ImageResult) -> dict[str, Any]:
         return {
             "image": shown(found.target.path),
             "item": dict(found.target.item),

@@ -20,7 +20,7 @@ from rflow_jax.verifiers.config import VERIFIERS, NoVerifierConfig, OpenAIVerifi
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Which images are scored, against which prompts, by whom.
+    """The images to score, their prompts, and the verifier.
 
     Attributes:
         images: image files, or folders. With ``prompt`` a folder's own images are scored; without, a folder is one

@@ -1,4 +1,4 @@
-"""What a run has used over all its starts: seconds, images, calls, tokens, dollars."""
+"""Usage of a run over all its starts: seconds, images, calls, tokens, dollars."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Which prompts are searched, and where the results go.
+    """The prompts to search, and the folder of the results.
 
     Attributes:
         prompts: file with GenEval metadata, one JSON object a line.

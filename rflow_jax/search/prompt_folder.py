@@ -54,7 +54,7 @@ class Journal:
             self._remember(entry)
 
     def known(self, position: int, what: str) -> Any:
-        """What was noted of an image, or None."""
+        """The entry of an image, or None."""
         return self._known.get(position, {}).get(what)
 
     def note(self, position: int, what: str, value: Any) -> None:

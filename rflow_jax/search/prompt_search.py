@@ -31,7 +31,7 @@ _CALLED = {REFLECTION: "reflection", REFINED: "refined prompt"}
 
 @dataclass(frozen=True)
 class SearchTask:
-    """One thing to do for one image."""
+    """One step of one image."""
 
     run: "PromptSearch"
     position: int
@@ -45,7 +45,7 @@ class SearchTask:
 
 @dataclass(frozen=True)
 class SearchContext:
-    """What is the same for all prompts of a run.
+    """The settings that all prompts of a run share.
 
     Attributes:
         seed: the run's.
@@ -65,7 +65,7 @@ class SearchContext:
 
 
 class PromptSearch:
-    """One prompt on its way.
+    """The search of one prompt.
 
     Args:
         given: files of images to begin with, if the strategy does.
@@ -110,7 +110,7 @@ class PromptSearch:
             self.folder.journal.note(task.position, _NOTED_AS[task.step], asdict(result))
         follow = self._follow(task.position)
         if follow == task:
-            raise RunError(f"{self.folder.path / self.place(task)}: was written and is not there; check the disk")
+            raise RunError(f"{self.folder.path / self.place(task)}: disappeared after it was written; check the disk")
         if follow is not None:
             return [follow]
         self._open -= 1

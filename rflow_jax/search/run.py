@@ -130,7 +130,7 @@ def _search(
     if live.first_failure:
         print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
     if engine.stopped:
-        print(f"stopped: {engine.stopped}; the same command with a larger budget goes on", file=sys.stderr)
+        print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
     return 1 if context.verified and live.unscored and not live.scored else 0
 
 

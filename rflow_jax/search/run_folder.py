@@ -101,7 +101,7 @@ def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
     lock = out / f".{CONFIG}.{process_index}.lock" if process_index else None  # a file for each process of a run
     held = try_lock(lock or path)
     if held is None:
-        raise InputError(f"{out}: another process is at work in this folder; wait for it, or give another")
+        raise InputError(f"{out}: another process is using this folder; wait for it, or give another")
     return Claim(held, lock)
 
 

@@ -63,7 +63,7 @@ class TensorFile:
 
 
 class Noise:
-    """Normal numbers for a tensor of any size, cut out of one random block from a place that its key decides.
+    """Normal numbers for a tensor of any size, cut out of one random block at an offset that its key decides.
 
     Drawing 17 billion normals would take minutes. Standard deviations are powers of two, so that bfloat16
     numbers are scaled by lowering their exponent bits, an integer subtraction.
@@ -105,7 +105,7 @@ class Noise:
 
 
 def log2_inverse_std(key: str, shape: tuple[int, ...]) -> int:
-    """k where the standard deviation is 2^-k: near 1 / sqrt(fan in), so that activations stay finite."""
+    """k of the standard deviation 2^-k: near 1 / sqrt(fan in), so that activations stay finite."""
     if key == "shared.weight":  # T5 normalises its embeddings
         return 0
     if key.endswith(".bias") or "embedding.weight" in key:

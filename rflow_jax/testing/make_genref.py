@@ -24,7 +24,7 @@ SHAPES = ("circle", "square", "triangle")
 
 @dataclass(frozen=True)
 class GenRefConfig:
-    """What is made.
+    """Generated shards of GenRef.
 
     Attributes:
         out: folder of the shards, 000.tar and so on.

@@ -1,4 +1,4 @@
-"""What the local OpenAI-compatible server answers: it follows from the request alone."""
+"""Answers of the local OpenAI-compatible server, which follow from the request alone."""
 
 import argparse
 import base64
@@ -208,7 +208,7 @@ STATUSES = (408, 409, 429, 500, 502, 503)
 
 @dataclass
 class Fault:
-    """Something that goes wrong.
+    """A fault that the server injects.
 
     Attributes:
         kind: delay (answers late), reorder (the earlier a request came, the later its answer), status (an HTTP

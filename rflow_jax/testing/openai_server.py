@@ -57,7 +57,7 @@ class OpenAIServer:
         port: 0 is any free one.
         chaos: what goes wrong at random.
         delay: seconds that every answer takes.
-        spread: up to so many seconds more, by the request: answers come out of order.
+        spread: up to this many seconds more, by the request: answers come out of order.
         refuse: ways to ask for JSON (json_schema, json_object) that get a 400, as from older servers.
         usage: whether answers count their tokens.
     """
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add: Callable[..., Any] = parser.add_argument
     add("--port", type=int, default=0, help="default: any free one")
     add("--delay", type=float, default=0.0, help="seconds that every answer takes")
-    add("--spread", type=float, default=0.0, help="up to so many seconds more: answers come out of order")
+    add("--spread", type=float, default=0.0, help="up to this many seconds more: answers come out of order")
     add("--chaos", type=float, default=0.0, help="share of the requests that fail, in every way there is")
     add("--seed", type=int, default=0, help="of the chaos")
     add("--hang", type=float, default=30.0, help="seconds that the chaos keeps a client waiting")

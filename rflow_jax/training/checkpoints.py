@@ -227,7 +227,7 @@ class Checkpoints:
             config: the run's settings by their dotted names, compared with those of the checkpoint.
 
         Raises:
-            InputError: the checkpoint is of another model or run, or none can be read.
+            InputError: the checkpoint belongs to another model or run, or none can be read.
         """
         damaged: dict[int, str] = {}
         steps, results = self.steps, ""
@@ -277,7 +277,7 @@ class Checkpoints:
         for name in sorted(shapes.keys() | wanted):
             if shapes.get(name) != wanted.get(name):
                 raise InputError(
-                    f"{self.out / CHECKPOINTS / str(step)}: is of another model ({name} has the shape "
+                    f"{self.out / CHECKPOINTS / str(step)}: belongs to another model ({name} has the shape "
                     f"{shapes.get(name)}, and now it is {wanted.get(name)}); start afresh with another out"
                 )
 

@@ -123,7 +123,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, and how; the defaults are the original's.
+    """The optimizer and its settings; the defaults are the original's.
 
     Attributes:
         name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
@@ -239,14 +239,14 @@ class CommonConfig:
         trainable_parameters: regular expression on dotted parameter paths of the model: train these and no LoRA (".*"
             is all of them).
         lora: the LoRA that is trained.
-        optimizer: how it moves.
+        optimizer: its name and settings.
         train: the steps.
-        mesh: how the devices are arranged.
+        mesh: the layout of the devices.
         distributed: several processes as one run.
         data: what it is trained on.
         checkpoint: when the run is saved.
-        validation: how it is tried on held-out records.
-        logging: how its progress is reported.
+        validation: evaluation on held-out records.
+        logging: reports of its progress.
     """
 
     task: str
@@ -272,7 +272,7 @@ class CommonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(CommonConfig):
+class CorrectorRunConfig(CommonConfig):
     """Trains the corrector on GenRef.
 
     Attributes:
@@ -293,7 +293,7 @@ class RunConfig(CommonConfig):
 
 # The key ``task`` of a configuration -> (its dataclass, the class that is made from it and a mesh).
 TASKS = {
-    "corrector": ("rflow_jax.training.config:RunConfig", "rflow_jax.training.corrector.task:Corrector"),
+    "corrector": ("rflow_jax.training.config:CorrectorRunConfig", "rflow_jax.training.corrector.task:Corrector"),
     "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
     "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
 }

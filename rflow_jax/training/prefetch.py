@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from rflow_jax.data.loader import HostBatch
 from rflow_jax.data.workers import Background
 from rflow_jax.parallel.mesh import BATCH, put_batch
-from rflow_jax.training.corrector.step import Inputs
+from rflow_jax.training.corrector.step import StepInputs
 from rflow_jax.weights.flux import FluxModel
 
 AHEAD = 2
@@ -26,13 +26,13 @@ def slots_here(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for rows, *_ in filter(None, indices.values()) for row in range(*rows.indices(batch_size))})
 
 
-def put_pixels(flux: FluxModel, text_length: int, mesh: Mesh) -> Callable[[HostBatch], Inputs]:
+def put_pixels(flux: FluxModel, text_length: int, mesh: Mesh) -> Callable[[HostBatch], StepInputs]:
     """A function that tokenizes a batch and puts it onto the mesh."""
 
-    def put(batch: HostBatch) -> Inputs:
+    def put(batch: HostBatch) -> StepInputs:
         clip_ids = flux.tokenizers.clip(batch.prompts, flux.clip_length)
         t5_ids = flux.tokenizers.t5(batch.t5_texts, text_length)
-        return Inputs(*put_batch(mesh, (batch.good, batch.bad, clip_ids, t5_ids, batch.numbers)))
+        return StepInputs(*put_batch(mesh, (batch.good, batch.bad, clip_ids, t5_ids, batch.numbers)))
 
     return put
 

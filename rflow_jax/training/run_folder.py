@@ -52,11 +52,11 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
     try:
         held = try_lock(lock)
     except InputError as error:
-        log.warning("%s; see to it that no other run writes there", error)
+        log.warning("%s; make sure that no other run writes there", error)
         yield
         return
     if held is None:
-        raise InputError(f"{out}: another run is at work in this folder; wait for it, or give another out")
+        raise InputError(f"{out}: another run is using this folder; wait for it, or give another out")
     try:
         taken = any(path.name != LOCK for path in out.iterdir())
         if taken and not resume:

@@ -17,7 +17,7 @@ from rflow_jax.training.train_state import StepMetrics, TrainState
 
 @runtime_checkable
 class Exporter(Protocol):
-    """Writes what was trained in the form that other programs read.
+    """Exports the trained parameters in a form that other programs read.
 
     Attributes:
         exports: path of a step's export in the run's folder, ending in the step, such as ``lora/{step}``; None: there

@@ -41,8 +41,8 @@ _KINDS = {
     "NoneType": "null",
 }
 _OF_THE_MACHINE = {
-    errno.ENOSPC: "the disk is full; free some space or name another place",
-    errno.EDQUOT: "your share of the disk is used up; free some space or name another place",
+    errno.ENOSPC: "the disk is full; free some space or choose another path",
+    errno.EDQUOT: "your share of the disk is used up; free some space or choose another path",
     errno.EIO: "the device reports an error; check the disk, or copy the file again",
 }
 _OF_THE_USER = {
@@ -50,9 +50,9 @@ _OF_THE_USER = {
     errno.EEXIST: "a file of this name is in the way",
     errno.ENOTDIR: "a part of this path is a file and no folder",
     errno.EISDIR: "a folder, where a file is expected",
-    errno.EACCES: "no permission; change its rights or name another place",
-    errno.EPERM: "not permitted; change its rights or name another place",
-    errno.EROFS: "the disk is read-only; name another place",
+    errno.EACCES: "no permission; change its rights or choose another path",
+    errno.EPERM: "not permitted; change its rights or choose another path",
+    errno.EROFS: "the disk is read-only; choose another path",
     errno.ENAMETOOLONG: "this name is too long",
 }
 

@@ -64,7 +64,7 @@ def levels_in(content: Mapping[str, Any], source: str) -> np.ndarray:
             raise ValueError("not numbers to divide by")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{source}: image_mean and image_std must be there, three numbers each, those of image_std above 0"
+            f"{source}: image_mean and image_std are needed, three numbers each, those of image_std above 0"
         ) from error
     scale = content.get("rescale_factor", 1 / 255)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:

@@ -265,7 +265,7 @@ def _default(one: Field[Any]) -> Any:
 
 @contextmanager
 def _within(source: str) -> Iterator[None]:
-    """Begins the messages of input errors with their place."""
+    """Prefixes the messages of input errors with their source."""
     try:
         yield
     except InputError as error:

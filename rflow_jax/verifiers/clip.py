@@ -85,7 +85,7 @@ Scores = Callable[[np.ndarray, np.ndarray], Array]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ClipInput:
     """One preprocessed image and its tokenized prompt."""
 
     pixels: np.ndarray  # uint8 [y, x, 3]
@@ -128,15 +128,15 @@ class CLIPVerifier:
         """Cancels what a running call has not begun; those images are unscored, with ``CLOSED`` as the reason."""
         self._closed.set()
 
-    def _pair(self, image: Image, prompt: str) -> Pair:
+    def _pair(self, image: Image, prompt: str) -> ClipInput:
         length = self._sizes.text.max_position_embeddings
         ids = self._tokenizer(require_plain(prompt, self._marks), truncation=False, verbose=False)["input_ids"]
         require_fitting(len(ids), length)
         # Attention is causal, and the end token's vector is taken: what follows it is never seen.
         padding = [ids[-1]] * (length - len(ids))
-        return Pair(self._images.cut(image), np.asarray([*ids, *padding], np.int32))
+        return ClipInput(self._images.cut(image), np.asarray([*ids, *padding], np.int32))
 
-    def _verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+    def _verdicts(self, pairs: Sequence[ClipInput]) -> Iterator[Verdict]:
         size = self.config.batch_size
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         running = []

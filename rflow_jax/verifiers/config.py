@@ -1,4 +1,4 @@
-"""Which verifier scores the images: a dataclass for each kind, and the registry of all."""
+"""Configurations of verifiers: a dataclass for each kind, and the registry of all."""
 
 from __future__ import annotations
 

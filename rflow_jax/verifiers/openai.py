@@ -75,7 +75,7 @@ def yes_no_template(template: str) -> Template:
     path = SHIPPED / "yesno.md" if template == "question" else Path(template)
     asked = Template(read_prompt(path).strip())
     if "prompt" not in asked.get_identifiers():
-        raise InputError(f"{path}: $prompt, the place of the prompt, is missing")
+        raise InputError(f"{path}: does not contain $prompt")
     return asked
 
 
@@ -139,9 +139,9 @@ class OpenAIVerifier(ChatVerifier):
         except ValidationError as error:
             raise InputError(f"{path}: expected {{tag: {{aspect: meaning}}}} in JSON") from error
         if "default" not in self._aspects:
-            raise InputError(f"{path}: a table 'default' is missing; it serves the tags that have none")
+            raise InputError(f"{path}: a table 'default' is missing; it is used for tags without one of their own")
         if any(_OVERALL in aspects for aspects in self._aspects.values()):
-            raise InputError(f"{path}: {_OVERALL!r} is graded anyway; give that aspect another name")
+            raise InputError(f"{path}: {_OVERALL!r} is always graded; rename that aspect")
         super().__init__("openai", config, meter)
 
     def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:

@@ -33,7 +33,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointPart:
     """One network of a checkpoint.
 
     Attributes:
@@ -106,7 +106,7 @@ def byte_counter(on_progress: OnProgress | None, total: int) -> Callable[[str, i
     return advance
 
 
-def _sources(found: ModelPath, options: Options) -> list[Source]:
+def _sources(found: ModelPath, options: Options) -> list[CheckpointPart]:
     if found.kind == "diffusers":
         if options.ae or options.text:
             raise InputError(
@@ -117,12 +117,12 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
     file = found.components[TRANSFORMER.folder]
     files = _open_file(file, options.allow_pickle)
     config = {"_class_name": TRANSFORMER_CLASS} | asdict(bfl_config(files.shapes, str(file)))
-    sources = [Source(TRANSFORMER, config, files, bfl_mapping(files))]
+    sources = [CheckpointPart(TRANSFORMER, config, files, bfl_mapping(files))]
     ae = options.ae or found.components.get(VAE.folder)
     if ae is not None:
         files, vae_config = _open_file(ae, options.allow_pickle), AutoencoderConfig()
         config = {"_class_name": "AutoencoderKL"} | asdict(vae_config)
-        sources.append(Source(VAE, config, files, VAE.table_for(files, vae_config)))
+        sources.append(CheckpointPart(VAE, config, files, VAE.table_for(files, vae_config)))
     if options.text is not None:
         if missing := [name for name in TEXT if not (options.text / name).is_dir()]:
             raise InputError(f"{options.text}: has no {', '.join(missing)}; expected a folder in diffusers' layout")
@@ -130,11 +130,11 @@ def _sources(found: ModelPath, options: Options) -> list[Source]:
     return sources
 
 
-def _from_folder(component: Component, folder: Path, options: Options) -> Source:
+def _from_folder(component: Component, folder: Path, options: Options) -> CheckpointPart:
     config = read_object(folder / "config.json")
     files = open_folder(folder, options.allow_pickle)
     sizes = component.config_of(config, folder / "config.json")
-    return Source(component, config, files, component.table_for(files, sizes))
+    return CheckpointPart(component, config, files, component.table_for(files, sizes))
 
 
 def _open_file(file: Path, allow_pickle: bool) -> TensorFiles:

@@ -249,7 +249,7 @@ def _load_networks(
     progress: bool,
 ) -> None:
     """Fills every network with its weights; one bar, in bytes, over all of them."""
-    sources = {folder: Source.open(path) for folder, path in paths.items()}
+    sources = {folder: StoredNetwork.open(path) for folder, path in paths.items()}
     with byte_progress(progress) as bar:
         task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
         for component in COMPONENTS:
@@ -260,7 +260,7 @@ def _load_networks(
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StoredNetwork:
     """The stored weights of one network, in its own layout or in ours."""
 
     path: Path
@@ -268,7 +268,7 @@ class Source:
     files: TensorFiles | None  # None: in our layout
 
     @classmethod
-    def open(cls, path: Path) -> Source:
+    def open(cls, path: Path) -> StoredNetwork:
         """Reads the headers only."""
         if is_stored(path):
             return cls(path, stored_bytes(path), None)

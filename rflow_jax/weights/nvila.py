@@ -24,7 +24,7 @@ from rflow_jax.utils.images import levels_in
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.utils.progress import byte_progress
 from rflow_jax.weights.convert import OnProgress, Options, byte_counter, open_folder
-from rflow_jax.weights.flux import Source
+from rflow_jax.weights.flux import StoredNetwork
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.key_mapping import KeyMapping
 from rflow_jax.weights.loading import ShardingFor
@@ -85,7 +85,7 @@ def load_nvila(
     config = read_nvila_config(root)
     tokenizer, levels = NvilaTokenizer(root / LANGUAGE, config.language), _levels(root, config)
     network = abstract_nvila(config, dtype)
-    sources = {part: Source.open(root / part) for part in PARTS}
+    sources = {part: StoredNetwork.open(root / part) for part in PARTS}
     with byte_progress(progress) as bar:
         task = bar.add_task("loading", total=sum(source.nbytes for source in sources.values()))
         options = {"dtype": dtype, "sharding_for": sharding_for, "on_bytes": partial(bar.advance, task)}

@@ -29,7 +29,7 @@ from rflow_jax.weights.saving import Conversion, Leaf, OnBytes, in_windows
 
 
 @dataclass(frozen=True)
-class Pending:
+class DeferredLeaf:
     """A leaf of the tree to be saved, which is read when its turn comes."""
 
     leaf: Leaf
@@ -48,8 +48,8 @@ class Pending:
         return self.leaf.dtype
 
 
-class PendingHandler(type_handlers.NumpyHandler):
-    """Saves :class:`Pending` leaves as numpy arrays, a window at a time.
+class DeferredLeafHandler(type_handlers.NumpyHandler):
+    """Saves :class:`DeferredLeaf` leaves as numpy arrays, a window at a time.
 
     Orbax's own handlers want the whole tree in memory before the first byte is written.
     """
@@ -84,11 +84,11 @@ def save_orbax(conversion: Conversion, folder: Path, *, on_bytes: OnBytes | None
     read = lru_cache(maxsize=1)(conversion.read)  # most parts of a fused tensor follow one another
     owner = {target.path: key for key in conversion.keys for target in conversion.plan.entries[key]}
     tree = {
-        tuple(leaf.path.split(".")): Pending(leaf, lambda path=leaf.path: read(owner[path])[path])
+        tuple(leaf.path.split(".")): DeferredLeaf(leaf, lambda path=leaf.path: read(owner[path])[path])
         for leaf in conversion.leaves()
     }
     registry = type_handlers.create_type_handler_registry(
-        (jax.Array, type_handlers.ArrayHandler()), (Pending, PendingHandler(on_bytes))
+        (jax.Array, type_handlers.ArrayHandler()), (DeferredLeaf, DeferredLeafHandler(on_bytes))
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with _os_errors(folder), ocp.Checkpointer(handler) as checkpointer:

@@ -89,7 +89,7 @@ class HttpTextGeneratorConfig(Connection, TextGeneratorConfig):
     Attributes:
         temperature: sampling temperature; null leaves it to the server.
         max_tokens: longest answer in tokens; null leaves it to the server.
-        prompt_file: what the model is told, instead of the file shipped here.
+        prompt_file: a prompt file in place of the one in the package.
     """
 
     name: Literal["http"] = field(default="http", init=False)
@@ -107,7 +107,7 @@ class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
     """Qwen2.5-VL in this process; roles that differ in their prompt file alone share one model.
 
     Attributes:
-        prompt_file: what the model is told, instead of the file shipped here.
+        prompt_file: a prompt file in place of the one in the package.
     """
 
     name: Literal["qwen"] = field(default="qwen", init=False)
@@ -125,7 +125,7 @@ class PluginTextGeneratorConfig(Endpoint, TextGeneratorConfig):
 
     Attributes:
         name: package.module:Class.
-        prompt_file: what the model is told, instead of the file shipped here.
+        prompt_file: a prompt file in place of the one in the package.
         options: what the class makes of it; ``devices: [1]`` keeps the generator off these devices.
     """
 

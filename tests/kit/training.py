@@ -10,7 +10,7 @@ import numpy as np
 
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.training.config import LoraConfig, OptimizerConfig
-from rflow_jax.training.corrector.step import ENCODERS, Inputs, StepSpec, TokenShape, make_encode, make_step
+from rflow_jax.training.corrector.step import ENCODERS, StepInputs, StepSpec, TokenShape, make_encode, make_step
 from rflow_jax.training.optimizers import make_optimizer
 from rflow_jax.training.partition import load_trainable_model
 from rflow_jax.training.train_state import init_state
@@ -58,7 +58,7 @@ class TrainingRun:
         weights, found = self.trained.bundle.weights, []
         encoders = {name: weights[name] for name in ENCODERS}
         for step in steps:
-            inputs = Inputs(*put_batch(self.mesh, batch(step)))
+            inputs = StepInputs(*put_batch(self.mesh, batch(step)))
             examples = self._encode(encoders, inputs)
             with jax.transfer_guard("disallow"):
                 self.state, report = self._step(self.state, self.trained.frozen, examples, inputs.numbers)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
 from rflow_jax.parity import run
-from rflow_jax.parity.measure import Line, Recording
+from rflow_jax.parity.measure import ArrayResult, Recording
 from tests.kit.compare import save_arrays
 from tests.kit.record import RUNS, SCHNELL_SCHEDULE, Run, Sizes, record
 
@@ -155,10 +155,10 @@ def made(tmp_path_factory) -> Callable[[str], Verified]:
 
 
 @pytest.fixture
-def verdicts(monkeypatch) -> Callable[..., dict[str, Line]]:
+def verdicts(monkeypatch) -> Callable[..., dict[str, ArrayResult]]:
     """Runs ``verify``, on another folder if one is given, without computing everything anew."""
 
-    def again(verified: Verified, folder: Path | None = None) -> dict[str, Line]:
+    def again(verified: Verified, folder: Path | None = None) -> dict[str, ArrayResult]:
         replayed = {name: partial(_replay, results) for name, results in verified.computed.items()}
         monkeypatch.setattr(run, "CHECKS", replayed)
         return by_array(run.verify(folder or verified.folder))
@@ -170,11 +170,11 @@ def _replay(results: dict, recording: Recording) -> Iterator[tuple[str, object]]
     return iter(results.items())
 
 
-def by_array(verdicts: list[Line]) -> dict[str, Line]:
+def by_array(verdicts: list[ArrayResult]) -> dict[str, ArrayResult]:
     return {f"{line.file}/{line.stage}": line for line in verdicts}
 
 
-def statuses(verdicts: dict[str, Line], *wanted: str) -> set[str]:
+def statuses(verdicts: dict[str, ArrayResult], *wanted: str) -> set[str]:
     """The arrays with one of these verdicts."""
     return {array for array, line in verdicts.items() if line.status in wanted}
 

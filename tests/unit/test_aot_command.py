@@ -17,7 +17,7 @@ from rflow_jax.aot.report import Report, compile_program
 from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
 from rflow_jax.search.config import SearchConfig
-from rflow_jax.training.config import RunConfig
+from rflow_jax.training.config import CorrectorRunConfig
 from rflow_jax.utils import cli
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_the_report_as_json(program):
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
-        (["--config", "corrector_v5e_16"], RunConfig),
+        (["--config", "corrector_v5e_16"], CorrectorRunConfig),
         (["--config=search_v5e_8"], SearchConfig),
         (["--config=search_v5e_8", "--what=verifier"], SearchConfig),
     ],

@@ -99,7 +99,7 @@ def test_keys_and_addresses_of_the_environment_are_checked(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " sk-padded-key\n")
     assert Endpoint().api_key() == "sk-padded-key"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-two\nlines")
-    with pytest.raises(InputError, match="OPENAI_API_KEY holds characters") as caught:
+    with pytest.raises(InputError, match="OPENAI_API_KEY contains characters") as caught:
         Chat(Endpoint())
     assert "lines" not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", "")

@@ -268,7 +268,7 @@ def memory_shard():
 
 
 def test_a_shard_of_unknown_size_has_no_ranges():
-    with pytest.raises(InputError, match="does not say its size"):
+    with pytest.raises(InputError, match="does not report its size"):
         RangeFile(Shard("https://example.org/a.tar", None, ""))
 
 

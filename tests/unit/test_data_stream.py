@@ -17,7 +17,7 @@ from rflow_jax.data.loader import HostBatch
 from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sources.open import open_loader
 from rflow_jax.data.sources.stream import Buffers, merge_positions
-from rflow_jax.data.sources.stream_shards import ProcessShare, ShardAssignment, Stream, StreamPosition, read_shard
+from rflow_jax.data.sources.stream_shards import ProcessShare, RecordStream, ShardAssignment, StreamPosition, read_shard
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import Shard, expand
 from rflow_jax.errors import InputError
@@ -86,7 +86,7 @@ def test_a_position_of_other_shards_or_processes_is_refused(config):
         position = loader.position(0)
     with pytest.raises(InputError, match="not the records the run began with"):
         batches(replace(config, path=f"{config.path}/000.tar"), 1, position=position)
-    with pytest.raises(InputError, match="of 1 processes with other samples"):
+    with pytest.raises(InputError, match="had 1 processes with other samples"):
         batches(config, 1, slots=range(2), position=position)
     with pytest.raises(InputError, match="without the position"):
         batches(config, 1, start=3)
@@ -102,7 +102,7 @@ def test_processes_share_the_stream(config, shards, slots):
     routes = [ShardAssignment(found, share, seed=0) for share in shares]
 
     def keys(route: ShardAssignment, epoch: int) -> list[str]:
-        stream, keys = Stream(route, SOON, StreamPosition(epoch, 0, 0)), []
+        stream, keys = RecordStream(route, SOON, StreamPosition(epoch, 0, 0)), []
         while stream.position.epoch == epoch:
             keys += [one[1].key for one in [stream.read()] if one]
         return keys
@@ -134,7 +134,7 @@ def test_a_scarce_subset_neither_blocks_nor_fills_the_memory(config, tmp_path):
     (tmp_path / "000.tar").write_bytes(tar_bytes(flat(keys)))
     share = ProcessShare.of(range(1), 1)
     route = ShardAssignment(expand(str(tmp_path)), share, seed=0)
-    buffers = Buffers(Stream(route, SOON), route, ("rule", "editing"), 6, seed=0)
+    buffers = Buffers(RecordStream(route, SOON), route, ("rule", "editing"), 6, seed=0)
     drawn = Counter(buffers.draw("rule", number).raw.key for number in range(40))
     assert set(drawn) == {key for key, subset in keys.items() if subset == "rule"}
     assert max(drawn.values()) <= 12

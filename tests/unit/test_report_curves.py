@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rflow_jax.report.charts import NARROW, SMALL, WIDE, Series, chart, ticks
 from rflow_jax.report.curves import OVERALL, UNTAGGED, curve, duration, names, numbers_of_images, tags
-from rflow_jax.report.runs import Picture, Prompt, Run
+from rflow_jax.report.runs import Picture, Prompt, SearchRun
 from rflow_jax.verifiers.base import Verdict
 
 
@@ -17,9 +17,9 @@ def picture(verdict: Verdict | None) -> Picture:
     return Picture("midimg/x.png", (8, 8), 0, 0, "noise", verdict=verdict)
 
 
-def a_run(*prompts: tuple[str | None, list[Verdict | None]]) -> Run:
+def a_run(*prompts: tuple[str | None, list[Verdict | None]]) -> SearchRun:
     made = (Prompt(f"{k:05d}", "p", tag, tuple(map(picture, verdicts))) for k, (tag, verdicts) in enumerate(prompts))
-    return Run(Path("run"), {}, {}, tuple(made), 0)
+    return SearchRun(Path("run"), {}, {}, tuple(made), 0)
 
 
 # Few values, so that ties are common.
@@ -114,7 +114,7 @@ def test_labels_of_curves_do_not_touch_and_curves_stay_inside(curves, style):
 
 
 def test_names_tell_runs_apart():
-    runs = [Run(Path(name), {}, {}, (), 0) for name in ("/x/one", "/x/a/geneval", "/x/b/geneval")]
+    runs = [SearchRun(Path(name), {}, {}, (), 0) for name in ("/x/one", "/x/a/geneval", "/x/b/geneval")]
     assert names(runs) == ["one", "a/geneval", "b/geneval"]
     assert names(runs[1:2]) == ["geneval"]
     assert len(names([runs[0], runs[0]])) == 2

@@ -20,7 +20,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.openai_client import png_bytes
 from rflow_jax.scoring import judging
 from rflow_jax.scoring.judging import scores_follow_from
-from rflow_jax.scoring.results import Found, Results
+from rflow_jax.scoring.results import ImageResult, Results
 from rflow_jax.scoring.targets import Target
 from rflow_jax.testing.openai_server import OpenAIServer, score_of
 from rflow_jax.utils import cli
@@ -334,7 +334,7 @@ def test_an_interrupted_judge_asks_no_more_and_leaves_no_thread(folder):
 
 
 def test_a_second_writer_is_refused_as_long_as_the_first_writes(tmp_path):
-    out, found = tmp_path / "o.jsonl", Found(Target(tmp_path / "a.png", {"prompt": "x"}), "0", Verdict(1.0))
+    out, found = tmp_path / "o.jsonl", ImageResult(Target(tmp_path / "a.png", {"prompt": "x"}), "0", Verdict(1.0))
     with Results(out, {}) as first:
         first.add(found)
         for _ in range(2):
@@ -372,7 +372,7 @@ def test_a_file_of_another_kind_stays_as_it_is(folder, asked, tmp_path, capsys, 
 def test_a_first_line_cut_anywhere_is_one_of_ours(tmp_path):
     out = tmp_path / "o"
     with Results(out, {}) as results:
-        results.add(Found(Target(tmp_path / 'ü"\\.png', {"prompt": "x"}), "0", Verdict(1.0)))
+        results.add(ImageResult(Target(tmp_path / 'ü"\\.png', {"prompt": "x"}), "0", Verdict(1.0)))
     line = out.read_bytes()
     for end in range(len(line)):
         out.write_bytes(line[:end])

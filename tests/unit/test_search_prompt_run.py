@@ -279,7 +279,7 @@ def test_given_images_are_taken_over_and_judged_and_the_best_corrected(tmp_path)
 def test_an_image_that_was_written_and_is_not_there_is_not_asked_for_for_ever(tmp_path):
     run = prompt_run(tmp_path)
     work = run.begin()[0]
-    with pytest.raises(RunError, match=r"0_round@9-5-0-0\.png: was written and is not there"):
+    with pytest.raises(RunError, match=r"0_round@9-5-0-0\.png: disappeared after it was written"):
         run.done(work, None)
 
 

@@ -176,7 +176,7 @@ def test_one_process_a_share_until_it_dies(run):
     )
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another process is at work in this folder"):
+        with pytest.raises(InputError, match="another process is using this folder"):
             claim(run, CONFIG, 2)
         with claim(run, CONFIG, 1):
             pass
@@ -193,7 +193,7 @@ def test_a_claim_outlives_readers_of_the_configuration(tmp_path):
     for place in (0, 2):
         with claim(tmp_path, CONFIG, place):
             require_same(tmp_path, CONFIG)
-            with pytest.raises(InputError, match="another process is at work in this folder"):
+            with pytest.raises(InputError, match="another process is using this folder"):
                 claim(tmp_path, CONFIG, place)
         claim(tmp_path, CONFIG, place).close()
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]

@@ -112,7 +112,7 @@ def test_chats_that_do_not_fit_are_replaced_and_counted(chats, tmp_path):
         ({"messages": [{"role": "user", "content": ["a"]}]}, "is not a message"),
         (
             {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]},
-            "<image> stands 1 times in the messages, for 0 images",
+            "<image> occurs 1 times in the messages, for 0 images",
         ),
         ({"messages": [{"role": "assistant", "content": "a"}], "images": "a.png"}, "give a list of files"),
     ],
@@ -138,7 +138,7 @@ def test_reflections_of_genref_as_chats(tmp_path):
     assert names == [f"pictures/{k:07d}.jpg" for k in (1, 3, 6, 8)]  # from all over the ten
     with pytest.raises(InputError, match="are held out"):
         make_chats(ChatsConfig(shards, str(tmp_path / "other"), held_out=16))
-    with pytest.raises(InputError, match="must hold <image> once"):
+    with pytest.raises(InputError, match="must contain <image> once"):
         ChatsConfig(shards, "out", question="Prompt: $prompt")
 
 

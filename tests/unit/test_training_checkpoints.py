@@ -121,7 +121,7 @@ def test_one_without_sums_is_taken_if_it_can_be_read(kept):
 
 
 def test_a_state_of_other_shapes_is_refused_in_one_line(kept):
-    with pytest.raises(InputError, match=r"checkpoints/6: is of another model \(optimizer\.mu has the shape \(3,\)"):
+    with pytest.raises(InputError, match=r"6: belongs to another model \(optimizer\.mu has the shape \(3,\)"):
         restored(kept, like=state(0, size=4))
     assert not list(kept.glob("damaged*"))
 
@@ -160,11 +160,11 @@ def test_a_second_run_is_kept_out_as_long_as_the_first_is_there(tmp_path):
     out = tmp_path / "run"
     with open_folder(out, resume=False):
         for resume in (False, True):
-            with pytest.raises(InputError, match="another run is at work"), open_folder(out, resume):
+            with pytest.raises(InputError, match="another run is using"), open_folder(out, resume):
                 pass
         write_config(out, {"a": 1})
     assert [path.name for path in out.iterdir()] == ["config.yaml"]
-    with pytest.raises(InputError, match="holds files already"), open_folder(out, resume=False):
+    with pytest.raises(InputError, match="contains files already"), open_folder(out, resume=False):
         pass
     with open_folder(out, resume=True):
         assert (out / LOCK).exists()

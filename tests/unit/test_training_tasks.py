@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.training.config import DEFAULT_TASK, TASKS, CommonConfig, RunConfig, config_class
+from rflow_jax.training.config import DEFAULT_TASK, TASKS, CommonConfig, CorrectorRunConfig, config_class
 from rflow_jax.training.reward.config import RewardRunConfig
 from rflow_jax.training.run_folder import CONFIG, write_config
 from rflow_jax.training.sft.config import SftRunConfig
@@ -57,7 +57,7 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
 )
 def test_a_word_where_a_section_belongs(argv, message):
     with pytest.raises(InputError) as caught:
-        cli.run_command(cli.Command((RunConfig,), print), ["--model=m", "--data.path=s", "--out=o", argv])
+        cli.run_command(cli.Command((CorrectorRunConfig,), print), ["--model=m", "--data.path=s", "--out=o", argv])
     assert str(caught.value) == message
 
 
@@ -73,7 +73,7 @@ def test_a_value_where_a_file_should_hold_a_section(tmp_path, text, message):
     (tmp_path / "wrong.yaml").write_text(text)
     argv = ["--data.path=s", "--config", str(tmp_path / "wrong.yaml"), "--model=m", "--out=o"]
     with pytest.raises(InputError) as caught:
-        cli.run_command(cli.Command((RunConfig,), print), argv)
+        cli.run_command(cli.Command((CorrectorRunConfig,), print), argv)
     assert str(caught.value) == message
 
 
@@ -97,7 +97,7 @@ def test_the_task_of_a_command_line(tmp_path):
 
 def test_every_task_has_settings_of_its_own():
     assert {name: config_class(name) for name in TASKS} == {
-        "corrector": RunConfig,
+        "corrector": CorrectorRunConfig,
         "reward": RewardRunConfig,
         "sft": SftRunConfig,
     }

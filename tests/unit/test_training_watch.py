@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from rflow_jax.data import workers
 from rflow_jax.errors import InputError
-from rflow_jax.training.config import LoggingConfig, OptimizerConfig, RunConfig
+from rflow_jax.training.config import CorrectorRunConfig, LoggingConfig, OptimizerConfig
 from rflow_jax.training.metrics import METRICS, SKIPPED_SHOWN, MetricWriter, known_tflops, peak_flops
 from rflow_jax.training.optimizers import learning_rate
 from rflow_jax.training.prefetch import prefetch_to_device
@@ -233,7 +233,7 @@ def test_a_schedule_needs_its_end():
 def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setting, value):
     argv = ["--model=m", "--data.path=s", "--out=o", f"--{setting}={value}"]
     with pytest.raises(InputError, match=rf"^{setting} is (-?[\d.]+|nan|inf|empty): "):
-        cli.run_command(cli.Command((RunConfig,), lambda _: None), argv)
+        cli.run_command(cli.Command((CorrectorRunConfig,), lambda _: None), argv)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
@@ -251,7 +251,7 @@ def test_every_recipe_is_read_and_read_again_as_it_was_resolved(recipe, tmp_path
     assert f"--config configs/{recipe.name}" in recipe.read_text()
 
 
-def read(file: Path) -> RunConfig:
-    found: list[RunConfig] = []
-    cli.run_command(cli.Command((RunConfig,), found.append), ["--config", str(file)])
+def read(file: Path) -> CorrectorRunConfig:
+    found: list[CorrectorRunConfig] = []
+    cli.run_command(cli.Command((CorrectorRunConfig,), found.append), ["--config", str(file)])
     return found[0]

@@ -8,7 +8,16 @@ import pytest
 
 from rflow_jax.commands.parity import ParityConfig, compare
 from rflow_jax.errors import InputError
-from rflow_jax.parity.measure import Line, Moved, Recording, judge_of, lines, measure, movement_tolerance, summary
+from rflow_jax.parity.measure import (
+    ArrayResult,
+    Moved,
+    Recording,
+    judge_of,
+    lines,
+    measure,
+    movement_tolerance,
+    summary,
+)
 from rflow_jax.parity.run import CHECKS, verify
 from tests.kit.compare import save_arrays
 
@@ -17,7 +26,7 @@ TOLERANCES = json.loads("""{"uint8 images": "at most 1 level, in at most 0.5 % o
 
 
 @pytest.fixture(scope="module")
-def verdicts(request) -> list[Line]:
+def verdicts(request) -> list[ArrayResult]:
     return verify(request.getfixturevalue("golden"))
 
 

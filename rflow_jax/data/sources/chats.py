@@ -15,7 +15,7 @@ PICTURE = "<image>"  # placeholder of the next image in a message
 ROLES = ("system", "user", "assistant")
 
 
-class Chat(NamedTuple):
+class ChatRecord(NamedTuple):
     """One conversation.
 
     Attributes:
@@ -52,11 +52,11 @@ class ChatFile:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def read(self, index: int) -> Chat:
+    def read(self, index: int) -> ChatRecord:
         """Reads one chat; raises RecordError if an image cannot be read."""
         line = self.lines[index]
         images = tuple(read_image(self.folder / name, line.source) for name in line.images)
-        return Chat(line.source, line.messages, images)
+        return ChatRecord(line.source, line.messages, images)
 
 
 def _line(source: str, record: Mapping[str, Any]) -> _Line:
@@ -74,5 +74,5 @@ def _line(source: str, record: Mapping[str, Any]) -> _Line:
         raise InputError(f"{source}: images is {images!r}: give a list of files")
     asked = sum(message["content"].count(PICTURE) for message in messages)
     if asked != len(images):
-        raise InputError(f"{source}: {PICTURE} stands {asked} times in the messages, for {len(images)} images")
+        raise InputError(f"{source}: {PICTURE} occurs {asked} times in the messages, for {len(images)} images")
     return _Line(source, tuple((message["role"], message["content"]) for message in messages), tuple(images))

@@ -37,7 +37,7 @@ _KEPT_HEADERS = 256
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """What is encoded, and by which model.
+    """The records to encode, and the model.
 
     Attributes:
         model: the pipeline whose encoders are used: a converted or diffusers-layout folder, or a Hub id.
@@ -74,7 +74,7 @@ class LatentMetadata:
     format: int = FORMAT
 
 
-class Entry(NamedTuple):
+class LatentEntry(NamedTuple):
     """A record's texts; ``trouble`` says why it cannot be used and is empty if it can."""
 
     key: str
@@ -157,7 +157,7 @@ class LatentSource:
         """That of the records it was made from: a run may continue with either."""
         return self.settings.fingerprint
 
-    def entry(self, subset: str, index: int) -> Entry:
+    def entry(self, subset: str, index: int) -> LatentEntry:
         """The texts of a record; raises InputError if its file is missing or damaged."""
         if not 0 <= index < self.counts[subset]:
             raise IndexError(f"{subset} {index}: there are {self.counts[subset]} records")
@@ -285,10 +285,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @lru_cache(_KEPT_HEADERS)
-def _open_file(path: Path) -> tuple[TensorFiles, list[Entry]]:
+def _open_file(path: Path) -> tuple[TensorFiles, list[LatentEntry]]:
     files = TensorFiles.open(path)
     try:
-        return files, [Entry(*entry) for entry in json.loads(files.metadata["entries"])]
+        return files, [LatentEntry(*entry) for entry in json.loads(files.metadata["entries"])]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error!r}); remove it and precompute again") from error
 

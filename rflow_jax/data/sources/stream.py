@@ -23,8 +23,8 @@ from rflow_jax.data.sources.stream_shards import (
     BufferedSample,
     ProcessShare,
     RawSample,
+    RecordStream,
     ShardAssignment,
-    Stream,
     StreamPosition,
 )
 from rflow_jax.data.sources.tar_index import make_record
@@ -72,7 +72,7 @@ class Buffers:
         size: records of each subset.
     """
 
-    def __init__(self, stream: Stream, route: ShardAssignment, wanted: Sequence[str], size: int, seed: int):
+    def __init__(self, stream: RecordStream, route: ShardAssignment, wanted: Sequence[str], size: int, seed: int):
         self._stream, self._route, self._size, self._seed = stream, route, size, seed
         self._items: dict[str, list[BufferedSample]] = {name: [] for name in wanted}
         self._drawn = dict.fromkeys(wanted, 0)
@@ -244,14 +244,14 @@ def open_stream(
         streams = position.get("streams", {})
         if share.name not in streams:
             raise InputError(
-                f"data.format is stream: the run was of {len(streams)} processes with other samples; use as many again"
+                f"data.format is stream: the run had {len(streams)} processes with other samples; use as many as it had"
             )
         snapshot = streams[share.name]
     elif start:
         raise InputError(f"data.format is stream: cannot begin at step {start} without the position of a run")
     route = ShardAssignment(shards, share, seed)
     begin = StreamPosition(*snapshot["place"]) if snapshot else StreamPosition(0, 0, 0)
-    buffers = Buffers(Stream(route, config.retry, begin), route, choice.wanted, config.shuffle_buffer_size, seed)
+    buffers = Buffers(RecordStream(route, config.retry, begin), route, choice.wanted, config.shuffle_buffer_size, seed)
     if snapshot:
         buffers.restore(snapshot)
     plan = StreamSampler(choice, buffers, share, fingerprint, start, kept=config.prefetch + 16)

@@ -98,7 +98,7 @@ class ShardAssignment:
         return number % self._share.parts in self._share.own
 
 
-class Stream:
+class RecordStream:
     """The endless records of one process, from any position on; ``position`` is that of the next sample."""
 
     def __init__(self, route: ShardAssignment, retry: RetryPolicy, position: StreamPosition = StreamPosition(0, 0, 0)):
@@ -128,16 +128,14 @@ class Stream:
         for epoch, shard in sorted({position[:2] for position in positions}):
             wanted = {position for position in positions if position[:2] == (epoch, shard)}
             begin = StreamPosition(epoch, shard, 0)
-            for position, raw in Stream(self._route, self._retry, begin)._read(begin):
+            for position, raw in RecordStream(self._route, self._retry, begin)._read(begin):
                 if position in wanted and not raw.trouble:
                     found[position] = BufferedSample(position, raw)
                 if position.sample >= max(wanted).sample:
                     break
         if missing := set(positions) - found.keys():
             shard = self._route.shards(min(missing).epoch)[min(missing).shard]
-            raise InputError(
-                f"{shard.shown}: sample {min(missing).sample} is not there any more, so it cannot be resumed"
-            )
+            raise InputError(f"{shard.shown}: sample {min(missing).sample} is gone, so the run cannot be resumed")
         return found
 
     def _read(self, begin: StreamPosition) -> Iterator[tuple[StreamPosition, RawSample]]:

@@ -44,7 +44,7 @@ class DamagedTar(Exception):
 
 
 @dataclass
-class Sample(Generic[T]):
+class TarSample(Generic[T]):
     """Consecutive members with the same key.
 
     Attributes:
@@ -56,7 +56,7 @@ class Sample(Generic[T]):
     found: list[T | None]
     trouble: str = ""
 
-    def check(self) -> Sample[T]:
+    def check(self) -> TarSample[T]:
         """Itself, with ``trouble`` set if a member is missing."""
         missing = [name for name, one in zip(MEMBERS, self.found, strict=True) if one is None]
         if missing and not self.trouble:
@@ -98,9 +98,9 @@ def headers(tar: TarFile) -> Iterator[TarInfo]:
         raise DamagedTar(str(error)) from error
 
 
-def samples(members: Iterable[tuple[str, T]]) -> Iterator[Sample[T]]:
+def samples(members: Iterable[tuple[str, T]]) -> Iterator[TarSample[T]]:
     """Groups consecutive (name, content) members; those of other data sets and lone files are left out."""
-    current: Sample[T] | None = None
+    current: TarSample[T] | None = None
     for name, content in members:
         match = _NAME.fullmatch(name)
         if match is None:
@@ -115,7 +115,7 @@ def samples(members: Iterable[tuple[str, T]]) -> Iterator[Sample[T]]:
             continue
         member = MEMBERS.index(name)
         if current is None:
-            current = Sample(key, [None] * len(MEMBERS))
+            current = TarSample(key, [None] * len(MEMBERS))
         if current.found[member] is not None:
             current.trouble = f"has two of {MEMBERS[member]}"
         current.found[member] = content

@@ -22,7 +22,7 @@ _LONGEST_RETRY_AFTER = 300.0
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to wait for a server.
+    """Timeouts and retries of requests to a server.
 
     Attributes:
         timeout: seconds without a byte, and the seconds by which an answer may lag behind 64 KiB/s.

@@ -21,7 +21,7 @@ _MAGIC = frozenset("*?[")
 _VERSION_KEYS = ("blob_id", "ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
 
 
-class Found(NamedTuple):
+class StoredFile(NamedTuple):
     """A file of a store; ``size`` in bytes, None if the store does not say."""
 
     url: str
@@ -39,7 +39,7 @@ class Store:
     def __init__(self, url: str):
         self._fs = _open(url)[0]
 
-    def find(self, url: str, retry: RetryPolicy) -> list[Found]:
+    def find(self, url: str, retry: RetryPolicy) -> list[StoredFile]:
         """The files that an address matches, sorted; it may contain ``*``, ``?`` and ``[ab]``.
 
         Raises:
@@ -61,7 +61,9 @@ class Store:
         if not infos:
             raise InputError(f"{url}: no shard matches")
         scheme = url.partition("://")[0]
-        return [Found(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())]
+        return [
+            StoredFile(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())
+        ]
 
 
 def store_range(url: str, start: int, length: int, retry: RetryPolicy) -> bytes:
@@ -268,7 +270,7 @@ class RangeFile(io.RawIOBase):
     def __init__(self, shard: Shard, retry: RetryPolicy = RetryPolicy()):
         super().__init__()
         if shard.size is None:
-            raise InputError(f"{shard.shown}: its server does not say its size; download the shards or stream them")
+            raise InputError(f"{shard.shown}: its server does not report its size; download the shards or stream them")
         self._shard, self._size, self._retry = shard, shard.size, retry
         self._at, self._block, self._block_start = 0, b"", 0
         self._ahead = _SMALL_BLOCK

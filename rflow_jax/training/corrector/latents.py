@@ -25,7 +25,7 @@ class LatentInputs(NamedTuple):
     """A batch as it leaves the host; posteriors as (mean, log variance).
 
     Attributes:
-        numbers: of the samples, as in ``Inputs``.
+        numbers: of the samples, as in ``StepInputs``.
     """
 
     good: tuple[Float[Array, "b y x z"], Float[Array, "b y x z"]]

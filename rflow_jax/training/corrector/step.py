@@ -32,7 +32,7 @@ INIT = 2**32 - 1  # no sample has this number
 ENCODERS = ("vae", "clip", "t5")  # whose weights the function from make_encode takes
 
 
-class Inputs(NamedTuple):
+class StepInputs(NamedTuple):
     """A batch as it leaves the host.
 
     Attributes:
@@ -57,7 +57,7 @@ class TokenShape:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """How a step is computed.
+    """The settings of a step.
 
     Attributes:
         dtype: of the activations.
@@ -79,7 +79,7 @@ def sample_keys(seed: int, numbers: UInt32[Array, " b"]) -> Array:
     return jax.vmap(partial(jax.random.fold_in, run))(numbers)
 
 
-def make_encode(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, Inputs], Examples]:
+def make_encode(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any, StepInputs], Examples]:
     """A jitted function of (the encoders' weights, inputs)."""
     graphs, dtype = flux.graphs, recipe.dtype
 
@@ -93,7 +93,7 @@ def make_encode(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any,
 
     @jax.jit
     @partial(traced_on, mesh)
-    def encode(weights: Any, inputs: Inputs) -> Examples:
+    def encode(weights: Any, inputs: StepInputs) -> Examples:
         keys = sample_keys(recipe.seed, inputs.numbers)
         x_0, condition = tokens(weights["vae"], (inputs.good, inputs.bad), keys)
         _, pooled = nnx.merge(graphs.clip, weights["clip"])(inputs.clip_ids)

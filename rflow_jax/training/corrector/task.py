@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from rflow_jax.data.loader import Loader
 from rflow_jax.data.sources.open import open_loader
 from rflow_jax.models.flux.config import forward_flops
-from rflow_jax.training.config import RunConfig
+from rflow_jax.training.config import CorrectorRunConfig
 from rflow_jax.training.corrector.latents import make_encode_latents, put_latents, require_latents_of
 from rflow_jax.training.corrector.loss import Examples
 from rflow_jax.training.corrector.step import ENCODERS, StepSpec, TokenShape, make_encode, make_step
-from rflow_jax.training.corrector.validation import Validation
+from rflow_jax.training.corrector.validation import CorrectorValidation
 from rflow_jax.training.partition import PartitionedModel, load_trainable_model
 from rflow_jax.training.prefetch import put_pixels, slots_here
 from rflow_jax.training.task import TrainStep
@@ -30,7 +30,7 @@ class Corrector:
         InputError: the model or a setting is not usable.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
+    def __init__(self, config: CorrectorRunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
         options = {"seed": config.train.seed, "dtype": config.train.dtype, "scan_blocks": config.train.scan_blocks}
         self.model = load_trainable_model(config.model, config.lora, config.trainable_parameters, mesh=mesh, **options)
@@ -51,12 +51,12 @@ class Corrector:
 
     @property
     def exporter(self) -> PartitionedModel:
-        """What writes the LoRA of a checkpoint."""
+        """The exporter of a checkpoint's LoRA."""
         return self.model
 
     @property
     def flops(self) -> float:
-        """Frozen weights get no gradient, only the activations that pass through them."""
+        """FLOPs of a training sample: frozen weights get no gradient, only the activations that pass through them."""
         shape = self._recipe.shape
         (rows, columns), (c_rows, c_columns) = shape.image, shape.condition
         config = self.model.bundle.flux_config
@@ -92,16 +92,16 @@ class Corrector:
 
         return take
 
-    def open_validation(self, out: Path) -> Validation | None:
+    def open_validation(self, out: Path) -> CorrectorValidation | None:
         """Losses and images of held-out records."""
         config = self._config
         if config.validation.path is None:
             return None
-        return Validation(config.validation, config.data, self.model, self._recipe, self._mesh, out)
+        return CorrectorValidation(config.validation, config.data, self.model, self._recipe, self._mesh, out)
 
 
-def make_step_spec(config: RunConfig, trained: PartitionedModel) -> StepSpec:
-    """How a step is computed, the sizes in the model's own tokens.
+def make_step_spec(config: CorrectorRunConfig, trained: PartitionedModel) -> StepSpec:
+    """The settings of a step, with sizes in the model's tokens.
 
     Raises:
         InputError: the images' sizes do not fit the model.

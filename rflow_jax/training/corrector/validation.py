@@ -27,7 +27,7 @@ from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.training.config import ValidationConfig
 from rflow_jax.training.corrector.loss import Examples
-from rflow_jax.training.corrector.step import ENCODERS, Inputs, StepSpec, batch_losses, make_encode, sample_keys
+from rflow_jax.training.corrector.step import ENCODERS, StepInputs, StepSpec, batch_losses, make_encode, sample_keys
 from rflow_jax.training.partition import PartitionedModel
 from rflow_jax.training.run_folder import fresh
 from rflow_jax.typing import Array
@@ -36,7 +36,7 @@ from rflow_jax.utils.images import side_by_side
 FOLDER = "validation"
 
 
-class Validation:
+class CorrectorValidation:
     """Held-out records, read and encoded once; each run evaluates the parameters of one step on them.
 
     Raises:
@@ -109,7 +109,7 @@ class Validation:
                 numbers,
             )
             # Every process reads all records, and keeps the rows of its devices.
-            inputs = Inputs(*put_batch(self.mesh, host, whole=True))
+            inputs = StepInputs(*put_batch(self.mesh, host, whole=True))
             with reproducible(self._recipe.dtype):
                 yield first, encode(encoders, inputs), inputs.numbers
 

@@ -1,1 +1,1 @@
-"""What the tasks that train a Qwen2.5-VL have in common."""
+"""Common parts of the tasks that train a Qwen2.5-VL."""

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 class RowSizes(NamedTuple):
-    """What every row is padded to.
+    """The sizes that every row is padded to.
 
     Attributes:
         pictures: images of a row.
@@ -135,7 +135,7 @@ def inputs_of(rows: Rows, unit: int) -> QwenInputs:
 
 
 @runtime_checkable
-class Source(Protocol):
+class SampleSource(Protocol):
     """Random access to records; can be pickled, to be read in worker processes.
 
     Attributes:
@@ -183,7 +183,7 @@ class ArrayBatch(NamedTuple):
 class MakeExample:
     """Reads and prepares the record of a job; runs in a worker."""
 
-    source: Source
+    source: SampleSource
     maker: Collator
 
     def __call__(self, job: ItemRef) -> WorkerResult:
@@ -197,7 +197,7 @@ class MakeExample:
 class ArrayLoader(Loader):
     """Batches of arrays."""
 
-    def __init__(self, plan: ShuffledSampler, source: Source, maker: Collator, config: LoaderConfig, start: int):
+    def __init__(self, plan: ShuffledSampler, source: SampleSource, maker: Collator, config: LoaderConfig, start: int):
         super().__init__(plan, MakeExample(source, maker), config, start)
         self._maker = maker
 
@@ -206,7 +206,7 @@ class ArrayLoader(Loader):
 
 
 def open_array_loader(
-    source: Source,
+    source: SampleSource,
     maker: Collator,
     config: LoaderConfig,
     *,
@@ -219,7 +219,7 @@ def open_array_loader(
     return ArrayLoader(plan, source, maker, config, start)
 
 
-def first_usable(source: Source, maker: Collator, count: int) -> list[Any]:
+def first_usable(source: SampleSource, maker: Collator, count: int) -> list[Any]:
     """The examples of the first usable records.
 
     Raises:

@@ -35,7 +35,7 @@ class QwenLoraConfig:
 
 @dataclass(frozen=True)
 class QwenDataConfig:
-    """How samples are made.
+    """The sizes and the loading of samples.
 
     Attributes:
         max_tokens: of a sample, with its images; all are padded to it, and longer ones are skipped.

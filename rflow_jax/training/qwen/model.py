@@ -21,7 +21,7 @@ from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.corrector.step import INIT
 from rflow_jax.training.partition import dotted, on_host, shard_state
 from rflow_jax.training.prefetch import slots_here
-from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, Collator, RowSizes, Source, open_array_loader
+from rflow_jax.training.qwen.batches import ArrayBatch, ArrayLoader, Collator, RowSizes, SampleSource, open_array_loader
 from rflow_jax.training.qwen.config import QwenRunConfig
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import StepMetrics, TrainState
@@ -136,7 +136,7 @@ class QwenTask:
         config: QwenRunConfig,
         mesh: Mesh,
         parts: ParamPartition,
-        source: Source,
+        source: SampleSource,
         maker: Collator,
         sizes: RowSizes,
     ):

@@ -16,7 +16,7 @@ LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
 
 @dataclass(frozen=True)
 class RewardTaskConfig:
-    """How images are scored, and the loss on the scores.
+    """The reward head, and the loss on the rewards.
 
     Attributes:
         loss: ``bt`` (Bradley-Terry), ``margin``, ``constant_margin``, ``scaled``, ``reg`` (regression to people's
@@ -46,7 +46,7 @@ class PairDataConfig(QwenDataConfig):
         path: of GenRef, whose good images are preferred to the bad ones: addresses as in the corrector's ``data``.
         format: of GenRef: ``tar`` or ``tfds``.
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
-        retry: how long a server is waited for.
+        retry: timeouts and retries of servers.
     """
 
     pairs: str | None = None
@@ -88,10 +88,10 @@ class RewardRunConfig(QwenRunConfig):
     """Trains an image verifier on pairs of images.
 
     Attributes:
-        reward: how images are scored, and the loss.
+        reward: the reward head and the loss.
         lora: the LoRA that is trained, besides the reward head and the special token.
         train: the steps; a sample is a pair.
-        validation: how it is tried on held-out pairs.
+        validation: evaluation on held-out pairs.
     """
 
     task: Literal["reward"] = "reward"

@@ -52,7 +52,7 @@ class ChatValidationConfig:
 
 @dataclass(frozen=True)
 class SftTaskConfig:
-    """What is exported at a checkpoint.
+    """The export of a checkpoint.
 
     Attributes:
         merge: write a whole folder of Transformers with the LoRA added to the weights, instead of the adapter alone;
@@ -69,7 +69,7 @@ class SftRunConfig(QwenRunConfig):
     Attributes:
         sft: what is exported at a checkpoint.
         train: the steps; a sample is a chat.
-        validation: how it is tried on held-out chats.
+        validation: evaluation on held-out chats.
     """
 
     task: Literal["sft"] = "sft"

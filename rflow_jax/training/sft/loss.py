@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from rflow_jax.data.records import RecordError
-from rflow_jax.data.sources.chats import PICTURE, Chat
+from rflow_jax.data.sources.chats import PICTURE, ChatRecord
 from rflow_jax.data.transforms import decode
 from rflow_jax.errors import InputError
 from rflow_jax.models.options import AttentionImpl, Remat
@@ -58,7 +58,7 @@ class ChatMaker:
     prepare: QwenProcessor
     sizes: RowSizes
 
-    def example(self, chat: Chat) -> ChatExample:
+    def example(self, chat: ChatRecord) -> ChatExample:
         """Raises RecordError for a chat that cannot be used."""
         images = [decode(content, f"{chat.key}: image {k}") for k, content in enumerate(chat.images, 1)]
         try:
@@ -81,7 +81,7 @@ class ChatMaker:
             row[: len(example.learned)] = example.learned
         return ChatInputs(rows, weights)
 
-    def digest(self, chat: Chat) -> bytes:
+    def digest(self, chat: ChatRecord) -> bytes:
         """A hash of everything in a chat."""
         sums = [zlib.crc32(image) for image in chat.images]
         return hashlib.sha256(f"{chat.messages}{sums}".encode()).digest()

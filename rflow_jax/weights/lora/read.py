@@ -271,7 +271,7 @@ def read_lora(
     for name, tensors in modules.items():
         for part, adapter in _split(name, _adapter(name, tensors, strength, source), source):
             if part in adapters:
-                raise InputError(f"{source}: {name} gives {part} a second adapter")
+                raise InputError(f"{source}: {name} is a second adapter of {part}")
             adapters[part] = adapter
     if not adapters:
         raise InputError(f"{source}: has no adapter of the transformer, so it can have no effect")
