@@ -13,13 +13,12 @@ from PIL.Image import Image
 
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig, require_lora_effect
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import use_folder, write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command, early_value
-from rflow_jax.utils.images import read_image
+from rflow_jax.utils.images import png_bytes, read_image
 from rflow_jax.utils.progress import count_progress
 
 Seed = int | tuple[int, ...]

@@ -16,12 +16,11 @@ from rflow_jax.data.records import Record, RecordError
 from rflow_jax.data.transforms import pictures, uniforms
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig, require_lora_effect
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command
-from rflow_jax.utils.images import read_image, side_by_side
+from rflow_jax.utils.images import png_bytes, read_image, side_by_side
 from rflow_jax.utils.json_files import parse_json_lines, read_text
 from rflow_jax.utils.progress import count_progress
 

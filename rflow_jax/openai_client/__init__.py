@@ -11,7 +11,6 @@ from rflow_jax.openai_client.messages import (
     ChatRequest,
     ResponseSchema,
     UnusableAnswer,
-    png_bytes,
     vision_messages,
 )
 
@@ -23,7 +22,6 @@ __all__ = [
     "Endpoint",
     "ResponseSchema",
     "UnusableAnswer",
-    "png_bytes",
     "public_url",
     "vision_messages",
 ]

@@ -1,13 +1,14 @@
 """Questions and answers."""
 
 import base64
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL.Image import Image
+
+from rflow_jax.utils.images import png_bytes
 
 
 class ChatError(Exception):
@@ -70,13 +71,6 @@ class ChatRequest:
     parse: Callable[[Answer], Any]
     form: ResponseSchema | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def png_bytes(image: Image) -> bytes:
-    """The image as a PNG file; the same bytes are stored and sent."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def encodable(text: str) -> str:

@@ -16,10 +16,9 @@ from typing import Any
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.search.lineage import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
 from rflow_jax.utils.atomic_io import append_line, remove_beginnings, temporary_path, whole_lines, write_file
-from rflow_jax.utils.images import read_image
+from rflow_jax.utils.images import png_bytes, read_image
 from rflow_jax.utils.json_files import parse_json_lines, read_text
 from rflow_jax.verifiers.ranking import with_ensemble_scores
 

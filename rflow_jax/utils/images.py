@@ -30,6 +30,13 @@ def condition_pixels(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(decoded(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file; the same bytes are stored and sent."""
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Images in a row, scaled to the height of the highest."""
     height = max(image.height for image in images)

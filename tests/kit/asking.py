@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from rflow_jax.openai_client import Answer, Chat, ChatRequest, Endpoint, png_bytes, vision_messages
+from rflow_jax.openai_client import Answer, Chat, ChatRequest, Endpoint, vision_messages
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import sentence_of
+from rflow_jax.utils.images import png_bytes
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "default")
 

@@ -16,7 +16,6 @@ from typing import Any
 from PIL.Image import Image
 
 from rflow_jax.generation.config import SamplingConfig
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, SearchConfig
 from rflow_jax.search.engine import Engine, Models
@@ -24,6 +23,7 @@ from rflow_jax.search.progress import BusyClock, SearchProgress
 from rflow_jax.search.prompt_folder import PromptFolder, is_done, read_records
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext, SearchTask
 from rflow_jax.testing.openai_server import score_of
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.writers.base import WriterInput, WriterOutput
 from tests.kit.fake_pipeline import FakePipeline, picture

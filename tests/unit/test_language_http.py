@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, sentence_of
 from rflow_jax.utils.batching import CLOSED
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
 from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
 from rflow_jax.writers.http import HttpTextGenerator, HttpTextGeneratorConfig

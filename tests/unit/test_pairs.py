@@ -9,7 +9,7 @@ import pytest
 from rflow_jax.commands.pairs import PairsConfig, pairs, read_pairs
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig
-from rflow_jax.openai_client import png_bytes
+from rflow_jax.utils.images import png_bytes
 from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import files
 

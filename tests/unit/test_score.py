@@ -17,14 +17,13 @@ import yaml
 import tests.kit.searching as kit
 from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.scoring import judging
 from rflow_jax.scoring.judging import scores_follow_from
 from rflow_jax.scoring.results import ImageResult, Results
 from rflow_jax.scoring.targets import Target
 from rflow_jax.testing.openai_server import OpenAIServer, score_of
 from rflow_jax.utils import cli
-from rflow_jax.utils.images import read_image
+from rflow_jax.utils.images import png_bytes, read_image
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import VERIFIERS, RewardVerifierConfig
 from tests.kit.asking import pictures

@@ -13,13 +13,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.openai_client.usage import Usage
 from rflow_jax.search import engine as module
 from rflow_jax.search.config import NoiseStage, ReflectStage
 from rflow_jax.search.engine import Engine, Models
 from rflow_jax.search.progress import BusyClock, SearchProgress
 from rflow_jax.testing.openai_server import score_of
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.fake_pipeline import FakePipeline
 from tests.kit.searching import (

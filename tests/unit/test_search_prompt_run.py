@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.generation.sampling import PerturbedSeed
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.search.config import NoiseStage, ReflectStage
 from rflow_jax.search.prompt_folder import JOURNAL, read_records
 from rflow_jax.testing.openai_server import score_of
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.searching import CONFIG, HashVerifier, HashWriter, answer, drive, files, models, prompt_run
 

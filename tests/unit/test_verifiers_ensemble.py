@@ -6,12 +6,12 @@ import time
 import pytest
 
 from rflow_jax.errors import InputError, RunError
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.testing.openai_server import Fault, OpenAIServer, decision_of, score_of
 from rflow_jax.utils.batching import CLOSED
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers import VERIFIERS, make_verifier
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.ensemble import EnsembleVerifier

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import png_bytes
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import KEY, Chaos, Fault, OpenAIServer, score_of
 from rflow_jax.utils.batching import CLOSED
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verifier
 from rflow_jax.verifiers.config import OpenAIVerifierConfig

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
-from rflow_jax.openai_client import UnusableAnswer, png_bytes
+from rflow_jax.openai_client import UnusableAnswer
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, decision_of, score_of
+from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict, Verifier
 from rflow_jax.verifiers.config import YesNoVerifierConfig
