@@ -11,6 +11,7 @@ from typing import Any
 import PIL.Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.scoring.results import ImageResult
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.run_folder import public_section
@@ -18,6 +19,17 @@ from rflow_jax.utils.images import image_in
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers.base import Verdict, Verifier, normalize_verdict, score_images
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, RewardVerifierConfig, VerifierConfig
+
+# Scores are known by the settings of their verifier. Those of an endpoint have the form of earlier versions, where all
+# verifiers had all of these: no answer is paid for twice.
+_OF_ENDPOINTS = {
+    "temperature": None,
+    "max_tokens": None,
+    "structured": "auto",
+    "prompts": None,
+    "template": "question",
+    "options": {},
+}
 
 Chunk = list[tuple[int, Target]]
 Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
@@ -107,6 +119,8 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
         InputError: a reward model's checkpoint is not there.
     """
     found = VERIFIERS.results_follow_from(public_section(config))
+    if isinstance(config, Connection):
+        return _OF_ENDPOINTS | found
     if isinstance(config, RewardVerifierConfig) and config.step is None:
         from rflow_jax.weights.hub import resolve_vlm  # these import JAX, for which --help need not wait
         from rflow_jax.weights.reward import find_step

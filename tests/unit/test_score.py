@@ -185,6 +185,19 @@ def test_what_is_scored_is_not_asked_again(folder, asked, tmp_path, capsys):
     assert len(kept) == 2 * 7 + 2  # what stood there of the prompt that is another now is kept
 
 
+@pytest.mark.parametrize(
+    ("verifier", "settings"),
+    [
+        ({"name": "openai", "model": "gpt-4o", "temperature": 0.0, "concurrency": 3}, "56d89deaae04c8e7"),
+        ({"name": "yesno", "model": "m", "template": "raw"}, "80911edd7ceb6a0c"),
+    ],
+    ids=["openai", "yesno"],
+)
+def test_scores_of_earlier_versions_are_known(verifier, settings):
+    """What they stored as ``settings``: an answer that was paid for is not asked for again."""
+    assert Results(None, scores_follow_from(VERIFIERS.parse(verifier)))._settings == settings
+
+
 def test_another_model_in_the_environment_is_another_verifier(folder, tmp_path, monkeypatch):
     out = tmp_path / "o.jsonl"
     with OpenAIServer() as server:
