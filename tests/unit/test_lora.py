@@ -220,7 +220,7 @@ class TestAlpha:
         ({A: None, B: None, "transformer.x_embedder.alpha": np.ones(())}, "x_embedder has alpha but no A and B"),
         ({A: ONE[A][:1]}, r"A \[1, 64\] and B \[32, 2\]"),
         ({"x_embedder.lora_A.weight": ONE[A]}, "second A of x_embedder"),
-        (keyed(random_lora({"img_in": (64, 32)})), "img_in gives image_in a second adapter|x_embedder gives image_in"),
+        (keyed(random_lora({"img_in": (64, 32)})), "(img_in|x_embedder) is a second adapter of image_in"),
         ({"transformer.x_embedder.alpha": np.ones(2)}, r"alpha of x_embedder has shape \[2\]"),
         ({"transformer.x_embedder.alpha": np.asarray(np.nan)}, "alpha of x_embedder is nan"),
         ({"transformer.x_embedder.lora_magnitude_vector": np.ones(3)}, "DoRA"),

@@ -122,7 +122,7 @@ def test_usage_is_kept_over_starts_and_a_budget_stops_and_goes_on(pipe, given, t
     assert call("reflect", given, out, "--budget=0.2") == 0
     stopped = capsys.readouterr()
     assert "stopped: the budget of $0.2 is spent ($0.2" in stopped.err
-    assert "the same command with a larger budget goes on" in stopped.err
+    assert "the same command with a larger budget continues" in stopped.err
     spent = json.loads((out / "usage.json").read_text())
     # Calls that were under way when it was spent are answered; each of the three models has two at once, and may have
     # taken up another two before the first of these told its cost.

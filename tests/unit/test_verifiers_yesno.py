@@ -71,7 +71,7 @@ def test_what_is_asked_is_a_question_the_prompt_alone_or_a_file(tmp_path):
     assert '"a photo of 0 kites"' in texts["question"]
     assert "yes or no" in texts["question"]
     mine.write_text("Show me $promt!")
-    for template, problem in ((str(mine), r"mine\.md: \$prompt"), ("qestion", "qestion: cannot read")):
+    for template, problem in ((str(mine), r"mine\.md: does not contain \$prompt"), ("qestion", "qestion: cannot read")):
         with pytest.raises(InputError, match=problem):
             YesNoVerifier(YesNoVerifierConfig(base_url="http://localhost", template=template))
 
