@@ -49,6 +49,19 @@ class Component:
         return (devices,) if devices else ()
 
 
+class PluginOptions:
+    """What the settings of users' own classes share: ``options`` may name devices."""
+
+    options: dict[str, Any]
+
+    @property
+    def claimed_devices(self) -> tuple[Sequence[int], ...]:
+        """``options.devices``, if these are numbers; anything else there is left to the class."""
+        devices = self.options.get("devices")
+        numbers = isinstance(devices, (list, tuple)) and all(type(number) is int for number in devices)
+        return (devices,) if devices and numbers else ()
+
+
 C = TypeVar("C", bound=Component)
 
 
@@ -243,13 +256,6 @@ class Registry(Generic[C]):
 
 def _names(kind: type) -> set[str]:
     return {one.name for one in fields(kind)}
-
-
-def claimed_in(options: Mapping[str, Any]) -> tuple[Sequence[int], ...]:
-    """The devices that the options of a user's class name, if these are numbers."""
-    devices = options.get("devices")
-    numbers = isinstance(devices, (list, tuple)) and all(type(number) is int for number in devices)
-    return (devices,) if devices and numbers else ()
 
 
 def result_fields(kind: type) -> list[Field[Any]]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.checks import require_dtype
-from rflow_jax.utils.registry import EXECUTION, Component, Registry, claimed_in
+from rflow_jax.utils.registry import EXECUTION, Component, PluginOptions, Registry
 from rflow_jax.vlm.config import CHECKPOINT, Quantization
 
 
@@ -184,7 +184,7 @@ class NoVerifierConfig(VerifierConfig):
 
 
 @dataclass(frozen=True)
-class PluginVerifierConfig(Endpoint, VerifierConfig):
+class PluginVerifierConfig(Endpoint, PluginOptions, VerifierConfig):
     """A class of your own, which is made as ``Class(config, meter)`` and follows ``Verifier``.
 
     Attributes:
@@ -194,11 +194,6 @@ class PluginVerifierConfig(Endpoint, VerifierConfig):
 
     name: str = field(kw_only=True)
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
-
-    @property
-    def claimed_devices(self) -> tuple[Sequence[int], ...]:
-        """``options.devices``, if these are numbers; anything else there is left to the class."""
-        return claimed_in(self.options)
 
 
 VERIFIERS = Registry(

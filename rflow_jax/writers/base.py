@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from PIL.Image import Image
 
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
-from rflow_jax.utils.registry import Component, Registry, claimed_in
+from rflow_jax.utils.registry import Component, PluginOptions, Registry
 from rflow_jax.vlm.config import QwenChatConfig
 
 
@@ -120,7 +120,7 @@ class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
 
 
 @dataclass(frozen=True)
-class PluginTextGeneratorConfig(Endpoint, TextGeneratorConfig):
+class PluginTextGeneratorConfig(Endpoint, PluginOptions, TextGeneratorConfig):
     """A class of your own, which is made as ``Class(config, default_prompt, meter)`` and follows ``TextGenerator``.
 
     Attributes:
@@ -132,11 +132,6 @@ class PluginTextGeneratorConfig(Endpoint, TextGeneratorConfig):
     name: str = field(kw_only=True)
     prompt_file: str | None = None
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
-
-    @property
-    def claimed_devices(self) -> tuple[Sequence[int], ...]:
-        """``options.devices``, if these are numbers; anything else there is left to the class."""
-        return claimed_in(self.options)
 
 
 WRITERS = Registry(
