@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer, score_of, sentence_of
-from tests.kit.processes import xla_flags
+from tests.kit.processes import run as run_process
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ["--config", "configs/debug.yaml", "--prompts", "configs/prompts_debug.jsonl"]
@@ -20,9 +20,7 @@ MODEL = ["--model=tests/golden/pipeline", "--dtype=float32"]
 
 
 def infer(*argv: object, server: OpenAIServer | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"XLA_FLAGS": xla_flags()} | (server.environment if server else {})
-    command = [sys.executable, "infer.py", *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return run_process(["infer.py", *argv], server.environment if server else {})
 
 
 def first_image_of(words: str):

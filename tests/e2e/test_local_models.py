@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
@@ -12,7 +10,7 @@ import pytest
 
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.config import RewardVerifierConfig
-from tests.kit.processes import xla_flags
+from tests.kit.processes import run
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ["--config=configs/debug.yaml", "--prompts=configs/prompts_debug.jsonl", "--end=2"]
@@ -31,9 +29,7 @@ def qwen(role: str) -> list[str]:
 
 def infer(*argv: object) -> subprocess.CompletedProcess[str]:
     # An address where nobody answers, and no key: whoever asked it would be told in the records.
-    environment = os.environ | {"XLA_FLAGS": xla_flags(), "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
-    command = [sys.executable, "infer.py", *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return run(["infer.py", *argv], {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
 
 
 def records(out: Path) -> list[dict]:

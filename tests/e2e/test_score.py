@@ -1,11 +1,9 @@
 """``rflow score`` as a user calls it: models in this process, and a local HTTP server."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,8 @@ import pytest
 from rflow_jax.testing.openai_server import Fault, OpenAIServer, score_of
 from tests.kit.asking import pictures
 from tests.kit.clip import make_clip
-from tests.kit.processes import xla_flags
+from tests.kit.processes import Process
+from tests.kit.processes import run as run_process
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = '--verifier.options={"batch_size": 2, "dtype": "float32"}'
@@ -23,13 +22,8 @@ REWARD = ["--verifier.name=reward", "--verifier.model=tests/golden/qwen/reward",
 NOWHERE = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
 
 
-def command(*argv: object) -> list[str]:
-    return [sys.executable, "infer.py", "score", *map(str, argv)]
-
-
 def score(*argv: object, environment: dict[str, str] = NOWHERE) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"XLA_FLAGS": xla_flags()} | environment
-    return subprocess.run(command(*argv), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    return run_process(["infer.py", "score", *argv], environment)
 
 
 def table(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
@@ -120,13 +114,12 @@ def test_yes_and_no_are_shown(run):
 def test_a_killed_run_goes_on_with_what_is_left(run, tmp_path):
     out = tmp_path / "o.jsonl"
     with OpenAIServer(delay=0.4) as server:
-        variables = os.environ | {"XLA_FLAGS": xla_flags()} | server.environment
-        argv = command(run, "--verifier.concurrency=1", "--out", out)
-        process = subprocess.Popen(argv, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        argv = ["infer.py", "score", run, "--verifier.concurrency=1", "--out", out]
+        process = Process(argv, server.environment)
         while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         before = out.read_text().splitlines()
         assert 3 <= len(before) < 12
         server.delay = 0.0

@@ -6,17 +6,14 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from rflow_jax.testing.openai_server import Chaos, OpenAIServer
-from tests.kit.processes import xla_flags
+from tests.kit.processes import Process
 
-ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("RFLOW_KILLS", "3"))
 SEARCH = [
     "--config=configs/debug.yaml",
@@ -34,12 +31,8 @@ SEARCH = [
 OWN_COURSE = {"usage.json"}  # seconds and tokens: a search that was killed took more
 
 
-def start(out: Path, server: OpenAIServer) -> subprocess.Popen[str]:
-    environment = os.environ | {"XLA_FLAGS": xla_flags()} | server.environment
-    command = [sys.executable, "infer.py", "reflect", *SEARCH, f"--out={out}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(out: Path, server: OpenAIServer) -> Process:
+    return Process(["infer.py", "reflect", *SEARCH, f"--out={out}"], server.environment)
 
 
 def finish(out: Path, server: OpenAIServer) -> str:
@@ -60,7 +53,7 @@ def progress(out: Path) -> int:
     return journals + len(list(out.glob("*/midimg/*.png"))) + 20 * len(list(out.glob("*/records.jsonl")))
 
 
-def kill_after(process: subprocess.Popen[str], out: Path, steps: int, seconds: float) -> bool:
+def kill_after(process: Process, out: Path, steps: int, seconds: float) -> bool:
     """Kills the process some time after it has got so much further; false if it ended first."""
     begin = progress(out)
     while process.poll() is None and progress(out) < begin + steps:

@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,50 +17,34 @@ from PIL import Image
 
 from rflow_jax.generation.pipeline import load_pipeline
 from rflow_jax.testing.make_genref import make_genref
-from tests.kit.processes import xla_flags
+from tests.kit.processes import Process, run, xla_flags
 
-ROOT = Path(__file__).parents[2]
 UNTRIED = ("--validation.path", "null")  # a run without validation trains alike, and in half the time
 STEPS, TIMINGS = 20, {"samples_per_s", "data_wait", "skipped", "mfu"}
 LIMIT = 300  # seconds that a run may take on a slow machine
 
 
 class Place:
-    """Shards, and a cache of compiled programs for all the runs of this file."""
+    """Shards, and the runs that train on them."""
 
     def __init__(self, root: Path):
         self.root, self.shards = root, root / "genref"
         make_genref(self.shards, shards=3)
 
-    def command(self, out: str, *flags: str) -> list[str]:
-        return [
-            *(sys.executable, "train.py", "--config", "configs/corrector_debug.yaml"),
-            *("--data.path", f"{self.shards}/{{000..001}}.tar", "--validation.path", f"{self.shards}/002.tar"),
-            *("--out", str(self.root / out), "--data.cache", str(self.root / "index"), *flags),
-        ]
-
     def environment(self, devices: int = 1) -> dict[str, str]:
-        return os.environ | {
-            # Compiles in half the time; what is compared went through the same compiler.
-            "XLA_FLAGS": f"{xla_flags(devices)} --xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        # Compiles in half the time; what is compared went through the same compiler.
+        return {"XLA_FLAGS": f"{xla_flags(devices)} --xla_backend_optimization_level=0"}
 
-    def start(self, out: str, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(out, *flags),
-            cwd=ROOT,
-            env=self.environment(devices),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, out: str, *flags: str, devices: int = 1) -> Process:
+        argv = [
+            *("train.py", "--config", "configs/corrector_debug.yaml"),
+            *("--data.path", f"{self.shards}/{{000..001}}.tar", "--validation.path", f"{self.shards}/002.tar"),
+            *("--out", self.root / out, "--data.cache", self.root / "index", *flags),
+        ]
+        return Process(argv, self.environment(devices), merged=True)
 
-    def run(self, out: str, *flags: str, devices: int = 1) -> tuple[int, str]:
-        process = self.start(out, *flags, devices=devices)
-        text, _ = process.communicate(timeout=LIMIT)
-        return process.returncode, text
+    def run(self, out: str, *flags: str, devices: int = 1) -> tuple[int | None, str]:
+        return ended(self.start(out, *flags, devices=devices))
 
     def steps(self, out: str) -> dict[int, dict[str, Any]]:
         """step -> its numbers, without what depends on the clock."""
@@ -71,7 +54,7 @@ class Place:
         assert len({line["step"] for line in steps}) == len(steps), "a step is there twice"
         return {line["step"]: {key: line[key] for key in line.keys() - TIMINGS} for line in steps}
 
-    def wait_for_step(self, process: subprocess.Popen[str], out: str, step: int) -> None:
+    def wait_for_step(self, process: Process, out: str, step: int) -> None:
         until = time.monotonic() + LIMIT
         file = self.root / out / "metrics.jsonl"
         while process.poll() is None and time.monotonic() < until:
@@ -79,6 +62,12 @@ class Place:
                 return
             time.sleep(0.02)
         raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+def ended(process: Process) -> tuple[int | None, str]:
+    """Exit status and output, once it ended."""
+    text, _ = process.communicate(timeout=LIMIT)
+    return process.returncode, text
 
 
 @pytest.fixture(scope="module")
@@ -175,20 +164,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(place, whole, small_disk):
 def test_latents_made_before_give_the_losses_of_pictures(place):
     latents = place.root / "latents"
     sizes = ["--data.target_size", "64", "--data.condition_size", "32", "--data.crop", "center"]
-    command = [sys.executable, "-m", "rflow_jax.commands.main", "data", "precompute"]
-    command += [
-        "--model",
-        "tests/golden/pipeline",
-        *sizes,
-        "--data.path",
-        f"{place.shards}/{{000..001}}.tar",
-        "--dtype",
-        "float32",
-        "--data.workers",
-        "0",
-    ]
+    command = ["infer.py", "data", "precompute", "--model", "tests/golden/pipeline", "--dtype", "float32", *sizes]
+    command += ["--data.path", f"{place.shards}/{{000..001}}.tar", "--data.workers", "0"]
     command += ["--max_sequence_length", "64", str(latents)]
-    subprocess.run(command, cwd=ROOT, env=place.environment(), check=True, capture_output=True)
+    made = run(command, place.environment())
+    assert made.returncode == 0, made.stderr
     how = ["--data.crop", "center", "--train.steps", "6", *UNTRIED]
     status, text = place.run("of_pictures", *how)
     assert status == 0, text
@@ -205,7 +185,7 @@ def test_latents_made_before_give_the_losses_of_pictures(place):
     assert "made with text_length 64, not 32" in text
 
 
-def two_processes(place: Place, out: str, *flags: str, devices: int = 1) -> list[tuple[int, str]]:
+def two_processes(place: Place, out: str, *flags: str, devices: int = 1) -> list[tuple[int | None, str]]:
     """(exit status, output) of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -213,8 +193,7 @@ def two_processes(place: Place, out: str, *flags: str, devices: int = 1) -> list
     flags += ("--distributed.enabled", "true", "--distributed.num_processes", "2")
     flags += ("--distributed.coordinator", f"localhost:{port}")
     both = [place.start(out, *flags, "--distributed.process_id", str(i), devices=devices) for i in range(2)]
-    texts = [process.communicate(timeout=LIMIT)[0] for process in both]
-    return [(process.returncode, text) for process, text in zip(both, texts, strict=True)]
+    return [ended(process) for process in both]
 
 
 def test_two_processes_give_the_losses_of_one(place, whole):

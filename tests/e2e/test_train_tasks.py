@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,35 +16,23 @@ from rflow_jax.verifiers.config import RewardVerifierConfig
 from rflow_jax.verifiers.reward import RewardVerifier
 from tests.kit.chats import make_chats
 from tests.kit.preferences import make_pairs
-from tests.kit.processes import xla_flags
+from tests.kit.processes import Process
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 400  # seconds that a run may take on a slow machine
 TIMINGS = {"samples_per_s", "data_wait", "skipped", "mfu"}
 
 
 class Place:
-    """Runs in one folder, with a cache of compiled programs."""
+    """Runs in one folder."""
 
     def __init__(self, root: Path):
         self.root = root
 
-    def start(self, config: str, out: str, *flags: str) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "XLA_FLAGS": xla_flags(),
-            "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        return subprocess.Popen(
-            [sys.executable, "train.py", "--config", f"configs/{config}.yaml", "--out", str(self.root / out), *flags],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, config: str, out: str, *flags: str) -> Process:
+        argv = ["train.py", "--config", f"configs/{config}.yaml", "--out", self.root / out, *flags]
+        return Process(argv, merged=True)
 
-    def run(self, config: str, out: str, *flags: str) -> tuple[int, str]:
+    def run(self, config: str, out: str, *flags: str) -> tuple[int | None, str]:
         process = self.start(config, out, *flags)
         text, _ = process.communicate(timeout=LIMIT)
         return process.returncode, text
