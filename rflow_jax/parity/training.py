@@ -18,7 +18,7 @@ from rflow_jax.parity.encoders import embed, image_tokens
 from rflow_jax.parity.measure import INPUT, PARAMETERS, Moved, Recording
 from rflow_jax.training.config import OptimizerConfig
 from rflow_jax.training.corrector.loss import TRAINING_GUIDANCE, Examples, flow_matching_loss, noisy, predict
-from rflow_jax.training.optimizers import make_optimizer, prodigy_numbers
+from rflow_jax.training.optimizers import ProdigyNumbers, make_optimizer, prodigy_numbers
 from rflow_jax.typing import Array
 from rflow_jax.weights.mappings.flux import DIFFUSERS
 from rflow_jax.weights.safetensors_io import TensorFiles
@@ -164,18 +164,19 @@ def _follow(problem: Problem, run: RecordedRun, start: Tensors) -> Iterator[Resu
     optimizer = make_optimizer(run.config)
 
     @jax.jit
-    def advance(lora: Any, state: Any) -> tuple[Any, Any, Array, Array]:
+    def advance(lora: Any, state: Any) -> tuple[Any, Any, Array, Array, ProdigyNumbers | None]:
         loss, gradient = jax.value_and_grad(problem.loss)(lora)
         updates, state = optimizer.update(gradient, state, lora)
-        return optax.apply_updates(lora, updates), state, loss, optax.tree.norm(gradient)
+        found = prodigy_numbers(state, run.config.d_coef)
+        return optax.apply_updates(lora, updates), state, loss, optax.tree.norm(gradient), found
 
-    lora, state = problem.lora, optimizer.init(problem.lora)
+    lora, state = problem.lora, jax.jit(optimizer.init)(problem.lora)
     losses, norms, numbers = [], [], []
     for taken in range(1, run.steps + 1):
-        lora, state, loss, norm = advance(lora, state)
+        lora, state, loss, norm, found = advance(lora, state)
         losses.append(loss)
         norms.append(norm)
-        if (found := prodigy_numbers(state, run.config.d_coef)) is not None:
+        if found is not None:
             numbers.append(jnp.stack(found))
         if taken in run.parameters:
             for name, value in _named(lora).items():
