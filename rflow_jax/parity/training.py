@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -41,6 +42,11 @@ class Problem:
 
     def loss(self, lora: Any) -> Array:
         return flow_matching_loss(self.network(lora), self.examples, self.t, self.x_1, self.rope)
+
+    @cached_property
+    def loss_and_gradient(self) -> Callable[[Any], tuple[Array, Any]]:
+        """The compiled loss of a LoRA's state, with its gradient."""
+        return jax.jit(jax.value_and_grad(self.loss))
 
 
 def make_problem(recording: Recording) -> Problem:
@@ -94,7 +100,7 @@ def step(recording: Recording) -> Iterator[Result]:
     yield "pooled", examples.pooled
     yield "guidance", np.full(t.shape, TRAINING_GUIDANCE, np.float32)
     yield "pred", predict(problem.network(problem.lora), examples, x_t, t, problem.rope)
-    loss, gradients = jax.jit(jax.value_and_grad(problem.loss))(problem.lora)
+    loss, gradients = problem.loss_and_gradient(problem.lora)
     yield "loss", loss
     named = _named(gradients)
     norms = {name: np.linalg.norm(gradient.astype(np.float64).ravel()) for name, gradient in named.items()}
@@ -105,7 +111,7 @@ def step(recording: Recording) -> Iterator[Result]:
 def gradients(recording: Recording) -> Iterator[Result]:
     """08_grads: the gradient of every LoRA tensor."""
     problem = make_problem(recording)
-    yield from _named(jax.jit(jax.grad(problem.loss))(problem.lora)).items()
+    yield from _named(problem.loss_and_gradient(problem.lora)[1]).items()
 
 
 @dataclass(frozen=True)
@@ -164,16 +170,16 @@ def _follow(problem: Problem, run: RecordedRun, start: Tensors) -> Iterator[Resu
     optimizer = make_optimizer(run.config)
 
     @jax.jit
-    def advance(lora: Any, state: Any) -> tuple[Any, Any, Array, Array, ProdigyNumbers | None]:
-        loss, gradient = jax.value_and_grad(problem.loss)(lora)
+    def advance(lora: Any, state: Any, gradient: Any) -> tuple[Any, Any, Array, ProdigyNumbers | None]:
         updates, state = optimizer.update(gradient, state, lora)
         found = prodigy_numbers(state, run.config.d_coef)
-        return optax.apply_updates(lora, updates), state, loss, optax.tree.norm(gradient), found
+        return optax.apply_updates(lora, updates), state, optax.tree.norm(gradient), found
 
     lora, state = problem.lora, jax.jit(optimizer.init)(problem.lora)
     losses, norms, numbers = [], [], []
     for taken in range(1, run.steps + 1):
-        lora, state, loss, norm, found = advance(lora, state)
+        loss, gradient = problem.loss_and_gradient(lora)
+        lora, state, norm, found = advance(lora, state, gradient)
         losses.append(loss)
         norms.append(norm)
         if found is not None:

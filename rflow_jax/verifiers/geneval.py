@@ -210,7 +210,9 @@ def compare(file: Path) -> str:
     cases = read_json(file)
     for number, case in enumerate(cases):
         found = {
-            name: [Detection(tuple(box[:4]), box[4], color) for box, color in zip(boxes, case["colors"][name], strict=True)]
+            name: [
+                Detection(tuple(box[:4]), box[4], color) for box, color in zip(boxes, case["colors"][name], strict=True)
+            ]
             for name, boxes in case["detections"].items()
         }
         counted = objects_that_count(found, case["metadata"]["tag"])
