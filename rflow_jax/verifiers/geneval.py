@@ -88,7 +88,7 @@ class Decision:
 
 
 def objects_that_count(found: Detections, tag: str, rules: Rules = Rules()) -> dict[str, list[Detection]]:
-    """The objects that count for a prompt with this tag, by class, most confident first; classes without one are out."""
+    """The objects that count for a prompt with this tag, by class, most confident first; no empty classes."""
     threshold = rules.counting_threshold if tag == COUNTING else rules.threshold
     counted: dict[str, list[Detection]] = {}
     for name, detections in found.items():
@@ -205,24 +205,32 @@ def compare(file: Path) -> str:
             each detection]}, correct, kept: {class: boxes}}.
 
     Raises:
-        InputError: a case that is decided otherwise; the message says which.
+        InputError: a case that is decided otherwise, or is none; the message says which.
     """
     cases = read_json(file)
+    if not isinstance(cases, list):
+        raise InputError(f"{file}: expected a list of recorded decisions")
     for number, case in enumerate(cases):
-        found = {
-            name: [
-                Detection(tuple(box[:4]), box[4], color) for box, color in zip(boxes, case["colors"][name], strict=True)
-            ]
-            for name, boxes in case["detections"].items()
-        }
-        counted = objects_that_count(found, case["metadata"]["tag"])
-        kept = {name: [list(detection.box) for detection in objects] for name, objects in counted.items()}
-        wanted = {name: [box[:4] for box in boxes] for name, boxes in case["kept"].items()}
-        decision = decide(case["metadata"], found, lambda _, objects: [detection.mask for detection in objects])
-        if kept != wanted or decision.correct != case["correct"]:
-            said = "; ".join(failure.text for failure in decision.failures) or "correct"
-            raise InputError(f"{file}: case {number} of {len(cases)} is decided otherwise ({said})")
+        try:
+            decision, agrees = _decide_again(case)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{file}: case {number} is no recorded decision ({error!r})") from None
+        if not agrees:
+            found = "; ".join(failure.text for failure in decision.failures) or "correct"
+            raise InputError(f"{file}: case {number} of {len(cases)} is decided otherwise ({found})")
     return f"{len(cases)} of {len(cases)} decisions agree"
+
+
+def _decide_again(case: Mapping[str, Any]) -> tuple[Decision, bool]:
+    """Our decision of a recorded case, and whether it is the recorded one."""
+    found: dict[str, list[Detection]] = {}
+    for name, boxes in case["detections"].items():
+        colors = case["colors"][name]
+        found[name] = [Detection(tuple(box[:4]), box[4], mask=color) for box, color in zip(boxes, colors, strict=True)]
+    counted = objects_that_count(found, case["metadata"]["tag"])
+    decision = decide(case["metadata"], found, lambda _, objects: [detection.mask for detection in objects])
+    kept = {name: [[*detection.box, detection.score] for detection in objects] for name, objects in counted.items()}
+    return decision, kept == case["kept"] and decision.correct == case["correct"]
 
 
 def main(argv: Sequence[str]) -> int:
