@@ -16,7 +16,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    + " --xla_backend_optimization_level=0"  # a program of a test is compiled for longer than it runs
+    # A program of a test is compiled for longer than it runs.
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # XLA then compiles for CPUs in half the time; 0.11 has no such flags.
 if version("jaxlib").startswith("0.10."):

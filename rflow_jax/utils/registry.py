@@ -183,10 +183,10 @@ class Registry(Generic[C]):
         if isinstance(value, Word):
             for meaning in (value.loaded(), str(value)):
                 with suppress(ValidationError):
-                    return adapter.validate_python(meaning)
+                    return adapter.validate_python(meaning, strict=isinstance(meaning, bool))
             value = value.loaded()
         try:
-            return adapter.validate_python(value)
+            return adapter.validate_python(value, strict=isinstance(value, bool))  # true is no 1
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])

@@ -67,12 +67,12 @@ class Failure(NamedTuple):
 
     Attributes:
         requirement: "count", "color", "position" or "exclude".
-        index: of the entry in the metadata's ``include`` or ``exclude``.
+        entry: its number in the metadata's ``include`` or ``exclude``.
         text: what was expected and what was found.
     """
 
     requirement: str
-    index: int
+    entry: int
     text: str
 
 

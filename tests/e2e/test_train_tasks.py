@@ -19,6 +19,7 @@ from tests.kit.chats import make_chats
 from tests.kit.preferences import make_pairs
 from tests.kit.processes import Process, xla_flags
 
+AS_USUAL = " --xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
 LIMIT = 400  # seconds that a run may take on a slow machine
 TIMINGS = {"samples_per_s", "data_wait", "skipped", "mfu"}
 
@@ -73,7 +74,7 @@ def test_reward_training_tells_preferences_of_held_out_pairs(place):
     shards = str(place.root / "genref" / "{000..018}.tar")
     held_out = str(place.root / "genref" / "019.tar")
     flags = ["--data.path", shards, "--validation.path", held_out, "--train.steps", "150"]
-    quick = {"XLA_FLAGS": f"{xla_flags()} --xla_backend_optimization_level=3"}  # it runs for longer than it compiles
+    quick = {"XLA_FLAGS": xla_flags() + AS_USUAL}  # it runs for longer than it compiles
     status, text = place.run("reward_debug", "learned", *flags, environment=quick)
     assert status == 0, text
     accuracy = {

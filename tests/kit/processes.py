@@ -44,8 +44,8 @@ class Process:
         for file in self._files:
             file.touch()
         self.args = [str(ROOT / str(argv[0])), *map(str, argv[1:])]
-        variables = os.environ | {"XLA_FLAGS": xla_flags()} | environment
-        self._process = FORKS.Process(target=_become, args=(self.args, dict(variables), self._files, str(cwd)))
+        variables = {**os.environ, "XLA_FLAGS": xla_flags(), **environment}
+        self._process = FORKS.Process(target=_become, args=(self.args, variables, self._files, str(cwd)))
         self._process.start()
 
     @property

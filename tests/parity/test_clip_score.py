@@ -25,7 +25,7 @@ from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.mappings.text_encoders import CLIP_WHOLE, LOGIT_SCALE
 from tests.kit.compare import relative_error
 from tests.kit.torch_models import on_meta, randomise, shapes_of
-from tests.unit.test_vision_sizes import REAL
+from tests.unit.models.test_vision_sizes import REAL
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-5

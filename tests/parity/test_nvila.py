@@ -26,7 +26,7 @@ from tests.kit.compare import save_arrays
 from tests.kit.nvila import ANOTHER, TorchNvila
 from tests.kit.nvila_recordings import IMAGES, record
 from tests.kit.torch_models import on_meta
-from tests.unit.test_vision_sizes import REAL
+from tests.unit.models.test_vision_sizes import REAL
 
 pytestmark = pytest.mark.parity
 

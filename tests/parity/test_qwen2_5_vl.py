@@ -43,7 +43,7 @@ from tests.kit.compare import relative_error
 from tests.kit.pictures import picture
 from tests.kit.qwen import END, PAD, SHAPES, TOKENS, make
 from tests.kit.torch_models import on_meta, shapes_of
-from tests.unit.test_qwen_sizes import REAL
+from tests.unit.models.test_qwen_sizes import REAL
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-5

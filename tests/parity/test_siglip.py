@@ -21,7 +21,7 @@ from rflow_jax.weights.safetensors_io import TensorFiles
 from tests.kit.compare import relative_error
 from tests.kit.encoders import read_config
 from tests.kit.torch_models import on_meta, randomise, shapes_of
-from tests.unit.test_vision_sizes import REAL
+from tests.unit.models.test_vision_sizes import REAL
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-5

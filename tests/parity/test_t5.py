@@ -21,7 +21,7 @@ from rflow_jax.weights.mappings import text_encoders as names
 from tests.kit.compare import relative_error
 from tests.kit.encoders import load_t5
 from tests.kit.torch_models import on_meta, randomise, shapes_of
-from tests.unit.test_encoder_sizes import REAL
+from tests.unit.models.test_encoder_sizes import REAL
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-5

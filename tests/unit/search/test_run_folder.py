@@ -1,0 +1,231 @@
+"""The folder of a run: the same search goes on, and one process with each index."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rflow_jax.errors import InputError
+from rflow_jax.search import run_folder
+from rflow_jax.search.run_folder import claim, require_same, require_usable
+from rflow_jax.utils import atomic_io as files
+from rflow_jax.verifiers import VERIFIERS
+
+ROOT = Path(__file__).parents[3]
+CONFIG = {
+    "model": "m",
+    "seed": 0,
+    "process_index": 0,
+    "process_count": 1,
+    "budget": None,
+    "noise": {"search_rounds": 2},
+    "sampling": {"batch_size": 4, "k": [1, 2]},
+    "verifier": {"name": "openai", "model": "gpt", "timeout": 60.0, "base_url": "http://a"},
+    "reflector": {"model": "gpt", "concurrency": 8},
+}
+
+
+def changed(**changes):
+    """The configuration with other values; a dotted name with _ for the dot."""
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in CONFIG.items()}
+    for name, value in changes.items():
+        head, _, tail = name.partition("__")
+        if tail:
+            config[head][tail] = value
+        else:
+            config[head] = value
+    return config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder that holds a run, and no process."""
+    claim(tmp_path, CONFIG, 0).close()
+    return tmp_path
+
+
+def test_the_configuration_is_written_once_and_reads_as_it_was(run):
+    assert yaml.safe_load((run / "config.yaml").read_text()) == CONFIG
+    before = (run / "config.yaml").read_bytes()
+    claim(run, changed(budget=3.0), 0).close()
+    assert (run / "config.yaml").read_bytes() == before
+    assert [file.name for file in run.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 0 there and 1 now;"),
+        ({"noise__search_rounds": 3}, "noise.search_rounds is 2 there and 3 now;"),
+        ({"sampling__batch_size": 8}, "sampling.batch_size is 4 there and 8 now;"),
+        ({"sampling__k": [1]}, "sampling.k is [1, 2] there and [1] now;"),
+        ({"verifier__model": "other"}, "verifier.model is gpt there and other now;"),
+        ({"seed": 1, "model": "n", "sampling__k": []}, "(and 2 more)"),
+        ({"new": 1}, "new is None there and 1 now;"),
+    ],
+)
+def test_a_changed_setting_is_named(run, change, message):
+    before = (run / "config.yaml").read_bytes()
+    for check in (require_same, lambda out, config: claim(out, config, 0)):
+        with pytest.raises(InputError) as caught:
+            check(run, changed(**change))
+        assert message in str(caught.value)
+        assert str(run) in str(caught.value)
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_changed_option_of_a_users_class_is_named_without_its_value(tmp_path):
+    was, now = (changed(verifier={"name": "mine:Mine", "options": {"password": word}}) for word in ("old", "new"))
+    claim(tmp_path, was, 0).close()
+    with pytest.raises(InputError, match=r"verifier\.options\.password differs; set it so again"):
+        require_same(tmp_path, now)
+
+
+def test_what_changes_no_result_may_change(run):
+    require_same(run, CONFIG)
+    free = {"process_index": 1, "process_count": 2, "budget": 5.0, "prompts": "p", "out": "o"}
+    free |= {"start": 3, "end": 4, "prompts_in_flight": 2}
+    models = {"verifier__timeout": 1.0, "verifier__base_url": "http://b", "reflector__concurrency": 1}
+    require_same(run, changed(**free, **models, verifier__price_input=1.0, reflector__max_retries=0))
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_keys(tmp_path):
+    old = changed(noise__closeness=0.95, share="1/2", end=-1, reflect={"include_initial_images": True})
+    for key in ("process_index", "process_count"):
+        del old[key]
+    old["settings"] = old.pop("sampling")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    now = {"noise__noise_similarity": 0.95, "end": None, "reflect": {"include_initial_images": True}}
+    require_same(tmp_path, changed(**now))
+    for key, value, message in [
+        ("noise__noise_similarity", 0.5, r"noise\.noise_similarity is 0\.95 there and 0\.5 now; "),
+        ("reflect", {"include_initial_images": False}, r"include_initial_images is True there and False now; "),
+        ("sampling__batch_size", 8, r"sampling\.batch_size is 4 there and 8 now; "),
+    ]:
+        with pytest.raises(InputError, match=message):
+            require_same(tmp_path, changed(**now | {key: value}))
+
+
+def test_a_folder_without_a_run_is_any(tmp_path):
+    require_same(tmp_path, CONFIG)
+
+
+def test_a_configuration_that_cannot_be_read_is_said(tmp_path):
+    for content in ("a: [", "- 1"):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"config\.yaml: cannot be read"):
+            require_same(tmp_path, CONFIG)
+
+
+def test_a_folder_with_other_files_is_refused_and_a_runs_own_is_not(tmp_path):
+    require_usable(tmp_path / "new/run")
+    require_usable(tmp_path / "new/run")
+    (tmp_path / "new/run/kept.txt").write_text("x")
+    with pytest.raises(InputError, match=r"contains files, but no search \(config\.yaml is missing\)"):
+        require_usable(tmp_path / "new/run")
+    (tmp_path / "new/run/config.yaml").write_text("seed: 1")
+    require_usable(tmp_path / "new/run")
+    with pytest.raises(InputError, match="cannot use this folder"):
+        require_usable(tmp_path / "new/run/kept.txt")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    # Not by permissions: they do not hold for root.
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    with pytest.raises(InputError, match=r"cannot use this folder \(Permission denied\)"):
+        require_usable(tmp_path)
+
+
+def test_of_two_processes_that_begin_at_once_the_firsts_configuration_stays(tmp_path):
+    """The other one saw no configuration, and writes its own a moment later: it must not take the file away."""
+    first = claim(tmp_path, CONFIG, 0)
+    inode = (tmp_path / "config.yaml").stat().st_ino
+    run_folder._write_first(tmp_path / "config.yaml", "seed: 7\n")
+    assert (tmp_path / "config.yaml").stat().st_ino == inode
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    require_same(tmp_path, CONFIG)
+    first.close()
+
+
+def test_without_links_the_configuration_is_written_all_the_same(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(run_folder.os, "link", refused)
+    claim(tmp_path, CONFIG, 0).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    require_same(tmp_path, CONFIG)
+
+
+def test_one_process_a_share_until_it_dies(run):
+    """Claims are held between processes, so another one is needed: it claims index 2 and waits to be killed."""
+    code = (
+        "import sys, yaml, pathlib; from rflow_jax.search.run_folder import claim\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "held = claim(out, yaml.safe_load((out / 'config.yaml').read_text()), 2)\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is using this folder"):
+            claim(run, CONFIG, 2)
+        with claim(run, CONFIG, 1):
+            pass
+        other.kill()
+        other.wait(timeout=30)
+        with claim(run, CONFIG, 2):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_claim_outlives_readers_of_the_configuration(tmp_path):
+    for place in (0, 2):
+        with claim(tmp_path, CONFIG, place):
+            require_same(tmp_path, CONFIG)
+            with pytest.raises(InputError, match="another process is using this folder"):
+                claim(tmp_path, CONFIG, place)
+        claim(tmp_path, CONFIG, place).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with pytest.raises(InputError, match=r"cannot be locked \(No locks available\)"):
+        claim(tmp_path, CONFIG, 0)
+
+
+def test_only_beginnings_of_the_file_itself_are_removed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    kept = [tmp_path / ".a[1].b.12.tmp", tmp_path / ".a1.12.tmp", tmp_path / "sub/.a[1].12.tmp"]
+    for file in (*kept, tmp_path / ".a[1].12.tmp"):
+        file.touch()
+    files.remove_beginnings(tmp_path, "a[1]")
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
+    files.remove_beginnings(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["sub"]
+
+
+def test_what_changes_no_score_of_a_local_model_may_change():
+    def affecting(name, **settings):
+        return VERIFIERS.results_follow_from({"name": name, **settings})
+
+    for name in ("nvila", "reward", "clip"):
+        one, other = {"name": name, "batch_size": 1}, {"name": name, "devices": [1], "options": {"batch_size": 2}}
+        assert affecting(**one) == affecting(**other) != affecting(name, dtype="x")
+        assert affecting("ensemble", members=[one]) == affecting("ensemble", members=[other])
+    own = affecting("package.module:Class", options={"batch_size": 2, "devices": [1]})
+    assert own["options"] == {"batch_size": 2, "devices": [1]}
