@@ -1,5 +1,7 @@
 """How arrays are compared with recorded ones."""
 
+import json
+
 import numpy as np
 import pytest
 

@@ -24,14 +24,12 @@ def plain() -> np.ndarray:
         (MeshConfig(), 1, {"remat": "dots", "gradient_accumulation_steps": 4}),
         (MeshConfig(data=1, fsdp=4), 4, {"remat": "full", "gradient_accumulation_steps": 2}),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8, {"remat": "full"}),
-        (MeshConfig(data=2, tensor=4), 8, {"remat": "dots", "scan_blocks": True}),
         (MeshConfig(data=1, fsdp=2, sequence=2), 4, {"remat": "full", "scan_blocks": True}),
     ],
     ids=[
         "in parts",
         "fsdp in parts",
         "data x fsdp x tensor",
-        "stacked, data x tensor",
         "stacked, fsdp x sequence",
     ],
 )
