@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from rflow_jax.errors import InputError
 from rflow_jax.shapes.grammar import (
     COLOR,
     COLOR_ATTR,
@@ -25,6 +26,7 @@ from rflow_jax.shapes.scenes import (
     BORDER,
     MAX_ITEMS,
     SIZE,
+    SLACK,
     SMALLEST,
     THING,
     Item,
@@ -44,7 +46,6 @@ MAX_SENTENCES = 2
 _SECOND_ERROR = 0.25  # how often
 _NEW_SIZE, _LARGEST = 16.0, 24.0  # half-sizes of items that are added or replaced, pixels
 _FIRST = ("count", "exclude", "color", "position")  # the order in which failures are repaired
-_CLEAR_OF_MARGIN = 0.05  # an item that is moved is moved a little further than it must be
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,13 @@ _COLORED_POSITION: dict[_Spoiler, float] = {
 
 
 def spoil(scene: Scene, prompt: Prompt, rng: Random) -> Scene:
-    """A scene that fails, made from one that does not: with one or two things wrong, and the rest as it was."""
+    """A scene that fails, made from one that does not: with one or two things wrong, and the rest as it was.
+
+    Raises:
+        InputError: the scene holds a thing, is crowded, or leaves its picture.
+    """
+    if not is_clear(scene):
+        raise InputError("only a scene of known shapes, apart and within the picture, can be spoiled")
     spoilers = _COLORED_POSITION if prompt.relation and prompt.wanted[0].color else _SPOILERS[prompt.tag]
     while True:
         items = list(scene.items)
@@ -178,7 +185,7 @@ def repair(prompt: Prompt, scene: Scene, rng: Random | None = None) -> tuple[tup
         if not failures:
             break
         failure = min(failures, key=lambda one: _FIRST.index(one.requirement))
-        wanted = prompt.wanted[1 - failure.index] if prompt.relation else prompt.wanted[failure.index]
+        wanted = prompt.wanted[1 - failure.entry] if prompt.relation else prompt.wanted[failure.entry]
         match failure.requirement:
             case "count":
                 edits.append(_supply(items, prompt, wanted, rng))
@@ -241,11 +248,11 @@ def _new(items: Sequence[Item], prompt: Prompt, wanted: Wanted, rng: Random) -> 
 
 
 def _stands_well(prompt: Prompt, items: Sequence[Item]) -> bool:
-    """Whether the relation holds with some distance to its margin, if all of its items are there."""
+    """Whether the relation holds with some distance to its margin, if both of its items are there."""
     if not prompt.relation:
         return True
     a, b = (subject(items, wanted) for wanted in prompt.wanted)
-    return a is None or b is None or is_related(a, prompt.relation, b, _CLEAR_OF_MARGIN)
+    return a is None or b is None or is_related(a, prompt.relation, b, SLACK)
 
 
 def _remove(items: list[Item], shape: str) -> Edit:
@@ -264,7 +271,8 @@ def _recolor(items: list[Item], wanted: Wanted, rng: Random) -> Edit:
 def _move(items: list[Item], prompt: Prompt, rng: Random) -> Edit:
     """Moves the first item of a relation, else the second, else exchanges the two or sets them side by side."""
     a, b = (subject(items, wanted) for wanted in prompt.wanted)
-    assert a is not None and b is not None  # a relation fails only where both are there
+    assert a is not None  # a relation fails only where both are there
+    assert b is not None
     nouns = [wanted.noun for wanted in prompt.wanted]
     edits = (
         Edit("move", nouns[0], f"{prompt.relation} the {nouns[1]}"),

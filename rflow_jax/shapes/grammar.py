@@ -52,7 +52,8 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """Objects that a prompt asks for; an empty color is any."""
 
     shape: str

@@ -55,9 +55,9 @@ def read(picture: Image.Image | np.ndarray) -> Scene:
     )
     background = np.median(edge, axis=0).astype(np.float32)
     colors = _colors(pixels.astype(np.float32), background)
-    items = []
+    items, labels = [], np.empty((SIZE, SIZE), np.int32)
     for color in np.unique(colors[colors >= 0]):
-        labels, _ = ndimage.label(colors == color, _EIGHT_NEIGHBORS)
+        ndimage.label(colors == color, _EIGHT_NEIGHBORS, output=labels)
         for label, window in enumerate(ndimage.find_objects(labels), 1):
             y, x = np.nonzero(labels[window] == label)
             if len(x) >= MIN_AREA:

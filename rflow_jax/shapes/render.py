@@ -74,4 +74,4 @@ def render(scene: Scene) -> Image.Image:
     Raises:
         InputError: an item that is no known shape.
     """
-    return Image.fromarray(draw(*pack([scene], max(len(scene.items), 1)))[0])
+    return Image.fromarray(np.asarray(draw(*pack([scene], max(len(scene.items), 1)))[0]))

@@ -20,7 +20,7 @@ JITTER = 8.0  # of each channel of a color
 
 _HALF_SIZES = {1: (14.0, 24.0), 2: (13.0, 19.0), 3: (12.0, 15.5), 4: (11.5, 13.5)}  # by the number of items
 _MANY = (SMALLEST, 12.0)  # for more
-_SLACK = 0.05  # of the margin of relations: a pixel more or less must not decide
+SLACK = 0.05  # of the margin of relations: a pixel more or less must not decide
 _TRIES = 40
 _NAMES = tuple(COLORS)
 
@@ -102,7 +102,7 @@ def is_clearly(prompt: Prompt, scene: Scene, correct: bool) -> bool:
     if not prompt.relation or judge_scene(replace(prompt, relation=""), scene).failures:
         return True
     a, b = (subject(scene.items, wanted) for wanted in prompt.wanted)
-    return a is None or b is None or is_related(a, prompt.relation, b, _SLACK if correct else -_SLACK) == correct
+    return a is None or b is None or is_related(a, prompt.relation, b, SLACK if correct else -SLACK) == correct
 
 
 def subject(items: Sequence[Item], wanted: Wanted) -> Item | None:
