@@ -39,6 +39,7 @@ COMMANDS = {
     "data chats": Entry("rflow_jax.commands.dataset", "Write GenRef's reflections as chats."),
     "data tfds": Entry("rflow_jax.commands.dataset", "Write tar shards as a data set of TensorFlow Datasets."),
     "data precompute": Entry("rflow_jax.commands.dataset", "Encode records once, for training without encoders."),
+    "shapes model": Entry("rflow_jax.commands.shapes", "Write a small untrained FLUX for the world of colored shapes."),
     "compile": Entry("rflow_jax.commands.compile", "Compile a recipe for a TPU topology on this CPU: does it fit?"),
     "parity": Entry("rflow_jax.commands.parity", "Compare with recordings of the original, array by array."),
     "configs": Entry("rflow_jax.commands.configs", "List the recipes of the package."),

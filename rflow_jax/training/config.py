@@ -296,6 +296,10 @@ TASKS = {
     "corrector": ("rflow_jax.training.config:CorrectorRunConfig", "rflow_jax.training.corrector.task:Corrector"),
     "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
     "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
+    "shapes_autoencoder": (
+        "rflow_jax.shapes.autoencoder_config:ShapesAutoencoderRunConfig",
+        "rflow_jax.shapes.autoencoder:ShapesAutoencoder",
+    ),
 }
 DEFAULT_TASK = "corrector"
 

@@ -21,7 +21,9 @@ from rflow_jax.training.config import CorrectorRunConfig
 from rflow_jax.utils import cli
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml") if "debug" not in file.stem)
+RECIPES = sorted(
+    file.stem for file in (ROOT / "configs").glob("*.yaml") if "debug" not in file.stem and "shapes" not in file.stem
+)
 
 
 @pytest.fixture
