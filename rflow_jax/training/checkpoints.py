@@ -119,7 +119,7 @@ IMMUTABLE_ON_RESUME = (
         "model",
         "lora.*",
         "trainable_parameters",
-        "optimizer.name",
+        *("optimizer.name", "optimizer.muon_parameters"),
         "train.batch_size",
         "train.dtype",
         "train.seed",

@@ -126,7 +126,9 @@ class OptimizerConfig:
     """The optimizer and its settings; the defaults are the original's.
 
     Attributes:
-        name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw`` or ``sgd``.
+        name: ``prodigy`` (finds its own step size; keep lr at 1), ``adamw``, ``sgd``, or ``muon`` for networks from
+            nothing: the matrices that muon_parameters names by Muon, whose steps have the size of AdamW's, and all
+            other parameters by Adam without decay.
         lr: learning rate, the highest of its schedule.
         schedule: after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
         warmup_steps: number of steps over which it rises linearly.
@@ -138,9 +140,13 @@ class OptimizerConfig:
         d0: Prodigy's first guess of the step size.
         d_coef: Prodigy's guesses are multiplied by this.
         safeguard_warmup: keep a learning rate that warms up from inflating Prodigy's guess.
+        muon_parameters: regular expression on the dotted paths of matrices; by default those of a transformer's blocks,
+            but not their modulations.
+        momentum: of Muon.
+        adam_lr: learning rate of the parameters that are not Muon's, the highest of the same schedule; null: lr.
     """
 
-    name: Literal["prodigy", "adamw", "sgd"] = "prodigy"
+    name: Literal["prodigy", "adamw", "sgd", "muon"] = "prodigy"
     lr: float = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
@@ -152,9 +158,15 @@ class OptimizerConfig:
     d0: float = 1e-6
     d_coef: float = 1.0
     safeguard_warmup: bool = True
+    muon_parameters: str = r".*blocks\.\d+\.(?!.*mod).*kernel"
+    momentum: float = 0.95
+    adam_lr: float | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "optimizer", "lr", "max_grad_norm", "eps", "d0", "d_coef")
+        require_positive(self, "optimizer", "lr", "max_grad_norm", "eps", "d0", "d_coef", "adam_lr")
+        require_pattern("optimizer.muon_parameters", self.muon_parameters)
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"optimizer.momentum is {self.momentum}: give a number of at least 0 and below 1")
         require_least(self, "optimizer", warmup_steps=0, decay_steps=1, weight_decay=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optimizer.betas is {list(self.betas)}: give numbers of at least 0 and below 1")
@@ -296,10 +308,15 @@ TASKS = {
     "corrector": ("rflow_jax.training.config:CorrectorRunConfig", "rflow_jax.training.corrector.task:Corrector"),
     "reward": ("rflow_jax.training.reward.config:RewardRunConfig", "rflow_jax.training.reward.task:Reward"),
     "sft": ("rflow_jax.training.sft.config:SftRunConfig", "rflow_jax.training.sft.task:Sft"),
+    "shapes_transformer": (
+        "rflow_jax.shapes.transformer_config:ShapesTransformerRunConfig",
+        "rflow_jax.shapes.transformer:ShapesTransformer",
+    ),
     "shapes_autoencoder": (
         "rflow_jax.shapes.autoencoder_config:ShapesAutoencoderRunConfig",
         "rflow_jax.shapes.autoencoder:ShapesAutoencoder",
     ),
+    "shapes_text": ("rflow_jax.shapes.text_config:ShapesTextRunConfig", "rflow_jax.shapes.text_encoders:ShapesText"),
 }
 DEFAULT_TASK = "corrector"
 

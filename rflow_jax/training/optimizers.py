@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +36,35 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     elif config.name == "adamw":
         b1, b2 = config.betas
         inner = optax.adamw(learning_rate(config), b1=b1, b2=b2, eps=config.eps, weight_decay=config.weight_decay)
+    elif config.name == "muon":
+        inner = muon(config)
     else:
         inner = prodigy(config)
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), inner)
+
+
+def muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """optax's Muon for the matrices that the configuration names, and Adam for all else."""
+    b1, b2 = config.betas
+
+    def dimensions(params: Any) -> Any:
+        def of(path: Any, leaf: Array) -> Any:
+            names = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+            chosen = leaf.ndim == 2 and re.fullmatch(config.muon_parameters, ".".join(names))
+            return optax.contrib.MuonDimensionNumbers() if chosen else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(
+        learning_rate(config),
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_learning_rate=learning_rate(replace(config, lr=config.adam_lr or config.lr)),
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=0.2,  # the size of AdamW's steps: arXiv 2502.16982
+    )
 
 
 def prodigy(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -118,12 +118,18 @@ def state_shardings(trainable: Any, optimizer: optax.GradientTransformation, mes
         trainable: arrays, or their shapes, with shardings.
     """
     parameters = jax.tree.map(lambda x: x.sharding, trainable)
+
+    def is_masked(number: Any) -> bool:
+        """An optimizer of several has none of its own for the others' parameters."""
+        return isinstance(number, optax.MaskedNode)
+
     optimizer_shardings = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda number, sharding: number if is_masked(number) else sharding,
         jax.eval_shape(optimizer.init, trainable),
         parameters,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=is_masked,
     )
     step: Any = replicated(mesh)
     return TrainState(step, parameters, optimizer_shardings)

@@ -94,3 +94,24 @@ def test_the_clip_bounds_the_global_norm():
 def test_numbers_that_make_no_sense(bad):
     with pytest.raises(InputError, match=f"^optimizer.{next(iter(bad))}"):
         OptimizerConfig(**bad)
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adam_all_else():
+    config = OptimizerConfig("muon", lr=0.1, adam_lr=0.01, weight_decay=0.0, max_grad_norm=1e6)
+    optimizer = make_optimizer(config)
+    gradient = jax.random.normal(jax.random.key(0), (8, 4))
+    params = {
+        "blocks": {"0": {name: {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)} for name in ("q", "mod")}},
+        "head": {"kernel": jnp.zeros((8, 4))},
+    }
+    gradients = jax.tree.map(lambda p: gradient if p.ndim == 2 else gradient[0], params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    block = updates["blocks"]["0"]
+    # Orthogonal: all singular values are near one size, which gives entries the size of AdamW's steps.
+    values = np.linalg.svd(np.asarray(block["q"]["kernel"]), compute_uv=False) / (0.1 * 0.2 * 8**0.5)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    adam = optax.nadam(0.01)
+    wanted, _ = adam.update(gradients, adam.init(params), params)
+    del block["q"]["kernel"], wanted["blocks"]["0"]["q"]["kernel"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, wanted)

@@ -1,0 +1,312 @@
+"""Training of the transformer as a task: flow matching on pictures, and on conditions to keep or to ignore."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from rflow_jax.data.workers import Workers, worker_count
+from rflow_jax.flow import pack as pack_latents
+from rflow_jax.flow import rope_for
+from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.generation.pipeline import Pipeline
+from rflow_jax.models.flux.config import forward_flops
+from rflow_jax.parallel.mesh import put_batch, replicated
+from rflow_jax.parallel.runtime import reproducible
+from rflow_jax.shapes.edits import reflection, repair, spoil
+from rflow_jax.shapes.grammar import held_out_prompts, sample_prompt
+from rflow_jax.shapes.judge import judge
+from rflow_jax.shapes.model import require_pipeline, save_pipeline
+from rflow_jax.shapes.render import pack
+from rflow_jax.shapes.scene_table import CHUNK, NumberBatch, NumberLoader, SceneTable, one_thread_each
+from rflow_jax.shapes.scenes import SIZE, make_scene
+from rflow_jax.shapes.transformer_config import FlowConfig, PromptValidationConfig, ShapesTransformerRunConfig
+from rflow_jax.shapes.vocabulary import T5_LENGTH
+from rflow_jax.tokenizers.flux import t5_prompt
+from rflow_jax.training.config import LoraConfig
+from rflow_jax.training.corrector.loss import Examples, flow_matching_losses
+from rflow_jax.training.corrector.step import sample_keys
+from rflow_jax.training.partition import PartitionedModel, load_trainable_model, on_host
+from rflow_jax.training.prefetch import slots_here
+from rflow_jax.training.task import TrainStep
+from rflow_jax.training.train_state import MeanMetric, Metrics, StepMetrics, TrainState, compile_step, make_update
+from rflow_jax.typing import Array, Float, Int, UInt32
+from rflow_jax.weights.components import TRANSFORMER
+from rflow_jax.weights.hub import resolve
+
+ROW, OTHER, TIME, NOISE, TEXT, KIND = range(6)  # what a sample's key is folded with for each of its draws
+KEEP = "Keep everything."
+ENCODED = 512  # pictures that the autoencoder encodes at once
+
+
+class Pictures(NamedTuple):
+    """Pictures as latents, with the tokens of their texts.
+
+    Attributes:
+        latents: packed and normalized.
+        plain, reflected, keep: T5's tokens of the prompt alone, with a reflection, and told to keep everything.
+        empty: T5's tokens of no text.
+    """
+
+    latents: Float[Array, "n i f"]
+    clip: Int[Array, "n c"]
+    plain: Int[Array, "n t"]
+    reflected: Int[Array, "n t"]
+    keep: Int[Array, "n t"]
+    empty: Int[Array, " t"]
+
+
+@dataclass(frozen=True)
+class PictureMaker:
+    """Makes scenes and texts of these numbers; runs in a worker."""
+
+    seed: int
+
+    def __call__(self, numbers: range) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
+        """(items, backgrounds, prompts with a reflection on a picture that fails them)."""
+        scenes, texts = [], []
+        for number in numbers:
+            rng = Random(f"picture {number} of {self.seed}")
+            prompt = sample_prompt(rng)
+            scene = make_scene(prompt, rng)
+            edits, _ = repair(prompt, spoil(scene, prompt, rng), rng)
+            scenes.append(scene)
+            texts.append((rng.choice(prompt.wordings()).text, reflection(edits)))
+        return *pack(scenes), texts
+
+
+def make_pictures(config: ShapesTransformerRunConfig, model: PartitionedModel, mesh: Mesh) -> tuple[Pictures, str]:
+    """The pictures of a run on its devices, and their fingerprint."""
+    count, data = config.data.pictures, config.data
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    with one_thread_each(), Workers(PictureMaker(config.train.seed), worker_count(data.workers)) as makers:
+        made = [future.result() for future in [makers.submit(chunk) for chunk in chunks]]
+    table = SceneTable(*(np.concatenate([part[k] for part in made]) for k in range(2)))
+    texts = [text for *_, part in made for text in part]
+    flux = model.bundle
+    every = {
+        "clip": flux.tokenizers.clip([prompt for prompt, _ in texts], flux.clip_length),
+        "plain": flux.tokenizers.t5([prompt for prompt, _ in texts], T5_LENGTH),
+        "reflected": flux.tokenizers.t5([t5_prompt(*both) for both in texts], T5_LENGTH),
+        "keep": flux.tokenizers.t5([t5_prompt(prompt, KEEP) for prompt, _ in texts], T5_LENGTH),
+        "empty": flux.tokenizers.t5([""], T5_LENGTH)[0],
+    }
+    every = {name: np.asarray(ids, np.int16) for name, ids in every.items()}
+    fingerprint = table.fingerprint + hashlib.sha256(every["reflected"].tobytes()).hexdigest()[:16]
+    return Pictures(encode_all(table, flux, mesh), **jax.device_put(every, replicated(mesh))), fingerprint
+
+
+def encode_all(table: SceneTable, flux: Any, mesh: Mesh) -> Float[Array, "n i f"]:
+    """The packed latents of every scene, in bfloat16: the means, normalized."""
+    graph, weights = flux.graphs.vae, flux.weights["vae"]
+
+    @jax.jit
+    def encode(weights: Any, scenes: SceneTable) -> Array:
+        vae = nnx.merge(graph, weights)
+        pixels = scenes.draw(jnp.arange(len(scenes.items))).astype(jnp.float32) / 127.5 - 1
+        mean, _ = vae.encode(pixels.astype(flux.dtype))
+        return pack_latents(vae.scale(mean.astype(jnp.float32))).astype(jnp.bfloat16)
+
+    count, parts = len(table.items), []
+    for start in range(0, count, ENCODED):
+        rows = np.arange(start, start + ENCODED) % count
+        parts.append(encode(weights, SceneTable(*(part[rows] for part in table))))
+    return jax.device_put(jnp.concatenate(parts)[:count], replicated(mesh))
+
+
+class PromptValidation:
+    """One image of each of some held-out prompts, exactly judged.
+
+    Args:
+        pipe: makes the images.
+        model: whose transformer is trained.
+    """
+
+    def __init__(self, config: PromptValidationConfig, pipe: Pipeline, model: PartitionedModel):
+        self.every, self._config, self._pipe, self._model = config.every, config, pipe, model
+        self._prompts = held_out_prompts(config.prompts)
+        self._settings = SamplingConfig(
+            height=SIZE, width=SIZE, num_inference_steps=config.num_inference_steps, guidance_scale=1.0,
+            max_sequence_length=T5_LENGTH,
+        )  # fmt: skip
+
+    def run(self, step: int, trainable: nnx.State) -> dict[str, float]:
+        """``validation/all`` and ``validation/{tag}``: the share of images that show their prompt."""
+        seeds = [(self._config.seed, number) for number in range(len(self._prompts))]
+        pipe = self._pipe.with_weights(self._model.bundle_with(trainable).weights)
+        images = pipe.generate([one.text for one in self._prompts], seeds=seeds, settings=self._settings)
+        right = [judge(prompt, image).correct for prompt, image in zip(self._prompts, images, strict=True)]
+        count = Counter(prompt.tag for prompt in self._prompts)
+        good = Counter(prompt.tag for prompt, ok in zip(self._prompts, right, strict=True) if ok)
+        return {f"validation/{tag}": good[tag] / count[tag] for tag in count} | {
+            "validation/all": float(np.mean(right))
+        }
+
+
+@dataclass(frozen=True)
+class TrainedTransformer:
+    """An :class:`~rflow_jax.training.task.Exporter` of the whole model with this transformer."""
+
+    model: PartitionedModel
+    base: Path
+
+    @property
+    def exports(self) -> str:
+        return "model/{step}"
+
+    def export(self, trainable: nnx.State, folder: Path | None) -> None:
+        """Writes ``model/{step}``."""
+        network = self.model.graph.merge(on_host(trainable))
+        if folder is not None:
+            save_pipeline(folder, {TRANSFORMER.folder: network}, base=self.base)
+
+
+class ShapesTransformer:
+    """A :class:`~rflow_jax.training.task.Task`.
+
+    Raises:
+        InputError: the model is not usable.
+    """
+
+    title = "a transformer"
+
+    def __init__(self, config: ShapesTransformerRunConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        base, train = require_pipeline(resolve(config.model)), config.train
+        options = {"seed": train.seed, "dtype": train.dtype, "mesh": mesh}
+        self._model = load_trainable_model(str(base), LoraConfig(), ".*", **options)
+        self.trainable = self._model.trainable
+        with reproducible(train.dtype):
+            self._pictures, self._fingerprint = make_pictures(config, self._model, mesh)
+        self.exporter = TrainedTransformer(self._model, base)
+        side = SIZE // self._model.bundle.token_pixels
+        self._grid = side, side
+        parts = {"text": T5_LENGTH, "image": side * side}
+        flux = self._model.bundle.flux_config
+        once = forward_flops(flux, **parts, condition=0)
+        self.flops = 3 * (once + config.flow.conditions * forward_flops(flux, **parts, condition=side * side))
+
+    def to_saved(self, state: TrainState) -> TrainState:
+        """The state with parameters by block."""
+        return self._model.to_saved(state)
+
+    def to_running(self, state: TrainState) -> TrainState:
+        """The state of a checkpoint in the form of this run's network."""
+        return self._model.to_running(state)
+
+    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> NumberLoader:
+        """Numbers of samples from a step on."""
+        size = self._config.train.batch_size
+        options = {"batch_size": size, "slots": slots_here(self._mesh, size), "name": "pictures"}
+        return NumberLoader(start, **options, fingerprint=self._fingerprint, position=position)
+
+    def put(self, batch: NumberBatch) -> Array:
+        """The numbers on the mesh."""
+        return put_batch(self._mesh, batch.numbers)
+
+    def make_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainStep:
+        """Draws a batch, encodes its texts, then updates all parameters."""
+        config, model, pictures = self._config, self._model, self._pictures
+        flow, train, graphs = config.flow, config.train, model.bundle.graphs
+        rope = rope_for(model.graph.config, T5_LENGTH, self._grid)
+        both = rope_for(model.graph.config, T5_LENGTH, self._grid, self._grid)
+        weights = {name: model.bundle.weights[name] for name in ("clip", "t5")}
+        options: dict[str, Any] = {"dtype": jnp.dtype(train.dtype), "remat": train.remat, "attention": train.attention}
+
+        def objective(trainable: nnx.State, frozen: Any, numbers: UInt32[Array, " b"]) -> tuple[Array, Metrics]:
+            pictures, weights = frozen
+            network = model.graph.merge(trainable)
+
+            def embedded(batch: Batch) -> Examples:
+                _, pooled = nnx.merge(graphs.clip, weights["clip"])(batch.clip)
+                text = nnx.merge(graphs.t5, weights["t5"])(batch.t5)
+                return Examples(batch.x_0, batch.condition, *(x.astype(train.dtype) for x in (text, pooled)))
+
+            keys = sample_keys(train.seed, numbers)
+            batch = draw_batch(pictures, keys, flow)
+            losses = flow_matching_losses(network, embedded(batch), batch.t, batch.x_1, rope, **options)
+            loss, metrics = jnp.mean(losses), {}
+            if count := round(flow.conditions * len(numbers)):
+                seen = draw_conditions(pictures, keys[:count], batch, flow)
+                again = flow_matching_losses(network, embedded(seen), seen.t, seen.x_1, both, **options)
+                loss = (jnp.sum(losses) + jnp.sum(again)) / (len(numbers) + count)
+                metrics = {"condition": MeanMetric(jnp.sum(again), jnp.asarray(count, jnp.float32))}
+            return loss, metrics
+
+        parts = train.gradient_accumulation_steps
+        update = make_update(objective, optimizer, gradient_accumulation_steps=parts, mesh=self._mesh)
+        step = compile_step(update, shardings, self._mesh)
+
+        def take(state: TrainState, inputs: Array) -> tuple[TrainState, StepMetrics]:
+            return step(state, (pictures, weights), inputs)
+
+        return take
+
+    def open_validation(self, out: Path) -> PromptValidation | None:
+        """Images of held-out prompts."""
+        config, model = self._config.validation, self._model
+        if not config.prompts:
+            return None
+        pipe = Pipeline(model.bundle_with(model.trainable), attention=self._config.train.attention, mesh=self._mesh)
+        return PromptValidation(config, pipe, model)
+
+
+class Batch(NamedTuple):
+    """What a batch of samples is made of.
+
+    Attributes:
+        x_1: noise.
+        t: times, 1 is noise.
+    """
+
+    x_0: Float[Array, "b i f"]
+    x_1: Float[Array, "b i f"]
+    t: Float[Array, " b"]
+    clip: Int[Array, "b c"]
+    t5: Int[Array, "b t"]
+    condition: Float[Array, "b i f"] | None
+    rows: Int[Array, " b"]
+
+
+def draw_batch(pictures: Pictures, keys: Array, flow: FlowConfig) -> Batch:
+    """A picture, a text, a time and noise for each key."""
+    rows = _integers(keys, ROW, len(pictures.latents))
+    x_0 = pictures.latents[rows].astype(jnp.float32)
+    x_1 = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, NOISE), x_0.shape[1:]))(keys)
+    normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, TIME)))(keys)
+    u = _uniform(keys, TEXT)[:, None]
+    t5 = jnp.where(u < flow.reflections, pictures.reflected[rows], pictures.plain[rows])
+    t5 = jnp.where(u > 1 - flow.empty_texts, pictures.empty, t5).astype(jnp.int32)
+    t = jax.nn.sigmoid(flow.time_mean + flow.time_std * normal)
+    return Batch(x_0, x_1, t, pictures.clip[rows].astype(jnp.int32), t5, None, rows)
+
+
+def draw_conditions(pictures: Pictures, keys: Array, batch: Batch, flow: FlowConfig) -> Batch:
+    """The first samples of a batch again, with a condition: the picture itself, or another one."""
+    count = len(keys)
+    first: Batch = jax.tree.map(lambda part: part[:count], batch)
+    kind = _uniform(keys, KIND)
+    rows = jnp.where(kind < 0.75, first.rows, _integers(keys, OTHER, len(pictures.latents)))
+    keep, plain = pictures.keep[first.rows], pictures.plain[first.rows]
+    t5 = jnp.where(kind[:, None] < 0.5, keep, plain).astype(jnp.int32)
+    return first._replace(t5=t5, condition=pictures.latents[rows])
+
+
+def _integers(keys: Array, draw: int, end: int) -> Int[Array, " b"]:
+    return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, draw), (), 0, end))(keys)
+
+
+def _uniform(keys: Array, draw: int) -> Float[Array, " b"]:
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, draw)))(keys)
