@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +23,12 @@ from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.shapes.autoencoder_config import SceneValidationConfig, ShapesAutoencoderRunConfig
 from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.model import require_pipeline, save_pipeline
+from rflow_jax.shapes.numbered_task import NumberedTask
 from rflow_jax.shapes.render import pack
-from rflow_jax.shapes.scene_table import NumberBatch, NumberLoader, SceneTable, make_table, sample_scene
+from rflow_jax.shapes.scene_table import SceneTable, make_table, sample_scene
 from rflow_jax.shapes.scenes import SIZE, THING, Item, Scene
 from rflow_jax.training.corrector.step import sample_keys
 from rflow_jax.training.partition import on_host
-from rflow_jax.training.prefetch import slots_here
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import MeanMetric, Metrics, StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.typing import Array, Float, UInt8, UInt32
@@ -183,14 +182,14 @@ class TrainedAutoencoder:
             save_pipeline(folder, {VAE.folder: network}, base=self.base, changes={VAE.folder: scale})
 
 
-class ShapesAutoencoder:
+class ShapesAutoencoder(NumberedTask[ShapesAutoencoderRunConfig]):
     """A :class:`~rflow_jax.training.task.Task`.
 
     Raises:
         InputError: the model is not usable.
     """
 
-    title = "an autoencoder"
+    title, samples = "an autoencoder", "scenes"
 
     def __init__(self, config: ShapesAutoencoderRunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -210,24 +209,6 @@ class ShapesAutoencoder:
         self._measure = Measurement(self._graph, jnp.dtype(train.dtype), batch, mesh)
         measured = SceneTable(*(part[:MEASURED] for part in scenes))
         self.exporter = TrainedAutoencoder(self._graph, base, self._measure, measured)
-
-    def to_saved(self, state: TrainState) -> TrainState:
-        """The state as it is."""
-        return state
-
-    def to_running(self, state: TrainState) -> TrainState:
-        """The state as it is."""
-        return state
-
-    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> NumberLoader:
-        """Numbers of samples from a step on."""
-        size = self._config.train.batch_size
-        options = {"batch_size": size, "slots": slots_here(self._mesh, size), "name": "scenes"}
-        return NumberLoader(start, **options, fingerprint=self._fingerprint, position=position)
-
-    def put(self, batch: NumberBatch) -> Array:
-        """The numbers on the mesh."""
-        return put_batch(self._mesh, batch.numbers)
 
     def make_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainStep:
         """Draws the scenes of a batch, then updates all parameters."""

@@ -45,10 +45,12 @@ _EXAMPLES = (
 
 
 def plural(shape: str) -> str:
+    """The word for several of a shape."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def with_article(noun: str) -> str:
+    """A noun, perhaps with a color before it, after its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 

@@ -80,17 +80,27 @@ def make_table(count: int, seed: int, *, spoiled: float, workers: int | None = N
         spoiled: how many of them fail their prompts.
         workers: processes; None: all cores but one, and none for a small table. 0 uses this process.
     """
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    processes = 0 if len(chunks) == 1 and workers is None else min(worker_count(workers), len(chunks))
-    with one_thread_each(), Workers(SceneMaker(seed, spoiled), processes) as makers:
-        made = [future.result() for future in [makers.submit(chunk) for chunk in chunks]]
+    made = made_in_chunks(SceneMaker(seed, spoiled), count, workers)
     items, backgrounds = (np.concatenate(parts) for parts in zip(*made, strict=True))
     used = int((items[..., 0] != EMPTY).any(0).sum())
     return SceneTable(np.ascontiguousarray(items[:, :used]), backgrounds)
 
 
+def made_in_chunks(maker: Any, count: int, workers: int | None) -> list[Any]:
+    """What a maker makes of the numbers below ``count``, chunk by chunk in their order.
+
+    Args:
+        maker: called with a range of numbers, in workers.
+        workers: as in :func:`make_table`.
+    """
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    processes = 0 if len(chunks) == 1 and workers is None else min(worker_count(workers), len(chunks))
+    with _one_thread_each(), Workers(maker, processes) as makers:
+        return [future.result() for future in [makers.submit(chunk) for chunk in chunks]]
+
+
 @contextmanager
-def one_thread_each() -> Iterator[None]:
+def _one_thread_each() -> Iterator[None]:
     """Keeps NumPy in processes that are started inside from starting a thread for every core of the machine."""
     before = os.environ.get(_THREADS)
     os.environ[_THREADS] = "1"

@@ -134,10 +134,12 @@ def _is_free(others: Sequence[Item], x: float, y: float, reach: float) -> bool:
 
 
 def random_jitter(rng: Random) -> tuple[float, float, float]:
+    """A small change of a color's red, green and blue."""
     return rng.uniform(-JITTER, JITTER), rng.uniform(-JITTER, JITTER), rng.uniform(-JITTER, JITTER)
 
 
 def random_color(rng: Random, *without: str) -> str:
+    """The name of a color, but none of these."""
     return rng.choice([name for name in _NAMES if name not in without])
 
 

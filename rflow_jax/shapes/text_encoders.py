@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced
 from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.shapes.grammar import held_out_prompts
 from rflow_jax.shapes.model import DEFAULTS_KEY, require_pipeline, save_pipeline
-from rflow_jax.shapes.scene_table import NumberBatch, NumberLoader
+from rflow_jax.shapes.numbered_task import NumberedTask
 from rflow_jax.shapes.text_config import ShapesTextRunConfig
 from rflow_jax.shapes.text_table import (
     CLASSES,
@@ -37,7 +36,6 @@ from rflow_jax.shapes.text_table import (
 from rflow_jax.shapes.vocabulary import T5_LENGTH
 from rflow_jax.training.corrector.step import sample_keys
 from rflow_jax.training.partition import on_host
-from rflow_jax.training.prefetch import slots_here
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import MeanMetric, Metrics, StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.typing import Array, Bool, Float, Int, UInt32
@@ -163,14 +161,14 @@ class TrainedTextEncoders:
             save_pipeline(folder, {CLIP.folder: network.clip, T5.folder: network.t5}, base=self.base)
 
 
-class ShapesText:
+class ShapesText(NumberedTask[ShapesTextRunConfig]):
     """A :class:`~rflow_jax.training.task.Task`.
 
     Raises:
         InputError: the model is not usable.
     """
 
-    title = "text encoders"
+    title, samples = "text encoders", "texts"
 
     def __init__(self, config: ShapesTextRunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -189,24 +187,6 @@ class ShapesText:
         self._fingerprint = texts.fingerprint
         self._table = jax.device_put(texts, replicated(mesh))
         self.exporter = TrainedTextEncoders(self._graph, base)
-
-    def to_saved(self, state: TrainState) -> TrainState:
-        """The state as it is."""
-        return state
-
-    def to_running(self, state: TrainState) -> TrainState:
-        """The state as it is."""
-        return state
-
-    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> NumberLoader:
-        """Numbers of samples from a step on."""
-        size = self._config.train.batch_size
-        options = {"batch_size": size, "slots": slots_here(self._mesh, size), "name": "texts"}
-        return NumberLoader(start, **options, fingerprint=self._fingerprint, position=position)
-
-    def put(self, batch: NumberBatch) -> Array:
-        """The numbers on the mesh."""
-        return put_batch(self._mesh, batch.numbers)
 
     def make_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainStep:
         """Chooses the texts of a batch, then updates all parameters."""

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError
 from rflow_jax.shapes.edits import MAX_SENTENCES, Edit, reflection, repair, spoil
 from rflow_jax.shapes.grammar import COLORS, MAX_OBJECTS, NUMBERS, SHAPES, TAGS, Prompt, all_contents, sample_prompt
+from rflow_jax.shapes.scene_table import made_in_chunks
 from rflow_jax.shapes.scenes import THING, make_scene
 from rflow_jax.tokenizers.flux import Tokenizers, t5_prompt
 from rflow_jax.typing import Array, Int
@@ -194,8 +194,5 @@ def make_text_table(
     Raises:
         InputError: texts that are longer than the networks take.
     """
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    processes = 0 if len(chunks) == 1 and workers is None else min(worker_count(workers), len(chunks))
-    with Workers(TextMaker(coder, seed, reflected, kept, uniform), processes) as makers:
-        made = [future.result() for future in [makers.submit(chunk) for chunk in chunks]]
+    made = made_in_chunks(TextMaker(coder, seed, reflected, kept, uniform), count, workers)
     return TextTable(*(np.concatenate(parts) for parts in zip(*made, strict=True)))

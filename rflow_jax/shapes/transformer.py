@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,20 +16,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.flow import pack as pack_latents
 from rflow_jax.flow import rope_for
 from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.generation.pipeline import Pipeline
 from rflow_jax.models.flux.config import forward_flops
-from rflow_jax.parallel.mesh import put_batch, replicated
+from rflow_jax.parallel.mesh import replicated
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.shapes.edits import reflection, repair, spoil
 from rflow_jax.shapes.grammar import held_out_prompts, sample_prompt
 from rflow_jax.shapes.judge import judge
 from rflow_jax.shapes.model import require_pipeline, save_pipeline
+from rflow_jax.shapes.numbered_task import NumberedTask
 from rflow_jax.shapes.render import pack
-from rflow_jax.shapes.scene_table import CHUNK, NumberBatch, NumberLoader, SceneTable, one_thread_each
+from rflow_jax.shapes.scene_table import SceneTable, made_in_chunks
 from rflow_jax.shapes.scenes import SIZE, make_scene
 from rflow_jax.shapes.transformer_config import FlowConfig, PromptValidationConfig, ShapesTransformerRunConfig
 from rflow_jax.shapes.vocabulary import T5_LENGTH
@@ -39,7 +38,6 @@ from rflow_jax.training.config import LoraConfig
 from rflow_jax.training.corrector.loss import Examples, flow_matching_losses
 from rflow_jax.training.corrector.step import sample_keys
 from rflow_jax.training.partition import PartitionedModel, load_trainable_model, on_host
-from rflow_jax.training.prefetch import slots_here
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import MeanMetric, Metrics, StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.typing import Array, Float, Int, UInt32
@@ -89,10 +87,7 @@ class PictureMaker:
 
 def make_pictures(config: ShapesTransformerRunConfig, model: PartitionedModel, mesh: Mesh) -> tuple[Pictures, str]:
     """The pictures of a run on its devices, and their fingerprint."""
-    count, data = config.data.pictures, config.data
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    with one_thread_each(), Workers(PictureMaker(config.train.seed), worker_count(data.workers)) as makers:
-        made = [future.result() for future in [makers.submit(chunk) for chunk in chunks]]
+    made = made_in_chunks(PictureMaker(config.train.seed), config.data.pictures, config.data.workers)
     table = SceneTable(*(np.concatenate([part[k] for part in made]) for k in range(2)))
     texts = [text for *_, part in made for text in part]
     flux = model.bundle
@@ -173,14 +168,14 @@ class TrainedTransformer:
             save_pipeline(folder, {TRANSFORMER.folder: network}, base=self.base)
 
 
-class ShapesTransformer:
+class ShapesTransformer(NumberedTask[ShapesTransformerRunConfig]):
     """A :class:`~rflow_jax.training.task.Task`.
 
     Raises:
         InputError: the model is not usable.
     """
 
-    title = "a transformer"
+    title, samples = "a transformer", "pictures"
 
     def __init__(self, config: ShapesTransformerRunConfig, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -205,16 +200,6 @@ class ShapesTransformer:
     def to_running(self, state: TrainState) -> TrainState:
         """The state of a checkpoint in the form of this run's network."""
         return self._model.to_running(state)
-
-    def open_loader(self, start: int, position: Mapping[str, Any] | None) -> NumberLoader:
-        """Numbers of samples from a step on."""
-        size = self._config.train.batch_size
-        options = {"batch_size": size, "slots": slots_here(self._mesh, size), "name": "pictures"}
-        return NumberLoader(start, **options, fingerprint=self._fingerprint, position=position)
-
-    def put(self, batch: NumberBatch) -> Array:
-        """The numbers on the mesh."""
-        return put_batch(self._mesh, batch.numbers)
 
     def make_step(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainStep:
         """Draws a batch, encodes its texts, then updates all parameters."""
