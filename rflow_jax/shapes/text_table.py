@@ -142,7 +142,7 @@ class TextCoder:
 
     def __call__(self, texts: Sequence[Text]) -> TextTable:
         """The table of these texts; raises InputError if they are longer than the networks take."""
-        tokenizers = _load_tokenizers(self.model)
+        tokenizers = load_tokenizers(self.model)
         prompts, whole = [text.prompt.text for text in texts], [text.t5 for text in texts]
         longest = [max(several, key=lambda text: len(text.split())) for several in (prompts, whole)]
         clip, t5 = tokenizers.lengths(longest)
@@ -156,7 +156,8 @@ class TextCoder:
 
 
 @cache
-def _load_tokenizers(model: Path) -> Tokenizers:
+def load_tokenizers(model: Path) -> Tokenizers:
+    """The tokenizers of a model, read once in each process."""
     return Tokenizers(model)
 
 

@@ -31,6 +31,7 @@ from rflow_jax.shapes.numbered_task import NumberedTask
 from rflow_jax.shapes.render import pack
 from rflow_jax.shapes.scene_table import SceneTable, made_in_chunks
 from rflow_jax.shapes.scenes import SIZE, make_scene
+from rflow_jax.shapes.text_table import load_tokenizers
 from rflow_jax.shapes.transformer_config import FlowConfig, PromptValidationConfig, ShapesTransformerRunConfig
 from rflow_jax.shapes.vocabulary import T5_LENGTH
 from rflow_jax.tokenizers.flux import t5_prompt
@@ -68,12 +69,19 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureMaker:
-    """Makes scenes and texts of these numbers; runs in a worker."""
+    """Makes scenes and texts of these numbers; runs in a worker.
+
+    Attributes:
+        model: the folder of the tokenizers.
+        clip_length: tokens that CLIP takes.
+    """
 
     seed: int
+    model: Path
+    clip_length: int
 
-    def __call__(self, numbers: range) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-        """(items, backgrounds, prompts with a reflection on a picture that fails them)."""
+    def __call__(self, numbers: range) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """(items, backgrounds, tokens by their names in :class:`Pictures`)."""
         scenes, texts = [], []
         for number in numbers:
             rng = Random(f"picture {number} of {self.seed}")
@@ -82,23 +90,31 @@ class PictureMaker:
             edits, _ = repair(prompt, spoil(scene, prompt, rng), rng)
             scenes.append(scene)
             texts.append((rng.choice(prompt.wordings()).text, reflection(edits)))
-        return *pack(scenes), texts
+        prompts = [prompt for prompt, _ in texts]
+        tokenizers = load_tokenizers(self.model)
+        tokens = {
+            "clip": tokenizers.clip(prompts, self.clip_length),
+            "plain": tokenizers.t5(prompts, T5_LENGTH),
+            "reflected": tokenizers.t5([t5_prompt(*both) for both in texts], T5_LENGTH),
+            "keep": tokenizers.t5([t5_prompt(prompt, KEEP) for prompt in prompts], T5_LENGTH),
+        }
+        return *pack(scenes), {name: np.asarray(ids, np.int16) for name, ids in tokens.items()}
 
 
-def make_pictures(config: ShapesTransformerRunConfig, model: PartitionedModel, mesh: Mesh) -> tuple[Pictures, str]:
-    """The pictures of a run on its devices, and their fingerprint."""
-    made = made_in_chunks(PictureMaker(config.train.seed), config.data.pictures, config.data.workers)
-    table = SceneTable(*(np.concatenate([part[k] for part in made]) for k in range(2)))
-    texts = [text for *_, part in made for text in part]
+def make_pictures(
+    config: ShapesTransformerRunConfig, base: Path, model: PartitionedModel, mesh: Mesh
+) -> tuple[Pictures, str]:
+    """The pictures of a run on its devices, and their fingerprint.
+
+    Args:
+        base: the folder of the model.
+    """
     flux = model.bundle
-    every = {
-        "clip": flux.tokenizers.clip([prompt for prompt, _ in texts], flux.clip_length),
-        "plain": flux.tokenizers.t5([prompt for prompt, _ in texts], T5_LENGTH),
-        "reflected": flux.tokenizers.t5([t5_prompt(*both) for both in texts], T5_LENGTH),
-        "keep": flux.tokenizers.t5([t5_prompt(prompt, KEEP) for prompt, _ in texts], T5_LENGTH),
-        "empty": flux.tokenizers.t5([""], T5_LENGTH)[0],
-    }
-    every = {name: np.asarray(ids, np.int16) for name, ids in every.items()}
+    maker = PictureMaker(config.train.seed, base, flux.clip_length)
+    made = made_in_chunks(maker, config.data.pictures, config.data.workers)
+    table = SceneTable(*(np.concatenate([part[k] for part in made]) for k in range(2)))
+    every = {name: np.concatenate([tokens[name] for *_, tokens in made]) for name in made[0][-1]}
+    every["empty"] = np.asarray(flux.tokenizers.t5([""], T5_LENGTH)[0], np.int16)
     fingerprint = table.fingerprint + hashlib.sha256(every["reflected"].tobytes()).hexdigest()[:16]
     return Pictures(encode_all(table, flux, mesh), **jax.device_put(every, replicated(mesh))), fingerprint
 
@@ -184,7 +200,7 @@ class ShapesTransformer(NumberedTask[ShapesTransformerRunConfig]):
         self._model = load_trainable_model(str(base), LoraConfig(), ".*", **options)
         self.trainable = self._model.trainable
         with reproducible(train.dtype):
-            self._pictures, self._fingerprint = make_pictures(config, self._model, mesh)
+            self._pictures, self._fingerprint = make_pictures(config, base, self._model, mesh)
         self.exporter = TrainedTransformer(self._model, base)
         side = SIZE // self._model.bundle.token_pixels
         self._grid = side, side
