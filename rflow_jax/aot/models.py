@@ -30,7 +30,8 @@ from rflow_jax.models.text_encoders import ClipTextConfig, T5Config
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, read_image_processor_config
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, read_schedule
-from rflow_jax.weights.flux import FluxModel, GraphDefs
+from rflow_jax.weights.defaults import SamplingDefaults
+from rflow_jax.weights.flux import FluxModel, GraphDefs, defaults_of, describe
 from rflow_jax.weights.hub import cached, resolve_lora
 from rflow_jax.weights.lora.read import read_lora
 from rflow_jax.weights.nvila import read_nvila_config
@@ -158,6 +159,7 @@ def abstract_bundle(
         vae_config=configs[components.VAE.folder],
         clip_config=configs[components.CLIP.folder],
         dtype=dtype,
+        defaults=read_defaults(model, configs[components.TRANSFORMER.folder]),
         has_lora=lora is not None,
     )
 
@@ -174,6 +176,14 @@ def read_sizes(model: str) -> tuple[dict[str, Any], Schedule]:
     flux = FluxConfig(**_known(KNOWN_FLUX, model))
     sizes = flux, AutoencoderConfig(), ClipTextConfig(), T5Config()
     return dict(zip((part.folder for part in COMPONENTS), sizes, strict=True)), Schedule()
+
+
+def read_defaults(model: str, config: FluxConfig) -> SamplingDefaults:
+    """How a model generates unless told otherwise; raises InputError if what its folder says is not usable."""
+    root = folder_of(model)
+    if root is not None:
+        return defaults_of(describe(root), config)
+    return SamplingDefaults.of_model({}, guidance_embeds=config.guidance_embeds, source=model)
 
 
 def corrector_ranks(lora: str | None, transformer: Any) -> dict[str, int]:

@@ -14,7 +14,7 @@ from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes,
 from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_of
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
 from rflow_jax.aot.verifiers import local_models
-from rflow_jax.generation.config import SamplingConfig
+from rflow_jax.generation.config import ResolvedSampling
 from rflow_jax.generation.pipeline import Pipeline
 from rflow_jax.generation.sampling import Conditioning, DynamicArgs, Inputs
 from rflow_jax.models.flux.config import forward_flops
@@ -72,7 +72,7 @@ def sampling_programs(
 
     count, condition = pipe.images_at_once(settings), given.condition
     tokens = (given.text.shape[1], noise.shape[1], 0 if condition is None else condition.shape[1])
-    passes = (settings.num_inference_steps or 0) * (2 if program.use_image_guidance else 1)
+    passes = settings.num_inference_steps * (2 if program.use_image_guidance else 1)
     flops = forward_flops(flux.flux_config, text=tokens[0], image=tokens[1], condition=tokens[2])
     vae = autoencoder_flops(flux.vae_config, settings.height, settings.width, decode=True)
     cut, fsdp = mesh.shape["tensor"] * mesh.shape["sequence"], mesh.shape["fsdp"]
@@ -104,12 +104,12 @@ def _models_beside(config: SearchConfig, devices: Sequence[Any], mesh: Mesh) -> 
 
 
 def _arguments(
-    pipe: Pipeline, settings: SamplingConfig, rows: Any, whole: Any, *, with_condition: bool
+    pipe: Pipeline, settings: ResolvedSampling, rows: Any, whole: Any, *, with_condition: bool
 ) -> tuple[Inputs, Any, Conditioning, DynamicArgs]:
     """The arguments of the programs, as shapes."""
     flux, b = pipe.bundle, pipe.images_at_once(settings)
-    length, side = settings.max_sequence_length or 0, settings.condition_size
-    sizes, pixels, steps = flux.flux_config, flux.token_pixels, settings.num_inference_steps or 0
+    length, side = settings.max_sequence_length, settings.condition_size
+    sizes, pixels, steps = flux.flux_config, flux.token_pixels, settings.num_inference_steps
     images = shaped((b, side, side, 3), np.uint8, rows) if with_condition else None
     clip, t5 = (shaped((b, count), np.int32, rows) for count in (flux.clip_length, length))
     key_type = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
@@ -126,10 +126,10 @@ def _arguments(
     return inputs, noise, given, scales
 
 
-def _encoder_flops(config: SearchConfig, flux: FluxModel, settings: SamplingConfig) -> float:
+def _encoder_flops(config: SearchConfig, flux: FluxModel, settings: ResolvedSampling) -> float:
     """Operations of T5, CLIP and the condition's encoder for one image."""
     t5 = read_sizes(config.model)[0][components.T5.folder]
-    texts = t5_flops(t5, settings.max_sequence_length or 0) + encoder_flops(flux.clip_config, flux.clip_length)
+    texts = t5_flops(t5, settings.max_sequence_length) + encoder_flops(flux.clip_config, flux.clip_length)
     if config.lora is None:
         return texts
     return texts + autoencoder_flops(flux.vae_config, settings.condition_size, settings.condition_size, decode=False)

@@ -17,7 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from rflow_jax.aot.estimate import nvila_projector_flops, picture_flops, qwen2_flops, qwen_vision_flops
-from rflow_jax.aot.models import QWEN_7B, folder_of, in_8_bits, read_nvila_sizes, read_qwen_sizes
+from rflow_jax.aot.models import (
+    QWEN_7B,
+    folder_of,
+    in_8_bits,
+    read_defaults,
+    read_nvila_sizes,
+    read_qwen_sizes,
+    read_sizes,
+)
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, on_mesh, shaped, whole_in
 from rflow_jax.models.lora import attach_shapes, linears, select
 from rflow_jax.models.nvila import abstract_nvila
@@ -37,6 +45,7 @@ from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_chat import decoding_of
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, fitted, limited, patches_of
 from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts
+from rflow_jax.weights import components
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
 from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
@@ -98,7 +107,7 @@ def verifier_programs(config: SearchConfig, devices: Sequence[Any], *, layers: i
 def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | None = None) -> list[LocalModel]:
     """The models behind :func:`verifier_programs`; writers that are configured alike share one."""
     members = members_of(config.verifier)
-    image = config.sampling.width, config.sampling.height
+    image = _image_size(config)
     judges: list[LocalModel] = []
     for k, member in enumerate(members, 1):
         role = "verifier" if members == (config.verifier,) else f"verifier {k}"
@@ -117,6 +126,15 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
             inputs = _inputs(sizes, rules, [image] * pictures, text, options.max_pixels, options.batch_size)
             asked.setdefault(options, {}).setdefault(inputs, []).append(role)
     return [*judges, *(_qwen(options, own, devices, layers) for options, own in asked.items())]
+
+
+def _image_size(config: SearchConfig) -> tuple[int, int]:
+    """Width and height; the model is read only where they are its own."""
+    sampling = config.sampling
+    if sampling.width is None or sampling.height is None:
+        flux = read_sizes(config.model)[0][components.TRANSFORMER.folder]
+        sampling = sampling.resolve(read_defaults(config.model, flux))
+    return sampling.width, sampling.height
 
 
 def _nvila(

@@ -24,7 +24,6 @@ from rflow_jax.utils.progress import count_progress
 Seed = int | tuple[int, ...]
 
 log = logging.getLogger(__name__)
-_DECIDED_BY_THE_MODEL = ("num_inference_steps", "max_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _require_free(path: Path, record: Mapping[str, Any]) -> None:
         made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         other = [key for key in record if key not in ("settings", "condition") and made[key] != record[key]]
         for key, value in record["settings"].items():
-            if (value is not None or key not in _DECIDED_BY_THE_MODEL) and made["settings"][key] != value:
+            if value is not None and made["settings"][key] != value:  # None: the model decides
                 other.append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         other = ["unknown settings"]

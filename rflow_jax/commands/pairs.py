@@ -15,7 +15,7 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import Record, RecordError
 from rflow_jax.data.transforms import pictures, uniforms
 from rflow_jax.errors import InputError
-from rflow_jax.generation.config import SamplingConfig, require_lora_effect
+from rflow_jax.generation.config import ResolvedSampling, SamplingConfig, require_lora_effect
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
@@ -89,9 +89,8 @@ def pairs(config: PairsConfig) -> int:
         InputError: the file, the model or the folder is not usable.
     """
     settings = config.sampling
-    if settings.height != settings.width:
-        raise InputError(f"pairs are squares: give one number as height and width, not {settings.height} and "
-                         f"{settings.width}")  # fmt: skip
+    if None not in (settings.height, settings.width):
+        _require_square(settings)
     require_lora_effect(settings, with_condition=True)
     out = Path(config.out)
     listed = read_pairs(Path(config.file))
@@ -104,12 +103,13 @@ def pairs(config: PairsConfig) -> int:
     from rflow_jax.generation.pipeline import load_pipeline
 
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
-    failed = 0
+    settings, failed = pipe.resolve(settings), 0
+    _require_square(settings)
     with count_progress() as bar:
         task = bar.add_task("compiling and correcting", total=len(todo))
         for first in range(0, len(todo), settings.batch_size):
             chunk = todo[first : first + settings.batch_size]
-            ready = list(_readable(chunk, config))
+            ready = list(_readable(chunk, config, settings))
             failed += len(chunk) - len(ready)
             images = pipe.generate(
                 [pair.prompt for pair, _, _ in ready],
@@ -120,13 +120,19 @@ def pairs(config: PairsConfig) -> int:
             )
             for (pair, bad, good), image in zip(ready, images, strict=True):
                 file = _file(out, pair)
-                record = _record(config, pair, asdict(pipe.resolve(settings)))
+                record = _record(config, pair, asdict(settings))
                 write_file(file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
                 write_file(out / "generated" / file.name, png_bytes(image))
                 write_file(file, png_bytes(side_by_side([bad, good, image])))  # last: the sign that the pair is done
             bar.update(task, advance=len(chunk), description="correcting")
     print(f"{len(todo) - failed} pairs in {out}" + (f"; {failed} could not be read" if failed else ""))
     return 1 if failed else 0
+
+
+def _require_square(settings: SamplingConfig) -> None:
+    if settings.height != settings.width:
+        raise InputError(f"pairs are squares: give one number as height and width, not {settings.height} and "
+                         f"{settings.width}")  # fmt: skip
 
 
 def read_pairs(path: Path) -> list[CorrectionPair]:
@@ -169,9 +175,10 @@ def _pair(entry: Any, number: int, path: Path) -> CorrectionPair:
     return CorrectionPair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
 
 
-def _readable(chunk: list[CorrectionPair], config: PairsConfig) -> Iterator[tuple[CorrectionPair, Image, Image]]:
+def _readable(
+    chunk: list[CorrectionPair], config: PairsConfig, sampling: ResolvedSampling
+) -> Iterator[tuple[CorrectionPair, Image, Image]]:
     """(pair, bad picture as the condition, good picture) of those that can be read; prints why others are left out."""
-    sampling = config.sampling
     sizes = DataConfig("", target_size=sampling.height, condition_size=sampling.condition_size, crop=config.crop)
     for pair in chunk:
         position = uniforms(config.seed, pair.number)[:2] if config.crop == "random" else (None, None)

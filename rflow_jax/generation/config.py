@@ -1,9 +1,12 @@
 """The settings of sampling, which all images of a call share."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.weights.defaults import SamplingDefaults
 
 # FLUX's: the autoencoder shrinks by 8 and packing by 2. Checked before a model is loaded, which may need more.
 _GRID = 16
@@ -14,33 +17,35 @@ class SamplingConfig(ConditionFlags):
     """Settings of generation; names as in diffusers.
 
     Attributes:
-        height: height of the generated image in pixels, a multiple of 16.
-        width: width of the generated image in pixels, a multiple of 16.
+        height: height of the generated image in pixels, a multiple of 16; null takes the model's own (FLUX.1: 1024).
+        width: width of the generated image in pixels, likewise.
         num_inference_steps: denoising steps; null takes the model's own (30 for dev, 4 for schnell).
-        guidance_scale: the guidance fed to the network; schnell has no such input and ignores it.
+        guidance_scale: the guidance fed to the network; null takes the model's own (FLUX.1: 3.5). Schnell has no such
+            input and ignores it.
         image_guidance_scale: how far to move away from the prediction for a black condition; 1 is off.
         condition_scale: weight of the attention between the condition and the rest; 1 is neutral.
-        condition_size: the condition image is resized to this many pixels a side, a multiple of 16.
+        condition_size: the condition image is resized to this many pixels a side, a multiple of 16; null takes the
+            model's own (FLUX.1: 512).
         batch_size: images denoised together.
         max_sequence_length: T5 tokens; null takes the model's own (512 for dev, 256 for schnell).
         vae_tiling: encode and decode pictures beyond the autoencoder's own size (1024 px) in tiles: less memory, and
             slight differences along their seams.
     """
 
-    height: int = 1024
-    width: int = 1024
+    height: int | None = None
+    width: int | None = None
     num_inference_steps: int | None = None
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     image_guidance_scale: float = 1.0
     condition_scale: float = 1.0
-    condition_size: int = 512
+    condition_size: int | None = None
     batch_size: int = 1
     max_sequence_length: int | None = None
     vae_tiling: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "condition_size"):
-            if (value := getattr(self, name)) < 1 or value % _GRID:
+            if (value := getattr(self, name)) is not None and (value < 1 or value % _GRID):
                 nearest = max(_GRID, round(value / _GRID) * _GRID)
                 raise InputError(f"{name} is {value}: give a positive multiple of {_GRID}, such as {nearest}")
         for name in ("num_inference_steps", "batch_size", "max_sequence_length"):
@@ -48,12 +53,31 @@ class SamplingConfig(ConditionFlags):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: give at least 1")
         for field in fields(self):
-            if field.name.endswith("_scale") and not 0 <= (value := getattr(self, field.name)) < float("inf"):
+            value = getattr(self, field.name) if field.name.endswith("_scale") else None
+            if value is not None and not 0 <= value < float("inf"):
                 raise InputError(f"{field.name} is {value}: give a finite number that is not negative")
         if self.condition_scale == 0:
             raise InputError("condition_scale is 0: give a positive number, or leave the condition out")
         if self.condition_scale != 1:
             self.require_scalable()
+
+    def resolve(self, defaults: SamplingDefaults) -> ResolvedSampling:
+        """The settings with the model's own numbers where there is none."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {name: value for name, value in vars(defaults).items() if given[name] is None}
+        return ResolvedSampling(**given | own)
+
+
+@dataclass(frozen=True)
+class ResolvedSampling(SamplingConfig):
+    """Settings of one model, of which none is open; by default FLUX.1-dev's."""
+
+    height: int = SamplingDefaults.height
+    width: int = SamplingDefaults.width
+    num_inference_steps: int = SamplingDefaults.num_inference_steps
+    guidance_scale: float = SamplingDefaults.guidance_scale
+    condition_size: int = SamplingDefaults.condition_size
+    max_sequence_length: int = SamplingDefaults.max_sequence_length
 
 
 def require_lora_effect(settings: SamplingConfig, with_condition: bool) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.generation.config import SamplingConfig, require_lora_effect
+from rflow_jax.generation.config import ResolvedSampling, SamplingConfig, require_lora_effect
 from rflow_jax.generation.sampling import (
     DynamicArgs,
     Inputs,
@@ -149,13 +149,9 @@ class Pipeline:
     def _bare(self) -> Pipeline:
         return Pipeline(self.bundle.without_lora(), attention=self.attention, mesh=self.mesh)
 
-    def resolve(self, settings: SamplingConfig) -> SamplingConfig:
-        """The settings with the model's default number of steps and T5 tokens filled in."""
-        return dataclasses.replace(
-            settings,
-            num_inference_steps=settings.num_inference_steps or self.bundle.default_steps,
-            max_sequence_length=settings.max_sequence_length or self.bundle.default_t5_length,
-        )
+    def resolve(self, settings: SamplingConfig) -> ResolvedSampling:
+        """The settings with the model's own sizes, steps and so on where there are none."""
+        return settings.resolve(self.bundle.defaults)
 
     def generate(
         self,
@@ -179,7 +175,7 @@ class Pipeline:
             conditions: the images to correct, one per prompt; None: plain generation of all.
             reflections: what to change; part of T5's text.
             refined_prompts: for T5 in place of the prompt.
-            settings: sizes, steps, scales; ``batch_size`` images are made at a time.
+            settings: sizes, steps, scales, the model's own by default; ``batch_size`` images are made at a time.
             on_images: called after each batch with the index of its first image and its images.
 
         Raises:
@@ -221,11 +217,10 @@ class Pipeline:
         if not 0 < len(requests) <= size:
             raise ValueError(f"a batch has 1 to {size} requests, not {len(requests)}")
         padded = [*requests, *[requests[-1]] * (size - len(requests))]
-        settings = self.resolve(settings)
-        program = self.program_of(settings, requests[0].condition is not None)
-        inputs, scales = self._inputs(padded, settings), self._scales(settings)
-        factor = self.bundle.vae_config.factor
-        grid = settings.height // factor, settings.width // factor, self.bundle.vae_config.latent_channels
+        resolved, factor = self.resolve(settings), self.bundle.vae_config.factor
+        program = self.program_of(resolved, requests[0].condition is not None)
+        inputs, scales = self._inputs(padded, resolved), self._scales(resolved)
+        grid = resolved.height // factor, resolved.width // factor, self.bundle.vae_config.latent_channels
         with reproducible(self.bundle.dtype):
             noise = self._draw(program, grid, self._put(noise_draws([request.seed for request in padded])))
             given = self.prepare(program, self.bundle.weights, self._put(inputs))
@@ -239,9 +234,9 @@ class Pipeline:
         return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec(DATA)))
 
     def _check(self, requests: Sequence[Request], settings: SamplingConfig) -> None:
-        unit = self.bundle.token_pixels
+        unit, resolved = self.bundle.token_pixels, self.resolve(settings)
         for name in ("height", "width", "condition_size"):
-            if (size := getattr(settings, name)) % unit:
+            if (size := getattr(resolved, name)) % unit:
                 raise InputError(f"{name} is {size}: {self.bundle.name} makes images in multiples of {unit} pixels")
         without = sum(request.condition is None for request in requests)
         if 0 < without < len(requests):
@@ -280,8 +275,8 @@ class Pipeline:
         if waiting:
             yield waiting.images()
 
-    def program_of(self, settings: SamplingConfig, with_condition: bool) -> StaticArgs:
-        """The static arguments of the compiled programs, for resolved settings (:meth:`resolve`)."""
+    def program_of(self, settings: ResolvedSampling, with_condition: bool) -> StaticArgs:
+        """The static arguments of the compiled programs."""
         return StaticArgs(
             settings.height,
             settings.width,
@@ -294,9 +289,8 @@ class Pipeline:
             attention=self.attention,
         )
 
-    def _inputs(self, samples: list[Request], settings: SamplingConfig) -> Inputs:
+    def _inputs(self, samples: list[Request], settings: ResolvedSampling) -> Inputs:
         tokenizers, condition = self.bundle.tokenizers, None
-        assert settings.max_sequence_length is not None
         if samples[0].condition is not None:
             pixels = [condition_pixels(s.condition, settings.condition_size) for s in samples if s.condition]
             condition = jnp.asarray(np.stack(pixels))
@@ -307,9 +301,8 @@ class Pipeline:
             condition,
         )
 
-    def _scales(self, settings: SamplingConfig) -> DynamicArgs:
+    def _scales(self, settings: ResolvedSampling) -> DynamicArgs:
         tokens = (settings.height // self.bundle.token_pixels) * (settings.width // self.bundle.token_pixels)
-        assert settings.num_inference_steps is not None
         numbers = settings.guidance_scale, settings.condition_scale, settings.image_guidance_scale
         return DynamicArgs(
             jnp.asarray(self.bundle.schedule.sigmas(settings.num_inference_steps, tokens)),

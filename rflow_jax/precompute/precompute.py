@@ -48,7 +48,8 @@ from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.progress import byte_progress, count_progress
 from rflow_jax.weights.components import CLIP, T5, TRANSFORMER, VAE
-from rflow_jax.weights.flux import DISTILLED_T5_LENGTH, T5_LENGTH, FluxModel, StoredNetwork, describe
+from rflow_jax.weights.defaults import SamplingDefaults
+from rflow_jax.weights.flux import FluxModel, StoredNetwork, defaults_of, describe
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
@@ -72,7 +73,7 @@ class Encoders:
     tokenizers: Tokenizers
     vae_config: AutoencoderConfig
     clip_length: int
-    default_t5_length: int
+    defaults: SamplingDefaults
 
     @property
     def token_pixels(self) -> int:
@@ -92,7 +93,8 @@ class Encoded(NamedTuple):
 def load_encoders(model: str, dtype: Dtype, mesh: Mesh, *, progress: bool = True) -> Encoders:
     """Loads the encoders of a model; raises InputError if it cannot be found or used."""
     root = resolve(model)
-    paths = describe(root).components
+    found = describe(root)
+    paths = found.components
     if missing := [component.folder for component in NETWORKS.values() if component.folder not in paths]:
         raise InputError(f"{model}: contains no {', '.join(missing)}")
     tokenizers = Tokenizers(root)
@@ -111,7 +113,7 @@ def load_encoders(model: str, dtype: Dtype, mesh: Mesh, *, progress: bool = True
         tokenizers,
         configs["vae"],
         configs["clip"].max_position_embeddings,
-        T5_LENGTH if TRANSFORMER.read_config(root).guidance_embeds else DISTILLED_T5_LENGTH,
+        defaults_of(found, TRANSFORMER.read_config(root)),
     )
 
 
@@ -200,7 +202,7 @@ def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]
         data.target_size,
         data.condition_size,
         data.crop,
-        config.max_sequence_length or encoders.default_t5_length,
+        config.max_sequence_length or encoders.defaults.max_sequence_length,
         config.dtype,
         source.fingerprint,
     )

@@ -35,13 +35,13 @@ from rflow_jax.testing.flux_layout import DEV, MODEL_INDEX
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component
 from rflow_jax.weights.convert import COPIED
+from rflow_jax.weights.defaults import DEFAULTS_KEY
 from rflow_jax.weights.flux import describe
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes, parameter_values, parameter_variables
 from rflow_jax.weights.model_folder import write_json
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
-DEFAULTS_KEY = "_rflow_defaults"  # of model_index.json; diffusers passes over names that begin so
 # The model's own settings, in the names of ``SamplingConfig``.
 DEFAULTS: dict[str, Any] = {
     "height": SIZE,

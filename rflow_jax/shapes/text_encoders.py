@@ -21,7 +21,7 @@ from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Co
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced_on
 from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.shapes.grammar import held_out_prompts
-from rflow_jax.shapes.model import DEFAULTS_KEY, require_pipeline, save_pipeline
+from rflow_jax.shapes.model import require_pipeline, save_pipeline
 from rflow_jax.shapes.numbered_task import NumberedTask
 from rflow_jax.shapes.text_config import ShapesTextRunConfig
 from rflow_jax.shapes.text_table import (
@@ -33,14 +33,13 @@ from rflow_jax.shapes.text_table import (
     make_text_table,
     sample_text,
 )
-from rflow_jax.shapes.vocabulary import T5_LENGTH
 from rflow_jax.training.corrector.step import sample_keys
 from rflow_jax.training.partition import on_host
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import MeanMetric, Metrics, StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.typing import Array, Bool, Float, Int, UInt32
-from rflow_jax.weights.components import CLIP, T5
-from rflow_jax.weights.flux import StoredNetwork, describe
+from rflow_jax.weights.components import CLIP, T5, TRANSFORMER
+from rflow_jax.weights.flux import StoredNetwork, defaults_of, describe
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.loading import parameter_variables
 
@@ -174,8 +173,7 @@ class ShapesText(NumberedTask[ShapesTextRunConfig]):
         self._config, self._mesh = config, mesh
         base = require_pipeline(resolve(config.model))
         clip, t5 = CLIP.read_config(base), T5.read_config(base)
-        defaults = describe(base).info.get(DEFAULTS_KEY, {})
-        length = defaults.get("max_sequence_length", T5_LENGTH)
+        length = defaults_of(describe(base), TRANSFORMER.read_config(base)).max_sequence_length
         self._coder = TextCoder(base, clip.max_position_embeddings, length)
         self._graph, self.trainable = nnx.split(load_encoders(base, clip, t5, mesh))
         self.flops = 3 * (encoder_flops(clip, clip.max_position_embeddings) + t5_flops(t5, length))

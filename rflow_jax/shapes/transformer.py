@@ -148,10 +148,7 @@ class PromptValidation:
     def __init__(self, config: PromptValidationConfig, pipe: Pipeline, model: PartitionedModel):
         self.every, self._config, self._pipe, self._model = config.every, config, pipe, model
         self._prompts = held_out_prompts(config.prompts)
-        self._settings = SamplingConfig(
-            height=SIZE, width=SIZE, num_inference_steps=config.num_inference_steps, guidance_scale=1.0,
-            max_sequence_length=T5_LENGTH,
-        )  # fmt: skip
+        self._settings = SamplingConfig(num_inference_steps=config.num_inference_steps)
 
     def run(self, step: int, trainable: nnx.State) -> dict[str, float]:
         """``validation/all`` and ``validation/{tag}``: the share of images that show their prompt."""

@@ -76,7 +76,7 @@ class ValidationConfig:
         pictures: how many images of each subset are generated.
         times: the loss is the mean over these times in (0, 1), 1 is noise.
         num_inference_steps: denoising steps of an image; null: the model's own.
-        guidance_scale: of an image.
+        guidance_scale: of an image; null: the model's own.
         seed: of noise, in losses and images.
     """
 
@@ -87,7 +87,7 @@ class ValidationConfig:
     pictures: int = 1
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     num_inference_steps: int | None = None
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from rflow_jax.utils.json_files import read_object
 from rflow_jax.utils.progress import byte_progress
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, Component, read_schedule
+from rflow_jax.weights.defaults import SamplingDefaults
 from rflow_jax.weights.hub import resolve, resolve_lora
 from rflow_jax.weights.key_mapping import KeyMapping
 from rflow_jax.weights.loading import ShardingFor, load_into
@@ -43,6 +44,7 @@ EXPECTED = (
     f"expected a converted folder ({MODEL_FILE}), a folder in diffusers' layout (model_index.json) "
     "or a single file of Black Forest Labs (flux1-dev.safetensors)"
 )
+INDEX_FILE = "model_index.json"  # of diffusers; a converted folder keeps it
 TRANSFORMER_CLASS = "FluxTransformer2DModel"
 
 
@@ -83,8 +85,8 @@ def describe(path: Path) -> ModelPath:
         if (version := info.get("version")) != VERSION:
             raise InputError(f"{path}: format version {version}, this program reads {VERSION}; convert again")
         return ModelPath("converted", path, {name: path / name for name in info.get("components", ())}, info)
-    if (path / "model_index.json").is_file():
-        info = read_object(path / "model_index.json")
+    if (path / INDEX_FILE).is_file():
+        info = read_object(path / INDEX_FILE)
         found = {c.folder: path / c.folder for c in COMPONENTS if (path / c.folder / "config.json").is_file()}
         if TRANSFORMER.folder not in found:
             raise InputError(f"{path}: has a model_index.json but no transformer/config.json; fetch the whole folder")
@@ -97,10 +99,6 @@ def describe(path: Path) -> ModelPath:
         ae = {"vae": path / "ae.safetensors"} if (path / "ae.safetensors").is_file() else {}
         return ModelPath("bfl", path, {TRANSFORMER.folder: single[0]} | ae)
     raise InputError(f"{path}: is not a model: {EXPECTED}")
-
-
-DISTILLED_STEPS, DISTILLED_T5_LENGTH = 4, 256  # FLUX.1-schnell
-STEPS, T5_LENGTH = 30, 512  # FLUX.1-dev, as the corrector was trained and evaluated
 
 
 Weights = dict[str, Any]  # ``transformer`` -> (base, LoRA), the LoRA's state empty if there is none; vae, clip, t5
@@ -122,6 +120,7 @@ class FluxModel:
     Attributes:
         name: what it was loaded from.
         dtype: of the activations.
+        defaults: how it generates unless a setting says otherwise.
     """
 
     name: str
@@ -133,6 +132,7 @@ class FluxModel:
     vae_config: AutoencoderConfig
     clip_config: ClipTextConfig
     dtype: Dtype
+    defaults: SamplingDefaults = SamplingDefaults()
     has_lora: bool = False
 
     @property
@@ -151,14 +151,6 @@ class FluxModel:
     @property
     def clip_length(self) -> int:
         return self.clip_config.max_position_embeddings
-
-    @property
-    def default_steps(self) -> int:
-        return STEPS if self.flux_config.guidance_embeds else DISTILLED_STEPS
-
-    @property
-    def default_t5_length(self) -> int:
-        return T5_LENGTH if self.flux_config.guidance_embeds else DISTILLED_T5_LENGTH
 
     def without_lora(self) -> FluxModel:
         """The same model without its adapters; shares the weights."""
@@ -183,10 +175,11 @@ def load_flux(
     """Reads a model folder; see :func:`rflow_jax.generation.pipeline.load_pipeline` for the arguments and errors."""
     kind: Any = getattr(jnp, require_dtype(dtype))
     root = resolve(model)
-    paths = _component_paths(model, describe(root))
+    found = describe(root)
+    paths = _component_paths(model, found)
     adapters = None if lora is None else read_lora(resolve_lora(lora), alpha=lora_alpha)
     configs = {component.folder: component.read_config(root) for component in COMPONENTS}
-    schedule = read_schedule(root)
+    schedule, defaults = read_schedule(root), defaults_of(found, configs[TRANSFORMER.folder])
     choose = None if mesh is None else sharding_for(mesh)
     with ThreadPoolExecutor(1) as aside:  # importing Transformers takes seconds; weights are read meanwhile
         tokenizers = aside.submit(Tokenizers, root)
@@ -217,8 +210,16 @@ def load_flux(
         vae_config=configs[components.VAE.folder],
         clip_config=configs[components.CLIP.folder],
         dtype=kind,
+        defaults=defaults,
         has_lora=lora is not None,
     )
+
+
+def defaults_of(found: ModelPath, config: FluxConfig) -> SamplingDefaults:
+    """How a model generates unless told otherwise; raises InputError if what its folder says is not usable."""
+    index = found.path / INDEX_FILE
+    info = read_object(index) if index.is_file() else {}
+    return SamplingDefaults.of_model(info, guidance_embeds=config.guidance_embeds, source=index)
 
 
 def scans_blocks(wanted: bool | None, mesh: jax.sharding.Mesh | None) -> bool:

@@ -62,8 +62,8 @@ def test_the_new_model_is_loaded_as_it_is_meant(tmp_path, caplog, monkeypatch):
 
 
 def test_diffusers_draws_the_same_picture(folder):
-    settings = SamplingConfig(**DEFAULTS | {"num_inference_steps": STEPS})
     ours = load_pipeline(str(folder), dtype="float32", progress=False)
+    settings = ours.resolve(SamplingConfig(num_inference_steps=STEPS))
     program = ours.program_of(settings, with_condition=False)
     request = Request(PROMPT, 3, reflection=REFLECTION)
     with reproducible("float32"):

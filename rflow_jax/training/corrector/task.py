@@ -109,7 +109,7 @@ def make_step_spec(config: CorrectorRunConfig, trained: PartitionedModel) -> Ste
     train, data, pixels = config.train, config.data, trained.bundle.token_pixels
     data.require_grid(pixels)
     image, condition = data.target_size // pixels, data.condition_size // pixels
-    text = train.max_sequence_length or trained.bundle.default_t5_length
+    text = train.max_sequence_length or trained.bundle.defaults.max_sequence_length
     shape = TokenShape(text, (image, image), (condition, condition))
     dtype = jnp.dtype(train.dtype)
     parts = train.gradient_accumulation_steps

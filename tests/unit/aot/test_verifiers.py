@@ -178,12 +178,12 @@ def test_published_models_are_known_by_name():
         ("nvila", "Efficient-Large-Model/NVILA-Lite-2B-Verifier", 2),
         ("reward", "someone/a-reward-model", 1),
     ):
-        config = SearchConfig(model="m", verifier=VERIFIERS.parse({"name": name, "model": model}))
+        config = SearchConfig(model="m", sampling=SETTINGS, verifier=VERIFIERS.parse({"name": name, "model": model}))
         assert len(verifier_programs(config, jax.devices())) == count
 
 
 def test_models_over_http_compile_nothing():
-    assert verifier_programs(SearchConfig(model="m"), jax.devices()) == []
+    assert verifier_programs(SearchConfig(model="m", sampling=SETTINGS), jax.devices()) == []
     assert verifier_programs(verifying("clip", "m"), jax.devices()) == []
 
 

@@ -127,8 +127,10 @@ def test_seeds_are_different_models():
 def test_the_folder_makes_a_picture_with_the_settings_it_records(start):
     recorded = json.loads((start / "model_index.json").read_text())[DEFAULTS_KEY]
     assert recorded == DEFAULTS
-    settings = SamplingConfig(**recorded | {"num_inference_steps": 2})
+    settings = SamplingConfig(num_inference_steps=2)
     pipe = load_pipeline(str(start), dtype="float32", progress=False)
+    assert {name: getattr(pipe.resolve(SamplingConfig()), name) for name in DEFAULTS} == DEFAULTS
+    assert pipe.resolve(SamplingConfig(height=32)).height == 32
     (picture,) = pipe.generate([parse("a red star").text], seeds=[0], settings=settings)
     assert picture.size == (96, 96)
 
