@@ -68,6 +68,12 @@ class Wanted:
     def noun(self) -> str:
         return f"{self.color} {self.shape}".lstrip()
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Of GenEval's metadata."""
+        entry = {"class": self.shape, "count": self.count}
+        return entry | {"color": self.color} if self.color else entry
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -114,7 +120,7 @@ class Prompt:
     @property
     def metadata(self) -> dict[str, Any]:
         """The line of GenEval's prompt file, in which the object with a position follows the one it refers to."""
-        include = [_entry(wanted) for wanted in self.wanted]
+        include = [wanted.entry for wanted in self.wanted]
         if self.relation:
             include = [include[1], include[0] | {"position": [self.relation, 0]}]
         metadata: dict[str, Any] = {"tag": self.tag, "include": include}
@@ -153,11 +159,6 @@ def _objection(prompt: Prompt) -> str:
     ):
         return f"counts other than two to {NUMBERS[MAX_COUNT]} of one shape without a color"
     return ""
-
-
-def _entry(wanted: Wanted) -> dict[str, Any]:
-    entry = {"class": wanted.shape, "count": wanted.count}
-    return entry | {"color": wanted.color} if wanted.color else entry
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Prompt:
@@ -215,27 +216,6 @@ def _parse(body: str) -> Prompt:
     if not all(matches):
         raise InputError(f"not understood; {_EXAMPLES}")
     return Prompt(tuple(Wanted(match[2], match[1] or "") for match in matches if match), relation)
-
-
-class Requirement(NamedTuple):
-    """A part of a prompt as a question to answer with yes or no, and as a prompt of its own."""
-
-    question: str
-    prompt: Prompt
-
-
-def requirements(prompt: Prompt) -> list[Requirement]:
-    """The questions about a picture; it is correct if and only if all are answered with yes."""
-    first = prompt.wanted[0]
-    if prompt.tag == COUNTING:
-        return [Requirement(f"Are there exactly {NUMBERS[first.count]} {plural(first.shape)}?", prompt)]
-    shapes = [Wanted(one.shape) for one in prompt.wanted]
-    found = [Requirement(f"Is there {with_article(one.shape)}?", Prompt((one,))) for one in shapes]
-    found += [Requirement(f"Is the {one.shape} {one.color}?", Prompt((one,))) for one in prompt.wanted if one.color]
-    if prompt.relation:
-        question = f"Is the {shapes[0].shape} {prompt.relation} the {shapes[1].shape}?"
-        found.append(Requirement(question, Prompt(tuple(shapes), prompt.relation)))
-    return found
 
 
 class _Form(NamedTuple):

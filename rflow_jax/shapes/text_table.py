@@ -15,6 +15,7 @@ import numpy as np
 from rflow_jax.errors import InputError
 from rflow_jax.shapes.edits import MAX_SENTENCES, Edit, reflection, repair, spoil
 from rflow_jax.shapes.grammar import COLORS, MAX_OBJECTS, NUMBERS, SHAPES, TAGS, Prompt, all_contents, sample_prompt
+from rflow_jax.shapes.requirements import remedies
 from rflow_jax.shapes.scene_table import made_in_chunks
 from rflow_jax.shapes.scenes import THING, make_scene
 from rflow_jax.tokenizers.flux import Tokenizers, t5_prompt
@@ -23,6 +24,7 @@ from rflow_jax.verifiers.geneval import RELATIONS
 
 CHUNK = 2048  # texts that a worker makes at once
 _OTHER, _THING = 0.25, 0.15  # how often a reflection is about a picture of another prompt, and of one with a thing
+_DETAILED = 0.6  # how often it says what is there instead
 _KEEP = "keep"
 _SHAPE, _COLOR, _RELATION, _COUNT = ("", *SHAPES, THING), ("", *COLORS), ("", *RELATIONS), tuple(range(len(NUMBERS)))
 _ACTION = ("", _KEEP, "color", "replace", "add", "remove", "move")
@@ -105,7 +107,8 @@ def sample_text(
         i = rng.randrange(len(items))
         items[i] = replace(items[i], shape=THING)
         scene = replace(scene, items=tuple(items))
-    return Text(prompt, repair(prompt, scene, rng)[0])
+    edits, _ = repair(prompt, scene, rng)
+    return Text(prompt, edits if rng.random() < _DETAILED else remedies(prompt, scene))
 
 
 class TextTable(NamedTuple):

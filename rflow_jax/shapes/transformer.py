@@ -29,6 +29,7 @@ from rflow_jax.shapes.judge import judge
 from rflow_jax.shapes.model import require_pipeline, save_pipeline
 from rflow_jax.shapes.numbered_task import NumberedTask
 from rflow_jax.shapes.render import pack
+from rflow_jax.shapes.requirements import remedies
 from rflow_jax.shapes.scene_table import SceneTable, made_in_chunks
 from rflow_jax.shapes.scenes import SIZE, make_scene
 from rflow_jax.shapes.text_table import load_tokenizers
@@ -87,7 +88,8 @@ class PictureMaker:
             rng = Random(f"picture {number} of {self.seed}")
             prompt = sample_prompt(rng)
             scene = make_scene(prompt, rng)
-            edits, _ = repair(prompt, spoil(scene, prompt, rng), rng)
+            wrong = spoil(scene, prompt, rng)
+            edits = repair(prompt, wrong, rng)[0] if rng.random() < 0.5 else remedies(prompt, wrong)
             scenes.append(scene)
             texts.append((rng.choice(prompt.wordings()).text, reflection(edits)))
         prompts = [prompt for prompt, _ in texts]
@@ -218,13 +220,13 @@ class ShapesTransformer(NumberedTask[ShapesTransformerRunConfig]):
         """Draws a batch, encodes its texts, then updates all parameters."""
         config, model, pictures = self._config, self._model, self._pictures
         flow, train, graphs = config.flow, config.train, model.bundle.graphs
-        rope = rope_for(model.graph.config, T5_LENGTH, self._grid)
-        both = rope_for(model.graph.config, T5_LENGTH, self._grid, self._grid)
+        # Arguments of the program: a constant in it would be fetched from a device.
+        ropes = [rope_for(model.graph.config, T5_LENGTH, *grids) for grids in ((self._grid,), (self._grid, self._grid))]
         weights = {name: model.bundle.weights[name] for name in ("clip", "t5")}
         options: dict[str, Any] = {"dtype": jnp.dtype(train.dtype), "remat": train.remat, "attention": train.attention}
 
         def objective(trainable: nnx.State, frozen: Any, numbers: UInt32[Array, " b"]) -> tuple[Array, Metrics]:
-            pictures, weights = frozen
+            pictures, weights, (rope, both) = frozen
             network = model.graph.merge(trainable)
 
             def embedded(batch: Batch) -> Examples:
@@ -248,7 +250,7 @@ class ShapesTransformer(NumberedTask[ShapesTransformerRunConfig]):
         step = compile_step(update, shardings, self._mesh)
 
         def take(state: TrainState, inputs: Array) -> tuple[TrainState, StepMetrics]:
-            return step(state, (pictures, weights), inputs)
+            return step(state, (pictures, weights, ropes), inputs)
 
         return take
 

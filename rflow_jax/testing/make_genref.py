@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from rflow_jax.data.records import SUBSETS, Record
-from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.data.shard_writer import write_shard
 from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.cli import Command
 
@@ -57,28 +56,10 @@ def make_genref(out: Path, **options: object) -> list[Path]:
     return [_write_shard(config, number) for number in range(config.shards)]
 
 
-def write_record(tar: tarfile.TarFile, record: Record) -> None:
-    """Adds the five members of a record."""
-    members = {
-        "bad_image.jpg": record.bad_image,
-        "good_image.jpg": record.good_image,
-        "prompt.txt": record.prompt.encode(),
-        "reflection.txt": record.reflection.encode(),
-        "subset.txt": record.subset.encode(),
-    }
-    for name, content in members.items():
-        header = tarfile.TarInfo(f"{record.key}.{name}")
-        header.size = len(content)
-        tar.addfile(header, io.BytesIO(content))
-
-
 def _write_shard(config: GenRefConfig, shard: int) -> Path:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(config.samples):
-            write_record(tar, _record(config, shard * config.samples + number, f"{shard:03d}_{number:05d}"))
     path = Path(config.out) / f"{shard:03d}.tar"
-    write_file(path, buffer.getvalue())
+    numbers = range(config.samples)
+    write_shard(path, (_record(config, shard * config.samples + n, f"{shard:03d}_{n:05d}") for n in numbers))
     return path
 
 

@@ -21,7 +21,6 @@ from rflow_jax.shapes.grammar import (
     held_out_prompts,
     is_held_out,
     parse,
-    requirements,
     sample_prompt,
 )
 
@@ -126,19 +125,6 @@ def test_what_is_no_prompt(text, message):
 def test_metadata_of_other_prompts_are_refused(change):
     with pytest.raises(InputError):
         from_metadata(Prompt((Wanted("star"),)).metadata | change)
-
-
-def test_requirements_are_questions():
-    questions = [one.question for one in requirements(Prompt((RED_STAR, BLUE_RING), "left of"))]
-    assert questions == [
-        "Is there a star?",
-        "Is there a ring?",
-        "Is the star red?",
-        "Is the ring blue?",
-        "Is the star left of the ring?",
-    ]
-    (count,) = requirements(parse("a photo of three rings"))
-    assert count.question == "Are there exactly three rings?"
 
 
 def test_nothing_that_training_uses_implies_a_held_out_prompt():
