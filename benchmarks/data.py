@@ -28,9 +28,10 @@ from PIL import Image
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import SUBSETS, Record
+from rflow_jax.data.shard_writer import write_record
 from rflow_jax.data.sources.open import open_loader
 from rflow_jax.data.transforms import pictures
-from rflow_jax.testing.make_genref import FREQUENCIES, write_record
+from rflow_jax.testing.make_genref import FREQUENCIES
 
 SECOND_STAGE = {"general": 0.3, "length": 0.3, "rule": 0.4, "editing": 0.0}
 BATCH = 8

@@ -131,10 +131,11 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
 def _image_size(config: SearchConfig) -> tuple[int, int]:
     """Width and height; the model is read only where they are its own."""
     sampling = config.sampling
-    if sampling.width is None or sampling.height is None:
-        flux = read_sizes(config.model)[0][components.TRANSFORMER.folder]
-        sampling = sampling.resolve(read_defaults(config.model, flux))
-    return sampling.width, sampling.height
+    if sampling.width is not None and sampling.height is not None:
+        return sampling.width, sampling.height
+    flux = read_sizes(config.model)[0][components.TRANSFORMER.folder]
+    resolved = sampling.resolve(read_defaults(config.model, flux))
+    return resolved.width, resolved.height
 
 
 def _nvila(

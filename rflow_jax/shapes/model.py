@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
@@ -21,6 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.text_encoders import ClipTextConfig, T5Config
+from rflow_jax.shapes.initial import draw_parameters
 from rflow_jax.shapes.scenes import SIZE
 from rflow_jax.shapes.vocabulary import (
     CLIP_END,
@@ -38,7 +35,7 @@ from rflow_jax.weights.convert import COPIED
 from rflow_jax.weights.defaults import DEFAULTS_KEY
 from rflow_jax.weights.flux import describe
 from rflow_jax.weights.key_mapping import plan
-from rflow_jax.weights.loading import parameter_shapes, parameter_values, parameter_variables
+from rflow_jax.weights.loading import parameter_shapes, parameter_values
 from rflow_jax.weights.model_folder import write_json
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
@@ -116,21 +113,9 @@ _FACTORS = {
 
 
 def new_network(component: Component, config: Any, seed: int) -> nnx.Module:
-    """A network with float32 parameters to be trained from nothing: normal numbers, kernels by LeCun's rule.
-
-    Drawn by NumPy: with JAX every shape would be compiled, which takes longer than all else. The same seed gives every
-    parameter its own numbers.
-    """
+    """A network with float32 parameters to be trained from nothing; see :func:`draw_parameters`."""
     network = component.abstract(config)
-    for path, variable in parameter_variables(network).items():
-        name, shape = f"{component.folder}.{path}", tuple(variable.shape)
-        if path.endswith((".bias", ".scale")):
-            variable.set_value(jnp.full(shape, float(path.endswith(".scale"))))
-            continue
-        numbers = np.random.default_rng([seed, crc32(name.encode())]).standard_normal(shape, np.float32)
-        fan_in = math.prod(shape[:-1]) if path.endswith(".kernel") else 1
-        factor = next((factor for pattern, factor in _FACTORS.items() if re.fullmatch(pattern, name)), 1.0)
-        variable.set_value(jnp.asarray(numbers * np.float32(factor * fan_in**-0.5)))
+    draw_parameters(network, seed, prefix=f"{component.folder}.", factors=_FACTORS)
     return network
 
 

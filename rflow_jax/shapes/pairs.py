@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import count as count_from
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,55 +15,40 @@ from rflow_jax.data.records import SUBSETS, Record
 from rflow_jax.data.shard_writer import write_shard
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError
+from rflow_jax.shapes.drawn import CHUNK, DrawnPictures, PicturesConfig, draw_pictures
 from rflow_jax.shapes.edits import KEEP, reflection, repair, spoil
 from rflow_jax.shapes.grammar import Prompt, sample_prompt
 from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.render import render
 from rflow_jax.shapes.requirements import remedies
 from rflow_jax.shapes.scenes import is_clear, judge_scene, make_scene
-from rflow_jax.utils.checks import require_dtype, require_least, require_seed
+from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.utils.progress import count_progress
 
-CHUNK = 512  # pairs, or pictures, of one job
 GENERAL, LENGTH, RULE, EDITING = SUBSETS
 SHARES = {GENERAL: 0.15, LENGTH: 0.15, RULE: 0.4, EDITING: 0.3}
 _TIMES = 50  # so many pictures for each pair of a model's own pictures, at most
 
 
 @dataclass(frozen=True)
-class PairsOfShapesConfig:
+class PairsOfShapesConfig(PicturesConfig):
     """GenRef for the world of shapes, in shards as GenRef's own.
 
     Its subsets: ``rule``, a picture that the model drew wrong and the same scene drawn right; ``general``, pictures to
     keep as they are; ``editing`` and ``length``, drawn scenes with one edit and with two.
 
     Attributes:
-        out: folder of the shards, 000.tar and so on; must not contain anything.
-        model: draws the pictures.
         records: how many pairs.
         shard: pairs of a shard, at most.
-        seed: the same seed, model and hardware give the same pairs.
-        num_inference_steps: denoising steps of a picture; null: the model's own.
-        batch_size: pictures denoised together.
-        dtype: of the model's weights and activations.
-        workers: processes that judge and draw; null: one a core but one. 0 works in the run's own process.
     """
 
-    out: str
-    model: str = "runs/shapes_transformer/model/4000"
     records: int = 40_000
     shard: int = 2048
-    seed: int = 0
-    num_inference_steps: int | None = None
-    batch_size: int = 512
-    dtype: str = "bfloat16"
-    workers: int | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "", records=1, shard=1, num_inference_steps=1, batch_size=1, workers=0)
-        require_seed("seed", self.seed)
-        require_dtype(self.dtype)
+        super().__post_init__()
+        require_least(self, "", records=1, shard=1)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -85,23 +67,12 @@ class DrawJob:
     numbers: range
 
 
-@dataclass(frozen=True)
-class JudgeJob:
-    """Pictures that a model made of these prompts, uint8 [pictures, 96, 96, 3]."""
-
-    seed: int
-    first: int
-    prompts: Sequence[Prompt]
-    pictures: np.ndarray
-
-
-def make_pairs(job: DrawJob | JudgeJob) -> list[Record]:
+def make_pairs(job: DrawJob | DrawnPictures) -> list[Record]:
     """The pairs of a job, without keys; of pictures only those of which one can be made."""
     if isinstance(job, DrawJob):
         make = _kept if job.subset == GENERAL else _edited
         return [make(job.subset, Random(f"{job.subset} pair {number} of {job.seed}")) for number in job.numbers]
-    rngs = (Random(f"judged {number} of {job.seed}") for number in count_from(job.first))
-    pairs = (_judged(*case) for case in zip(job.prompts, job.pictures, rngs, strict=False))
+    pairs = (_judged(*case) for case in job.cases())
     return [pair for pair in pairs if pair is not None]
 
 
@@ -145,9 +116,7 @@ def write_pairs(config: PairsOfShapesConfig) -> dict[str, int]:
         InputError: the folder holds something, or the model cannot be loaded or draws too few pictures that are right,
             or that are wrong.
     """
-    out, wanted = Path(config.out), config.counts
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: contains something; name a new folder")
+    out, wanted = config.new_folder(), config.counts
     judged = {RULE: wanted[RULE], GENERAL: wanted[GENERAL] // 2}
     drawn = {name: number - judged.get(name, 0) for name, number in wanted.items()}
     with Workers(make_pairs, worker_count(config.workers)) as workers, count_progress() as bar:
@@ -182,7 +151,7 @@ def _of_pictures(config: PairsOfShapesConfig, wanted: dict[str, int], workers: W
                 found.append(record)
                 advance(1)
 
-    for job in _pictures(config, _TIMES * sum(wanted.values())):
+    for job in draw_pictures(config, _TIMES * sum(wanted.values())):
         waiting.append(workers.submit(job))
         while waiting and (len(waiting) > 2 * worker_count(config.workers) or waiting[0].done()):
             take()
@@ -194,22 +163,3 @@ def _of_pictures(config: PairsOfShapesConfig, wanted: dict[str, int], workers: W
         short = [f"{wanted[name] - number} of {wanted[name]} {name}" for name, number in left.items() if number]
         raise InputError(f"{config.model}: its pictures gave only {' and '.join(short)} pairs; is it trained?")
     return found
-
-
-def _pictures(config: PairsOfShapesConfig, limit: int) -> Iterator[JudgeJob]:
-    """Pictures of the prompts that training may use, with their prompts."""
-    from rflow_jax.generation.config import SamplingConfig
-    from rflow_jax.generation.pipeline import load_pipeline
-
-    pipe = load_pipeline(config.model, dtype=config.dtype)
-    settings = SamplingConfig(num_inference_steps=config.num_inference_steps, batch_size=config.batch_size)
-    for first in range(0, limit, CHUNK):
-        numbers = range(first, first + CHUNK)
-        prompts = [_prompt(Random(f"generated {number} of {config.seed}")) for number in numbers]
-        seeds = [(config.seed, number) for number in numbers]
-        images = pipe.generate([prompt.text for prompt in prompts], seeds=seeds, settings=settings)
-        yield JudgeJob(config.seed, first, prompts, np.stack([np.asarray(image) for image in images]))
-
-
-def _prompt(rng: Random) -> Prompt:
-    return rng.choice(sample_prompt(rng).wordings())

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rflow_jax.shapes.edits import MAX_SENTENCES, Edit
-from rflow_jax.shapes.grammar import NUMBERS, Prompt, Wanted, plural, with_article
+from rflow_jax.shapes.grammar import NUMBERS, Prompt, Wanted, parse, plural, with_article
 from rflow_jax.shapes.scenes import Scene, judge_scene
+from rflow_jax.verifiers.base import prompt_of
+from rflow_jax.verifiers.findings import Question
 from rflow_jax.verifiers.geneval import COUNTING
 
 
@@ -55,6 +57,15 @@ def requirements(prompt: Prompt) -> list[Requirement]:
         alone = Prompt((Wanted(a.shape), Wanted(b.shape)), prompt.relation)
         found.append(Requirement(question, remedy, alone.metadata, (0, 1)))
     return found
+
+
+def questions(item: Mapping[str, Any]) -> list[Question]:
+    """What the verifier ``checklist`` asks about a picture with these metadata.
+
+    Raises:
+        InputError: its prompt is none about shapes.
+    """
+    return [Question(one.question, one.remedy.text, one.needs) for one in requirements(parse(prompt_of(item)))]
 
 
 def remedies(prompt: Prompt, scene: Scene) -> tuple[Edit, ...]:

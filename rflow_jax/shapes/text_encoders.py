@@ -1,4 +1,8 @@
-"""Training of the text encoders as a task: all that a text says can be read off their output by linear heads."""
+"""Training of the text encoders as a task: all that a text says can be read off their output by linear heads.
+
+Each of T5's tokens says what the whole text says, and which token it is and of which noun: without the latter all
+tokens of a text become alike, and a transformer that reads them cannot tell which color goes with which shape.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ from rflow_jax.shapes.text_config import ShapesTextRunConfig
 from rflow_jax.shapes.text_table import (
     CLASSES,
     HEADS,
+    OWN_HEADS,
     PROMPT_HEADS,
     TextCoder,
     TextTable,
@@ -52,10 +57,14 @@ class Told(NamedTuple):
     Attributes:
         clip: from CLIP's vector of the prompt, of the heads of the prompt only.
         t5: from each of T5's tokens.
+        own: from each of T5's tokens, of the color and the shape of its noun.
+        token: from each of T5's tokens, which one it is.
     """
 
     clip: Float[Array, "b prompt_heads classes"]
     t5: Float[Array, "b t heads classes"]
+    own: Float[Array, "b t 2 classes"]
+    token: Float[Array, "b t vocabulary"]
 
 
 class HeadedEncoders(nnx.Module):
@@ -65,14 +74,17 @@ class HeadedEncoders(nnx.Module):
         self.clip = ClipTextEncoder(clip, rngs=rngs)
         self.t5 = T5Encoder(t5, rngs=rngs)
         self.clip_heads = Linear(clip.hidden_size, len(PROMPT_HEADS) * CLASSES, rngs=rngs)
-        self.t5_heads = Linear(t5.d_model, len(HEADS) * CLASSES, rngs=rngs)
+        self.t5_heads = Linear(t5.d_model, (len(HEADS) + len(OWN_HEADS)) * CLASSES, rngs=rngs)
+        self.token_head = Linear(t5.d_model, t5.vocab_size, rngs=rngs)
 
     def __call__(self, clip_ids: Int[Array, "b c"], t5_ids: Int[Array, "b t"]) -> Told:
         """The scores; T5's padding takes part and tells as much as any token, since generation reads it too."""
         _, pooled = self.clip(clip_ids)
         clip = self.clip_heads(pooled[:, None].astype(jnp.float32))
-        t5 = self.t5_heads(self.t5(t5_ids).astype(jnp.float32))
-        return Told(clip.reshape(len(clip), -1, CLASSES), t5.reshape(*t5.shape[:2], -1, CLASSES))
+        encoded = self.t5(t5_ids).astype(jnp.float32)
+        t5 = self.t5_heads(encoded).reshape(*t5_ids.shape, -1, CLASSES)
+        whole, own = t5[:, :, : len(HEADS)], t5[:, :, len(HEADS) :]
+        return Told(clip.reshape(len(clip), -1, CLASSES), whole, own, self.token_head(encoded))
 
 
 def merge_rounded(graph: nnx.GraphDef, trainable: nnx.State, dtype: Dtype) -> HeadedEncoders:
@@ -86,18 +98,19 @@ def all_right(scores: Float[Array, "*b heads classes"], targets: Int[Array, "*#b
 
 
 def loss_of(network: HeadedEncoders, table: TextTable, keys: Array) -> tuple[Float[Array, ""], Metrics]:
-    """The cross-entropies of CLIP's heads and of T5's heads, the mean of each.
+    """The cross-entropies of CLIP's heads, and of T5's heads of texts, of nouns and of tokens; the mean of each.
 
     Args:
         keys: of the samples, [b]; they choose the text.
     """
     rows = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(table.targets)))(keys)
-    clip_ids, t5_ids, targets = (jnp.asarray(part)[rows] for part in table)
+    clip_ids, t5_ids, targets, own = (jnp.asarray(part)[rows] for part in table)
     told = network(clip_ids, t5_ids)
     prompt, whole = targets[:, : len(PROMPT_HEADS)], jnp.broadcast_to(targets[:, None], told.t5.shape[:-1])
     entropy = optax.softmax_cross_entropy_with_integer_labels
     loss = jnp.mean(entropy(told.clip, prompt)) + jnp.mean(entropy(told.t5, whole))
-    right = {"clip": all_right(told.clip, prompt), "t5": all_right(told.t5, whole)}
+    loss += jnp.mean(entropy(told.own, own)) + jnp.mean(entropy(told.token, t5_ids))
+    right = {"clip": all_right(told.clip, prompt), "t5": all_right(told.t5, whole), "own": all_right(told.own, own)}
     metrics = {
         name: MeanMetric(jnp.sum(one.astype(jnp.float32)), jnp.asarray(one.size, jnp.float32))
         for name, one in right.items()
@@ -123,6 +136,7 @@ class TextValidation:
             return {
                 "clip": all_right(told.clip, targets[:, : len(PROMPT_HEADS)]),
                 "t5": jnp.mean(all_right(told.t5, targets[:, None]), axis=-1),
+                "own": jnp.mean(all_right(told.own, jnp.asarray(table.own)), axis=-1),
                 "t5_mean": all_right(jnp.mean(told.t5, axis=1), targets),
             }
 
@@ -131,8 +145,8 @@ class TextValidation:
     def run(self, step: int, trainable: nnx.State) -> dict[str, float]:
         """Shares that are told right completely.
 
-        ``validation/clip`` of prompts by CLIP's vectors, ``validation/t5`` of texts by T5's tokens, one by one, and
-        ``validation/t5_mean`` by the mean of all tokens of a text.
+        ``validation/clip`` of prompts by CLIP's vectors, ``validation/t5`` of texts by T5's tokens, one by one,
+        ``validation/t5_mean`` by the mean of all tokens of a text, and ``validation/own`` of nouns by their tokens.
         """
         found = jax.device_get(self._measure(trainable, self._table))
         return {f"validation/{name}": float(np.mean(one[: self._count])) for name, one in found.items()}
@@ -219,6 +233,6 @@ def load_encoders(base: Path, clip: ClipTextConfig, t5: T5Config, mesh: Mesh) ->
         stored.load(part, component, sizes, dtype=jnp.float32, sharding_for=choose)
     put = put_by(choose)
     for path, variable in parameter_variables(network).items():
-        if path.startswith(("clip_heads.", "t5_heads.")):
+        if path.startswith(("clip_heads.", "t5_heads.", "token_head.")):
             variable.set_value(put(path, np.zeros(variable.shape, np.float32)))
     return network

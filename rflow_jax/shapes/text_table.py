@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +15,17 @@ import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.shapes.edits import MAX_SENTENCES, Edit, reflection, repair, spoil
-from rflow_jax.shapes.grammar import COLORS, MAX_OBJECTS, NUMBERS, SHAPES, TAGS, Prompt, all_contents, sample_prompt
+from rflow_jax.shapes.grammar import (
+    COLORS,
+    MAX_OBJECTS,
+    NUMBERS,
+    SHAPES,
+    TAGS,
+    Prompt,
+    all_contents,
+    plural,
+    sample_prompt,
+)
 from rflow_jax.shapes.requirements import remedies
 from rflow_jax.shapes.scene_table import made_in_chunks
 from rflow_jax.shapes.scenes import THING, make_scene
@@ -33,6 +44,9 @@ PROMPT_HEADS: tuple[tuple[str | int, ...], ...] = (_COLOR, _SHAPE) * MAX_OBJECTS
 EDIT_HEADS: tuple[tuple[str | int, ...], ...] = (_ACTION, _COLOR, _SHAPE, _COLOR, _SHAPE, _RELATION, _COUNT)
 HEADS = PROMPT_HEADS + EDIT_HEADS * MAX_SENTENCES
 CLASSES = max(map(len, HEADS))  # of every head; some have no use for the last ones
+OWN_HEADS = (_COLOR, _SHAPE)  # what the noun is that a token belongs to
+_WORDS = re.compile(r"\[\w+\]|[a-z]+|[.,]")
+_SINGULAR = {plural(shape): shape for shape in (*SHAPES, THING)} | {shape: shape for shape in (*SHAPES, THING)}
 
 
 class Text(NamedTuple):
@@ -66,6 +80,16 @@ class Text(NamedTuple):
     def targets(self) -> list[int]:
         """The class of the content at each place."""
         return [head.index(part) for head, part in zip(HEADS, self.content, strict=True)]
+
+
+def nouns_of(text: str) -> list[tuple[str, str]]:
+    """For each of T5's tokens of a text, without its end, color and shape of the noun that it is a part of."""
+    words = _WORDS.findall(text.lower())
+    found = [(word if word in COLORS else "", _SINGULAR.get(word, "")) for word in words]
+    for i, (_, shape) in enumerate(found):
+        if shape and i and found[i - 1][0]:
+            found[i - 1] = found[i] = (found[i - 1][0], shape)
+    return found
 
 
 def _content(edit: Edit) -> tuple[str | int, ...]:
@@ -118,11 +142,13 @@ class TextTable(NamedTuple):
         clip_ids: of the prompts.
         t5_ids: of the prompts and reflections.
         targets: for each of :data:`HEADS`.
+        own: for each of T5's tokens and each of :data:`OWN_HEADS`; 0 where it belongs to no noun.
     """
 
     clip_ids: Int[Array | np.ndarray, "n c"]
     t5_ids: Int[Array | np.ndarray, "n t"]
     targets: Int[Array | np.ndarray, "n heads"]
+    own: Int[Array | np.ndarray, "n t 2"]
 
     @property
     def fingerprint(self) -> str:
@@ -154,8 +180,13 @@ class TextCoder:
                 f"{self.model}: takes {self.clip_length} CLIP tokens and {self.t5_length} T5 tokens; a prompt has "
                 f"{clip[0]}, one with a reflection {t5[1]}"
             )
+        own = np.zeros((len(texts), self.t5_length, len(OWN_HEADS)), np.int32)
+        for row, text in zip(own, whole, strict=True):
+            nouns = nouns_of(text)
+            row[: len(nouns)] = [(_COLOR.index(color), _SHAPE.index(shape)) for color, shape in nouns]
         targets = np.asarray([text.targets for text in texts], np.int32)
-        return TextTable(tokenizers.clip(prompts, self.clip_length), tokenizers.t5(whole, self.t5_length), targets)
+        ids = tokenizers.clip(prompts, self.clip_length), tokenizers.t5(whole, self.t5_length)
+        return TextTable(*ids, targets, own)
 
 
 @cache

@@ -53,7 +53,7 @@ def words() -> tuple[str, ...]:
 def clip_tokenizer() -> Tokenizer:
     """Byte pairs in lower case between a start and an end token."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _byte_pairs(words())
+    merges = byte_pairs([[*word[:-1], word[-1] + _END_OF_WORD] for word in words()])
     tokens = [*characters, *(character + _END_OF_WORD for character in characters), *map("".join, merges)]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys([*tokens, CLIP_START, CLIP_END]))}
     tokenizer = Tokenizer(
@@ -73,10 +73,10 @@ def clip_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _byte_pairs(vocabulary: tuple[str, ...]) -> list[tuple[str, str]]:
-    """The merges, the most frequent first, that make one token of every word."""
+def byte_pairs(words: list[list[str]]) -> list[tuple[str, str]]:
+    """The merges, the most frequent first, that make one token of every word; its characters are given."""
     merges: list[tuple[str, str]] = []
-    parts = [[*word[:-1], word[-1] + _END_OF_WORD] for word in vocabulary]
+    parts = [list(word) for word in words]
     while pairs := Counter(pair for word in parts for pair in pairwise(word)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)

@@ -65,9 +65,14 @@ class QwenTokenizer:
     def eos(self) -> int | None:
         return self._tokenizer.eos_token_id
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, as it stands in the file."""
+        return self._tokenizer.get_vocab()
+
     def id_of(self, token: str) -> int | None:
         """The id of a token, or None if the tokenizer does not have it."""
-        return self._tokenizer.get_vocab().get(token)
+        return self.vocabulary.get(token)
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer with its added tokens in the format of Transformers."""

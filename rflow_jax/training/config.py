@@ -133,6 +133,7 @@ class OptimizerConfig:
         schedule: after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to 0 at decay_steps.
         warmup_steps: number of steps over which it rises linearly.
         decay_steps: the step at which ``linear`` and ``cosine`` end.
+        decay_start: the step at which they begin; null: after the warm-up.
         max_grad_norm: the gradients' global norm is clipped to this.
         weight_decay: decoupled, as in AdamW.
         betas: decay of the averages of gradients and of their squares.
@@ -151,6 +152,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     decay_steps: int | None = None
+    decay_start: int | None = None
     max_grad_norm: float = 0.5
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -179,6 +181,11 @@ class OptimizerConfig:
             raise InputError(
                 f"optimizer.schedule {self.schedule} ends at decay_steps: give optimizer.decay_steps a number above "
                 f"warmup_steps ({self.warmup_steps})"
+            )
+        if self.decay_start is not None and not self.warmup_steps <= self.decay_start < (self.decay_steps or 0):
+            raise InputError(
+                f"optimizer.decay_start is {self.decay_start}: give a number from warmup_steps ({self.warmup_steps}) "
+                f"and below decay_steps ({self.decay_steps})"
             )
 
 

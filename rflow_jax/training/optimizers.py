@@ -17,12 +17,15 @@ from rflow_jax.typing import Array, Float
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate by the number of steps taken."""
     lr, warmup = config.lr, config.warmup_steps
+    begin = warmup if config.decay_start is None else config.decay_start
     if config.schedule == "constant":
         after = optax.constant_schedule(lr)
     elif config.schedule == "linear":
-        after = optax.linear_schedule(lr, 0.0, (config.decay_steps or 0) - warmup)
+        after = optax.linear_schedule(lr, 0.0, (config.decay_steps or 0) - begin, begin - warmup)
     else:
-        after = optax.cosine_decay_schedule(lr, (config.decay_steps or 0) - warmup)
+        after = optax.cosine_decay_schedule(lr, (config.decay_steps or 0) - begin)
+        if begin > warmup:
+            after = optax.join_schedules([optax.constant_schedule(lr), after], [begin - warmup])
     if not warmup:
         return after
     # Starts above zero, so that the first step is not wasted.

@@ -143,6 +143,40 @@ class ClipVerifierConfig(LocalVerifierConfig):
 
 
 @dataclass(frozen=True)
+class ChecklistVerifierConfig(LocalVerifierConfig):
+    """A Qwen2.5-VL in this process that is asked yes or no about each part of a prompt; the score is the share of yes.
+
+    Attributes:
+        model: a folder of Transformers or of ``rflow convert qwen``, or a Hub id.
+        questions: what takes a prompt apart: ``shapes``, for prompts about colored shapes, or package.module:function,
+            which gets an image's metadata and returns a list of ``rflow_jax.verifiers.findings.Question``.
+        batch_size: questions answered together, and images of a call.
+        dtype: number type of the weights and activations, bfloat16 or float32.
+        max_pixels: of a picture; null: the model's own limit.
+        devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
+            null: the first one, with whatever else is there.
+        quantization: int8 or fp8: the language model's weights in 8 bits.
+        adapter: folder of a LoRA that PEFT or ``rflow train`` (task ``sft``) wrote; it is added to the weights.
+    """
+
+    name: Literal["checklist"] = field(default="checklist", init=False)
+    model: str = field(metadata=CHECKPOINT)
+    questions: str = "shapes"
+    batch_size: int = field(default=32, metadata=EXECUTION)
+    dtype: str = "bfloat16"
+    max_pixels: int | None = None
+    devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
+    quantization: Quantization | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_batch(self.batch_size)
+        require_dtype(self.dtype)
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
+
+
+@dataclass(frozen=True)
 class EnsembleVerifierConfig(VerifierConfig):
     """Several verifiers, whose rankings are combined.
 
@@ -206,6 +240,7 @@ VERIFIERS = Registry(
         "nvila": (NvilaVerifierConfig, "rflow_jax.verifiers.nvila:NvilaVerifier"),
         "reward": (RewardVerifierConfig, "rflow_jax.verifiers.reward:RewardVerifier"),
         "clip": (ClipVerifierConfig, "rflow_jax.verifiers.clip:CLIPVerifier"),
+        "checklist": (ChecklistVerifierConfig, "rflow_jax.verifiers.checklist:ChecklistVerifier"),
         "ensemble": (EnsembleVerifierConfig, "rflow_jax.verifiers.ensemble:EnsembleVerifier"),
         "none": (NoVerifierConfig, ""),
     },

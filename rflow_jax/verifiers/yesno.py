@@ -60,12 +60,19 @@ def decide(tokens: Iterable[tuple[str, float]]) -> tuple[str, float]:
     """
     ways: dict[str, list[float]] = {"no": [], "yes": []}
     for token, value in tokens:
-        ways.get(token.strip(_AROUND).lower(), []).append(value)
+        if word := means_yes_or_no(token):
+            ways[word].append(value)
     sums = {word: _log_sum_exp(values) for word, values in ways.items() if values}
     if not sums:
         raise UnusableAnswer("neither yes nor no is among the likeliest first tokens")
     label = max(sums, key=lambda word: sums[word])
     return label, min(0.0, sums[label])  # rounding aside, no word is likelier than certain
+
+
+def means_yes_or_no(token: str) -> str:
+    """ "yes" or "no", if a token is one way to write it; else empty."""
+    word = token.strip(_AROUND).lower()
+    return word if word in ("yes", "no") else ""
 
 
 def _log_sum_exp(values: list[float]) -> float:

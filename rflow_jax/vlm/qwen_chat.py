@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,18 @@ from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS
 from rflow_jax.parallel.sharding import on_devices, on_mesh_of
 from rflow_jax.tokenizers.qwen import QwenTokenizer
+from rflow_jax.typing import Array
 from rflow_jax.utils.batching import map_batched
 from rflow_jax.utils.checks import require_dtype
 from rflow_jax.vlm.config import QwenChatConfig
-from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
+from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
-from rflow_jax.vlm.qwen_programs import texts
+from rflow_jax.vlm.qwen_programs import first_tokens, texts
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.lora.peft import attach_adapter, merged
 from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config, repetition_penalty
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,16 @@ class QwenChat:
 
     def answer(self, questions: Sequence[ChatQuery]) -> list[str | InputError]:
         """One answer per question, in order; an error in its place if a question is unusable."""
-        return map_batched(questions, self._prepared, self._answers, batch_size=self.config.batch_size)
+        return map_batched(questions, self._prepared, self._in_batches(self._texts), batch_size=self.config.batch_size)
+
+    def first_tokens(self, questions: Sequence[ChatQuery], tokens: Sequence[int]) -> list[np.ndarray | InputError]:
+        """Log-probabilities that each answer begins with each token, [tokens]; errors as in :meth:`answer`."""
+        wanted = jnp.asarray(tokens, jnp.int32)
+
+        def likely(inputs: QwenInputs, keys: Array) -> list[np.ndarray]:
+            return list(np.asarray(first_tokens(self._graph, self.prepare.rules, self._state, inputs, wanted)))
+
+        return map_batched(questions, self._prepared, self._in_batches(likely), batch_size=self.config.batch_size)
 
     def _prepared(self, question: ChatQuery) -> tuple[QwenSample, np.ndarray]:
         for text in (question.instructions, *question.parts):
@@ -83,28 +95,32 @@ class QwenChat:
         sample = self.prepare.sample(question.parts, question.instructions)
         return sample, question_key(question, self.config.seed)
 
-    def _answers(self, prepared: Sequence[tuple[QwenSample, np.ndarray]]) -> list[str]:
-        samples, keys = zip(*prepared, strict=True)
-        answers: dict[int, str] = {}
-        for batch in batches(samples, self.config.batch_size):
-            answers |= self._answer_batch(batch, keys)
-        return [answers[k] for k in range(len(prepared))]
+    def _in_batches(self, run: Callable[[QwenInputs, Array], Sequence[T]]) -> Callable[[Sequence[Any]], list[T]]:
+        """A function of prepared questions: ``run`` of inputs and random keys, in padded batches of similar sizes."""
+        rows = self.config.batch_size
 
-    def _answer_batch(self, batch: Mapping[int, QwenSample], keys: Sequence[np.ndarray]) -> dict[int, str]:
-        rows, own = self.config.batch_size, list(batch.values())
-        sizes = Sizes.bucketed(own, self.prepare.config, rows)
-        inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
-        data = np.zeros((rows, 2), np.uint32)
-        data[: len(own)] = [keys[k] for k in batch]
-        # The generator is named, so that JAX's default does not matter.
-        drawn = jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
-        with on_mesh_of(self._state):
-            generated = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, drawn)
+        def over(prepared: Sequence[tuple[QwenSample, np.ndarray]]) -> list[T]:
+            samples, keys = zip(*prepared, strict=True)
+            found: dict[int, T] = {}
+            for batch in batches(samples, rows):
+                own = list(batch.values())
+                sizes = Sizes.bucketed(own, self.prepare.config, rows)
+                inputs = batch_of(own, self.prepare.config, pad=self.prepare.tokenizer.pad, sizes=sizes)
+                data = np.zeros((rows, 2), np.uint32)
+                data[: len(own)] = [keys[k] for k in batch]
+                with on_mesh_of(self._state):
+                    # The generator is named, so that JAX's default does not matter.
+                    made = run(inputs, jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32"))
+                found |= dict(zip(batch, made, strict=False))
+            return [found[k] for k in range(len(samples))]
+
+        return over
+
+    def _texts(self, inputs: QwenInputs, keys: Array) -> list[str]:
+        generated = texts(self._graph, self.prepare.rules, self._decoding, self._state, inputs, keys)
         tokens, lengths = (np.asarray(x) for x in jax.device_get((generated.tokens, generated.lengths)))
-        return {
-            k: self.prepare.tokenizer.decode(row[:length])
-            for k, row, length in zip(batch, tokens, lengths, strict=False)
-        }
+        decode = self.prepare.tokenizer.decode
+        return [decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
 
 
 def decoding_of(config: QwenChatConfig, repetition_penalty: float, **model: Any) -> Decoding:

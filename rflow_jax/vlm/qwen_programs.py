@@ -14,7 +14,7 @@ from rflow_jax.models.options import AttentionImpl, Remat
 from rflow_jax.models.qwen2.generation import Decoding, GeneratedTokens, Prompts, generate
 from rflow_jax.models.qwen2_5_vl.config import RewardToken
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, RewardModel
-from rflow_jax.typing import Array, Bool, Float
+from rflow_jax.typing import Array, Bool, Float, Int
 from rflow_jax.vlm.qwen_batching import QwenInputs
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, normalised
 
@@ -94,6 +94,23 @@ def score(
     hidden = hidden_states(model, x, inputs, scoring.mrope, lora=scoring.lora, attention=attention, remat=remat)
     ids, lengths = jnp.asarray(inputs.ids), jnp.asarray(inputs.lengths)
     return model.rewards(hidden, ids, lengths, token=scoring.token, special=scoring.special)
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("attention",))
+def first_tokens(
+    graph: nnx.GraphDef,
+    rules: ImageProcessorConfig,
+    state: nnx.State,
+    inputs: QwenInputs,
+    tokens: Int[Array, " k"],
+    *,
+    attention: AttentionImpl = "auto",
+) -> Float[Array, "b k"]:
+    """Log-probabilities, float32, that the answer to a chat begins with each of these tokens."""
+    model: Qwen25VL = nnx.merge(graph, state)
+    hidden = hidden_states(model, embed(model, rules, inputs, attention=attention), inputs, True, attention=attention)
+    last = jnp.take_along_axis(hidden, (jnp.asarray(inputs.lengths) - 1)[:, None, None], axis=1)[:, 0]
+    return jax.nn.log_softmax(model.language.logits(last).astype(jnp.float32))[:, tokens]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
+from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.registry import Component, PluginOptions, Registry
 from rflow_jax.vlm.config import QwenChatConfig
@@ -120,6 +121,22 @@ class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
 
 
 @dataclass(frozen=True)
+class RulesTextGeneratorConfig(TextGeneratorConfig):
+    """The findings of the verifier ``checklist`` in words, without a model; for reflections only.
+
+    Attributes:
+        sentences: of a reflection, at most.
+    """
+
+    name: Literal["rules"] = field(default="rules", init=False)
+    sentences: int = 2
+
+    def __post_init__(self) -> None:
+        if self.sentences < 1:
+            raise InputError(f"sentences is {self.sentences}: give at least 1")
+
+
+@dataclass(frozen=True)
 class PluginTextGeneratorConfig(Endpoint, PluginOptions, TextGeneratorConfig):
     """A class of your own, which is made as ``Class(config, default_prompt, meter)`` and follows ``TextGenerator``.
 
@@ -140,6 +157,7 @@ WRITERS = Registry(
     "http",
     {
         "http": (HttpTextGeneratorConfig, "rflow_jax.writers.http:HttpTextGenerator"),
+        "rules": (RulesTextGeneratorConfig, "rflow_jax.writers.rules:RulesTextGenerator"),
         "qwen": (QwenTextGeneratorConfig, "rflow_jax.writers.qwen:make_qwen_writer"),
     },
     PluginTextGeneratorConfig,

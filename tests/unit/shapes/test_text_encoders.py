@@ -29,15 +29,18 @@ from rflow_jax.shapes.text_config import (
 from rflow_jax.shapes.text_encoders import ShapesText
 from rflow_jax.shapes.text_table import (
     HEADS,
+    OWN_HEADS,
     PROMPT_HEADS,
     Text,
     TextCoder,
     TextMaker,
     TextTable,
     make_text_table,
+    nouns_of,
     sample_text,
 )
 from rflow_jax.shapes.vocabulary import CLIP_LENGTH, T5_LENGTH
+from rflow_jax.tokenizers.flux import Tokenizers
 from rflow_jax.training.config import CheckpointConfig, LoggingConfig, OptimizerConfig
 from rflow_jax.training.loop import train
 from rflow_jax.weights.components import CLIP, T5
@@ -201,16 +204,43 @@ def test_validation_is_right_where_the_heads_are(plain, tmp_path):
     assert validation is not None
     targets = np.asarray(validation._table.targets)
     network = jax.tree.map(np.asarray, plain.state.trainable)
-    for name, count in (("clip_heads", len(PROMPT_HEADS)), ("t5_heads", len(HEADS))):
+    nothing = np.zeros(len(OWN_HEADS), targets.dtype)
+    said = {"clip_heads": targets[0, : len(PROMPT_HEADS)], "t5_heads": np.concatenate([targets[0], nothing])}
+    for name, classes in said.items():
         heads = network[name]
         heads["kernel"].set_value(np.zeros_like(heads["kernel"][...]))
-        heads["bias"].set_value(np.eye(10, dtype=np.float32)[targets[0, :count]].reshape(-1))
+        heads["bias"].set_value(np.eye(10, dtype=np.float32)[classes].reshape(-1))
     found = validation.run(0, network)
     same = np.all(targets[:5] == targets[0], axis=1).mean()
     assert 0 < same < 1
     assert found["validation/t5"] == pytest.approx(same)
     assert found["validation/t5_mean"] == pytest.approx(same)
     assert found["validation/clip"] >= same - 1e-6
+    own = np.asarray(validation._table.own)[:5]
+    assert found["validation/own"] == pytest.approx(np.all(own == 0, axis=-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("text", "nouns"),
+    [
+        ("a photo of two stars", ["", "", "", "", " star"]),
+        ("a photo of a red star and an", ["", "", "", "", "red star", "red star", "", ""]),
+        ("a red star, a ring [Reflexion] Make the ring blue.", [
+            "", "red star", "red star", "", "", " ring", "", "", "", " ring", "blue ", ""]),
+        ("Remove one red thing.", ["", "", "red thing", "red thing", ""]),
+    ],
+)  # fmt: skip
+def test_the_nouns_of_tokens(start, text, nouns):
+    found = nouns_of(text)
+    assert [" ".join(noun) if any(noun) else "" for noun in found] == nouns
+    assert len(Tokenizers(start).t5([text], T5_LENGTH)[0].nonzero()[0]) == len(found) + 1  # and the end
+
+
+def test_every_token_of_a_text_has_its_noun(start):
+    """Texts of all kinds have one token a word."""
+    texts = [sample_text(3, number, reflected=0.7, kept=0.1, uniform=0.5) for number in range(200)]
+    table = TextCoder(start, CLIP_LENGTH, T5_LENGTH)(texts)
+    np.testing.assert_array_equal([len(nouns_of(text.t5)) + 1 for text in texts], (table.t5_ids != 0).sum(1))
 
 
 def test_no_validation_without_texts(plain, tmp_path, monkeypatch):

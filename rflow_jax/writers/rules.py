@@ -1,0 +1,33 @@
+"""A writer that puts a checklist's findings into words, right or wrong as they are, without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rflow_jax.openai_client.usage import UsageTracker
+from rflow_jax.verifiers.findings import remedies_in
+from rflow_jax.writers.base import RulesTextGeneratorConfig, WriterInput, WriterOutput
+
+KEEP = "Keep everything."
+
+
+class RulesTextGenerator:
+    """Writes reflections: the remedies of the first parts that were not met; a refiner cannot be made of it."""
+
+    name, concurrency, batch_size = "rules", 1, 64
+
+    def __init__(self, config: RulesTextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None):
+        self._most = config.sentences
+
+    def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
+        """One text a case, in order."""
+        return [self._written(remedies_in(case.evaluation)) for case in cases]
+
+    def close(self) -> None:
+        """Does nothing: no calls are pending."""
+
+    def _written(self, remedies: list[str] | None) -> WriterOutput:
+        if remedies is None:
+            return WriterOutput(None, "the verifier found nothing about parts of the prompt; verifier: checklist does")
+        return WriterOutput(" ".join(remedies[: self._most]) or KEEP)
