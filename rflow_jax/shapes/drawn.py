@@ -13,7 +13,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.shapes.grammar import Prompt, sample_prompt
 from rflow_jax.utils.checks import require_dtype, require_least, require_seed
 
-CHUNK = 512  # pictures of one job
+CHUNK = 512  # drawn scenes of one job
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class DrawnPictures:
 
 
 def draw_pictures(config: PicturesConfig, limit: int) -> Iterator[DrawnPictures]:
-    """At least ``limit`` pictures, in chunks; raises InputError if the model cannot be loaded."""
+    """At least ``limit`` pictures, batch by batch; raises InputError if the model cannot be loaded."""
     from rflow_jax.generation.config import SamplingConfig
     from rflow_jax.generation.pipeline import load_pipeline
 
     pipe = load_pipeline(config.model, dtype=config.dtype)
     settings = SamplingConfig(num_inference_steps=config.num_inference_steps, batch_size=config.batch_size)
-    for first in range(0, limit, CHUNK):
-        numbers = range(first, first + CHUNK)
+    for first in range(0, limit, config.batch_size):
+        numbers = range(first, first + config.batch_size)
         rngs = [Random(f"generated {number} of {config.seed}") for number in numbers]
         prompts = [rng.choice(sample_prompt(rng).wordings()) for rng in rngs]
         seeds = [(config.seed, number) for number in numbers]

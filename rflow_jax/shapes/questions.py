@@ -138,12 +138,11 @@ def write_questions(config: QuestionsConfig) -> tuple[int, int]:
         jobs = [workers.submit(range(start, min(start + CHUNK, total))) for start in range(0, total, CHUNK)]
         jobs += [workers.submit(job) for job in draw_pictures(config, drawn)]
         with count_progress() as bar:
-            task = bar.add_task("asking about pictures", total=len(jobs) * CHUNK)
+            task = bar.add_task("asking about pictures", total=config.pictures)
             asked: list[Asked] = []
             for job in jobs:
-                asked += job.result()
-                bar.advance(task, CHUNK)
-    asked = asked[: config.pictures]
+                asked = (asked + job.result())[: config.pictures]
+                bar.update(task, completed=len(asked))
     lines = [_lines(out, number, one) for number, one in enumerate(asked)]
     order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
     files = {"held_out.jsonl": order[: config.held_out], "chats.jsonl": order[config.held_out :]}

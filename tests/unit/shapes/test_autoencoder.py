@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_its_own_scenes(plain):
 
 
 def check_export(folder: Path) -> None:
-    """An export is a whole model, whose latents have mean 0 and standard deviation 1."""
+    """An export is a whole model, whose latents have mean 0 and standard deviation 1, and are hardly drawn."""
     pipe = load_pipeline(str(folder), dtype="float32", progress=False)
     config = pipe.bundle.vae_config
     assert config.block_out_channels == SMALL["block_out_channels"]
@@ -144,9 +144,9 @@ def check_export(folder: Path) -> None:
     network = nnx.merge(pipe.bundle.graphs.vae, pipe.bundle.weights["vae"])
     mean, logvar = network.encode(jnp.asarray(draw(*table), jnp.float32) / 127.5 - 1)
     scaled = network.scale(mean)
-    spread = jnp.var(scaled) + jnp.mean(jnp.exp(logvar)) * config.scaling_factor**2
     assert float(jnp.mean(scaled)) == pytest.approx(0, abs=1e-3)
-    assert float(spread) == pytest.approx(1, abs=1e-3)
+    assert float(jnp.std(scaled)) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(jnp.exp(0.5 * logvar), 0.01, rtol=1e-4)
 
 
 def test_validation_reads_pictures_that_are_good_enough(plain, tmp_path):
