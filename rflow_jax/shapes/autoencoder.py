@@ -274,9 +274,8 @@ def read_sizes(base: Path) -> AutoencoderConfig:
     """The sizes of a model's autoencoder; raises InputError if it does not take pictures of the shapes world."""
     sizes = VAE.read_config(base)
     if (sizes.in_channels, sizes.out_channels) != (3, 3) or SIZE % sizes.factor or sizes.use_quant_conv:
-        raise InputError(
-            f"{base / VAE.folder}: an autoencoder of RGB is needed without quant_conv, whose latents divide {SIZE} pixels"
-        )
+        needed = f"an autoencoder of RGB without quant_conv, whose latents divide {SIZE} pixels, is needed"
+        raise InputError(f"{base / VAE.folder}: {needed}")
     return sizes
 
 

@@ -216,7 +216,7 @@ def test_a_model_that_cannot_be_trained(start, tmp_path):
     shutil.copytree(start, tmp_path / "grey")
     file = tmp_path / "grey" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 1}))
-    with pytest.raises(InputError, match="an autoencoder of RGB is needed"):
+    with pytest.raises(InputError, match="an autoencoder of RGB without quant_conv"):
         ShapesAutoencoder(config_of(tmp_path / "grey"), mesh)
     shutil.rmtree(tmp_path / "grey" / "tokenizer")
     with pytest.raises(InputError, match="has no tokenizer"):
