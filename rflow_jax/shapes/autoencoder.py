@@ -191,8 +191,8 @@ def narrowed(network: AutoencoderKL) -> AutoencoderKL:
     last, latents = network.encoder.conv_out, network.config.latent_channels
     kernel, bias = (np.array(value[...]) for value in (last.kernel, last.bias))
     kernel[..., latents:], bias[latents:] = 0, 2 * math.log(LATENT_STD)
-    last.kernel.set_value(kernel)
-    last.bias.set_value(bias)
+    last.kernel.set_value(jnp.asarray(kernel))
+    last.bias.set_value(jnp.asarray(bias))
     return network
 
 

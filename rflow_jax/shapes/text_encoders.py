@@ -1,7 +1,7 @@
 """Training of the text encoders as a task: all that a text says can be read off their output by linear heads.
 
 Each of T5's tokens says what the whole text says, and which token it is and of which noun: without the latter all
-tokens of a text become alike, and a transformer that reads them cannot tell which color goes with which shape.
+tokens of a text become alike.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rflow_jax.errors import InputError
 from rflow_jax.training.config import OptimizerConfig
 from rflow_jax.typing import Array, Float
 
@@ -52,11 +53,18 @@ def muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
     def dimensions(params: Any) -> Any:
         def of(path: Any, leaf: Array) -> Any:
-            names = (str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+            # A variable of nnx adds an entry of its own to the path of its value.
+            names = (str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
             chosen = leaf.ndim == 2 and re.fullmatch(config.muon_parameters, ".".join(names))
             return optax.contrib.MuonDimensionNumbers() if chosen else None
 
-        return jax.tree_util.tree_map_with_path(of, params)
+        found = jax.tree_util.tree_map_with_path(of, params)
+        # optax asks about a tree without leaves, too.
+        if jax.tree.leaves(params) and not jax.tree.leaves(
+            found, is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)
+        ):
+            raise InputError(f"optimizer.muon_parameters is {config.muon_parameters!r}: no matrix is called so")
+        return found
 
     return optax.contrib.muon(
         learning_rate(config),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from rflow_jax.errors import InputError
 from rflow_jax.training.config import OptimizerConfig
@@ -96,7 +97,13 @@ def test_numbers_that_make_no_sense(bad):
         OptimizerConfig(**bad)
 
 
-def test_muon_moves_the_matrices_of_blocks_and_adam_all_else():
+def as_a_network(params):
+    """The parameters as those of a network."""
+    return nnx.State(jax.tree.map(nnx.Param, params))
+
+
+@pytest.mark.parametrize("kind", [dict, as_a_network])
+def test_muon_moves_the_matrices_of_blocks_and_adam_all_else(kind):
     config = OptimizerConfig("muon", lr=0.1, adam_lr=0.01, weight_decay=0.0, max_grad_norm=1e6)
     optimizer = make_optimizer(config)
     gradient = jax.random.normal(jax.random.key(0), (8, 4))
@@ -105,7 +112,9 @@ def test_muon_moves_the_matrices_of_blocks_and_adam_all_else():
         "head": {"kernel": jnp.zeros((8, 4))},
     }
     gradients = jax.tree.map(lambda p: gradient if p.ndim == 2 else gradient[0], params)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    given = kind(params)
+    updates, _ = optimizer.update(kind(gradients), optimizer.init(given), given)
+    updates = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(updates))
     block = updates["blocks"]["0"]
     # Orthogonal: all singular values are near one size, which gives entries the size of AdamW's steps.
     values = np.linalg.svd(np.asarray(block["q"]["kernel"]), compute_uv=False) / (0.1 * 0.2 * 8**0.5)
@@ -115,3 +124,9 @@ def test_muon_moves_the_matrices_of_blocks_and_adam_all_else():
     wanted, _ = adam.update(gradients, adam.init(params), params)
     del block["q"]["kernel"], wanted["blocks"]["0"]["q"]["kernel"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, wanted)
+
+
+def test_muon_without_a_matrix():
+    optimizer = make_optimizer(OptimizerConfig("muon", muon_parameters="layers.*"))
+    with pytest.raises(InputError, match=r"optimizer.muon_parameters is 'layers\.\*': no matrix is called so"):
+        optimizer.init(as_a_network({"blocks": {"kernel": jnp.zeros((2, 2))}}))
