@@ -43,6 +43,7 @@ COMMANDS = {
     "shapes verifier": Entry("rflow_jax.commands.shapes", "Write a small untrained Qwen2.5-VL for that world."),
     "shapes pairs": Entry("rflow_jax.commands.shapes", "Write pairs as GenRef's for that world, to train a corrector."),
     "shapes questions": Entry("rflow_jax.commands.shapes", "Write chats about its pictures, to train a verifier."),
+    "shapes scaling": Entry("rflow_jax.commands.shapes", "Measure what more images bring, by ways to spend them."),
     "compile": Entry("rflow_jax.commands.compile", "Compile a recipe for a TPU topology on this CPU: does it fit?"),
     "parity": Entry("rflow_jax.commands.parity", "Compare with recordings of the original, array by array."),
     "configs": Entry("rflow_jax.commands.configs", "List the recipes of the package."),

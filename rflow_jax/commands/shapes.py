@@ -42,6 +42,10 @@ def command(name: str, argv: Sequence[str]) -> Command:
         from rflow_jax.shapes.questions import QuestionsConfig
 
         return Command((QuestionsConfig,), questions, ("out",))
+    if name == "shapes scaling":
+        from rflow_jax.shapes.scaling import ScalingConfig
+
+        return Command((ScalingConfig,), scaling, ("out",))
     if name == "shapes verifier":
         return Command((NewVerifierConfig,), new_verifier, ("out",))
     return Command((NewFluxConfig,), new_flux, ("out",))
@@ -75,6 +79,13 @@ def questions(config: Any) -> None:
 
     learned, held_out = write_questions(config)
     print(f"{config.out}: {learned} chats, and {held_out} held out")
+
+
+def scaling(config: Any) -> None:
+    """Runs what is missing, and prints the table."""
+    from rflow_jax.shapes.scaling import markdown, run_scaling
+
+    print(markdown(run_scaling(config)))
 
 
 def _say(out: str, count: int) -> None:

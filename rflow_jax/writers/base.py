@@ -122,7 +122,7 @@ class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
 
 @dataclass(frozen=True)
 class RulesTextGeneratorConfig(TextGeneratorConfig):
-    """The findings of the verifier ``checklist`` in words, without a model; for reflections only.
+    """The findings of the verifier ``checklist`` in words, without a model; as a refiner it leaves prompts as they are.
 
     Attributes:
         sentences: of a reflection, at most.
