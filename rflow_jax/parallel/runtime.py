@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+
+from rflow_jax.utils.cache import cache_folder
 
 
 @contextmanager
@@ -31,5 +31,4 @@ def use_compilation_cache() -> None:
     ``$XDG_CACHE_HOME/rflow_jax`` (``~/.cache/rflow_jax``).
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "rflow_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rflow_jax.errors import InputError
+from rflow_jax.weights.packed import is_packed, unpacked
 
 BUNDLED = Path(__file__).parents[1] / "testing" / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -51,7 +52,8 @@ def resolve_vlm(model: str, *, reward: bool = False) -> Path:
 
 def _local(name: str) -> Path | None:
     paths = [Path(name).expanduser(), *([BUNDLED / name] if name and "/" not in name else [])]
-    return next((path for path in paths if path.exists()), None)
+    found = next((path for path in paths if path.exists()), None)
+    return unpacked(found) if found is not None and is_packed(found) else found
 
 
 def _from_hub(name: str, patterns: list[str], unwanted: list[str] = UNWANTED) -> Path:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from rflow_jax.data.records import SUBSETS, Record
-from rflow_jax.data.sources.tar_index import MEMBERS, ShardIndex, default_cache, index_shards, make_record
+from rflow_jax.data.sources.tar_index import MEMBERS, ShardIndex, index_shards, make_record
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import Shard, expand, read_range
 from rflow_jax.errors import InputError
+from rflow_jax.utils.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def open_tars(
 
     Args:
         patterns: as in :func:`~rflow_jax.data.storage.shards.expand`.
-        cache: folder of the indexes; None takes :func:`~rflow_jax.data.sources.tar_index.default_cache`.
+        cache: folder of the indexes; None: ``~/.cache/rflow_jax/genref``.
         threads: shards indexed at once.
         show: draw a progress bar.
 
@@ -105,7 +106,7 @@ def open_tars(
         InputError: no shard matches, one cannot be read, or none holds a usable sample.
     """
     shards = expand(patterns, allow_shell=True, retry=retry)  # a pipe is refused below, and never run
-    indexes = index_shards(shards, cache or default_cache(), retry=retry, threads=threads, show=show)
+    indexes = index_shards(shards, cache or cache_folder("genref"), retry=retry, threads=threads, show=show)
     return TarSource(shards, indexes, retry)
 
 

@@ -206,11 +206,6 @@ class _Extent(NamedTuple):
     subset: int | None = None
 
 
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/rflow_jax/genref``, or the same under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rflow_jax" / "genref"
-
-
 def index_shards(
     shards: Sequence[Shard], cache: Path, *, retry: RetryPolicy = RetryPolicy(), threads: int = 16, show: bool = True
 ) -> list[ShardIndex]:

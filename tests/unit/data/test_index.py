@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.data.sources.tar import TarSource, open_tars
-from rflow_jax.data.sources.tar_index import build_index, default_cache
+from rflow_jax.data.sources.tar_index import build_index
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import expand
 from rflow_jax.errors import InputError
+from rflow_jax.utils.cache import cache_folder
 from tests.kit.file_server import Faults, FileServer
 from tests.kit.genref_tars import flat, keys_of, members, picture, record, shard_bytes, tar_bytes, write_shards
 
@@ -195,7 +196,7 @@ def test_an_unwritable_cache_costs_a_warning(tmp_path, caplog):
 
 def test_the_default_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "rflow_jax" / "genref"
+    assert cache_folder("genref") == tmp_path / "rflow_jax" / "genref"
 
 
 def test_the_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path):
