@@ -23,12 +23,12 @@ from rflow_jax.aot.chips import H100, H200, Chip
 from rflow_jax.errors import InputError
 from rflow_jax.models.autoencoder import AutoencoderConfig
 from rflow_jax.models.clip import ClipVisionConfig
+from rflow_jax.models.flops import encoder_flops
 from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, training_flops
 from rflow_jax.models.options import Remat
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2_5_vl.config import VisionConfig
 from rflow_jax.models.siglip import SiglipVisionConfig
-from rflow_jax.models.text_encoders import ClipTextConfig, T5Config
 
 BF16 = 2  # bytes
 
@@ -151,19 +151,6 @@ def fsdp_bytes(config: FluxConfig, *, devices: int, remat: Remat = "full", width
 
 
 # ---- Encoders and verifiers ----
-
-
-def t5_flops(config: T5Config, tokens: int) -> float:
-    """Operations of T5's encoder for one prompt: four projections, a gated feed-forward, attention."""
-    inner = config.num_heads * config.d_kv
-    weights = config.d_model * (4 * inner + 3 * config.d_ff)
-    return float(config.num_layers * (2 * tokens * weights + 4 * tokens * tokens * inner))
-
-
-def encoder_flops(config: ClipTextConfig | ClipVisionConfig | SiglipVisionConfig, tokens: int) -> float:
-    """Operations of a plain transformer encoder's blocks for one sample; CLIP's causal attention is computed whole."""
-    d, m = config.hidden_size, config.intermediate_size
-    return float(config.num_hidden_layers * (2 * tokens * (4 * d * d + 2 * d * m) + 4 * tokens * tokens * d))
 
 
 def picture_flops(config: ClipVisionConfig | SiglipVisionConfig, *, class_token: bool) -> float:

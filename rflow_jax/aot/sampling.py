@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
+from rflow_jax.aot.estimate import autoencoder_flops, flux_bytes
 from rflow_jax.aot.models import abstract_bundle, corrector_ranks, read_sizes, whole_of
 from rflow_jax.aot.program import AheadProgram, bytes_on_a_device, shaped
 from rflow_jax.aot.verifiers import local_models
 from rflow_jax.generation.config import ResolvedSampling
 from rflow_jax.generation.pipeline import Pipeline
 from rflow_jax.generation.sampling import Conditioning, DynamicArgs, Inputs
+from rflow_jax.models.flops import encoder_flops, t5_flops
 from rflow_jax.models.flux.config import forward_flops
 from rflow_jax.models.flux.transformer import abstract_flux
 from rflow_jax.models.partitioning import DATA

@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from rflow_jax.aot.estimate import autoencoder_flops, encoder_flops, flux_bytes, t5_flops
+from rflow_jax.aot.estimate import autoencoder_flops, flux_bytes
 from rflow_jax.aot.models import abstract_bundle, corrector_ranks, fitting, read_qwen_sizes, read_sizes, whole_of
 from rflow_jax.aot.program import AheadProgram, abstract_state, bytes_on_a_device, on_mesh, shaped, whole_in
 from rflow_jax.errors import InputError
+from rflow_jax.models.flops import encoder_flops, t5_flops
 from rflow_jax.models.flux.config import training_flops
 from rflow_jax.models.flux.transformer import FluxGraph, abstract_flux
 from rflow_jax.models.lora import attach_shapes, linears, select

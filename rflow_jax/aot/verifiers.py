@@ -36,7 +36,12 @@ from rflow_jax.models.qwen2_5_vl.model import LANGUAGE_LINEARS, abstract_qwen2_5
 from rflow_jax.parallel.sharding import on_mesh_of, pick
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.utils.checks import require_dtype
-from rflow_jax.verifiers.config import NvilaVerifierConfig, RewardVerifierConfig, members_of
+from rflow_jax.verifiers.config import (
+    ChecklistVerifierConfig,
+    NvilaVerifierConfig,
+    RewardVerifierConfig,
+    members_of,
+)
 from rflow_jax.verifiers.reward import PROMPT
 from rflow_jax.vlm import nvila_programs
 from rflow_jax.vlm.config import QwenChatConfig
@@ -44,7 +49,7 @@ from rflow_jax.vlm.nvila_programs import PICTURES_AT_ONCE, padded_length, token_
 from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_chat import decoding_of
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, fitted, limited, patches_of
-from rflow_jax.vlm.qwen_programs import Scoring, rewards, texts
+from rflow_jax.vlm.qwen_programs import Scoring, first_tokens, rewards, texts
 from rflow_jax.weights import components
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
 from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
@@ -115,6 +120,8 @@ def local_models(config: SearchConfig, devices: Sequence[Any], *, layers: int | 
             judges.append(_nvila(role, member, image, devices, layers))
         elif isinstance(member, RewardVerifierConfig):
             judges.append(_reward(role, member, image, devices, layers))
+        elif isinstance(member, ChecklistVerifierConfig):
+            judges.append(_checklist(role, member, image, devices, layers))
     writers = {"reflector": (config.reflector, REFLECTION_PROMPT, 1 + config.reflect.history)}
     writers["refiner"] = (config.refiner, REFINE_PROMPT, 1)
     asked: dict[QwenChatConfig, dict[QwenInputs, list[str]]] = {}
@@ -206,6 +213,26 @@ def _reward_config(options: RewardVerifierConfig) -> RewardConfig:
     config = RewardConfig.read(folder)
     beside = folder / config.base
     return replace(config, base=options.base or (str(beside) if beside.is_dir() else config.base))
+
+
+def _checklist(
+    role: str, options: ChecklistVerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
+) -> LocalModel:
+    sizes, rules = read_qwen_sizes(options.model, layers)
+    model = abstract_qwen2_5_vl(sizes, jnp.dtype(require_dtype(options.dtype)))
+    model = in_8_bits(model, options.quantization, LANGUAGE_LINEARS)
+    mesh = _mesh(options.devices, devices)
+    graph, weights = _placed(model, mesh)
+    text, rows = _CHAT_TOKENS + _PROMPT_TOKENS, options.batch_size
+    inputs = _inputs(sizes, rules, [image], text, options.max_pixels, rows)
+
+    def lower() -> Any:
+        return first_tokens.lower(graph, rules, weights, inputs, _host((2,), np.int32))
+
+    language = sizes.language
+    flops = _read_flops(sizes, inputs) + rows * 2 * language.hidden_size * language.vocab_size
+    programs = _programs(f"{role} checklist", mesh, weights, answers=(lower, flops, 1))
+    return LocalModel(tuple(mesh.devices.flat), weights, programs)
 
 
 def _qwen(

@@ -28,7 +28,6 @@ from rflow_jax.shapes.vocabulary import (
     t5_tokenizer,
     write_tokenizers,
 )
-from rflow_jax.testing.flux_layout import DEV, MODEL_INDEX
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, Component
 from rflow_jax.weights.convert import COPIED
@@ -37,6 +36,7 @@ from rflow_jax.weights.flux import describe
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes, parameter_values
 from rflow_jax.weights.model_folder import write_json
+from rflow_jax.weights.published import DEV, MODEL_INDEX
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
 # The model's own settings, in the names of ``SamplingConfig``.

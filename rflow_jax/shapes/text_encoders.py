@@ -18,8 +18,8 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
-from rflow_jax.aot.estimate import encoder_flops, t5_flops
 from rflow_jax.errors import InputError
+from rflow_jax.models.flops import encoder_flops, t5_flops
 from rflow_jax.models.layers import Linear, abstract
 from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced_on

@@ -29,7 +29,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from rflow_jax.testing.flux_layout import (
     CHANGES,
-    MODEL_INDEX,
     Shapes,
     clip_shapes,
     configs,
@@ -38,6 +37,7 @@ from rflow_jax.testing.flux_layout import (
     transformer_shapes,
     vae_shapes,
 )
+from rflow_jax.weights.published import MODEL_INDEX
 
 TOKENIZERS = Path(__file__).parent / "models" / "tiny-flux"
 GB = 10**9

@@ -14,7 +14,6 @@ from rflow_jax.aot.estimate import (
     MEASURED,
     autoencoder_flops,
     compared,
-    encoder_flops,
     estimate,
     estimate_of,
     flux_bytes,
@@ -23,12 +22,12 @@ from rflow_jax.aot.estimate import (
     picture_flops,
     qwen2_flops,
     qwen_vision_flops,
-    t5_flops,
 )
 from rflow_jax.errors import InputError
 from rflow_jax.flow import rope_for
 from rflow_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from rflow_jax.models.clip import ClipVisionConfig, ClipVisionEncoder
+from rflow_jax.models.flops import encoder_flops, t5_flops
 from rflow_jax.models.flux.config import FluxConfig, block_weights, forward_flops, forward_parts, training_flops
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.layers import abstract

@@ -199,3 +199,20 @@ def test_models_over_http_compile_nothing():
 def test_what_cannot_be_compiled_is_told(config, reason):
     with pytest.raises(InputError, match=reason):
         verifier_programs(config, jax.devices(), layers=1)
+
+
+def test_a_checklist_is_compiled_for_what_it_is_given(qwen, monkeypatch):
+    options = {"dtype": "float32", "batch_size": 2, "devices": (6, 7)}
+    chat = QwenChat(QwenChatConfig(str(qwen / "base"), max_new_tokens=1, **options))
+    [model] = local_models(verifying("checklist", str(qwen / "base"), **options), jax.devices())
+    assert same_places(model.weights, chat._state)
+    calls, [program] = given(monkeypatch, qwen_chat, "first_tokens"), model.programs
+    wanted = inputs_of(taken(program), model.weights)
+    assert program.name == "verifier checklist answers"
+    assert program.flops > 0
+    text = prompt_of(
+        wanted[0][0][1], lambda text: bucket(len(chat._prepared(ChatQuery(None, (IMAGE, text)))[0].ids), LEAST_TOKENS)
+    )
+    [likely] = chat.first_tokens([ChatQuery(None, (IMAGE, text))], [3, 5])
+    assert likely.shape == (2,)
+    assert inputs_of(calls[0], model.weights) == wanted
