@@ -117,7 +117,8 @@ def test_the_examples_of_the_documentation_are_configurations():
     page = (Path(__file__).parents[3] / "docs/verifiers.md").read_text()
     sections = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     configs = [VERIFIERS.parse(section["verifier"]) for section in sections if "verifier" in section]
-    assert {config.name for config in configs} == {"openai", "yesno", "nvila", "reward", "clip", "ensemble"}
+    documented = {"openai", "yesno", "nvila", "reward", "clip", "checklist", "ensemble"}
+    assert {config.name for config in configs} == documented
     assert len(sections) == len(configs) + 1
     assert WRITERS.parse(sections[3]["reflector"]).api_key_env == "LLAMA_FACTORY_KEY"
 
