@@ -166,9 +166,9 @@ def test_validation_reads_pictures_that_are_good_enough(plain, tmp_path):
     assert validation.run(0, plain.state.trainable)["validation/read"] == 1
 
 
-def test_no_validation_without_scenes(start, tmp_path):
+def test_no_validation_without_scenes(plain, start, tmp_path):
     validation = SceneValidationConfig(scenes=0)
-    task = ShapesAutoencoder(config_of(start, validation=validation), Steps(config_of(start)).mesh)
+    task = ShapesAutoencoder(config_of(start, validation=validation), plain.mesh)
     assert task.open_validation(tmp_path) is None
     assert isinstance(task._measure, Measurement)
 
@@ -209,8 +209,8 @@ def test_settings_that_cannot_be(section, value, message):
         section(**value)
 
 
-def test_a_model_that_cannot_be_trained(start, tmp_path):
-    mesh = Steps(config_of(start)).mesh
+def test_a_model_that_cannot_be_trained(plain, start, tmp_path):
+    mesh = plain.mesh
     with pytest.raises(InputError, match="no such file or folder"):
         ShapesAutoencoder(config_of(tmp_path / "none"), mesh)
     shutil.copytree(start, tmp_path / "grey")
