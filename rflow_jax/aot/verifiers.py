@@ -219,10 +219,7 @@ def _checklist(
     role: str, options: ChecklistVerifierConfig, image: tuple[int, int], devices: Sequence[Any], layers: int | None
 ) -> LocalModel:
     sizes, rules = read_qwen_sizes(options.model, layers)
-    model = abstract_qwen2_5_vl(sizes, jnp.dtype(require_dtype(options.dtype)))
-    model = in_8_bits(model, options.quantization, LANGUAGE_LINEARS)
-    mesh = _mesh(options.devices, devices)
-    graph, weights = _placed(model, mesh)
+    mesh, graph, weights = _placed_qwen(sizes, options, devices)
     text, rows = _CHAT_TOKENS + _PROMPT_TOKENS, options.batch_size
     inputs = _inputs(sizes, rules, [image], text, options.max_pixels, rows)
 
@@ -240,10 +237,7 @@ def _qwen(
 ) -> LocalModel:
     """A model that writes; ``asked``: shapes of its batches -> the roles with such batches."""
     sizes, rules = read_qwen_sizes(options.model, layers)
-    model = abstract_qwen2_5_vl(sizes, jnp.dtype(require_dtype(options.dtype)))
-    model = in_8_bits(model, options.quantization, LANGUAGE_LINEARS)
-    mesh = _mesh(options.devices, devices)
-    graph, weights = _placed(model, mesh)
+    mesh, graph, weights = _placed_qwen(sizes, options, devices)
     data = _host((options.batch_size, 2), np.uint32)
     keys = jax.eval_shape(partial(jax.random.wrap_key_data, impl="threefry2x32"), data)
     decoding, new = _decoding(options, sizes), options.max_new_tokens
@@ -259,6 +253,16 @@ def _qwen(
         own = {"texts": (partial(lower, inputs), flops, 1 + new)}
         programs += _programs(f"{' and '.join(roles)} qwen", mesh, weights, **own)
     return LocalModel(tuple(mesh.devices.flat), weights, tuple(programs))
+
+
+def _placed_qwen(
+    sizes: Qwen25VLConfig, options: QwenChatConfig | ChecklistVerifierConfig, devices: Sequence[Any]
+) -> tuple[Mesh, nnx.GraphDef, nnx.State]:
+    """A model that answers, on its devices."""
+    model = abstract_qwen2_5_vl(sizes, jnp.dtype(require_dtype(options.dtype)))
+    model = in_8_bits(model, options.quantization, LANGUAGE_LINEARS)
+    mesh = _mesh(options.devices, devices)
+    return mesh, *_placed(model, mesh)
 
 
 def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import Record, RecordError
-from rflow_jax.data.sources.chats import PICTURE
+from rflow_jax.data.sources.chats import PICTURE, chat_line
 from rflow_jax.data.sources.latents import PrecomputeConfig
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.data.storage.retry import RetryPolicy
@@ -115,8 +114,7 @@ def make_chats(config: ChatsConfig) -> tuple[int, int]:
         name = f"pictures/{number:07d}.jpg"  # keys may stand in several shards
         write_file(out / name, record.bad_image)
         question = config.question.replace("$prompt", record.prompt)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record.reflection.strip()}]
-        lines.append(json.dumps({"messages": messages, "images": [name]}, ensure_ascii=False) + "\n")
+        lines.append(chat_line(question, record.reflection.strip(), name))
     if len(lines) <= config.held_out:
         raise InputError(f"{config.shards}: {len(lines)} records have a reflection, and {config.held_out} are held out")
     held_out = {(2 * k + 1) * len(lines) // (2 * config.held_out) for k in range(config.held_out)}

@@ -10,9 +10,8 @@ from typing import Any
 from rflow_jax.errors import InputError
 from rflow_jax.shapes.grammar import parse
 from rflow_jax.tokenizers.flux import t5_prompt
-from rflow_jax.verifiers.findings import remedies_in
+from rflow_jax.verifiers.findings import as_reflection, remedies_in
 from rflow_jax.writers.base import WriterInput, WriterOutput
-from rflow_jax.writers.rules import KEEP
 
 
 class _Rule:
@@ -67,5 +66,4 @@ class ReflectionInPrompt(_Rule):
     name = "reflection in prompt"
 
     def text(self, case: WriterInput) -> str:
-        remedies = remedies_in(case.evaluation) or []
-        return t5_prompt(case.prompt, " ".join(remedies[:2]) or KEEP)
+        return t5_prompt(case.prompt, as_reflection(remedies_in(case.evaluation) or []))

@@ -40,8 +40,8 @@ from rflow_jax.shapes.scenes import (
     random_jitter,
     subject,
 )
+from rflow_jax.verifiers.findings import as_reflection
 
-KEEP = "Keep everything."
 MAX_SENTENCES = 2
 _SECOND_ERROR = 0.25  # how often
 _NEW_SIZE, _LARGEST = 16.0, 24.0  # half-sizes of items that are added or replaced, pixels
@@ -85,7 +85,7 @@ class Edit:
 
 def reflection(edits: Sequence[Edit]) -> str:
     """The edits in words; of more than two the first two."""
-    return " ".join(edit.text for edit in edits[:MAX_SENTENCES]) or KEEP
+    return as_reflection([edit.text for edit in edits], MAX_SENTENCES)
 
 
 def _wrong_color(items: list[Item], prompt: Prompt, rng: Random) -> None:

@@ -16,7 +16,7 @@ from rflow_jax.data.shard_writer import write_shard
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError
 from rflow_jax.shapes.drawn import CHUNK, DrawnPictures, PicturesConfig, draw_pictures
-from rflow_jax.shapes.edits import KEEP, reflection, repair, spoil
+from rflow_jax.shapes.edits import reflection, repair, spoil
 from rflow_jax.shapes.grammar import Prompt, sample_prompt
 from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.render import render
@@ -25,6 +25,7 @@ from rflow_jax.shapes.scenes import is_clear, judge_scene, make_scene
 from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.verifiers.findings import KEEP
 
 GENERAL, LENGTH, RULE, EDITING = SUBSETS
 SHARES = {GENERAL: 0.15, LENGTH: 0.15, RULE: 0.4, EDITING: 0.3}

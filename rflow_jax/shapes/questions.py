@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from rflow_jax.data.sources.chats import PICTURE, chat_line
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.shapes.drawn import CHUNK, DrawnPictures, PicturesConfig, draw_pictures
 from rflow_jax.shapes.edits import spoil
 from rflow_jax.shapes.grammar import COLORS, MAX_COUNT, SHAPES, Prompt, Wanted, sample_prompt
 from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.render import render
-from rflow_jax.shapes.requirements import Requirement, requirements
-from rflow_jax.shapes.scenes import THING, Scene, judge_scene, make_scene
+from rflow_jax.shapes.requirements import sensible
+from rflow_jax.shapes.scenes import THING, Scene, make_scene
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.images import png_bytes
@@ -95,18 +95,11 @@ def ask(prompt: Prompt, scene: Scene, rng: Random) -> tuple[str, str]:
     question, answer = "", False
     for _ in range(_TRIES):
         about = prompt if rng.random() < 0.5 else _similar(scene, rng)
-        parts = requirements(about)
-        met = [_is_met(part, scene) for part in parts]
-        sensible = [k for k, part in enumerate(parts) if all(met[place] for place in part.needs)]
-        k = rng.choice(sensible)
-        question, answer = parts[k].question, met[k]
+        part, answer = rng.choice(sensible(about, scene))
+        question = part.question
         if answer == wanted:
             break
     return question, _YES_OR_NO[answer]
-
-
-def _is_met(part: Requirement, scene: Scene) -> bool:
-    return judge_scene(part.metadata, scene).correct
 
 
 def _similar(scene: Scene, rng: Random) -> Prompt:
@@ -141,8 +134,9 @@ def write_questions(config: QuestionsConfig) -> tuple[int, int]:
             task = bar.add_task("asking about pictures", total=config.pictures)
             asked: list[Asked] = []
             for job in jobs:
-                asked = (asked + job.result())[: config.pictures]
-                bar.update(task, completed=len(asked))
+                asked += job.result()
+                bar.update(task, completed=min(len(asked), config.pictures))
+    asked = asked[: config.pictures]
     lines = [_lines(out, number, one) for number, one in enumerate(asked)]
     order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
     files = {"held_out.jsonl": order[: config.held_out], "chats.jsonl": order[config.held_out :]}
@@ -158,16 +152,4 @@ def _lines(out: Path, number: int, asked: Asked) -> Sequence[str]:
     """Writes a picture; returns its chats as JSON lines."""
     name = f"pictures/{number // 1000:03d}/{number:06d}.png"
     write_file(out / name, asked.picture)
-    return [
-        json.dumps(
-            {
-                "messages": [
-                    {"role": "user", "content": f"<image>{question}"},
-                    {"role": "assistant", "content": answer},
-                ],
-                "images": [name],
-            }
-        )
-        + "\n"
-        for question, answer in asked.chats
-    ]
+    return [chat_line(PICTURE + question, answer, name) for question, answer in asked.chats]

@@ -70,8 +70,12 @@ def questions(item: Mapping[str, Any]) -> list[Question]:
 
 def remedies(prompt: Prompt, scene: Scene) -> tuple[Edit, ...]:
     """What to do about the first parts that a scene does not meet; they do not say what is there instead."""
+    found = [part.remedy for part, met in sensible(prompt, scene) if not met]
+    return tuple(found[:MAX_SENTENCES])
+
+
+def sensible(prompt: Prompt, scene: Scene) -> list[tuple[Requirement, bool]]:
+    """The parts of a prompt that make sense of a scene, and whether it meets them."""
     parts = requirements(prompt)
     met = [judge_scene(part.metadata, scene).correct for part in parts]
-    sensible = (all(met[place] for place in part.needs) for part in parts)
-    found = [part.remedy for part, ok, asked in zip(parts, met, sensible, strict=True) if asked and not ok]
-    return tuple(found[:MAX_SENTENCES])
+    return [(part, ok) for part, ok in zip(parts, met, strict=True) if all(met[place] for place in part.needs)]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig
-from rflow_jax.report.runs import read_run
+from rflow_jax.report.runs import SearchRun, read_run
 from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, RunConfig, SearchConfig
 from rflow_jax.shapes.grammar import from_metadata, held_out_prompts
 from rflow_jax.shapes.judge import judge
@@ -190,8 +190,9 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
                 arm, folder = ARMS[name], out / f"{name}_{seed}"
                 if search(arm.kind, config.search(arm, seed), RunConfig(str(file), str(folder))):
                     raise InputError(f"{folder}: no image has a score; see its records")
-                _store(result, judge_run(folder, config.images))
-                _keep_sheet(folder, out / f"{name}_{seed}.png")
+                run = read_run(folder)
+                _store(result, judge_run(run, config.images))
+                _keep_sheet(run, out / f"{name}_{seed}.png")
                 shutil.rmtree(folder)
             with np.load(result) as stored:
                 judged.setdefault(name, []).append(Judged(**stored))
@@ -201,13 +202,12 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
     return table
 
 
-def judge_run(folder: Path, images: int) -> Judged:
+def judge_run(run: SearchRun, images: int) -> Judged:
     """The verifier's and the exact judge's decisions about a search's pictures; a missing one is never chosen."""
-    run = read_run(folder)
     shape = (len(run.prompts), images)
     found = Judged(np.full(shape, -np.inf), np.zeros(shape, bool), np.zeros(shape, bool))
     for row, prompt in enumerate(run.prompts):
-        place = folder / prompt.folder
+        place = run.folder / prompt.folder
         metadata = from_metadata(json.loads((place / "metadata.jsonl").read_text().splitlines()[0]))
         for column, picture in enumerate(prompt.pictures[:images]):
             with Image.open(place / picture.file) as image:
@@ -224,14 +224,13 @@ def _store(path: Path, judged: Judged) -> None:
     partial.rename(path)
 
 
-def _keep_sheet(folder: Path, file: Path, rows: int = 8, columns: int = 8) -> None:
+def _keep_sheet(run: SearchRun, file: Path, rows: int = 8, columns: int = 8) -> None:
     """A picture of the first images of some prompts: a row each."""
-    run = read_run(folder)
     step = max(len(run.prompts) // rows, 1)
     sheet = None
     for row, prompt in enumerate(run.prompts[::step][:rows]):
         for column, picture in enumerate(prompt.pictures[:columns]):
-            with Image.open(folder / prompt.folder / picture.file) as image:
+            with Image.open(run.folder / prompt.folder / picture.file) as image:
                 if sheet is None:
                     sheet = Image.new("RGB", (columns * (image.width + 2), rows * (image.height + 2)), "white")
                 sheet.paste(image.convert("RGB"), (column * (image.width + 2), row * (image.height + 2)))

@@ -43,11 +43,11 @@ from rflow_jax.training.partition import PartitionedModel, load_trainable_model,
 from rflow_jax.training.task import TrainStep
 from rflow_jax.training.train_state import MeanMetric, Metrics, StepMetrics, TrainState, compile_step, make_update
 from rflow_jax.typing import Array, Float, Int, UInt32
+from rflow_jax.verifiers.findings import KEEP
 from rflow_jax.weights.components import TRANSFORMER
 from rflow_jax.weights.hub import resolve
 
 ROW, OTHER, TIME, NOISE, TEXT, KIND = range(6)  # what a sample's key is folded with for each of its draws
-KEEP = "Keep everything."
 ENCODED = 512  # pictures that the autoencoder encodes at once
 
 

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.models.qwen2_5_vl.config import MODEL_TYPE, Qwen25VLConfig, VisionConfig
+from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig
 from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
-from rflow_jax.shapes.edits import KEEP, Edit
+from rflow_jax.shapes.edits import Edit
 from rflow_jax.shapes.grammar import COLORS, MAX_COUNT, NUMBERS, SHAPES, Prompt, Wanted, plural, with_article
 from rflow_jax.shapes.initial import draw_parameters
 from rflow_jax.shapes.requirements import requirements
 from rflow_jax.shapes.scenes import SIZE, THING
 from rflow_jax.shapes.vocabulary import byte_pairs
+from rflow_jax.verifiers.findings import KEEP
 from rflow_jax.verifiers.geneval import RELATIONS
 from rflow_jax.vlm.qwen_processing import CLIP_MEAN, CLIP_STD
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes, parameter_values
-from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
 from rflow_jax.weights.model_folder import write_json
+from rflow_jax.weights.qwen import published_config, published_table
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
 CONTEXT = 256  # tokens
@@ -125,7 +124,7 @@ def write_start(folder: Path, seed: int = 0) -> int:
     network = abstract_qwen2_5_vl(config)
     draw_parameters(network, seed, prefix="vlm.", factors=_FACTORS)
     values = parameter_values(network)
-    names = plan(qwen2_5_vl_mapping((), head=network.language.head is not None), parameter_shapes(network))
+    names = plan(published_table(network), parameter_shapes(network))
     with atomic_output(folder) as partial:
         partial.mkdir()
         tensors = {key: names.join(key, values) for key in names.entries}
@@ -142,19 +141,9 @@ def _write_configs(folder: Path, config: Qwen25VLConfig) -> None:
     known = tokenizer()
     ids = {"bos_token_id": known.token_to_id(PAD), "eos_token_id": known.token_to_id(END)}
     ids |= {"pad_token_id": known.token_to_id(PAD)}
-    language, vision = asdict(config.language), asdict(config.vision)
-    sections = list(language.pop("mrope_section"))
-    every: dict[str, Any] = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": MODEL_TYPE,
-        "torch_dtype": "float32",
-        "hidden_act": "silu",
-        "rope_scaling": {"type": "mrope", "mrope_section": sections},
-        "vision_config": {"model_type": MODEL_TYPE, "hidden_act": "silu", **vision},
-        "vision_end_token_id": known.token_to_id("<|vision_end|>"),
-        **{name: getattr(config, name) for name in _TOKEN_IDS},
-    }
-    write_json(folder / "config.json", every | language | ids)
+    tokens = {name: getattr(config, name) for name in _TOKEN_IDS} | ids
+    tokens["vision_end_token_id"] = known.token_to_id("<|vision_end|>")
+    write_json(folder / "config.json", published_config(config, "float32", tokens))
     write_json(folder / "generation_config.json", ids)
     write_json(
         folder / "preprocessor_config.json",

@@ -16,10 +16,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from rflow_jax.shapes.edits import KEEP, Edit
+from rflow_jax.shapes.edits import Edit
 from rflow_jax.shapes.grammar import COLORS, NUMBERS, SHAPES, Prompt, Wanted, plural, with_article
 from rflow_jax.shapes.scenes import THING
 from rflow_jax.tokenizers.flux import CLIP_TOKENIZER, REFLECTION_MARK, T5_TOKENIZER
+from rflow_jax.verifiers.findings import KEEP
 from rflow_jax.verifiers.geneval import RELATIONS
 from rflow_jax.weights.model_folder import write_json
 

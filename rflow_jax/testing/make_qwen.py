@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from rflow_jax.testing.make_flux import GB, Noise, TensorFile, shards, write_jso
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
+from rflow_jax.weights.qwen import published_config
 
 TOKENIZER = Path(__file__).parent / "models" / "tiny-qwen2.5-vl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "generation_config.json")
@@ -82,18 +82,7 @@ def config_json(config: Qwen25VLConfig) -> dict[str, Any]:
     tokens = {
         name: id for name, id in json.loads((TOKENIZER / "config.json").read_text()).items() if "token_id" in name
     }
-    language, vision = asdict(config.language), asdict(config.vision)
-    sections = list(language.pop("mrope_section"))
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "torch_dtype": "bfloat16",
-        "hidden_act": "silu",
-        "rope_scaling": {"type": "mrope", "mrope_section": sections},
-        "vision_config": {"model_type": "qwen2_5_vl", "hidden_act": "silu", **vision},
-        **language,
-        **tokens,
-    }
+    return published_config(config, "bfloat16", tokens)
 
 
 def preprocessor_json(config: Qwen25VLConfig) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class ChecklistVerifier:
             )
         )
         vocabulary = self._chat.prepare.tokenizer.vocabulary
-        self._tokens = [number for token, number in vocabulary.items() if means_yes_or_no(token)]
-        self._is_yes = np.asarray([means_yes_or_no(token) == "yes" for token in vocabulary if means_yes_or_no(token)])
+        words = {number: word for token, number in vocabulary.items() if (word := means_yes_or_no(token))}
+        self._tokens, self._is_yes = list(words), np.asarray([word == "yes" for word in words.values()], bool)
         if not 0 < self._is_yes.sum() < len(self._tokens):
             raise InputError(f"{config.model}: its tokenizer has no single tokens for yes and no")
         self.name = f"checklist {Path(config.model).name}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+KEEP = "Keep everything."  # a reflection where there is nothing to do
 _LINE = re.compile(r"^\s*(yes|no): [^?\n]+\?[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 
 
@@ -41,6 +42,11 @@ def in_words(findings: Sequence[Finding]) -> str:
         elif all(findings[place].met for place in question.needs):
             lines.append(f"no: {question.text} {question.remedy}".rstrip())
     return "\n".join(lines)
+
+
+def as_reflection(remedies: Sequence[str], sentences: int = 2) -> str:
+    """The first remedies as a reflection, one sentence each; :data:`KEEP` where there is none."""
+    return " ".join(remedies[:sentences]) or KEEP
 
 
 def remedies_in(evaluation: str) -> list[str] | None:

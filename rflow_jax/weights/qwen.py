@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.config import Qwen2Config
-from rflow_jax.models.qwen2_5_vl.config import Qwen25VLConfig, VisionConfig, end_tokens_in, parts_of
+from rflow_jax.models.qwen2_5_vl.config import MODEL_TYPE, Qwen25VLConfig, VisionConfig, end_tokens_in, parts_of
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.weights.key_mapping import KeyMapping, plan
@@ -128,6 +129,26 @@ def published_table(model: Qwen25VL) -> KeyMapping:
 def nested_table(model: Qwen25VL) -> KeyMapping:
     """The names of Transformers' modules from 4.52 on."""
     return names.qwen2_5_vl_mapping((names.NESTED[0],), head=model.language.head is not None)
+
+
+def published_config(config: Qwen25VLConfig, dtype: str, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """``config.json`` in the published layout.
+
+    Args:
+        tokens: the special tokens' ids by their names there, such as ``image_token_id``.
+    """
+    language, vision = asdict(config.language), asdict(config.vision)
+    sections = list(language.pop("mrope_section"))
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": MODEL_TYPE,
+        "torch_dtype": dtype,
+        "hidden_act": "silu",
+        "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        "vision_config": {"model_type": MODEL_TYPE, "hidden_act": "silu", **vision},
+        **language,
+        **tokens,
+    }
 
 
 def export_qwen(model: Qwen25VL, base: Path, folder: Path) -> None:

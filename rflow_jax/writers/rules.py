@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.verifiers.findings import remedies_in
+from rflow_jax.verifiers.findings import as_reflection, remedies_in
 from rflow_jax.writers import REFINE_PROMPT
 from rflow_jax.writers.base import RulesTextGeneratorConfig, WriterInput, WriterOutput
-
-KEEP = "Keep everything."
 
 
 class RulesTextGenerator:
@@ -33,4 +31,4 @@ class RulesTextGenerator:
     def _written(self, remedies: list[str] | None) -> WriterOutput:
         if remedies is None:
             return WriterOutput(None, "the verifier found nothing about parts of the prompt; verifier: checklist does")
-        return WriterOutput(" ".join(remedies[: self._most]) or KEEP)
+        return WriterOutput(as_reflection(remedies, self._most))

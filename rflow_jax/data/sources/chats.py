@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,17 @@ class ChatRecord(NamedTuple):
     key: str
     messages: tuple[tuple[str, str], ...]
     images: tuple[bytes, ...]
+
+
+def chat_line(question: str, answer: str, image: str) -> str:
+    """A chat of one question and its answer, as a line of such a file.
+
+    Args:
+        question: with :data:`PICTURE` in it.
+        image: its path, relative to the file.
+    """
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages, "images": [image]}, ensure_ascii=False) + "\n"
 
 
 class _Line(NamedTuple):

@@ -15,7 +15,7 @@ from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
 from rflow_jax.shapes import drawn
 from rflow_jax.shapes.drawn import DrawnPictures
-from rflow_jax.shapes.edits import KEEP, spoil
+from rflow_jax.shapes.edits import spoil
 from rflow_jax.shapes.grammar import is_held_out, parse, sample_prompt
 from rflow_jax.shapes.judge import judge, read
 from rflow_jax.shapes.pairs import DrawJob, PairsOfShapesConfig, make_pairs, write_pairs
@@ -23,6 +23,7 @@ from rflow_jax.shapes.questions import QuestionsConfig, ask, write_questions
 from rflow_jax.shapes.render import render
 from rflow_jax.shapes.requirements import requirements
 from rflow_jax.shapes.scenes import judge_scene, make_scene
+from rflow_jax.verifiers.findings import KEEP
 
 
 def pixels(encoded):

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.errors import InputError
-from rflow_jax.shapes.edits import KEEP, Edit, reflection, repair, spoil
+from rflow_jax.shapes.edits import Edit, reflection, repair, spoil
 from rflow_jax.shapes.grammar import COLORS, SHAPES, parse, sample_prompt
 from rflow_jax.shapes.scenes import SIZE, THING, Item, Scene, detections, is_clear, judge_scene, make_scene
+from rflow_jax.verifiers.findings import KEEP
 
 LIGHT = (240.0, 240.0, 240.0)
 seeds = st.integers(0, 2**32)

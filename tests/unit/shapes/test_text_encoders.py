@@ -17,7 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.generation.pipeline import load_pipeline
 from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.parallel.mesh import make_mesh
-from rflow_jax.shapes.edits import KEEP, Edit
+from rflow_jax.shapes.edits import Edit
 from rflow_jax.shapes.grammar import TAGS, Prompt, Wanted, all_contents, is_held_out, parse
 from rflow_jax.shapes.model import DEFAULTS, new_network, save_pipeline, sizes, write_start
 from rflow_jax.shapes.text_config import (
@@ -43,6 +43,7 @@ from rflow_jax.shapes.vocabulary import CLIP_LENGTH, T5_LENGTH
 from rflow_jax.tokenizers.flux import Tokenizers
 from rflow_jax.training.config import CheckpointConfig, LoggingConfig, OptimizerConfig
 from rflow_jax.training.loop import train
+from rflow_jax.verifiers.findings import KEEP
 from rflow_jax.weights.components import CLIP, T5
 from rflow_jax.weights.loading import parameter_values
 from tests.kit.task_run import TaskRun
