@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -49,6 +49,7 @@ class Problem:
         return jax.jit(jax.value_and_grad(self.loss))
 
 
+@lru_cache(maxsize=1)  # three checks share it, and its compiled loss
 def make_problem(recording: Recording) -> Problem:
     """Encodes the recorded images and texts with the recorded draws."""
     z, meta = recording.arrays(STEP), recording.json("train_meta")
@@ -99,7 +100,7 @@ def step(recording: Recording) -> Iterator[Result]:
     yield "prompt_embeds", examples.text
     yield "pooled", examples.pooled
     yield "guidance", np.full(t.shape, TRAINING_GUIDANCE, np.float32)
-    yield "pred", predict(problem.network(problem.lora), examples, x_t, t, problem.rope)
+    yield "pred", jax.jit(lambda lora: predict(problem.network(lora), examples, x_t, t, problem.rope))(problem.lora)
     loss, gradients = problem.loss_and_gradient(problem.lora)
     yield "loss", loss
     named = _named(gradients)
@@ -180,17 +181,17 @@ def _follow(problem: Problem, run: RecordedRun, start: Tensors) -> Iterator[Resu
     for taken in range(1, run.steps + 1):
         loss, gradient = problem.loss_and_gradient(lora)
         lora, state, norm, found = advance(lora, state, gradient)
-        losses.append(loss)
-        norms.append(norm)
+        losses.append(np.asarray(loss))
+        norms.append(np.asarray(norm))
         if found is not None:
-            numbers.append(jnp.stack(found))
+            numbers.append(np.stack(jax.device_get(found)))
         if taken in run.parameters:
             for name, value in _named(lora).items():
                 yield f"{run.parameters[taken]}/{name}", Moved(value, start[name])
-    yield f"{OPTIMIZERS}/{run.prefix}_losses", jnp.stack(losses)
-    yield f"{OPTIMIZERS}/{run.prefix}_grad_norms", jnp.stack(norms)
+    yield f"{OPTIMIZERS}/{run.prefix}_losses", np.stack(losses)
+    yield f"{OPTIMIZERS}/{run.prefix}_grad_norms", np.stack(norms)
     if numbers:
-        yield f"{OPTIMIZERS}/{run.prefix}_d", jnp.stack(numbers)
+        yield f"{OPTIMIZERS}/{run.prefix}_d", np.stack(numbers)
 
 
 def _named(lora: Any) -> Tensors:

@@ -52,6 +52,13 @@ class TrainingRun:
         self.state, shardings = init_state(self.trained.trainable, optimizer, self.mesh)
         self._encode = make_encode(self.trained.bundle, recipe, self.mesh)
         self._step = make_step(self.trained.graph, optimizer, recipe, self.mesh, shardings)
+        self._start = jax.device_get(self.state)  # a step gives its state's buffers away
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+    def restart(self) -> TrainingRun:
+        """This run at its first step again, with the programs that it compiled."""
+        self.state = jax.device_put(self._start, self._shardings)
+        return self
 
     def losses(self, steps: range = range(STEPS)) -> np.ndarray:
         """[steps, 2]: losses and norms of the gradients."""

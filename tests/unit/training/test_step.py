@@ -14,8 +14,14 @@ from tests.kit.training import TrainingRun
 
 
 @pytest.fixture(scope="module")
-def plain() -> np.ndarray:
-    return TrainingRun(MeshConfig(), 1, remat="none").losses()
+def single() -> TrainingRun:
+    return TrainingRun(MeshConfig(), 1, remat="none")
+
+
+@pytest.fixture(scope="module")
+def plain(single) -> np.ndarray:
+    """Losses and gradients of three steps."""
+    return single.restart().losses(range(3))
 
 
 @pytest.mark.parametrize(
@@ -34,11 +40,11 @@ def plain() -> np.ndarray:
     ],
 )
 def test_losses_and_gradients_are_those_of_one_device(plain, mesh, devices, how):
-    np.testing.assert_allclose(TrainingRun(mesh, devices, **how).losses(), plain, rtol=1e-5)
+    np.testing.assert_allclose(TrainingRun(mesh, devices, **how).losses(), plain[:2], rtol=1e-5)
 
 
-def test_training_moves_the_loras_second_matrix_first(plain):
-    run = TrainingRun(MeshConfig(), 1)
+def test_training_moves_the_loras_second_matrix_first(single):
+    run = single.restart()
     before = jax.device_get(run.state.trainable)
     run.losses(range(1))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, jax.device_get(run.state.trainable))
@@ -61,34 +67,33 @@ def test_a_pattern_that_matches_nothing_is_refused():
         TrainingRun(MeshConfig(), 1, parameters="nothing")
 
 
-def test_a_checkpoint_goes_on_where_the_run_stopped(tmp_path):
-    whole = TrainingRun(MeshConfig(), 1).losses(range(3))
-    first = TrainingRun(MeshConfig(), 1)
+def test_a_checkpoint_goes_on_where_the_run_stopped(tmp_path, single, plain):
+    first = single.restart()
     first.losses(range(2))
     kept = Checkpoints(tmp_path, CheckpointConfig())
     kept.save(first.state, {"step": 2}, {"train.seed": 0}, first.trained)
     kept.wait()
     kept.close()
-    second, again = TrainingRun(MeshConfig(), 1), Checkpoints(tmp_path, CheckpointConfig())
+    second, again = single.restart(), Checkpoints(tmp_path, CheckpointConfig())
     restored = again.restore(second.state, {"train.seed": 0})
     assert restored is not None
     second.state, position = restored
     assert position == {"step": 2}
-    np.testing.assert_array_equal(second.losses(range(2, 3)), whole[2:])
+    np.testing.assert_array_equal(second.losses(range(2, 3)), plain[2:])
     assert (tmp_path / "lora" / "2" / "pytorch_lora_weights.safetensors").exists()
     with pytest.raises(InputError, match=r"train\.seed"):
         again.restore(second.state, {"train.seed": 1})
     again.close()
 
 
-def test_a_checkpoint_is_the_same_whether_blocks_are_stacked(tmp_path, plain):
+def test_a_checkpoint_is_the_same_whether_blocks_are_stacked(tmp_path, single, plain):
     """Written by a run with stacked blocks cut over devices, it goes on with blocks in a list on one."""
     first = TrainingRun(MeshConfig(data=2, fsdp=2), 4, scan_blocks=True)
     first.losses(range(1))
     kept = Checkpoints(tmp_path, CheckpointConfig())
     kept.save(first.trained.to_saved(first.state), {}, {}, first.trained)
     kept.wait()
-    second = TrainingRun(MeshConfig(), 1)
+    second = single.restart()
     restored = kept.restore(second.state, {})
     kept.close()
     assert restored is not None
