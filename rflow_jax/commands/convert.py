@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rflow_jax.errors import InputError
 from rflow_jax.utils.cli import Command
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -84,6 +85,23 @@ class LoraExport(LoraConversion):
     fold_alpha: bool = False
 
 
+@dataclass(frozen=True)
+class Packing:
+    """A folder of a small model or LoRA with its matrices in 8 bits and the sums of its files, to ship it.
+
+    Every command reads such a folder, and unpacks it into its cache; a damaged file is an error.
+
+    Attributes:
+        src: folder to read.
+        dst: what to write; must not exist.
+        made: how the content was made, for the manifest, such as {"hardware": "one H100"}.
+    """
+
+    src: str
+    dst: str
+    made: dict[str, str] = field(default_factory=dict)
+
+
 def command(name: str, argv: Sequence[str]) -> Command:
     """The conversion of this name."""
     config, run = _CONVERSIONS[name]
@@ -151,12 +169,23 @@ def export_lora(config: LoraExport) -> None:
     print(f"{file}: {2 * len(adapters)} tensors")
 
 
+def pack(config: Packing) -> None:
+    """Writes a packed folder."""
+    from rflow_jax.weights.packed import pack_folder
+
+    src = Path(config.src)
+    if not src.is_dir():
+        raise InputError(f"{src}: no such folder")
+    print(f"{config.dst}: {pack_folder(src, Path(config.dst), config.made):,} bytes")
+
+
 _CONVERSIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "convert flux": (FluxConversion, flux),
     "convert qwen": (QwenConversion, qwen),
     "convert nvila": (NvilaConversion, nvila),
     "convert lora": (LoraConversion, lora),
     "convert export-lora": (LoraExport, export_lora),
+    "convert pack": (Packing, pack),
 }
 
 

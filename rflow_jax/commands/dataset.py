@@ -114,7 +114,7 @@ def make_chats(config: ChatsConfig) -> tuple[int, int]:
         name = f"pictures/{number:07d}.jpg"  # keys may stand in several shards
         write_file(out / name, record.bad_image)
         question = config.question.replace("$prompt", record.prompt)
-        lines.append(chat_line(question, record.reflection.strip(), name))
+        lines.append(chat_line([(question, record.reflection.strip())], name))
     if len(lines) <= config.held_out:
         raise InputError(f"{config.shards}: {len(lines)} records have a reflection, and {config.held_out} are held out")
     held_out = {(2 * k + 1) * len(lines) // (2 * config.held_out) for k in range(config.held_out)}

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig, require_lora_effect
 from rflow_jax.parallel.layout import MeshConfig
-from rflow_jax.search.config import RunConfig, SearchConfig
+from rflow_jax.search.config import RECIPE, RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import use_folder, write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command, early_value
@@ -82,7 +82,7 @@ def command(name: str, argv: Sequence[str]) -> Command:
     shared = ("model", "dtype", "seed", "mesh", "scan_blocks", "sampling")
     if early_value(argv, "condition", ""):
         shared += ("lora", "lora_alpha")
-    return Command((GenerateConfig,), generate, kin=(SearchConfig, RunConfig), shared=shared)
+    return Command((GenerateConfig,), generate, kin=(SearchConfig, RunConfig), shared=shared, recipe=RECIPE)
 
 
 def generate(config: GenerateConfig) -> int:

@@ -35,6 +35,7 @@ COMMANDS = {
     "convert nvila": Entry("rflow_jax.commands.convert", "A published NVILA checkpoint to ours."),
     "convert lora": Entry("rflow_jax.commands.convert", "A LoRA of any common format to ours."),
     "convert export-lora": Entry("rflow_jax.commands.convert", "A LoRA of any common format to diffusers'."),
+    "convert pack": Entry("rflow_jax.commands.convert", "Pack a small model's folder, to ship it."),
     "data genref": Entry("rflow_jax.testing.make_genref", "Write small valid shards of GenRef, to try the training."),
     "data chats": Entry("rflow_jax.commands.dataset", "Write GenRef's reflections as chats."),
     "data tfds": Entry("rflow_jax.commands.dataset", "Write tar shards as a data set of TensorFlow Datasets."),

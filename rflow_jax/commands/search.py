@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from rflow_jax.search.config import Kind, RunConfig, SearchConfig
+from rflow_jax.search.config import RECIPE, Kind, RunConfig, SearchConfig
 from rflow_jax.utils.cli import Command
 
 
 def command(name: str, argv: Sequence[str]) -> Command:
     """The search of this name."""
-    return Command((SearchConfig, RunConfig), lambda config, run: _search(cast(Kind, name), config, run))
+    return Command((SearchConfig, RunConfig), lambda config, run: _search(cast(Kind, name), config, run), recipe=RECIPE)
 
 
 def _search(kind: Kind, config: SearchConfig, run: RunConfig) -> int:

@@ -199,9 +199,20 @@ def prepare(graphs: GraphDefs, dtype: Dtype, program: StaticArgs, weights: Weigh
 
 
 def encode_condition(
-    vae: AutoencoderKL, dtype: Dtype, tiled: bool, pixels: UInt8[Array, "b y x 3"], keys: Array, draw: int
+    vae: AutoencoderKL,
+    dtype: Dtype,
+    tiled: bool,
+    pixels: UInt8[Array, "b y x 3"],
+    keys: Array,
+    draw: int,
+    *,
+    together: int = 1,
 ) -> Float[Array, "b c f"]:
-    """Condition images -> packed latents, a draw from the posterior each; one image at a time to bound memory."""
+    """Condition images -> packed latents, a draw from the posterior each.
+
+    Args:
+        together: images that are encoded at once; one at a time bounds memory.
+    """
     graph, parameters = nnx.split(vae)
 
     def encode(parameters: nnx.State, one: tuple[Array, Array]) -> Array:
@@ -212,7 +223,7 @@ def encode_condition(
         sample = sample_posterior(mean.astype(jnp.float32), logvar.astype(jnp.float32), noise)
         return pack(vae.scale(sample))[0].astype(dtype)
 
-    return each_sample(encode, parameters, (pixels, keys))
+    return each_sample(encode, parameters, (pixels, keys), together)
 
 
 def sample(

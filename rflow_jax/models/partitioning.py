@@ -60,18 +60,19 @@ def constrain(x: Array, *dimensions: Axes | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def each_sample(function: Callable[[Any, Any], Array], shared: Any, arrays: Any) -> Array:
+def each_sample(function: Callable[[Any, Any], Array], shared: Any, arrays: Any, together: int = 1) -> Array:
     """``function(shared, sample)`` for one sample after another, to bound memory; on a mesh each device takes its own.
 
     Args:
         shared: the same for all samples, such as parameters.
         arrays: with samples first.
+        together: samples that are computed at once.
     """
     axes = auto_axes()
     batch = dividing(BATCH, jax.tree.leaves(arrays)[0].shape[0], axes)
 
     def own(shared: Any, arrays: Any) -> Array:
-        return jax.lax.map(partial(function, shared), arrays)
+        return jax.lax.map(partial(function, shared), arrays, batch_size=together if together > 1 else None)
 
     if batch is None:
         return own(shared, arrays)

@@ -22,6 +22,7 @@ from rflow_jax.verifiers.config import (
 from rflow_jax.writers.base import WRITERS, HttpTextGeneratorConfig, TextGeneratorConfig
 
 Kind = Literal["noise", "noise-prompt", "reflect"]
+RECIPE = "shapes"  # where neither a configuration nor a model is named: the models that come with the package
 
 
 @dataclass(frozen=True)

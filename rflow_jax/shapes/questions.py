@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,10 +14,10 @@ from rflow_jax.data.sources.chats import PICTURE, chat_line
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.shapes.drawn import CHUNK, DrawnPictures, PicturesConfig, draw_pictures
 from rflow_jax.shapes.edits import spoil
-from rflow_jax.shapes.grammar import COLORS, MAX_COUNT, SHAPES, Prompt, Wanted, sample_prompt
+from rflow_jax.shapes.grammar import COLORS, MAX_COUNT, SHAPES, Prompt, Wanted, sample_prompt, with_article
 from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.render import render
-from rflow_jax.shapes.requirements import sensible
+from rflow_jax.shapes.requirements import CONTENT, sensible
 from rflow_jax.shapes.scenes import THING, Scene, make_scene
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_least
@@ -34,11 +33,13 @@ _YES_OR_NO = ("no", "yes")
 class QuestionsConfig(PicturesConfig):
     """Pictures, ``chats.jsonl`` and ``held_out.jsonl`` for ``task: sft``: yes/no questions about parts of prompts.
 
-    A quarter of the pictures are the model's own; of the others half fail their prompts.
+    A quarter of the pictures are the model's own; of the others half fail their prompts. A chat asks some questions
+    and, at its end, what the picture shows: from yes and no alone a model hardly learns to see. The held-out chats are
+    of one yes/no question each.
 
     Attributes:
-        pictures: how many.
-        questions: about each picture.
+        pictures: how many; each has one chat.
+        questions: yes/no questions about each picture.
         held_out: how many pictures' questions go into ``held_out.jsonl``.
     """
 
@@ -52,10 +53,11 @@ class QuestionsConfig(PicturesConfig):
 
 
 class Asked(NamedTuple):
-    """An encoded picture, and questions about it with their answers."""
+    """An encoded picture, yes/no questions about it with their answers, and what it shows."""
 
     picture: bytes
-    chats: list[tuple[str, str]]
+    questions: list[tuple[str, str]]
+    content: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class QuestionMaker:
         """Of scenes with these numbers, or of these pictures."""
         if isinstance(job, DrawnPictures):
             return [
-                Asked(png_bytes(Image.fromarray(picture)), self._ask(prompt, read(picture), rng))
+                self._asked(png_bytes(Image.fromarray(picture)), prompt, read(picture), rng)
                 for prompt, picture, rng in job.cases()
             ]
         found = []
@@ -82,11 +84,18 @@ class QuestionMaker:
             prompt = sample_prompt(rng)
             scene = make_scene(prompt, rng)
             scene = spoil(scene, prompt, rng) if rng.random() < 0.5 else scene
-            found.append(Asked(png_bytes(render(scene)), self._ask(prompt, scene, rng)))
+            found.append(self._asked(png_bytes(render(scene)), prompt, scene, rng))
         return found
 
-    def _ask(self, prompt: Prompt, scene: Scene, rng: Random) -> list[tuple[str, str]]:
-        return [ask(prompt, scene, rng) for _ in range(self.questions)]
+    def _asked(self, picture: bytes, prompt: Prompt, scene: Scene, rng: Random) -> Asked:
+        asked = dict(ask(prompt, scene, rng) for _ in range(self.questions))  # none twice
+        return Asked(picture, list(asked.items()), content(scene))
+
+
+def content(scene: Scene) -> str:
+    """What a scene shows, from left to right."""
+    shown = sorted(scene.items, key=lambda item: item.x)
+    return ", ".join(with_article(f"{item.color} {item.shape}") for item in shown) or "nothing"
 
 
 def ask(prompt: Prompt, scene: Scene, rng: Random) -> tuple[str, str]:
@@ -137,19 +146,27 @@ def write_questions(config: QuestionsConfig) -> tuple[int, int]:
                 asked += job.result()
                 bar.update(task, completed=min(len(asked), config.pictures))
     asked = asked[: config.pictures]
-    lines = [_lines(out, number, one) for number, one in enumerate(asked)]
     order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
-    files = {"held_out.jsonl": order[: config.held_out], "chats.jsonl": order[config.held_out :]}
-    counts = {}
-    for name, numbers in files.items():
-        chosen = [line for number in numbers for line in lines[number]]
-        write_file(out / name, "".join(chosen))
-        counts[name] = len(chosen)
-    return counts["chats.jsonl"], counts["held_out.jsonl"]
+    training = [_line(out, number, asked[number]) for number in order[config.held_out :]]
+    tests = [line for number in order[: config.held_out] for line in _single_lines(out, number, asked[number])]
+    write_file(out / "chats.jsonl", "".join(training))
+    write_file(out / "held_out.jsonl", "".join(tests))
+    return len(training), len(tests)
 
 
-def _lines(out: Path, number: int, asked: Asked) -> Sequence[str]:
-    """Writes a picture; returns its chats as JSON lines."""
+def _line(out: Path, number: int, asked: Asked) -> str:
+    """Writes a picture; returns its chat as a JSON line."""
+    (first, answer), *others = [*asked.questions, (CONTENT, asked.content)]
+    return chat_line([(PICTURE + first, answer), *others], _write_picture(out, number, asked))
+
+
+def _single_lines(out: Path, number: int, asked: Asked) -> list[str]:
+    """Writes a picture; returns chats of one question each."""
+    name = _write_picture(out, number, asked)
+    return [chat_line([(PICTURE + question, answer)], name) for question, answer in asked.questions]
+
+
+def _write_picture(out: Path, number: int, asked: Asked) -> str:
     name = f"pictures/{number // 1000:03d}/{number:06d}.png"
     write_file(out / name, asked.picture)
-    return [chat_line(PICTURE + question, answer, name) for question, answer in asked.chats]
+    return name

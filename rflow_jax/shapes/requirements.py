@@ -12,6 +12,8 @@ from rflow_jax.verifiers.base import prompt_of
 from rflow_jax.verifiers.findings import Question
 from rflow_jax.verifiers.geneval import COUNTING
 
+CONTENT = "What is in this picture?"
+
 
 class Requirement(NamedTuple):
     """A part of a prompt.

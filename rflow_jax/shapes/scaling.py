@@ -24,7 +24,7 @@ from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, RunConfig, S
 from rflow_jax.shapes.grammar import from_metadata, held_out_prompts
 from rflow_jax.shapes.judge import judge
 from rflow_jax.utils.atomic_io import write_file
-from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.checks import require_least, require_seed
 from rflow_jax.verifiers.config import VERIFIERS
 from rflow_jax.verifiers.findings import remedies_in
 from rflow_jax.weights.hub import resolve_lora
@@ -75,11 +75,12 @@ class ScalingConfig:
         verifier: model of the verifier ``checklist``, who chooses and finds.
         prompts: how many held-out prompts.
         images: of each prompt.
-        seeds: as many runs, with the seeds from 0 on.
+        seeds: of the runs; one each.
         arms: which ones; those of noise's images come with ``noise``.
         num_inference_steps: denoising steps; null: the model's own.
         dtype: of the models' weights and activations.
         batch_size: pictures denoised together.
+        latent_lora: whether the corrector acts on the image's tokens too.
     """
 
     out: str
@@ -88,14 +89,19 @@ class ScalingConfig:
     verifier: str
     prompts: int = 240
     images: int = 32
-    seeds: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
     num_inference_steps: int | None = None
     dtype: str = "bfloat16"
     batch_size: int = 64
+    latent_lora: bool = False
 
     def __post_init__(self) -> None:
-        require_least(self, "", prompts=1, images=CHAINS, seeds=1, batch_size=1, num_inference_steps=1)
+        require_least(self, "", prompts=1, images=CHAINS, batch_size=1, num_inference_steps=1)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds are {list(self.seeds)}: give some, none twice")
+        for seed in self.seeds:
+            require_seed("seeds", seed)
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise InputError(f"arms: unknown: {', '.join(unknown)}; known: {', '.join(ARMS)}")
         if self.images % CHAINS:
@@ -120,7 +126,11 @@ class ScalingConfig:
             noise=NoiseStage(1 if corrects else rounds, CHAINS),
             reflect=ReflectStage(max(rounds - 1, 1), CHAINS),
             max_images=self.images,
-            sampling=SamplingConfig(num_inference_steps=self.num_inference_steps, batch_size=self.batch_size),
+            sampling=SamplingConfig(
+                num_inference_steps=self.num_inference_steps,
+                batch_size=self.batch_size,
+                latent_lora=self.latent_lora and corrects,
+            ),
             verifier=VERIFIERS.parse(verifier),
             reflector=WRITERS.parse({"name": arm.reflector}),
             refiner=WRITERS.parse({"name": arm.refiner}),
@@ -184,7 +194,7 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
         save_lora({name: replace(one, b=np.zeros_like(one.b)) for name, one in adapters.items()}, config.untrained)
     judged: dict[str, list[Judged]] = {}
     for name in config.arms:
-        for seed in range(config.seeds):
+        for seed in config.seeds:
             result = out / f"{name}_{seed}.npz"
             if not result.exists():
                 arm, folder = ARMS[name], out / f"{name}_{seed}"

@@ -14,7 +14,7 @@ from rflow_jax.models.qwen2_5_vl.model import abstract_qwen2_5_vl
 from rflow_jax.shapes.edits import Edit
 from rflow_jax.shapes.grammar import COLORS, MAX_COUNT, NUMBERS, SHAPES, Prompt, Wanted, plural, with_article
 from rflow_jax.shapes.initial import draw_parameters
-from rflow_jax.shapes.requirements import requirements
+from rflow_jax.shapes.requirements import CONTENT, requirements
 from rflow_jax.shapes.scenes import SIZE, THING
 from rflow_jax.shapes.vocabulary import byte_pairs
 from rflow_jax.verifiers.findings import KEEP
@@ -61,7 +61,17 @@ def words() -> tuple[str, ...]:
         *(start + edit for edit in edits for start in ("", " ")),
         *(" " + noun for noun in nouns),
         " " + with_article(next(color for color in COLORS if color[0] in "aeiou")),
-        *(KEEP, "yes", "no", "system", "user", "assistant", "Prompt: What should change in this picture?"),
+        *(
+            KEEP,
+            CONTENT,
+            "nothing",
+            "yes",
+            "no",
+            "system",
+            "user",
+            "assistant",
+            "Prompt: What should change in this picture?",
+        ),
     ]
     return tuple(sorted({word for text in sentences for word in re.findall(r" ?[A-Za-z]+", text)}))
 

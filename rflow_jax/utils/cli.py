@@ -68,6 +68,7 @@ class Command:
             but what those after it need.
         kin: dataclasses of other commands, whose YAML files this one reads too.
         shared: the keys that it takes from such a file; the others of ``kin`` are left out.
+        recipe: the one that counts where neither a configuration nor a model is named.
     """
 
     configs: tuple[type, ...]
@@ -75,6 +76,7 @@ class Command:
     words: tuple[str, ...] = ()
     kin: tuple[type, ...] = ()
     shared: tuple[str, ...] = ()
+    recipe: str = ""
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -128,6 +130,7 @@ def run_command(
     for step in (
         _underscored,
         _short_flags,
+        _default_recipe,
         _named_recipes,
         _spelled_out_switches,
         _numbers_in_lists,
@@ -287,6 +290,12 @@ def _short_flags(argv: Sequence[str], command: Command) -> list[str]:
     whole = {key.replace("sampling.", "", 1): key for key in keys}
     flags = [word.partition("=") for word in argv]
     return [whole.get(name, name) + equals + value for name, equals, value in flags]
+
+
+def _default_recipe(argv: Sequence[str], command: Command) -> list[str]:
+    """The command's own recipe, where the words name neither a configuration nor a model."""
+    named = _values_of(argv, "--config") or _values_of(argv, "--model")
+    return [*argv] if named or not command.recipe else ["--config", command.recipe, *argv]
 
 
 def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:

@@ -1,4 +1,4 @@
-"""A model's name -> a folder on this machine: a path, a bundled tiny model, or a copy from the Hub."""
+"""A model's name -> a folder on this machine: a path, a model that comes with the package, or a copy from the Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from rflow_jax.errors import InputError
 from rflow_jax.weights.packed import is_packed, unpacked
 
-BUNDLED = Path(__file__).parents[1] / "testing" / "models"
+_PACKAGE = Path(__file__).parents[1]
+BUNDLED = (_PACKAGE / "shapes" / "models", _PACKAGE / "testing" / "models")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Other files of a diffusers-layout repository (single files, other formats) are not fetched.
 WANTED = [
@@ -28,8 +29,9 @@ def resolve(model: str, wanted: list[str] = WANTED) -> Path:
     """The folder of a model.
 
     Args:
-        model: a folder, a bundled tiny model (``tiny-flux``), or ``owner/name`` (``owner/name@revision``) on the Hub.
-            Fetched files stay in huggingface_hub's cache, which also serves offline; ``HF_TOKEN`` is honoured.
+        model: a folder, a model that comes with the package (``shapes``), or ``owner/name`` (``owner/name@revision``)
+            on the Hub. Fetched files stay in huggingface_hub's cache, which also serves offline; ``HF_TOKEN`` is
+            honoured.
         wanted: patterns of the files to fetch.
 
     Raises:
@@ -51,7 +53,7 @@ def resolve_vlm(model: str, *, reward: bool = False) -> Path:
 
 
 def _local(name: str) -> Path | None:
-    paths = [Path(name).expanduser(), *([BUNDLED / name] if name and "/" not in name else [])]
+    paths = [Path(name).expanduser(), *(folder / name for folder in BUNDLED if name and "/" not in name)]
     found = next((path for path in paths if path.exists()), None)
     return unpacked(found) if found is not None and is_packed(found) else found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,14 +30,15 @@ class ChatRecord(NamedTuple):
     images: tuple[bytes, ...]
 
 
-def chat_line(question: str, answer: str, image: str) -> str:
-    """A chat of one question and its answer, as a line of such a file.
+def chat_line(turns: Iterable[tuple[str, str]], image: str) -> str:
+    """A chat about an image, as a line of such a file.
 
     Args:
-        question: with :data:`PICTURE` in it.
+        turns: questions, the first with :data:`PICTURE` in it, and their answers.
         image: its path, relative to the file.
     """
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in said]
     return json.dumps({"messages": messages, "images": [image]}, ensure_ascii=False) + "\n"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -56,19 +57,35 @@ def layout_of(grids: Sequence[Grid], config: VisionConfig, *, patches: int, wind
     for k, grid in enumerate(grids):
         if grid == (0, 0, 0):
             continue
-        check_grid(grid, config)
-        count = grid[1] * grid[2]
-        layout.positions[k, :count] = patch_positions(grid, config)
+        own = _own_layout(grid, config)
+        count = len(own.positions)
+        layout.positions[k, :count] = own.positions
         layout.lengths[k] = count
-        order, lengths = window_order(grid, config)
-        lengths = lengths[lengths > 0]
-        layout.window_lengths[k, : len(lengths)] = lengths
-        window = np.repeat(np.arange(len(lengths)), lengths)
-        slot = np.arange(count) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        patch = (order[:, None] * config.unit + np.arange(config.unit)).ravel()
-        layout.windows[k, window, slot] = patch
-        layout.slots[k, patch] = window * slots + slot
+        layout.window_lengths[k, : len(own.lengths)] = own.lengths
+        layout.windows[k, own.window, own.slot] = own.patch
+        layout.slots[k, own.patch] = own.window * slots + own.slot
     return layout
+
+
+class _OwnLayout(NamedTuple):
+    """Of one picture: its patches' positions; patches of its windows; window, slot and place of each patch in order."""
+
+    positions: np.ndarray
+    lengths: np.ndarray
+    window: np.ndarray
+    slot: np.ndarray
+    patch: np.ndarray
+
+
+@lru_cache(maxsize=1024)  # a batch has few sizes
+def _own_layout(grid: Grid, config: VisionConfig) -> _OwnLayout:
+    check_grid(grid, config)
+    order, lengths = window_order(grid, config)
+    lengths = lengths[lengths > 0]
+    window = np.repeat(np.arange(len(lengths)), lengths)
+    slot = np.arange(grid[1] * grid[2]) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    patch = (order[:, None] * config.unit + np.arange(config.unit)).ravel()
+    return _OwnLayout(patch_positions(grid, config), lengths, window, slot, patch)
 
 
 def check_grid(grid: Grid, config: VisionConfig) -> None:

@@ -29,6 +29,7 @@ from rflow_jax.weights.flux import FluxModel
 # What a sample's key is folded with for each of its draws, and the run's key for the first LoRA.
 TIME, NOISE, GOOD, BAD = range(4)
 INIT = 2**32 - 1  # no sample has this number
+PIXELS_TOGETHER = 2**18  # of pictures that go through the autoencoder at once
 ENCODERS = ("vae", "clip", "t5")  # whose weights the function from make_encode takes
 
 
@@ -83,13 +84,17 @@ def make_encode(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any,
     """A jitted function of (the encoders' weights, inputs)."""
     graphs, dtype = flux.graphs, recipe.dtype
 
-    # Pictures go one at a time through the autoencoder to bound memory, on each device its own.
+    # Large pictures go one at a time through the autoencoder to bound memory, on each device its own.
     @partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), BATCH, BATCH), out_specs=BATCH, check_vma=False)
     def tokens(vae: Any, inputs: tuple[Array, Array], keys: Array) -> tuple[Array, Array]:
         network = nnx.merge(graphs.vae, vae)
         good, bad = inputs
-        encode = partial(encode_condition, network, dtype, False)
-        return encode(good, keys, GOOD).astype(jnp.float32), encode(bad, keys, BAD)
+
+        def encode(pictures: Array, draw: int) -> Array:
+            together = max(1, PIXELS_TOGETHER // (pictures.shape[1] * pictures.shape[2]))
+            return encode_condition(network, dtype, False, pictures, keys, draw, together=together)
+
+        return encode(good, GOOD).astype(jnp.float32), encode(bad, BAD)
 
     @jax.jit
     @partial(traced_on, mesh)

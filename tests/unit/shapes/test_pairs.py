@@ -19,9 +19,9 @@ from rflow_jax.shapes.edits import spoil
 from rflow_jax.shapes.grammar import is_held_out, parse, sample_prompt
 from rflow_jax.shapes.judge import judge, read
 from rflow_jax.shapes.pairs import DrawJob, PairsOfShapesConfig, make_pairs, write_pairs
-from rflow_jax.shapes.questions import QuestionsConfig, ask, write_questions
+from rflow_jax.shapes.questions import QuestionsConfig, ask, content, write_questions
 from rflow_jax.shapes.render import render
-from rflow_jax.shapes.requirements import requirements
+from rflow_jax.shapes.requirements import CONTENT, requirements
 from rflow_jax.shapes.scenes import judge_scene, make_scene
 from rflow_jax.verifiers.findings import KEEP
 
@@ -110,21 +110,30 @@ def test_folders_that_contain_something_are_kept(model, tmp_path):
 
 def test_questions_have_true_answers(model, tmp_path):
     config = QuestionsConfig(str(tmp_path / "out"), pictures=64, questions=3, held_out=10, workers=0)
-    assert write_questions(config) == (162, 30)
+    counts = write_questions(config)
+    assert counts[0] == 54
     assert sum(model) == 32
     texts = [(tmp_path / "out" / name).read_text() for name in ("chats.jsonl", "held_out.jsonl")]
-    lines = [[json.loads(line) for line in text.splitlines()] for text in texts]
-    images = [{line["images"][0] for line in part} for part in lines]
+    training, tests = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert counts == (len(training), len(tests))
+    images = [{line["images"][0] for line in part} for part in (training, tests)]
     assert not images[0] & images[1]
     assert len(images[0] | images[1]) == 64
-    answers = Counter(line["messages"][1]["content"] for part in lines for line in part)
+    assert {len(line["messages"]) for line in tests} == {2}
+    answers: Counter[str] = Counter()
+    for line in [*training[:30], *tests]:
+        scene = read(pixels((tmp_path / "out" / line["images"][0]).read_bytes()))
+        said = [message["content"].removeprefix("<image>") for message in line["messages"]]
+        turns = dict(zip(said[::2], said[1::2], strict=True))
+        assert len(turns) == len(said) / 2  # no question twice
+        if len(turns) > 1:
+            assert turns.pop(CONTENT) == content(scene)
+        answers.update(turns.values())
+        for question, answer in turns.items():
+            (part,) = [part for prompt in about(question) for part in requirements(prompt) if part.question == question]
+            assert judge_scene(part.metadata, scene).correct == (answer == "yes")
     assert set(answers) == {"yes", "no"}
     assert 0.35 < answers["yes"] / answers.total() < 0.65
-    for line in lines[0][:40]:
-        scene = read(pixels((tmp_path / "out" / line["images"][0]).read_bytes()))
-        question = line["messages"][0]["content"].removeprefix("<image>")
-        (part,) = [part for prompt in about(question) for part in requirements(prompt) if part.question == question]
-        assert judge_scene(part.metadata, scene).correct == (line["messages"][1]["content"] == "yes")
 
 
 def about(question):

@@ -115,7 +115,7 @@ def test_arms_are_run_once_and_their_pictures_go(monkeypatch, tmp_path):
     save_lora(trained, tmp_path / "lora")
     out = tmp_path / "out"
     config = ScalingConfig(
-        str(out), "m", str(tmp_path / "lora"), "v", prompts=6, images=4, seeds=2, arms=("noise", "untrained")
+        str(out), "m", str(tmp_path / "lora"), "v", prompts=6, images=4, seeds=(0, 1), arms=("noise", "untrained")
     )
     table = run_scaling(config)
     assert table["arms"][ARMS["noise"].title]["mean"] == [0, 0, 1]
@@ -155,7 +155,8 @@ def test_every_arm_makes_the_same_number_of_images():
         ({"arms": ("noise", "magic")}, "arms: unknown: magic; known: noise, prompt"),
         ({"images": 5}, "images is 5: give a multiple of 2"),
         ({"prompts": 0}, "prompts"),
-        ({"seeds": 0}, "seeds"),
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (1, 1)}, "none twice"),
     ],
 )
 def test_settings_that_are_not_usable(options, message):

@@ -19,7 +19,7 @@ from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("vlm") / "start"
-    assert write_start(path) == 1_017_024
+    assert write_start(path) == 1_017_280
     return path
 
 

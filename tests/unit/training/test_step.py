@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from rflow_jax.errors import InputError
-from rflow_jax.parallel.mesh import MeshConfig, make_mesh
+from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.training.checkpoints import Checkpoints
 from rflow_jax.training.config import CheckpointConfig
-from tests.kit.training import TrainingRun
+from rflow_jax.training.corrector.step import ENCODERS, StepInputs
+from tests.kit.training import TrainingRun, batch
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,16 @@ def test_training_moves_the_loras_second_matrix_first(single):
     run.losses(range(1))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, jax.device_get(run.state.trainable))
     assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_a_step_closes_over_no_array_of_a_device(single):
+    """Such an array is copied to the host when the program is made, which the loop forbids."""
+    run = single.restart()
+    inputs = StepInputs(*put_batch(run.mesh, batch(0)))
+    encoders = {name: run.trained.bundle.weights[name] for name in ENCODERS}
+    given = run.state, run.trained.frozen, run._encode(encoders, inputs), inputs.numbers
+    for program in (run._encode.trace(encoders, inputs), run._step.trace(*given)):
+        assert [type(one) for one in program.jaxpr.consts if isinstance(one, jax.Array)] == []
 
 
 def test_a_full_fine_tune_moves_what_the_pattern_names():

@@ -113,7 +113,7 @@ def test_nothing_is_overwritten(folder, tmp_path):
 
 def test_models_are_found_by_name(folder, monkeypatch):
     packed, _ = folder
-    monkeypatch.setattr(hub, "BUNDLED", packed.parent)
+    monkeypatch.setattr(hub, "BUNDLED", (packed.parent,))
     assert hub.resolve("packed") == hub.resolve_lora(str(packed)) == hub.resolve_vlm("packed") == unpacked(packed)
 
 
