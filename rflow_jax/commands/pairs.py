@@ -16,7 +16,7 @@ from rflow_jax.data.records import Record, RecordError
 from rflow_jax.data.transforms import pictures, uniforms
 from rflow_jax.errors import InputError
 from rflow_jax.generation.config import ResolvedSampling, SamplingConfig, require_lora_effect
-from rflow_jax.search.config import RECIPE, RunConfig, SearchConfig
+from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command
@@ -76,7 +76,7 @@ class CorrectionPair:
 def command(name: str, argv: Sequence[str]) -> Command:
     """The command, which also reads a search's YAML file; the list of pairs may be given without its flag."""
     shared = ("model", "lora", "lora_alpha", "dtype", "seed", "sampling")
-    return Command((PairsConfig,), pairs, ("file",), (SearchConfig, RunConfig), shared, RECIPE)
+    return Command((PairsConfig,), pairs, ("file",), (SearchConfig, RunConfig), shared)
 
 
 def pairs(config: PairsConfig) -> int:

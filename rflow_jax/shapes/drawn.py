@@ -31,7 +31,7 @@ class PicturesConfig:
     """
 
     out: str
-    model: str = "runs/shapes_transformer/model/5000"
+    model: str = "shapes"
     seed: int = 0
     num_inference_steps: int | None = None
     batch_size: int = 512

@@ -44,7 +44,7 @@ class PairsOfShapesConfig(PicturesConfig):
         shard: pairs of a shard, at most.
     """
 
-    records: int = 40_000
+    records: int = 14_000
     shard: int = 2048
 
     def __post_init__(self) -> None:

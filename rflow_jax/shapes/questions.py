@@ -43,7 +43,7 @@ class QuestionsConfig(PicturesConfig):
         held_out: how many pictures' questions go into ``held_out.jsonl``.
     """
 
-    pictures: int = 40_000
+    pictures: int = 24_000
     questions: int = 4
     held_out: int = 256
 

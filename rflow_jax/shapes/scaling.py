@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from rflow_jax.shapes.grammar import from_metadata, held_out_prompts
 from rflow_jax.shapes.judge import judge
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_least, require_seed
+from rflow_jax.utils.json_files import read_object
 from rflow_jax.verifiers.config import VERIFIERS
 from rflow_jax.verifiers.findings import remedies_in
 from rflow_jax.weights.hub import resolve_lora
@@ -75,7 +76,7 @@ class ScalingConfig:
         verifier: model of the verifier ``checklist``, who chooses and finds.
         prompts: how many held-out prompts.
         images: of each prompt.
-        seeds: of the runs; one each.
+        seeds: each is a run of every arm.
         arms: which ones; those of noise's images come with ``noise``.
         num_inference_steps: denoising steps; null: the model's own.
         dtype: of the models' weights and activations.
@@ -84,9 +85,9 @@ class ScalingConfig:
     """
 
     out: str
-    model: str
-    lora: str
-    verifier: str
+    model: str = "shapes"
+    lora: str = "shapes-corrector"
+    verifier: str = "shapes-verifier"
     prompts: int = 240
     images: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -189,6 +190,7 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
     prompts = held_out_prompts(config.prompts)
     file = out / "prompts.jsonl"
     write_file(file, "".join(json.dumps(prompt.metadata) + "\n" for prompt in prompts))
+    _require_same_settings(config, out / "settings.json")
     if "untrained" in config.arms and not config.untrained.exists():
         adapters = read_lora(resolve_lora(config.lora)).adapters
         save_lora({name: replace(one, b=np.zeros_like(one.b)) for name, one in adapters.items()}, config.untrained)
@@ -210,6 +212,17 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
     write_file(out / "table.json", json.dumps(table, indent=2) + "\n")
     write_file(out / "table.md", markdown(table))
     return table
+
+
+def _require_same_settings(config: ScalingConfig, file: Path) -> None:
+    """Writes what the results depend on, or compares it with what stands there."""
+    free = ("out", "arms", "seeds", "batch_size")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    before = read_object(file) if file.exists() else settings
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        was, now = before.get(changed[0]), settings[changed[0]]
+        raise InputError(f"{file.parent}: results of another {changed[0]} ({was}, not {now}); name a new folder")
+    write_file(file, json.dumps(settings, indent=2) + "\n")
 
 
 def judge_run(run: SearchRun, images: int) -> Judged:

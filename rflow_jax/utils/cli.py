@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.utils.checks import RENAMED, current_key, flatten, nearest
-from rflow_jax.utils.recipes import find_recipe
+from rflow_jax.utils.recipes import CONFIGS, find_recipe
 from rflow_jax.utils.registry import Component, Registry, Word
 
 T = TypeVar("T")
@@ -137,6 +137,7 @@ def run_command(
         _named_words,
     ):
         argv = step(argv, command)
+    by_default = _own_recipe(command) in argv
     components = {}
     try:
         if not {"-h", "--help"} & set(argv):
@@ -153,7 +154,10 @@ def run_command(
             f"{_config_file(argv)}: a section contains itself, or sections are nested too deeply"
         ) from error
     ready = vars(parser.instantiate(namespace)) | components
-    return command.run(*(config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs))
+    configs = [config(**{f.name: ready[f.name] for f in fields(config)}) for config in command.configs]
+    if by_default:
+        print(f"no --config and no --model: the recipe {command.recipe}", file=sys.stderr)
+    return command.run(*configs)
 
 
 def early_value(argv: Sequence[str], key: str, default: str) -> str:
@@ -213,7 +217,8 @@ def _parser(
 ) -> ArgumentParser:
     parser = _Parser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.registries = registries
-    parser.add_argument("--config", action="config", help="YAML file; flags take precedence over it")
+    default = f"; without it, --model and --lora: {command.recipe}" if command.recipe else ""
+    parser.add_argument("--config", action="config", help=f"YAML file; flags take precedence over it{default}")
     for config in command.configs:
         parser.add_class_arguments(config, skip={one.name for one in fields(config) if one.name in registries})
     for role, registry in registries.items():
@@ -293,9 +298,15 @@ def _short_flags(argv: Sequence[str], command: Command) -> list[str]:
 
 
 def _default_recipe(argv: Sequence[str], command: Command) -> list[str]:
-    """The command's own recipe, where the words name neither a configuration nor a model."""
-    named = _values_of(argv, "--config") or _values_of(argv, "--model")
-    return [*argv] if named or not command.recipe else ["--config", command.recipe, *argv]
+    """The command's own recipe, where the words name no configuration, no model and no LoRA of another."""
+    named = any(_values_of(argv, flag) for flag in ("--config", "--model", "--lora"))
+    if named or not command.recipe or {"-h", "--help"} & set(argv):
+        return [*argv]
+    return ["--config", _own_recipe(command), *argv]
+
+
+def _own_recipe(command: Command) -> str:
+    return str(CONFIGS / f"{command.recipe}.yaml")
 
 
 def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:

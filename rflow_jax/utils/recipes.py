@@ -20,7 +20,7 @@ def find_recipe(name: str) -> str:
     """
     if not name:
         raise InputError("config is empty: name a YAML file or a recipe, which rflow configs lists")
-    if Path(name).exists() or "/" in name:
+    if Path(name).is_file() or "/" in name:
         return name
     for file in (CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if file.is_file():
@@ -32,4 +32,4 @@ def find_recipe(name: str) -> str:
 def find_prompts(name: str) -> str:
     """The file of prompts: a path, or the name of a file that comes along, such as ``prompts_debug``."""
     ours = CONFIGS / (name if name.endswith(".jsonl") else f"{name}.jsonl")
-    return str(ours) if not Path(name).exists() and "/" not in name and ours.is_file() else name
+    return str(ours) if not Path(name).is_file() and "/" not in name and ours.is_file() else name

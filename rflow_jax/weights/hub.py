@@ -53,8 +53,11 @@ def resolve_vlm(model: str, *, reward: bool = False) -> Path:
 
 
 def _local(name: str) -> Path | None:
-    paths = [Path(name).expanduser(), *(folder / name for folder in BUNDLED if name and "/" not in name)]
-    found = next((path for path in paths if path.exists()), None)
+    own = Path(name).expanduser()
+    bundled = next((folder / name for folder in BUNDLED if name and "/" not in name and (folder / name).exists()), None)
+    # A folder of a bundled model's name that holds anything else, such as pictures, does not hide it.
+    hidden = bundled is not None and not (own.is_file() or any(own.glob("*.json")) or any(own.glob("*.safetensors")))
+    found = bundled if hidden or not own.exists() else own
     return unpacked(found) if found is not None and is_packed(found) else found
 
 

@@ -39,8 +39,10 @@ def pack_folder(src: Path, dst: Path, made: Mapping[str, Any]) -> int:
         made: how its content was made (recipes, versions, hardware), for the manifest.
 
     Raises:
-        InputError: ``dst`` exists, or a file cannot be read.
+        InputError: ``dst`` exists, ``src`` is packed already, or a file cannot be read.
     """
+    if is_packed(src):
+        raise InputError(f"{src}: packed already; pack the folder that it was made from")
     with atomic_output(dst) as partial:
         partial.mkdir()
         for file in sorted(path for path in src.rglob("*") if path.is_file()):
@@ -79,7 +81,7 @@ def unpacked(folder: Path) -> Path:
     for relative, wanted in manifest["files"].items():
         file = folder / relative
         if not file.is_file() or _sum(file) != wanted:
-            raise InputError(f"{file}: missing or damaged: its sum is not the recorded one; install the package again")
+            raise InputError(f"{file}: missing or damaged: its sum is not the recorded one; install or copy it again")
     found.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=found.parent, prefix=".unpacking-", ignore_cleanup_errors=True) as partial:
         for relative in manifest["files"]:
@@ -105,23 +107,29 @@ def _unpack(file: Path, target: Path) -> None:
             scale = tensors.read(key + _SCALE) if key + _SCALE in tensors else None
             value = tensors.read(key)
             if scale is not None:
-                value = (value.astype(np.float32) * _column(scale, value.ndim)).astype(ml_dtypes.bfloat16)
+                value = (value.astype(np.float32) * _column(scale.astype(np.float32), value.ndim)).astype(
+                    ml_dtypes.bfloat16
+                )
             whole[key] = value
     save_tensors(target, whole, tensors.metadata)
 
 
 def _packed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Large matrices as int8 with one scale a row, all else as it is."""
+    """Large matrices as int8 with one scale a row, other floats as bfloat16, all else as it is."""
     found: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
-        if value.dtype not in _FLOATS or value.ndim < 2 or value.size < _LEAST:
+        if value.dtype not in _FLOATS:
             found[key] = value
-            continue
-        whole = value.astype(np.float32)
-        largest = np.abs(whole).reshape(len(whole), -1).max(axis=1)
-        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-        found[key] = np.rint(whole / _column(scale, whole.ndim)).astype(np.int8)
-        found[key + _SCALE] = scale
+        elif value.ndim < 2 or value.size < _LEAST:
+            found[key] = value.astype(ml_dtypes.bfloat16)
+        else:
+            whole = value.astype(np.float32)
+            largest = np.abs(whole).reshape(len(whole), -1).max(axis=1)
+            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            # Half precision where it has all its digits for these numbers.
+            small = scale.astype(np.float16) if np.finfo(np.float16).tiny <= scale.min() <= scale.max() < 1e4 else scale
+            found[key] = np.rint(whole / _column(small.astype(np.float32), whole.ndim)).clip(-127, 127).astype(np.int8)
+            found[key + _SCALE] = small
     return found
 
 

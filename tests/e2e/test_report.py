@@ -1,6 +1,6 @@
 """The report in a browser: Debian's ``chromium``, driven by Playwright.
 
-With RFLOW_SCREENSHOTS=docs the pictures of the documentation are drawn again.
+With RFLOW_SCREENSHOTS=runs/first, README's first search, the pictures of the documentation are drawn again.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 
 from rflow_jax.report import write_report
 from tests.kit.scenes import ENTRIES
-from tests.kit.search_runs import Plan, write_demo, write_run
+from tests.kit.search_runs import Plan, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium")
@@ -306,15 +306,13 @@ def test_a_whole_geneval_opens_quickly(visit, tmp_path):
     assert opened < 5
 
 
-@pytest.mark.skipif("RFLOW_SCREENSHOTS" not in os.environ, reason="RFLOW_SCREENSHOTS names no folder for screenshots")
+@pytest.mark.skipif("RFLOW_SCREENSHOTS" not in os.environ, reason="RFLOW_SCREENSHOTS names no search")
 def test_screenshots(visit, tmp_path):
-    folder = Path(os.environ["RFLOW_SCREENSHOTS"]).absolute()
-    reflect, noise = write_demo(tmp_path)
-    desktop = write_report([reflect]), (1280, 1900)
-    phone = write_report([reflect, noise], tmp_path), (390, 2300)
-    for name, (path, size) in {"desktop": desktop, "phone": phone}.items():
-        page = visit(path, size)
-        open_prompt(page, 0)
+    """Of README's first search: ``RFLOW_SCREENSHOTS=runs/first``; the pictures go into docs/."""
+    page_file = write_report([Path(os.environ["RFLOW_SCREENSHOTS"])], tmp_path)
+    for name, size in {"desktop": (1280, 1700), "phone": (390, 2300)}.items():
+        page = visit(page_file, size)
+        open_prompt(page, 1)
         page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(500)
-        page.screenshot(path=folder / f"search_report_{name}.png")
+        page.screenshot(path=Path(__file__).parents[2] / "docs" / f"search_report_{name}.png")

@@ -1,13 +1,11 @@
 """Made-up searches, finished and in the folder layout of a real one, for tests of what reads them.
 
 A correction mends a defect of its parent's scene, sometimes; scores and texts follow from the defects that are left.
-``python -m tests.kit.search_runs OUT`` writes the searches of the report's screenshots.
 """
 
 import json
 import os
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from PIL import Image
 
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.ranking import best_first
-from tests.kit.scenes import DEFECTS, ENTRIES, Scene, picture, png, possible_defects, said_of
+from tests.kit.scenes import DEFECTS, Scene, picture, png, possible_defects, said_of
 
 TALK = "the picture shows its main object near a soft edge with light that falls from above"
 MANNERS = ("in soft daylight", "seen from the front", "on a clear day", "the whole of it in view", "in simple shapes")
@@ -161,15 +159,3 @@ def _write(
         best = best_first(verdicts)[0]
         (folder / "samples_best").mkdir()
         os.link(folder / records[best]["file"], folder / "samples_best/00000.png")
-
-
-def write_demo(folder: Path) -> list[Path]:
-    """The searches of the screenshots: correction beside noise alone, 32 images each."""
-    hours = {"seconds": 5240.0, "cost": 9.37}
-    corrected = Plan((2, 4), (12, 2), skill=0.25, drawn=True, unscored=0.005, usage=hours)
-    noise = Plan((16, 2), drawn=True, unscored=0.005, usage={"seconds": 4410.0, "cost": 3.12})
-    return [write_run(folder / "reflect", ENTRIES, corrected), write_run(folder / "noise", ENTRIES, noise)]
-
-
-if __name__ == "__main__":
-    print(*write_demo(Path(sys.argv[1])))

@@ -27,8 +27,8 @@ MAX_PERIOD = 10_000.0
 class Rope(NamedTuple):
     """Cosines and sines of every token's rotary angles, float32; one angle turns one pair of neighbouring channels."""
 
-    cos: Float[np.ndarray | Array, "s h2"]
-    sin: Float[np.ndarray | Array, "s h2"]
+    cos: Float[Array, "s h2"]
+    sin: Float[Array, "s h2"]
 
 
 def rope_table(ids: np.ndarray, axes: tuple[int, ...], theta: float) -> Rope:
@@ -47,8 +47,7 @@ def rope_table(ids: np.ndarray, axes: tuple[int, ...], theta: float) -> Rope:
         frequencies = theta ** -(np.arange(0, channels, 2, dtype=np.float64) / channels)
         angles.append(np.outer(position, frequencies))
     angle = np.concatenate(angles, axis=-1)
-    # Left on the host: a device's array that a program closes over is copied back when the program is made.
-    return Rope(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+    return Rope(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
 
 
 def apply_rope(x: Float[Array, "b s n h"], rope: Rope) -> Float[Array, "b s n h"]:

@@ -84,14 +84,17 @@ def make_encode(flux: FluxModel, recipe: StepSpec, mesh: Mesh) -> Callable[[Any,
     """A jitted function of (the encoders' weights, inputs)."""
     graphs, dtype = flux.graphs, recipe.dtype
 
-    # Large pictures go one at a time through the autoencoder to bound memory, on each device its own.
+    # Large pictures go one at a time through the autoencoder to bound memory, on each device its own; on a CPU, which
+    # would gain nothing, also small ones: latents are then the same in every batch.
+    at_once = 0 if mesh.devices.flat[0].platform == "cpu" else PIXELS_TOGETHER
+
     @partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), BATCH, BATCH), out_specs=BATCH, check_vma=False)
     def tokens(vae: Any, inputs: tuple[Array, Array], keys: Array) -> tuple[Array, Array]:
         network = nnx.merge(graphs.vae, vae)
         good, bad = inputs
 
         def encode(pictures: Array, draw: int) -> Array:
-            together = max(1, PIXELS_TOGETHER // (pictures.shape[1] * pictures.shape[2]))
+            together = max(1, at_once // (pictures.shape[1] * pictures.shape[2]))
             return encode_condition(network, dtype, False, pictures, keys, draw, together=together)
 
         return encode(good, GOOD).astype(jnp.float32), encode(bad, BAD)
@@ -133,10 +136,11 @@ def make_step(
         graph: of the transformer.
         shardings: of the state.
     """
-    rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
 
     def objective(trainable: nnx.State, frozen: nnx.State, batch: tuple[Examples, Array]) -> tuple[Array, Metrics]:
         examples, numbers = batch
+        # Made here, it is a constant of the program; made outside, it would be fetched from a device.
+        rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
         keys = sample_keys(recipe.seed, numbers)
         return jnp.mean(batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys)), {}
 

@@ -57,11 +57,11 @@ class CorrectorValidation:
         self.held_out = read_held_out(config, data)
         self._batches = list(self._encode())
         recipe, graph = self._recipe, trained.graph
-        rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         @partial(traced_on, mesh)
         def losses(trainable: nnx.State, frozen: nnx.State, examples: Examples, numbers: Array, t: Array) -> Array:
+            rope = rope_for(graph.config, recipe.shape.text, recipe.shape.image, recipe.shape.condition)
             keys = sample_keys(recipe.seed, numbers)
             return batch_losses(graph.merge(trainable, frozen), recipe, rope, examples, keys, t)
 

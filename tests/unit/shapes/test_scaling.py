@@ -1,6 +1,7 @@
 """What is counted in the scaling benchmark, and the writers of its arms."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,8 @@ def test_arms_are_run_once_and_their_pictures_go(monkeypatch, tmp_path):
     (out / "noise_1.npz").unlink()
     run_scaling(config)
     assert [(kind, seed) for kind, seed, *_ in asked] == [("noise", 1)]
+    with pytest.raises(InputError, match=r"results of another dtype \(bfloat16, not float32\)"):
+        run_scaling(replace(config, dtype="float32"))
 
 
 def test_every_arm_makes_the_same_number_of_images():

@@ -103,6 +103,8 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("noise --model=m --prompts=p --out=o --dtype=float16", "its largest number, 65504; use bfloat16"),
         ("generate --model=m --prompt=x --out=o --seed=-1", "seed is -1"),
         ("generate --model=m --prompt=x --out=o --num_images=0", "num_images is 0"),
+        ("generate --prompt=x --out=o --num_images=0", "num_images is 0"),  # of the model that comes along
+        ("reflect --out=o", "missing: prompts"),
         ("generate --model=m --prompt=x --out=o --condition=/none.png", "/none.png: cannot read this image"),
         ("generate --model=m --prompt=x --out=o --condition=infer.py", "infer.py: cannot read this image"),
         ("noise --config=/none.yaml", "/none.yaml"),
@@ -118,6 +120,16 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv, message):
     error = error_of(capsys, *argv.split())
     assert message in error
     assert "secret" not in error
+
+
+def test_a_command_has_a_recipe_of_its_own(capsys, monkeypatch, tmp_path):
+    """Also where a folder is called so; a model or a LoRA stands for itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("shapes").mkdir()
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt=x", "--print_config"])
+    assert "model: shapes\nprompt: x" in capsys.readouterr().out
+    assert "missing: model" in error_of(capsys, "generate", "--prompt=x", "--lora=l")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -45,9 +46,9 @@ def test_a_packed_folder_is_whole_again(folder, tmp_path):
     file = TensorFiles.open(unpacked(packed) / "net" / "w.safetensors")
     assert set(file) == set(tensors)
     assert file.metadata == {"format": "pt"}
-    for key in ("bias", "small", "ids"):
-        np.testing.assert_array_equal(file.read(key), tensors[key])
-        assert file.read(key).dtype == tensors[key].dtype
+    for key in ("bias", "small"):
+        np.testing.assert_array_equal(file.read(key), tensors[key].astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(file.read("ids"), tensors["ids"])
     for key in ("weight", "half", "zero"):
         found, wanted = file.read(key).astype(np.float32), tensors[key].astype(np.float32)
         largest = np.abs(wanted).reshape(len(wanted), -1).max(1).reshape(-1, *[1] * (wanted.ndim - 1))
@@ -94,7 +95,7 @@ def test_damage_is_noticed_by_the_sum(folder, damage):
     else:
         content[-100] ^= 1
         file.write_bytes(content[:-7] if damage == "cut" else content)
-    with pytest.raises(InputError, match=f"^{re.escape(str(file))}: missing or damaged: .*install the package again"):
+    with pytest.raises(InputError, match=f"^{re.escape(str(file))}: missing or damaged: .*install or copy it again"):
         unpacked(packed)
 
 
@@ -115,6 +116,22 @@ def test_models_are_found_by_name(folder, monkeypatch):
     packed, _ = folder
     monkeypatch.setattr(hub, "BUNDLED", (packed.parent,))
     assert hub.resolve("packed") == hub.resolve_lora(str(packed)) == hub.resolve_vlm("packed") == unpacked(packed)
+
+
+def test_a_folder_of_something_else_hides_no_model_that_comes_along(folder, monkeypatch, tmp_path):
+    packed, _ = folder
+    monkeypatch.setattr(hub, "BUNDLED", (packed.parent,))
+    monkeypatch.chdir(tmp_path / "model")
+    Path("packed").mkdir()
+    Path("packed/seed_0.png").touch()
+    assert hub.resolve("packed") == unpacked(packed)
+    Path("packed/config.json").write_text("{}")
+    assert hub.resolve("packed") == Path("packed")
+
+
+def test_a_packed_folder_is_not_packed_again(folder, tmp_path):
+    with pytest.raises(InputError, match="packed already"):
+        pack_folder(folder[0], tmp_path / "again", {})
 
 
 def test_several_processes_unpack_one_folder(folder):
