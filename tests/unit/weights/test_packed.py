@@ -48,7 +48,9 @@ def test_a_packed_folder_is_whole_again(folder, tmp_path):
     assert file.metadata == {"format": "pt"}
     for key in ("bias", "small"):
         np.testing.assert_array_equal(file.read(key), tensors[key].astype(ml_dtypes.bfloat16))
+        assert file.read(key).dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(file.read("ids"), tensors["ids"])
+    assert file.read("ids").dtype == tensors["ids"].dtype
     for key in ("weight", "half", "zero"):
         found, wanted = file.read(key).astype(np.float32), tensors[key].astype(np.float32)
         largest = np.abs(wanted).reshape(len(wanted), -1).max(1).reshape(-1, *[1] * (wanted.ndim - 1))
