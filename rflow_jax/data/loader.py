@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +21,8 @@ from rflow_jax.data.sampling import REPLACEMENT, SHUFFLE, MixtureSampler, Sample
 from rflow_jax.data.transforms import Example, make_example
 from rflow_jax.data.workers import Workers, worker_count
 from rflow_jax.errors import InputError, RunError
+
+SHARES_PER_WORKER = 4  # of a batch, so that one slow record does not hold up the others
 
 
 class ItemRef(NamedTuple):
@@ -175,7 +177,8 @@ class Loader:
     def __init__(self, plan: Sampler, make: Callable[[Any], WorkerResult], config: LoaderConfig, start: int):
         self._plan, self._config, self._start = plan, config, start
         self._skipped = 0
-        self._workers = Workers(make, worker_count(config.workers))
+        self._processes = worker_count(config.workers)
+        self._workers = Workers(partial(_make_each, make), self._processes)
 
     def drawn(self, step: int) -> dict[str, int]:
         return self._plan.drawn(step)
@@ -194,17 +197,17 @@ class Loader:
         self._workers.close()
 
     def __iter__(self) -> Iterator[HostBatch]:
-        ahead: deque[tuple[int, list[tuple[Any, Future[WorkerResult]]]]] = deque()
+        ahead: deque[tuple[int, list[tuple[Sequence[Any], Future[list[WorkerResult]]]]]] = deque()
         step = self._start
         while True:
             while len(ahead) <= self._config.prefetch:
-                ahead.append((step, [(job, self._workers.submit(job)) for job in self._plan.jobs(step)]))
+                ahead.append((step, [(jobs, self._workers.submit(jobs)) for jobs in self._shares(step)]))
                 step += 1
             begin = time.perf_counter()
-            current, jobs = ahead.popleft()
+            current, shares = ahead.popleft()
             skipped: list[str] = []
-            results = [self._result(job, future, skipped) for job, future in jobs]
-            numbers = np.asarray([job.number for job, _ in jobs], np.uint32)
+            results = [result for jobs, future in shares for result in self._results(jobs, future, skipped)]
+            numbers = np.asarray([job.number for jobs, _ in shares for job in jobs], np.uint32)
             waited = time.perf_counter() - begin
             digest = hashlib.sha256(b"".join(result.digest for result in results)).hexdigest()[:16]
             common_fields = {"step": current, "skipped": skipped, "waited": waited, "digest": digest}
@@ -215,21 +218,32 @@ class Loader:
         good, bad = (np.stack([getattr(example, name) for example in examples]) for name in ("good", "bad"))
         return HostBatch(numbers=numbers, good=good, bad=bad, **texts_of(examples), **common_fields)
 
-    def _result(self, job: Any, future: Future[WorkerResult], skipped: list[str]) -> WorkerResult:
-        for attempt in range(self._config.skip_limit + 2):
-            try:
-                result = future.result()
-            except BrokenProcessPool as error:
-                raise RunError(
-                    "data: a worker process died, perhaps out of memory; lower data.workers or data.prefetch, and "
-                    "continue with --resume"
-                ) from error
-            if result.example is not None:
-                return result
-            skipped.append(result.trouble)
-            self._skip([result.trouble])
-            future = self._workers.submit(self._plan.replacement(job, attempt))
-        raise AssertionError("_skip raises at the limit")
+    def _shares(self, step: int) -> list[Sequence[Any]]:
+        """The jobs of a step in pieces for the workers: many small jobs would cost more to send than to do."""
+        jobs = self._plan.jobs(step)
+        size = max(1, len(jobs) // (SHARES_PER_WORKER * self._processes)) if self._processes else 1
+        return [jobs[k : k + size] for k in range(0, len(jobs), size)]
+
+    def _results(
+        self, jobs: Sequence[Any], future: Future[list[WorkerResult]], skipped: list[str]
+    ) -> Iterator[WorkerResult]:
+        for job, result in zip(jobs, self._wait(future), strict=True):
+            for attempt in range(self._config.skip_limit + 1):
+                if result.example is not None:
+                    break
+                skipped.append(result.trouble)
+                self._skip([result.trouble])
+                (result,) = self._wait(self._workers.submit([self._plan.replacement(job, attempt)]))
+            yield result
+
+    def _wait(self, future: Future[list[WorkerResult]]) -> list[WorkerResult]:
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                "data: a worker process died, perhaps out of memory; lower data.workers or data.prefetch, and "
+                "continue with --resume"
+            ) from error
 
     def _skip(self, errors: Sequence[str]) -> None:
         """Counts unusable records; raises InputError beyond the limit."""
@@ -295,6 +309,10 @@ class RecordSampler:
 
     def position(self, step: int) -> dict[str, Any]:
         return self._mixture.position(step) | {"fingerprint": self._fingerprint}
+
+
+def _make_each(make: Callable[[Any], WorkerResult], jobs: Sequence[Any]) -> list[WorkerResult]:
+    return [make(job) for job in jobs]
 
 
 def texts_of(examples: Sequence[Any]) -> dict[str, list[str]]:

@@ -35,8 +35,10 @@ class Tokenizers:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self._clip = load_tokenizer(Path(folder) / CLIP_TOKENIZER)
-        self._t5 = load_tokenizer(Path(folder) / T5_TOKENIZER)
+        self._clip, self._t5 = (load_tokenizer(Path(folder) / name) for name in (CLIP_TOKENIZER, T5_TOKENIZER))
+        for name, tokenizer in ((CLIP_TOKENIZER, self._clip), (T5_TOKENIZER, self._t5)):
+            if tokenizer.pad_token_id is None:
+                raise InputError(f"{Path(folder) / name}: the tokenizer has no pad token")
 
     def clip(self, texts: Sequence[str], max_length: int) -> np.ndarray:
         """[b, max_length] int32, padded; a longer text keeps its beginning and the end token."""
@@ -96,12 +98,14 @@ def require_plain(text: str, marks: Iterable[str]) -> str:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], max_length: int, name: str) -> np.ndarray:
-    # Tokenized without a limit first, to warn of a truncation.
-    for text, ids in zip(texts, _ids(tokenizer, texts), strict=True):
+    # Cut and padded here: Transformers takes four times as long for it, and would not say which texts it cuts.
+    rows = np.full((len(texts), max_length), tokenizer.pad_token_id, np.int32)
+    for row, text, ids in zip(rows, texts, _ids(tokenizer, texts), strict=True):
         if len(ids) > max_length:
             log.warning("%s sees the first %d of %d tokens of %r", name, max_length, len(ids), text[:60])
-    encoded = tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="np")
-    return encoded["input_ids"].astype(np.int32)
+            ids = [*ids[: max_length - 1], ids[-1]]
+        row[: len(ids)] = ids
+    return rows
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -22,6 +22,7 @@ WANTED = [
 WANTED_LORA = ["*.safetensors", "*.json"]
 WANTED_VLM = ["*.safetensors", "*.json", "*.jinja", "*merges.txt"]
 WANTED_REWARD = [*WANTED_VLM, "*.pth"]
+MODEL_FILES = ("model_index.json", "rflow_model.json", "config.json", "packed.json")  # one is in each model's folder
 UNWANTED = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.pth", "*.gguf"]
 
 
@@ -56,7 +57,8 @@ def _local(name: str) -> Path | None:
     own = Path(name).expanduser()
     bundled = next((folder / name for folder in BUNDLED if name and "/" not in name and (folder / name).exists()), None)
     # A folder of a bundled model's name that holds anything else, such as pictures, does not hide it.
-    hidden = bundled is not None and not (own.is_file() or any(own.glob("*.json")) or any(own.glob("*.safetensors")))
+    mine = own.is_file() or any((own / name).exists() for name in MODEL_FILES) or any(own.glob("*.safetensors"))
+    hidden = bundled is not None and not mine
     found = bundled if hidden or not own.exists() else own
     return unpacked(found) if found is not None and is_packed(found) else found
 
