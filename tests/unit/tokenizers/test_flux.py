@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+
 from rflow_jax.errors import InputError
 from rflow_jax.tokenizers.flux import Tokenizers, load_tokenizer
 from rflow_jax.weights.hub import BUNDLED
@@ -12,7 +13,7 @@ FOLDER = BUNDLED[0] / "shapes"
 TEXTS = ["", "a photo of a red star", "two blue rings " * 40, "naïve ☃ 星\n\ttabs", "a photo of a red star " * 3]
 
 
-@pytest.mark.parametrize("subfolder, encoder", [("tokenizer", "clip"), ("tokenizer_2", "t5")])
+@pytest.mark.parametrize(("subfolder", "encoder"), [("tokenizer", "clip"), ("tokenizer_2", "t5")])
 @pytest.mark.parametrize("max_length", [2, 9, 64])
 def test_tokens_are_those_of_transformers(subfolder: str, encoder: str, max_length: int):
     tokens = getattr(Tokenizers(FOLDER), encoder)(TEXTS, max_length)
