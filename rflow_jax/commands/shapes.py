@@ -83,7 +83,8 @@ def questions(config: Any) -> None:
 
 def scaling(config: Any) -> None:
     """Runs what is missing, and prints the table."""
-    from rflow_jax.shapes.scaling import markdown, run_scaling
+    from rflow_jax.shapes.scaling import run_scaling
+    from rflow_jax.shapes.scaling_table import markdown
 
     print(markdown(run_scaling(config)))
 

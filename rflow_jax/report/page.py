@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from rflow_jax.report import charts
 from rflow_jax.report import curves as names
 from rflow_jax.report.curves import OVERALL, curve, numbers_of_images, tags
 from rflow_jax.report.runs import Picture, Prompt, SearchRun, read_runs
+from rflow_jax.report.templates import render_template, template_text
 from rflow_jax.utils.atomic_io import write_file
-
-_HERE = Path(__file__).parent
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -46,16 +43,14 @@ def write_page(runs: Sequence[SearchRun], out: Path | None = None) -> Path:
 
 def render(runs: Sequence[SearchRun], folder: Path) -> str:
     """The page's HTML, for a page that lies in ``folder``."""
-    # Every text comes from models and files: what a template inserts is escaped, and scripts use text nodes only.
-    environment = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("search.js", "page.js"))
-    return environment.get_template("page.html").render(
+    script = "".join(template_text(name) for name in ("search.js", "page.js"))
+    return render_template(
+        "page.html",
         names=names.names(runs),
         runs=[_facts(run) for run in runs],
         groups=[_curves(runs, decides) for decides in (False, True) if _of(runs, decides)],
         data=page_data(runs, folder),
-        style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        style=template_text("chart.css") + template_text("page.css"),
         script=script,
         # The browser runs this script and no other, should a text ever slip through.
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),

@@ -1,17 +1,45 @@
-"""Writers of the scaling benchmark's arms: what is said where a reflection, or a picture, is left out."""
+"""The arms of the scaling benchmark, and their writers: what is said where a reflection, or a picture, is left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from rflow_jax.errors import InputError
+from rflow_jax.search.config import Kind
 from rflow_jax.shapes.grammar import parse
 from rflow_jax.tokenizers.flux import t5_prompt
 from rflow_jax.verifiers.findings import as_reflection, remedies_in
 from rflow_jax.writers.base import WriterInput, WriterOutput
+
+
+class Arm(NamedTuple):
+    """A way to spend images.
+
+    Attributes:
+        title: in tables.
+        kind: of the search.
+        reflector, refiner: its writers.
+        untrained: whether the corrector is one that has learned nothing.
+    """
+
+    title: str
+    kind: Kind
+    reflector: str = "rules"
+    refiner: str = "rules"
+    untrained: bool = False
+
+
+ARMS = {
+    "noise": Arm("noise, the verifier chooses", "noise"),
+    "prompt": Arm("noise, prompts reworded", "noise-prompt", refiner="rflow_jax.shapes.arms:Rewording"),
+    "reflection": Arm("reflection", "reflect"),
+    "untrained": Arm("reflection, untrained corrector", "reflect", untrained=True),
+    "silent": Arm("correction without a reflection", "reflect", reflector="rflow_jax.shapes.arms:Silence"),
+    "blind": Arm("reflection without the picture", "noise-prompt", refiner="rflow_jax.shapes.arms:ReflectionInPrompt"),
+}
 
 
 class _Rule:

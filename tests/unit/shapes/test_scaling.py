@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter
 from rflow_jax.search.config import RunConfig
-from rflow_jax.shapes.arms import ReflectionInPrompt, Rewording, Silence
+from rflow_jax.shapes.arms import ARMS, ReflectionInPrompt, Rewording, Silence
 from rflow_jax.shapes.grammar import held_out_prompts, parse
 from rflow_jax.shapes.render import render
-from rflow_jax.shapes.scaling import AGAIN, ARMS, ORACLE, Judged, ScalingConfig, markdown, run_scaling, table_of
+from rflow_jax.shapes.scaling import ScalingConfig, run_scaling
+from rflow_jax.shapes.scaling_table import AGAIN, ORACLE, Judged, curves_of, markdown, table_of
 from rflow_jax.shapes.scenes import make_scene
 from rflow_jax.weights.lora.export import save_lora
 from rflow_jax.weights.lora.read import read_lora
@@ -53,27 +55,35 @@ def test_what_was_not_scored_is_never_chosen():
 def test_keep_or_draw_again(scores, right, expected):
     kept = [[(score >= 0.9 and (number % 2 == 1)) or score == 1.0 for number, score in enumerate(scores)]]
     one = judged([scores], [right], kept)
-    found = {count: bool(one.again(count)[0]) for count in expected}
+    found = {count: bool(one.again(count, 2)[0]) for count in expected}
     if scores[0] == 0.1:
-        assert one.again(6).tolist() == one.chosen(6).tolist()
+        assert one.again(6, 2).tolist() == one.chosen(6).tolist()
     assert found == expected
 
 
 def test_the_table_has_means_deviations_and_errors():
     runs = [judged([[1.0, 0.0], [1.0, 0.0]], right) for right in ([[X, O], [O, O]], [[X, O], [X, X]])]
-    table = table_of({"noise": runs, "reflection": runs[:1]}, ["colors", "counting"], 2)
+    table = table_of({"noise": runs, "reflection": runs[:1]}, ["colors", "color_attr"], 2, chains=2)
     assert table["counts"] == [1, 2]
     assert list(table["arms"]) == [ARMS["noise"].title, ORACLE, AGAIN, ARMS["reflection"].title]
     noise = table["arms"][ARMS["noise"].title]
     assert noise["mean"] == [0.75, 0.75]
     assert noise["deviation"] == pytest.approx([0.5**0.5 / 2] * 2)
     assert noise["error"] == pytest.approx([0.25, 0.25])  # the prompts are right in 1 and in 0.5 of the seeds
-    assert noise["tags"] == {"colors": [1.0, 1.0], "counting": [0.5, 0.5]}
+    assert noise["tags"] == {"colors": [1.0, 1.0], "color_attr": [0.5, 0.5]}
     assert table["arms"][ARMS["reflection"].title]["deviation"] == [0, 0]
     lines = markdown(table).splitlines()
     assert lines[0] == "| images | 1 | 2 |"
     assert lines[2] == f"| {ARMS['noise'].title} | 75.0 ± 35.4 | 75.0 ± 35.4 |"
+    assert lines[7] == "The standard error over prompts is at most 50.0."
+    assert lines[9:12:2] == ["| with 2 images | colors | color attr |", f"| {ARMS['noise'].title} | 100.0 | 50.0 |"]
     json.dumps(table)
+    assert [line.name for line in curves_of(table).lines] == [
+        ORACLE,
+        ARMS["reflection"].title,
+        AGAIN,
+        ARMS["noise"].title,
+    ]
 
 
 def write_run(folder: Path, seed: int, images: int, entries) -> None:
@@ -136,6 +146,10 @@ def test_arms_are_run_once_and_their_pictures_go(monkeypatch, tmp_path):
     assert run_scaling(config) == table
     assert not asked
     assert (out / "table.md").read_text() == markdown(table)
+    drawn = ElementTree.parse(out / "curves.svg").getroot()
+    assert [line.text for line in drawn.iter("{http://www.w3.org/2000/svg}title")] == [
+        ORACLE, AGAIN, ARMS["noise"].title, ARMS["untrained"].title,
+    ]  # fmt: skip
     (out / "noise_1.npz").unlink()
     run_scaling(config)
     assert [(kind, seed) for kind, seed, *_ in asked] == [("noise", 1)]
@@ -156,7 +170,7 @@ def test_every_arm_makes_the_same_number_of_images():
     ("options", "message"),
     [
         ({"arms": ("noise", "magic")}, "arms: unknown: magic; known: noise, prompt"),
-        ({"images": 5}, "images is 5: give a multiple of 2"),
+        ({"images": 5}, r"images is 5: give a multiple of chains \(2\)"),
         ({"prompts": 0}, "prompts"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "none twice"),
