@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from PIL import Image
 
 from rflow_jax.data.sources.chats import PICTURE, chat_line
 from rflow_jax.data.workers import Workers, worker_count
+from rflow_jax.errors import InputError
 from rflow_jax.shapes.drawn import CHUNK, DrawnPictures, PicturesConfig, draw_pictures
 from rflow_jax.shapes.edits import spoil
 from rflow_jax.shapes.grammar import COLORS, MAX_COUNT, SHAPES, Prompt, Wanted, sample_prompt, with_article
@@ -27,29 +29,34 @@ from rflow_jax.verifiers.geneval import RELATIONS
 
 _TRIES = 30
 _YES_OR_NO = ("no", "yes")
+_KINDS = {"add": 0.35, "remove": 0.1, "color": 0.25, "move": 0.3}  # questions, by what a no would call for
 
 
 @dataclass(frozen=True)
 class QuestionsConfig(PicturesConfig):
     """Pictures, ``chats.jsonl`` and ``held_out.jsonl`` for ``task: sft``: yes/no questions about parts of prompts.
 
-    A quarter of the pictures are the model's own; of the others half fail their prompts. A chat asks some questions
+    Some pictures are the model's own; of the others half fail their prompts. A chat asks some questions
     and, at its end, what the picture shows: from yes and no alone a model hardly learns to see. The held-out chats are
     of one yes/no question each.
 
     Attributes:
         pictures: how many; each has one chat.
+        drawn: how many of them the model draws.
         questions: yes/no questions about each picture.
         held_out: how many pictures' questions go into ``held_out.jsonl``.
     """
 
     pictures: int = 24_000
+    drawn: int = 6_000
     questions: int = 4
     held_out: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_least(self, "", pictures=2, questions=1, held_out=1)
+        require_least(self, "", pictures=2, drawn=0, questions=1, held_out=1)
+        if self.drawn > self.pictures:
+            raise InputError(f"drawn is {self.drawn}: give at most pictures ({self.pictures})")
 
 
 class Asked(NamedTuple):
@@ -93,37 +100,39 @@ class QuestionMaker:
 
 
 def content(scene: Scene) -> str:
-    """What a scene shows, from left to right."""
+    """What a scene shows, from left to right, and which are higher or lower than the one before."""
     shown = sorted(scene.items, key=lambda item: item.x)
-    return ", ".join(with_article(f"{item.color} {item.shape}") for item in shown) or "nothing"
+    names = [with_article(f"{item.color} {item.shape}") for item in shown]
+    heights = ["", *(" above" if item.y < before.y else " below" for before, item in pairwise(shown))]
+    return ", ".join(name + height for name, height in zip(names, heights, strict=False)) or "nothing"
 
 
 def ask(prompt: Prompt, scene: Scene, rng: Random) -> tuple[str, str]:
-    """A question about a scene and its answer; yes and no are about as frequent."""
-    wanted = rng.random() < 0.5
+    """A question about a scene and its answer; of each kind, yes and no are about as frequent."""
+    wanted, (kind,) = rng.random() < 0.5, rng.choices(list(_KINDS), list(_KINDS.values()))
     question, answer = "", False
     for _ in range(_TRIES):
-        about = prompt if rng.random() < 0.5 else _similar(scene, rng)
-        part, answer = rng.choice(sensible(about, scene))
+        about = prompt if rng.random() < 0.5 else _similar(kind, scene, rng)
+        parts = sensible(about, scene)
+        part, answer = rng.choice([one for one in parts if one[0].remedy.action == kind] or parts)
         question = part.question
-        if answer == wanted:
+        if answer == wanted and part.remedy.action == kind:
             break
     return question, _YES_OR_NO[answer]
 
 
-def _similar(scene: Scene, rng: Random) -> Prompt:
+def _similar(kind: str, scene: Scene, rng: Random) -> Prompt:
     """A prompt about shapes that the scene shows, true or not; about any if it shows none."""
     shown = sorted({item.shape for item in scene.items} - {THING})
     first = rng.choice(shown or SHAPES)
-    second = rng.choice([shape for shape in (shown if len(shown) > 1 else SHAPES) if shape != first])
-    match rng.randrange(4):
-        case 0:
-            return Prompt((Wanted(rng.choice(SHAPES)),))
-        case 1:
-            there = [item.color for item in scene.items if item.shape == first]
-            return Prompt((Wanted(first, rng.choice([*there * 2, *COLORS])),))
-        case 2:
-            return Prompt((Wanted(first), Wanted(second)), rng.choice(RELATIONS))
+    if kind == "move":
+        second = rng.choice([shape for shape in (shown if len(shown) > 1 else SHAPES) if shape != first])
+        return Prompt((Wanted(first), Wanted(second)), rng.choice(RELATIONS))
+    if kind == "color":
+        there = [item.color for item in scene.items if item.shape == first]
+        return Prompt((Wanted(first, rng.choice([*there * 2, *COLORS])),))
+    if kind == "add" and rng.random() < 0.5:
+        return Prompt((Wanted(rng.choice(SHAPES)),))
     count = sum(item.shape == first for item in scene.items) + rng.choice((-1, 0, 0, 1))
     return Prompt((Wanted(first, count=min(max(count, 2), MAX_COUNT)),))
 
@@ -134,11 +143,11 @@ def write_questions(config: QuestionsConfig) -> tuple[int, int]:
     Raises:
         InputError: the folder holds something, or the model cannot be loaded.
     """
-    out, drawn = config.new_folder(), config.pictures // 4
+    out = config.new_folder()
     with Workers(QuestionMaker(config.seed, config.questions), worker_count(config.workers)) as workers:
-        total = config.pictures - drawn
+        total = config.pictures - config.drawn
         jobs = [workers.submit(range(start, min(start + CHUNK, total))) for start in range(0, total, CHUNK)]
-        jobs += [workers.submit(job) for job in draw_pictures(config, drawn)]
+        jobs += [workers.submit(job) for job in draw_pictures(config, config.drawn)] if config.drawn else []
         with count_progress() as bar:
             task = bar.add_task("asking about pictures", total=config.pictures)
             asked: list[Asked] = []

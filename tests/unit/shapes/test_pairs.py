@@ -109,7 +109,7 @@ def test_folders_that_contain_something_are_kept(model, tmp_path):
 
 
 def test_questions_have_true_answers(model, tmp_path):
-    config = QuestionsConfig(str(tmp_path / "out"), pictures=64, questions=3, held_out=10, workers=0)
+    config = QuestionsConfig(str(tmp_path / "out"), pictures=64, drawn=16, questions=3, held_out=10, workers=0)
     counts = write_questions(config)
     assert counts[0] == 54
     assert sum(model) == 32
