@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from rflow_jax.utils.images import picture_bytes
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,6 @@ def first_held_out(prepare: Callable[[int], T], records: int, count: int) -> tup
 def read_image(path: Path, source: str) -> bytes:
     """The bytes of an image file; raises RecordError, which begins with ``source``, where it cannot be read."""
     try:
-        return path.read_bytes()
+        return picture_bytes(path)
     except (OSError, ValueError) as error:
         raise RecordError(f"{source}: {path}: cannot read this picture ({error})") from error

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import Record, RecordError
 from rflow_jax.data.sampling import random_words
 from rflow_jax.tokenizers.flux import t5_prompt
+from rflow_jax.utils.images import PictureError, image_in
 
 try:
     from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
@@ -116,7 +116,7 @@ def pictures(
 
 
 def decode(content: bytes, name: str, longest_ratio: float = math.inf) -> Image.Image:
-    """An image in RGB.
+    """An image in RGB, read as everywhere else (:func:`rflow_jax.utils.images.image_in`).
 
     Args:
         longest_ratio: longer to shorter edge; beyond it the image is not decoded.
@@ -125,22 +125,9 @@ def decode(content: bytes, name: str, longest_ratio: float = math.inf) -> Image.
         RecordError: it is not an image, is truncated, too large or too elongated.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if max(image.size) > longest_ratio * min(image.size):
-                width, height = image.size
-                raise RecordError(f"{name} is {width}x{height}: an edge is over {longest_ratio:g} times the other")
-            if image.mode == "RGB":
-                image.load()
-                return image
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise RecordError(f"{name} cannot be decoded (no image of a known format)") from error
-    except RecordError:
-        raise
-    except MemoryError as error:
-        raise RecordError(f"{name} cannot be decoded (not enough memory)") from error
-    except Exception as error:  # Pillow's decoders raise errors of many kinds, struct.error among them
-        raise RecordError(f"{name} cannot be decoded ({' '.join(str(error).split())[:100]})") from error
+        return image_in(content, longest_ratio)
+    except PictureError as error:
+        raise RecordError(f"{name} cannot be decoded ({error.reason})") from error
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import RecordError, RecordSource
@@ -19,6 +17,7 @@ from rflow_jax.data.sources.latents import LatentEntry
 from rflow_jax.data.transforms import pictures
 from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
+from rflow_jax.utils.images import size_in
 
 
 class Job(NamedTuple):
@@ -50,8 +49,7 @@ class Prepare:
         except RecordError as error:
             return Prepared(LatentEntry("", "", "", str(error)))
         if self.config.crop != "center":
-            with Image.open(io.BytesIO(record.good_image)) as image:
-                width, height = image.size
+            width, height = size_in(record.good_image)
             if width != height:
                 raise InputError(
                     f"{record.key}: {width} x {height} pixels are cropped at random each time, which precomputed "

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import PIL.Image
 import yaml
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.images import PictureError, size_in
 from rflow_jax.utils.json_files import parse_json_lines, read_text
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict
 from rflow_jax.verifiers.ranking import best_first, with_ensemble_scores
@@ -196,9 +196,8 @@ def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
     if parent is not None and not 0 <= parent < position:
         raise ValueError(f"parent is {parent}, which is not an earlier record")
     try:
-        with PIL.Image.open(folder / file) as image:  # reads no more than the header
-            size = image.size
-    except (OSError, ValueError, PIL.Image.DecompressionBombError):
+        size = size_in(folder / file)
+    except PictureError:
         size = None
     return Picture(
         file=record["file"],

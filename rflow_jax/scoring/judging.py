@@ -15,7 +15,7 @@ from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.scoring.results import ImageResult
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.run_folder import public_section
-from rflow_jax.utils.images import image_in
+from rflow_jax.utils.images import image_in, picture_bytes
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers.base import Verdict, Verifier, normalize_verdict, score_images
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, RewardVerifierConfig, VerifierConfig
@@ -103,7 +103,7 @@ def _parts(chunk: Chunk, batch_size: int) -> Iterator[dict[int, Read]]:
 def _read(target: Target) -> Read:
     digest = None
     try:
-        content = target.path.read_bytes()
+        content = picture_bytes(target.path)
         digest = hashlib.sha256(content).hexdigest()
         return target, digest, image_in(content)
     except InputError as error:

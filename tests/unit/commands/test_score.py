@@ -137,7 +137,7 @@ def test_what_cannot_be_scored_is_said_and_the_others_keep_their_scores(folder, 
     said = capsys.readouterr()
     found = {line.split("\t")[2]: line.split("\t") for line in said.out.splitlines()}
     assert "cannot be decoded" in found.pop(str(cut))[3]
-    assert found.pop(str(text))[3] == "cannot read this image (not an image file)"
+    assert found.pop(str(text))[3] == "cannot read this image (not a PNG, JPEG, WebP, GIF, TIFF or BMP file)"
     for number in range(2):
         why = found.pop(str(folder / f"00002/samples/0000{number}.png"))[3]
         assert why == f"no prompt: {folder}/00002/metadata.jsonl: No such file or directory"
@@ -426,7 +426,7 @@ def test_numbers_of_numpy_are_written_down(folder, asked, tmp_path, monkeypatch,
 
 
 def test_what_pillow_raises_of_its_own_is_an_error_of_that_image(folder, asked, monkeypatch, capsys):
-    def broken(*_):
+    def broken(*_, **__):
         raise ValueError("bad header")
 
     monkeypatch.setattr(PIL.Image, "open", broken)
