@@ -35,7 +35,7 @@ from rflow_jax.data.sources.latents import (
 )
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.data.workers import Workers, worker_count
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.flow import PATCH
 from rflow_jax.generation.sampling import to_network_range
 from rflow_jax.models.autoencoder import AutoencoderConfig
@@ -49,6 +49,7 @@ from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.progress import byte_progress, count_progress
 from rflow_jax.weights.components import CLIP, T5, TRANSFORMER, VAE
 from rflow_jax.weights.defaults import SamplingDefaults
+from rflow_jax.weights.finite import all_finite
 from rflow_jax.weights.flux import FluxModel, StoredNetwork, defaults_of, describe
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.saving import atomic_output, save_tensors
@@ -244,6 +245,8 @@ class Writer:
         good, bad = np.zeros((side, side, 3), np.uint8), np.zeros((small, small, 3), np.uint8)
         arrays = jax.device_get(self._start([Prepared(LatentEntry("", "", ""), good, bad)]))
         black = {"black_mean": arrays.bad[0][0], "black_logvar": arrays.bad[1][0]}
+        if not all(map(all_finite, (*black.values(), arrays.text[0, 0]))):
+            raise RunError(f"{self._settings.model}: a black image and an empty text become NaN or infinite numbers")
         with atomic_output(path) as file:
             save_tensors(file, black | {"empty_text": arrays.text[0, 0]})
 
@@ -301,5 +304,11 @@ def _split_batch(batch: list[Prepared], encoded: Encoded | None) -> Iterator[tup
             "pooled": arrays.pooled[row],
             "text": arrays.text[row, 1],
         }
-        yield one.entry, tensors | ({"text_with_reflection": arrays.text[row, 0]} if one.entry.has_reflection else {})
+        if one.entry.has_reflection:
+            tensors["text_with_reflection"] = arrays.text[row, 0]
         row += 1
+        broken = [name for name, numbers in tensors.items() if not all_finite(numbers)]
+        if broken:
+            yield LatentEntry("", "", "", f"{one.entry.key}: its {broken[0]} is NaN or infinite"), {}
+        else:
+            yield one.entry, tensors

@@ -24,6 +24,7 @@ from flax.typing import Dtype
 from orbax.checkpoint import type_handlers
 
 from rflow_jax.errors import InputError
+from rflow_jax.weights.finite import not_finite
 from rflow_jax.weights.safetensors_io import WINDOW
 from rflow_jax.weights.saving import Conversion, Leaf, OnBytes, in_windows
 
@@ -61,14 +62,16 @@ class DeferredLeafHandler(type_handlers.NumpyHandler):
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> list[Any]:
         waiting: deque[tuple[Any, int]] = deque()
         in_flight = 0
-        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            while waiting and in_flight + value.leaf.nbytes > WINDOW:
-                in_flight -= await self._finish(*waiting.popleft())
-            futures = await super().serialize([value.read()], [info], [arg])
-            waiting.append((futures, value.leaf.nbytes))
-            in_flight += value.leaf.nbytes
-        for futures, nbytes in waiting:
-            await self._finish(futures, nbytes)
+        try:
+            for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+                while waiting and in_flight + value.leaf.nbytes > WINDOW:
+                    in_flight -= await self._finish(*waiting.popleft())
+                futures = await super().serialize([value.read()], [info], [arg])
+                waiting.append((futures, value.leaf.nbytes))
+                in_flight += value.leaf.nbytes
+        finally:  # after an error too: what is still being written could not be removed
+            while waiting:
+                await self._finish(*waiting.popleft())
         return []
 
     async def _finish(self, futures: Sequence[Any], nbytes: int) -> int:
@@ -131,7 +134,7 @@ def read_orbax(
     dtype: Dtype | None = None,
     window_bytes: int = WINDOW,
 ) -> Iterator[tuple[Leaf, jax.Array]]:
-    """Every leaf on its devices, read a window at a time."""
+    """Every leaf on its devices, read a window at a time; raises InputError if a number is NaN or infinite."""
     sharding_of = {leaf.path: sharding for leaf, sharding in zip(leaves, shardings, strict=True)}
     with _os_errors(folder), ocp.PyTreeCheckpointer() as checkpointer:
         for window in in_windows(leaves, window_bytes):
@@ -146,5 +149,13 @@ def read_orbax(
                 item=unflatten_dict(item), restore_args=unflatten_dict(args), partial_restore=True
             )
             found: dict[str, Any] = flatten_dict(checkpointer.restore(folder.absolute(), args=restore), sep=".")
+            finite = {leaf.path: _all_finite(found[leaf.path]) for leaf in window}
             for leaf in window:
+                if not finite[leaf.path]:
+                    raise not_finite(folder, leaf.path)
                 yield leaf, found[leaf.path]
+
+
+@jax.jit
+def _all_finite(value: jax.Array) -> jax.Array:
+    return jnp.isfinite(value).all()

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rflow_jax.errors import InputError
+from rflow_jax.weights.finite import require_finite
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -42,6 +43,7 @@ DTYPES = {
 WINDOW = 2**28  # bytes of tensors on the host at once; a larger tensor is alone
 _PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
 _PIECES = 4  # threads of one such tensor
+_CHECKED = 2**20  # bytes that are checked together, while the processor still has them at hand
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,11 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return sum(info.nbytes for info in self._infos.values())
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, in a buffer of its own."""
+        """One tensor, in a buffer of its own.
+
+        Raises:
+            InputError: the file ended, or a number of the tensor is NaN or infinite.
+        """
         info = self._infos[key]
         buffer = np.empty(info.nbytes, np.uint8)
         view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
@@ -138,10 +144,13 @@ class TensorFiles(Mapping[str, TensorInfo]):
         def fill(start: int) -> None:
             done, end = start, min(start + _PIECE, info.nbytes)
             while done < end:
-                got = os.preadv(file.fileno(), [view[done:end]], info.offset + done)
-                if got <= 0:
-                    raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
-                done += got
+                checked, part = done, min(done + _CHECKED, end)
+                while done < part:
+                    got = os.preadv(file.fileno(), [view[done:part]], info.offset + done)
+                    if got <= 0:
+                        raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
+                    done += got
+                require_finite(buffer[checked:done].view(info.dtype), info.file, key)
 
         with open(info.file, "rb", buffering=0) as file:
             if info.nbytes <= _PIECE:
@@ -235,8 +244,11 @@ class PickledTensors(TensorFiles):
         if info.dtype == ml_dtypes.bfloat16:
             import torch  # pyright: ignore[reportMissingImports] (an extra)
 
-            return tensor.view(torch.int16).numpy().view(info.dtype)
-        return tensor.numpy()
+            value = tensor.view(torch.int16).numpy().view(info.dtype)
+        else:
+            value = tensor.numpy()
+        require_finite(value, info.file, key)
+        return value
 
 
 def open_pickle(*files: Path, allow: bool) -> PickledTensors:

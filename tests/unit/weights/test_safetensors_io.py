@@ -58,7 +58,11 @@ def test_the_stream_keeps_the_order_asked_for(file):
 ARRAYS = st.dictionaries(
     st.text(min_size=1, max_size=8).filter(lambda key: key != "__metadata__"),
     st.sampled_from(["float32", "float16", "int64", "uint8", "bool"]).flatmap(
-        lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, max_side=3))
+        lambda dtype: hnp.arrays(
+            dtype,
+            hnp.array_shapes(min_dims=0, max_dims=3, max_side=3),
+            elements=hnp.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False),
+        )
     ),
     max_size=4,
 )
