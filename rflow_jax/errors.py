@@ -14,3 +14,7 @@ class RunError(RuntimeError):
 
     The command lines print the message without a traceback and exit with status 1.
     """
+
+
+class ServiceError(RunError):
+    """A service that refuses every request, or has been away for too long: nothing is known of what was asked."""

@@ -3,25 +3,44 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rflow_jax.errors import ServiceError
 from rflow_jax.openai_client.endpoint import Endpoint, Secrets
 from rflow_jax.openai_client.messages import ChatError, ChatRequest, UnusableAnswer
 from rflow_jax.openai_client.protocol import FORMATS, read_answer, read_body, read_usage, request
-from rflow_jax.openai_client.retry import backoff, is_retryable, reason, refuses_form
+from rflow_jax.openai_client.retry import (
+    LONGEST_PAUSE,
+    backoff,
+    is_away,
+    is_missing,
+    is_retryable,
+    reason,
+    refuses_all,
+    refuses_form,
+    refuses_settings,
+)
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.batching import CLOSED
 
+if TYPE_CHECKING:
+    import tenacity
+
 _LONGEST_REASON = 300
+_REJECTIONS = 3  # so many at the beginning, and the settings are to blame
+_UNANSWERED = 3  # so many in a row, and it is not for the questions
+log = logging.getLogger(__name__)
 
 
 class Chat:
     """Asks one endpoint; threads may share it.
 
     One budget of retries covers all transient failures: timeouts, broken connections, truncated replies, the statuses
-    408, 409, 429 and 5xx, and unusable answers. ``Retry-After`` is honoured.
+    408, 409, 429 and 5xx, and unusable answers. ``Retry-After`` is honoured. A server that is away for all is waited for,
+    for the seconds of ``patience``.
 
     Args:
         meter: counts the usage.
@@ -42,6 +61,11 @@ class Chat:
         self._format = 0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._asking: set[asyncio.Task[Any]] = set()
+        # When the server was heard last, whether it ever gave an answer, how many questions it rejected, and how many
+        # in a row it left without an answer.
+        self._heard, self._away = time.monotonic(), False
+        self._answered, self._rejected, self._unanswered = False, 0, 0
+        self._refusal: str | None = None  # why no further question is asked
         self._loop = asyncio.new_event_loop()
         self._closing = threading.Lock()
         self._closed = False
@@ -57,6 +81,9 @@ class Chat:
 
         At most ``concurrency`` requests are in flight, over all callers. After ``close``, and for questions waiting
         then, the error is ``CLOSED``.
+
+        Raises:
+            ServiceError: the server refuses the key, the account, the model or the settings, or was away for too long.
         """
         with self._closing:
             if self._closed:
@@ -93,25 +120,63 @@ class Chat:
 
     async def _ask(self, question: ChatRequest) -> Any:
         import openai
-        import tenacity
 
         self._meter.add(Usage(calls=1))
-        retry = tenacity.AsyncRetrying(
+        attempts = 0
+        while True:
+            retry = self._retrying()
+            try:
+                return await retry(self._attempt, question)
+            except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
+                error = failure
+            # Here, so that nothing raised below has the client's error, and the key in its headers, as its context.
+            attempts += retry.statistics["attempt_number"]
+            text = self._reason(error, attempts)
+            self._unanswered += is_missing(error)
+            if is_away(error) or self._unanswered >= _UNANSWERED:
+                await self._wait_for_service(text)
+                continue
+            self._meter.add(Usage(failures=1))
+            self._refuse(error, text)
+            return ChatError(text, missing=is_missing(error))
+
+    def _retrying(self) -> "tenacity.AsyncRetrying":
+        import tenacity
+
+        return tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.endpoint.max_retries + 1),
             wait=backoff,
             retry=tenacity.retry_if_exception(is_retryable),
             reraise=True,
         )
-        try:
-            return await retry(self._attempt, question)
-        except (UnusableAnswer, TimeoutError, openai.OpenAIError) as error:
-            self._meter.add(Usage(failures=1))
-            return ChatError(self._reason(error, retry.statistics["attempt_number"]))
+
+    def _refuse(self, error: BaseException, text: str) -> None:
+        """Raises ServiceError if the server would refuse every question, now and later."""
+        self._rejected += refuses_settings(error)
+        if refuses_all(error) or (not self._answered and self._rejected >= _REJECTIONS):
+            self._refusal = text
+            raise ServiceError(text)
+
+    async def _wait_for_service(self, text: str) -> None:
+        """Waits a little; raises ServiceError if the server has been away for too long."""
+        away = time.monotonic() - self._heard
+        left = self.endpoint.patience - away
+        if left <= 0:
+            self._refusal = f"{text}; no answer for {away:.0f} s"
+            raise ServiceError(self._refusal)
+        if not self._away:
+            self._away = True
+            log.warning("waiting up to %.0f s for the server of %s: %s", left, self.endpoint.model_name, text)
+        await asyncio.sleep(min(LONGEST_PAUSE, left))
 
     async def _attempt(self, question: ChatRequest) -> Any:
         async with self._slots:
+            if self._refusal is not None:
+                raise ServiceError(self._refusal)
             body = await self._exchange(question)
+        self._heard, self._away, self._unanswered = time.monotonic(), False, 0
         answer = read_answer(body)
+        self._answered = True
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
 
     async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:

@@ -64,6 +64,7 @@ class Connection:
         concurrency: requests in flight at once.
         max_retries: further attempts after a timeout, a broken connection, a busy or failing server, and
             after an answer that cannot be used.
+        patience: seconds for which the server may be away before the run ends; it goes on when it is back.
         price_input: USD per million tokens read; null: the cost is not known (a server of your own costs 0).
         price_output: USD per million tokens written.
     """
@@ -74,6 +75,7 @@ class Connection:
     timeout: float = field(default=60.0, metadata=EXECUTION)
     concurrency: int = field(default=8, metadata=EXECUTION)
     max_retries: int = field(default=5, metadata=EXECUTION)
+    patience: float = field(default=600.0, metadata=EXECUTION)
     price_input: float | None = field(default=None, metadata=EXECUTION)
     price_output: float | None = field(default=None, metadata=EXECUTION)
 
@@ -85,6 +87,8 @@ class Connection:
             _require_address(self.base_url, "base_url")
         if not _between(self.timeout, 1e-3) or self.concurrency < 1 or self.max_retries < 0:
             raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
+        if not _between(self.patience, 0.0):
+            raise InputError(f"patience is {self.patience}: give seconds, 0 or more")
         if (self.price_input is None) != (self.price_output is None):
             raise InputError("give both price_input and price_output, or neither; 0 is a price")
         if not all(price is None or _between(price, 0.0) for price in (self.price_input, self.price_output)):

@@ -15,7 +15,14 @@ class ChatError(Exception):
     """A question without a usable answer after its retries; the message is the reason, in one line.
 
     The message is ``CLOSED`` if the chat was closed before: asking again later may succeed.
+
+    Attributes:
+        missing: whether the server failed, so that nothing is known of what was asked.
     """
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class UnusableAnswer(Exception):

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     import tenacity
 
 LONGEST_RETRY_AFTER = 120.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+_FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 _TRANSIENT = {408, 409, 429}
+_AWAY = {429, 502, 503, 504, 529}
+_UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx
+_REFUSALS = {401, 402, 404, 405, 410}
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
 
 
@@ -26,13 +29,43 @@ def is_retryable(error: BaseException) -> bool:
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        return error.status_code in _TRANSIENT or error.status_code >= 500
+        return (error.status_code in _TRANSIENT or error.status_code >= 500) and not refuses_all(error)
     return isinstance(error, UnusableAnswer | TimeoutError | openai.APIConnectionError)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether no answer came, so that nothing is known of what was asked."""
+    return is_retryable(error) and not isinstance(error, UnusableAnswer)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether there is no server, or one that says it is busy, whatever the question is."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in _AWAY
+    return type(error.__cause__).__name__ in _UNREACHABLE
+
+
+def refuses_all(error: BaseException) -> bool:
+    """Whether a server refuses this key, account, model or address, and so would refuse every question."""
+    import openai
+
+    if not isinstance(error, openai.APIStatusError):
+        return False
+    return error.status_code in _REFUSALS or (error.status_code == 429 and error.code == "insufficient_quota")
+
+
+def refuses_settings(error: BaseException) -> bool:
+    """Whether a server rejects the form of a request, which may be for its settings or for what it asks."""
+    import openai
+
+    return isinstance(error, openai.APIStatusError) and error.status_code in (400, 403, 422)
 
 
 def backoff(state: "tenacity.RetryCallState") -> float:
     """Seconds until the next attempt: exponential with jitter, and not before the server's ``Retry-After``."""
-    longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (state.attempt_number - 1))
+    longest = min(LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (state.attempt_number - 1))
     error = state.outcome.exception() if state.outcome else None
     wanted = retry_after(getattr(getattr(error, "response", None), "headers", {}))
     # Clients that got the same Retry-After must not return at the same moment.
@@ -72,6 +105,7 @@ def reason(error: BaseException, endpoint: Endpoint) -> str:
     elif isinstance(error, openai.APIStatusError):
         hints = {
             401: f"the key in {endpoint.api_key_env} is not accepted",
+            402: "the account has no credit left",
             403: f"the key in {endpoint.api_key_env} may not do this",
             404: f"no model {endpoint.model_name} here, or a wrong base_url",
             429: "too many requests, or no quota left",

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 import socket
 import threading
 import time
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.openai_client import ChatError, UnusableAnswer
+from rflow_jax.errors import ServiceError
+from rflow_jax.openai_client import Chat, ChatError, Endpoint, UnusableAnswer
 from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, retry_after
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
 from tests.kit.asking import ask, expected, question
@@ -59,7 +61,6 @@ def test_a_passing_fault_is_asked_again(name):
 
 
 LASTING = {
-    "429": "HTTP 429: too many requests, or no quota left: out of order, key ***",
     "500": "HTTP 500: out of order, key ***",
     "drop": "no connection, or it broke: Server disconnected",
     "half body": "no connection, or it broke: peer closed connection",
@@ -83,22 +84,73 @@ def test_a_lasting_fault_is_an_error_of_its_own_question_and_says_how_often_it_w
     assert "\n" not in str(second)
 
 
-@pytest.mark.parametrize(
-    ("status", "reason"),
-    [
-        (400, "HTTP 400: out of order, key *** (1 attempt)"),
-        (401, "HTTP 401: the key in OPENAI_API_KEY is not accepted (1 attempt)"),
-        (403, "HTTP 403: the key in OPENAI_API_KEY may not do this: out of order, key *** (1 attempt)"),
-        (404, "HTTP 404: no model gpt-4o here, or a wrong base_url: out of order, key *** (1 attempt)"),
-        (413, "HTTP 413: out of order, key *** (1 attempt)"),
-        (422, "HTTP 422: out of order, key *** (1 attempt)"),
-    ],
-)
-def test_what_asking_again_cannot_mend_is_asked_once(status, reason):
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+def test_a_question_that_is_rejected_is_asked_once_and_the_others_are_answered(status):
+    reasons = {403: "the key in OPENAI_API_KEY may not do this: "}
+    with OpenAIServer([Fault("status", status=status, when=lambda call: "question 1" in call.text)]) as server:
+        first, second, third = ask(server, [question(n) for n in range(3)])
+        assert len(server.calls) == 3
+    assert [first, third] == expected([0, 2])
+    assert str(second) == f"HTTP {status}: {reasons.get(status, '')}out of order, key *** (1 attempt)"
+    assert not second.missing
+
+
+REFUSED = {
+    "HTTP 401: the key in OPENAI_API_KEY is not accepted (1 attempt)": {"status": 401},
+    "HTTP 402: the account has no credit left: out of order, key *** (1 attempt)": {"status": 402},
+    "HTTP 404: no model gpt-4o here, or a wrong base_url: out of order, key *** (1 attempt)": {"status": 404},
+    "HTTP 405: out of order, key *** (1 attempt)": {"status": 405},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_every_question_would_be_refused_for_ends_all_at_once(reason):
+    with OpenAIServer([Fault("status", **REFUSED[reason], when=lambda call: call.number >= 2)]) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, concurrency=1))
+        with pytest.raises(ServiceError, match=re.escape(reason)):
+            chat.ask_all([question(n) for n in range(8)])
+        with pytest.raises(ServiceError, match=re.escape(reason)):
+            chat.ask_all([question()])
+        chat.close()
+        assert len(server.calls) == 3
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_settings_that_are_refused_from_the_beginning_end_all(status):
     with OpenAIServer([Fault("status", status=status)]) as server:
-        (answer,) = ask(server, [question()])
-        assert str(answer) == reason
-        assert len(server.calls) == 1
+        with pytest.raises(ServiceError, match=f"HTTP {status}"):
+            ask(server, [question(n) for n in range(8)], concurrency=1)
+        assert len(server.calls) == 3
+
+
+@pytest.mark.parametrize("name", ["429", "503", "500", "drop"])
+def test_a_server_that_is_away_is_waited_for(name, monkeypatch, caplog):
+    monkeypatch.setattr("rflow_jax.openai_client.client.LONGEST_PAUSE", 0.02)
+    fault = Fault(times=15, **PASSING[name] | ({"retry_after": 0.001} if name == "429" else {}))
+    with OpenAIServer([fault]) as server:
+        answers = ask(server, [question(n) for n in range(5)], max_retries=0, concurrency=1)
+        missing = [n for n, answer in enumerate(answers) if isinstance(answer, ChatError)]
+        assert missing == ([] if name in ("429", "503") else [0, 1])  # these may be for the question
+        assert all(answers[n].missing for n in missing)
+        assert [answer for answer in answers if isinstance(answer, str)] == expected(set(range(5)) - set(missing))
+    assert ["waiting up to" in message for message in caplog.messages] == [True]
+
+
+def test_a_server_that_is_away_for_too_long_ends_all(monkeypatch):
+    monkeypatch.setattr("rflow_jax.openai_client.client.LONGEST_PAUSE", 0.02)
+    with OpenAIServer([Fault("status", status=503, when=lambda call: call.number >= 2)]) as server:
+        begin = time.monotonic()
+        with pytest.raises(ServiceError, match=r"HTTP 503: .*; no answer for [01] s"):
+            ask(server, [question(n) for n in range(8)], max_retries=0, patience=0.3, concurrency=2)
+        assert 0.3 < time.monotonic() - begin < 5
+
+
+def test_no_server_at_all():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    server = type("Server", (), {"base_url": f"http://127.0.0.1:{port}/v1"})
+    with pytest.raises(ServiceError, match="no connection, or it broke"):
+        ask(server, [question()], max_retries=0, patience=0)
 
 
 def test_faults_of_every_kind_draw_on_one_budget():
