@@ -222,7 +222,7 @@ class TestAlpha:
         ({"x_embedder.lora_A.weight": ONE[A]}, "second A of x_embedder"),
         (keyed(random_lora({"img_in": (64, 32)})), "(img_in|x_embedder) is a second adapter of image_in"),
         ({"transformer.x_embedder.alpha": np.ones(2)}, r"alpha of x_embedder has shape \[2\]"),
-        ({"transformer.x_embedder.alpha": np.asarray(np.nan)}, "alpha of x_embedder is nan"),
+        ({"transformer.x_embedder.alpha": np.asarray(np.nan)}, r"x_embedder\.alpha has numbers that are NaN"),
         ({"transformer.x_embedder.lora_magnitude_vector": np.ones(3)}, "DoRA"),
         ({"lora_unet_img_in.dora_scale": np.ones(3)}, "DoRA"),
         ({"transformer.x_embedder.lora_B.bias": np.ones(32)}, "a bias of its own"),
