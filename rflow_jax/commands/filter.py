@@ -74,4 +74,6 @@ def _link_best(folder: Path, config: FilterConfig) -> None:
     for k in config.k:
         target = folder / f"nfe{k}"
         target.mkdir(exist_ok=True)
-        link(folder / records[best_of_first(verdicts, k)]["file"], target / "00000.png")
+        best = records[best_of_first(verdicts, k)]
+        if best.get("error") is None:  # else none of them could be made
+            link(folder / best["file"], target / "00000.png")

@@ -83,7 +83,7 @@ def pairs(config: PairsConfig) -> int:
     """Writes ``{number}.png`` (bad, good, generated), ``generated/{number}.png`` and ``{number}.json``.
 
     Returns:
-        The exit status: 1 if a picture could not be read; the others are made.
+        The exit status: 1 if a picture could not be read or made; the others are.
 
     Raises:
         InputError: the file, the model or the folder is not usable.
@@ -103,30 +103,50 @@ def pairs(config: PairsConfig) -> int:
     from rflow_jax.generation.pipeline import load_pipeline
 
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
-    settings, failed = pipe.resolve(settings), 0
+    settings = pipe.resolve(settings)
+    unread = unmade = 0
     _require_square(settings)
     with count_progress() as bar:
         task = bar.add_task("compiling and correcting", total=len(todo))
         for first in range(0, len(todo), settings.batch_size):
             chunk = todo[first : first + settings.batch_size]
             ready = list(_readable(chunk, config, settings))
-            failed += len(chunk) - len(ready)
-            images = pipe.generate(
-                [pair.prompt for pair, _, _ in ready],
-                seeds=[(config.seed, pair.number) for pair, _, _ in ready],
-                conditions=[bad for _, bad, _ in ready],
-                reflections=[pair.reflection for pair, _, _ in ready],
-                settings=settings,
-            )
-            for (pair, bad, good), image in zip(ready, images, strict=True):
+            unread += len(chunk) - len(ready)
+            images = _corrected(pipe, ready, config.seed, settings)
+            unmade += len(ready) - len(images)
+            for place, image in images.items():
+                pair, bad, good = ready[place]
                 file = _file(out, pair)
                 record = _record(config, pair, asdict(settings))
                 write_file(file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
                 write_file(out / "generated" / file.name, png_bytes(image))
                 write_file(file, png_bytes(side_by_side([bad, good, image])))  # last: the sign that the pair is done
             bar.update(task, advance=len(chunk), description="correcting")
-    print(f"{len(todo) - failed} pairs in {out}" + (f"; {failed} could not be read" if failed else ""))
-    return 1 if failed else 0
+    failures = [f"; {count} could not be {what}" for what, count in (("read", unread), ("made", unmade)) if count]
+    print(f"{len(todo) - unread - unmade} pairs in {out}{''.join(failures)}")
+    return 1 if failures else 0
+
+
+def _corrected(
+    pipe: Any, ready: Sequence[tuple[CorrectionPair, Image, Image]], seed: int, settings: SamplingConfig
+) -> dict[int, Image]:
+    """The corrected pictures, by their place; one that could not be made is missing, and told."""
+    from rflow_jax.generation.pipeline import NotFiniteError
+
+    images: dict[int, Image] = {}
+    try:
+        pipe.generate(
+            [pair.prompt for pair, _, _ in ready],
+            seeds=[(seed, pair.number) for pair, _, _ in ready],
+            conditions=[bad for _, bad, _ in ready],
+            reflections=[pair.reflection for pair, _, _ in ready],
+            settings=settings,
+            on_images=lambda first, found: images.update(enumerate(found, first)),
+        )
+    except NotFiniteError as error:
+        for place, reason in error.failed.items():
+            print(f"left out: pair {ready[place][0].number}: {reason}", file=sys.stderr)
+    return images
 
 
 def _require_square(settings: SamplingConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,12 +16,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.generation.config import ResolvedSampling, SamplingConfig, require_lora_effect
 from rflow_jax.generation.sampling import (
+    CHECKED,
     DynamicArgs,
     Inputs,
     PerturbedSeed,
+    Sampled,
     Seed,
     StaticArgs,
     draw_noise,
@@ -42,6 +44,22 @@ from rflow_jax.weights.flux import FluxModel, Weights, load_flux
 
 log = logging.getLogger(__name__)
 OnImages = Callable[[int, list[Image.Image]], None]
+Made = Image.Image | str  # an image, or why there is none
+
+
+class NotFiniteError(RunError):
+    """Images that do not exist, since some of their numbers are NaN or infinite.
+
+    Attributes:
+        failed: index of the image -> why.
+    """
+
+    def __init__(self, failed: Mapping[int, str], count: int) -> None:
+        first = min(failed)
+        super().__init__(
+            f"{len(failed)} of {count} images could not be made, such as number {first + 1}: {failed[first]}"
+        )
+        self.failed = failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +96,21 @@ class Pending:
     """A dispatched batch, which the devices may still be computing."""
 
     count: int
-    pixels: Array
+    sampled: Sampled
 
-    def images(self) -> list[Image.Image]:
-        """Waits for the images."""
-        # With several processes no process has all of it.
-        whole = self.pixels
-        if not whole.is_fully_addressable:
-            whole = multihost_utils.process_allgather(whole, tiled=True)
-        return [Image.fromarray(array) for array in np.asarray(whole)[: self.count]]
+    def images(self) -> list[Made]:
+        """Waits for the images; instead of one with numbers that are NaN or infinite, says which they are."""
+        pixels, finite = (_whole(rows)[: self.count] for rows in (self.sampled.pixels, self.sampled.finite))
+        made: list[Made] = []
+        for array, known in zip(pixels, finite, strict=True):
+            broken = [what for what, sound in zip(CHECKED, known, strict=True) if not sound]
+            made.append(f"{broken[0]} became NaN or infinite" if broken else Image.fromarray(array))
+        return made
+
+
+def _whole(rows: Array) -> np.ndarray:
+    """All rows of a batch; with several processes no process has all of it."""
+    return np.asarray(rows if rows.is_fully_addressable else multihost_utils.process_allgather(rows, tiled=True))
 
 
 class Pipeline:
@@ -176,9 +200,11 @@ class Pipeline:
             reflections: what to change; part of T5's text.
             refined_prompts: for T5 in place of the prompt.
             settings: sizes, steps, scales, the model's own by default; ``batch_size`` images are made at a time.
-            on_images: called after each batch with the index of its first image and its images.
+            on_images: called after each batch with the index of its first image and its images; several times for a
+                batch in which one fails, with the images between.
 
         Raises:
+            NotFiniteError: the numbers of an image are NaN or infinite. All others are made before.
             InputError: lists of different lengths, settings that don't fit the model, or a LoRA without any effect (it
                 acts on condition tokens only, and there are none, or none of its linears sees them).
         """
@@ -196,12 +222,15 @@ class Pipeline:
                 raise InputError(f"generate: {len(prompts)} prompts but {len(column)} {name}; give one for each prompt")
         requests = [Request(*row) for row in zip(prompts, *columns.values(), strict=True)]
         self._check(requests, settings)
-        images: list[Image.Image] = []
+        made: list[Made] = []
         for batch in self._batches(requests, settings):
-            if on_images:
-                on_images(len(images), batch)
-            images += batch
-        return images
+            for first, images in _runs(batch, len(made)):
+                if on_images:
+                    on_images(first, images)
+            made += batch
+        if failed := {index: reason for index, reason in enumerate(made) if isinstance(reason, str)}:
+            raise NotFiniteError(failed, len(made))
+        return [image for image in made if not isinstance(image, str)]
 
     def start(self, requests: Sequence[Request], settings: SamplingConfig) -> Pending:
         """Dispatches one batch and returns at once; fewer requests than a full batch cost as much.
@@ -224,7 +253,7 @@ class Pipeline:
         with reproducible(self.bundle.dtype):
             noise = self._draw(program, grid, self._put(noise_draws([request.seed for request in padded])))
             given = self.prepare(program, self.bundle.weights, self._put(inputs))
-            return Pending(len(requests), self.sample(program, self.bundle.weights, noise, given, scales)[1])
+            return Pending(len(requests), self.sample(program, self.bundle.weights, noise, given, scales))
 
     def _put(self, rows: Any) -> Any:
         """Puts arrays with one row per image on the devices that compute the rows."""
@@ -263,7 +292,7 @@ class Pipeline:
                 *(len(idle), len(paths), idle[0]),
             )
 
-    def _batches(self, requests: list[Request], settings: SamplingConfig) -> Iterator[list[Image.Image]]:
+    def _batches(self, requests: list[Request], settings: SamplingConfig) -> Iterator[list[Made]]:
         """The images of each batch; the next batch is already dispatched when one is yielded."""
         size = self.images_at_once(settings)
         waiting: Pending | None = None
@@ -308,6 +337,16 @@ class Pipeline:
             jnp.asarray(self.bundle.schedule.sigmas(settings.num_inference_steps, tokens)),
             *(jnp.float32(number) for number in numbers),
         )
+
+
+def _runs(batch: Sequence[Made], first: int) -> Iterator[tuple[int, list[Image.Image]]]:
+    """(index, images) of each run of images without a failed one between; ``first`` is the index of the batch."""
+    begin = 0
+    for end in range(len(batch) + 1):
+        if end == len(batch) or isinstance(batch[end], str):
+            if run := [image for image in batch[begin:end] if not isinstance(image, str)]:
+                yield first + begin, run
+            begin = end + 1
 
 
 def load_pipeline(

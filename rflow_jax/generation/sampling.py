@@ -23,7 +23,7 @@ from rflow_jax.models.flux.layers import Context, Rope
 from rflow_jax.models.flux.transformer import FluxTransformer, Modulations
 from rflow_jax.models.options import AttentionImpl
 from rflow_jax.models.partitioning import each_sample
-from rflow_jax.typing import Array, Float, Int, UInt8
+from rflow_jax.typing import Array, Bool, Float, Int, UInt8
 from rflow_jax.weights.flux import GraphDefs, Weights
 
 Seed = SupportsIndex | tuple[SupportsIndex, ...]
@@ -116,6 +116,18 @@ class Conditioning(NamedTuple):
     pooled: Float[Array, "b p"]
     condition: Float[Array, "b c f"] | None
     black: Float[Array, "b c f"] | None
+
+
+class Sampled(NamedTuple):
+    """One batch, as it leaves the devices; ``finite`` has a column for each of :data:`CHECKED`."""
+
+    latents: Float[Array, "b i f"]
+    pixels: UInt8[Array, "b y x 3"]
+    finite: Bool[Array, "b 4"]
+
+
+# What is checked for NaN and infinity, in the order in which each follows from the others: the first is the cause.
+CHECKED = ("the encoding of its texts", "the encoding of its condition", "its latents", "its pixels")
 
 
 class DynamicArgs(NamedTuple):
@@ -234,14 +246,21 @@ def sample(
     noise: Array,
     given: Conditioning,
     scales: DynamicArgs,
-) -> tuple[Float[Array, "b i f"], UInt8[Array, "b y x 3"]]:
-    """Integrates the flow and decodes: (packed latents, pixels)."""
+) -> Sampled:
+    """Integrates the flow and decodes."""
     transformer = graphs.transformer.merge(*weights["transformer"])
     rope = rope_for(transformer.config, given.text.shape[1], program.image_grid, program.condition_grid)
     x, _ = euler(velocity_of(transformer, dtype, program, given, scales, rope), noise, scales.sigmas)
     vae = nnx.merge(graphs.vae, weights["vae"])
     images = decode_latents(vae, dtype, x, program.image_grid, program.tiled)
-    return x, to_pixels(images)
+    checked = (given.text, given.pooled), (given.condition, given.black), (x,), (images,)
+    return Sampled(x, to_pixels(images), jnp.stack([_finite(parts, len(x)) for parts in checked], axis=1))
+
+
+def _finite(parts: Sequence[Array | None], count: int) -> Bool[Array, " b"]:
+    """Whether all numbers of each sample are finite."""
+    rows = [jnp.isfinite(part).reshape(count, -1).all(axis=1) for part in parts if part is not None]
+    return jnp.stack(rows).all(axis=0) if rows else jnp.ones(count, bool)
 
 
 def decode_latents(

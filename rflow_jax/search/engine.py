@@ -21,7 +21,7 @@ from PIL.Image import Image
 from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.generation.pipeline import Pending, Request
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_search import PromptSearch, SearchTask, Step
+from rflow_jax.search.prompt_search import NotMade, PromptSearch, SearchTask, Step
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers.base import Verdict, Verifier, score_images
 from rflow_jax.writers.base import TextGenerator, WriterOutput
@@ -142,9 +142,12 @@ class Engine:
                 tasks, pending = sent
                 images = pending.images()
                 self._clock.arrived()
-                self._live.made(len(images))
+                self._live.made(sum(not isinstance(image, str) for image in images))
                 for task, image in zip(tasks, images, strict=True):
-                    self._submit_image(task, image)
+                    if isinstance(image, str):
+                        self._done(task, NotMade(image))
+                    else:
+                        self._submit_image(task, image)
             sent = started
             self._on_tick()
 
@@ -181,6 +184,8 @@ class Engine:
             self._live.judged(None if result.scored else result.error or "not a number")
             if result.scored and result.error:
                 self._live.member_failed(result.error)
+        elif isinstance(result, NotMade):
+            self._live.not_made(result.error)
         elif isinstance(result, WriterOutput) and result.error is not None:
             self._live.text_failed("reflection" if task.step == "reflect" else "refined prompt", result.error)
         with self._changed:
@@ -224,6 +229,7 @@ class Engine:
     def _close_prompt(self, run: PromptSearch) -> None:
         self._active -= 1
         self._live.spared(run.strategy.images() - run.drawn)
+        self._live.missing(sum(sample.error is not None for sample in run.samples))
 
     def _wait(self) -> bool:
         """Waits until there is something to generate; false when there will be nothing more."""

@@ -32,6 +32,7 @@ class Sample:
         refined_prompt: the refined prompt that it was made with.
         text_errors: why a reflection or a refinement is missing.
         verdict: None only if the run has no verifier.
+        error: why there is no image; it is then unscored, and has no file.
     """
 
     round: int
@@ -45,12 +46,18 @@ class Sample:
     refined_prompt: str | None = None
     text_errors: tuple[str, ...] = ()
     verdict: Verdict | None = None
+    error: str | None = None
 
 
 def best_first(samples: Sequence[Sample], among: Iterable[int]) -> list[int]:
     """The distinct positions in ``among``, best first of these; ties in the order the samples were made."""
     compared = sorted(set(among))
     return [compared[k] for k in ranking.best_first([samples[position].verdict for position in compared])]
+
+
+def made(samples: Sequence[Sample], among: Iterable[int]) -> list[int]:
+    """Those positions in ``among`` that have an image."""
+    return [position for position in among if samples[position].error is None]
 
 
 def is_correction(sample: Sample) -> bool:
@@ -86,7 +93,9 @@ def next_parents(samples: Sequence[Sample], count: int) -> list[int]:
     Current are all images before the first correction, and later those of the last round. Keeping that order makes
     branch k of every round belong to chain k. Where there are fewer than ``count``, the best are taken again.
     """
-    current = last_round(samples) if is_correction(samples[-1]) else range(len(samples))
+    every = range(len(samples))
+    # Among the last round also one that could not be made: its chain ends with it.
+    current = last_round(samples) if is_correction(samples[-1]) else made(samples, every) or every
     best = best_first(samples, current)
     return sorted((best * count)[:count])
 

@@ -76,6 +76,7 @@ class SearchProgress:
 
     def __init__(self, images: int, clock: BusyClock, usage: Callable[[], Usage]) -> None:
         self.images = self.scored = self.unscored = self.partly_scored = self.text_failures = 0
+        self.without_image = 0
         self.first_failure: str | None = None
         self._total = images
         self._clock = clock
@@ -101,6 +102,17 @@ class SearchProgress:
         with self._lock:
             self.images += count
         self._progress.update(self._task, advance=count)
+
+    def not_made(self, error: str) -> None:
+        """Counts an image that could not be made."""
+        with self._lock:
+            self._remember("image", error)
+        self._progress.update(self._task, advance=1)
+
+    def missing(self, images: int) -> None:
+        """Counts images of a finished prompt that could not be made, by this process or by an earlier one."""
+        with self._lock:
+            self.without_image += images
 
     def spared(self, images: int) -> None:
         """Lowers the total by images that are not needed or existed before."""
@@ -136,7 +148,7 @@ class SearchProgress:
         usage, fraction = self._usage(), self._clock.fraction
         with self._lock:
             pace = self.images / max(time.monotonic() - self._began, 1e-9)
-            failures = self.unscored + self.partly_scored + self.text_failures
+            failures = self.without_image + self.unscored + self.partly_scored + self.text_failures
         words = [f"{pace:.2f} images/s"]
         if fraction is not None:
             words.append(f"generator {fraction:.0%} busy")

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from rflow_jax.errors import RunError
 from rflow_jax.generation.pipeline import Request
 from rflow_jax.generation.sampling import PerturbedSeed
-from rflow_jax.search.lineage import Sample, ancestors, is_correction
+from rflow_jax.search.lineage import Sample, ancestors, is_correction, made
 from rflow_jax.search.prompt_folder import PromptFolder
 from rflow_jax.search.strategies import PlannedImage, Strategy
 from rflow_jax.utils.images import read_image
@@ -24,8 +24,8 @@ from rflow_jax.writers.base import PastImage, WriterInput, WriterOutput
 # taken over, if it is given), to be judged.
 Step = Literal["reflect", "refine", "draw", "take", "score"]
 _TEXTS: dict[str, tuple[Step, ...]] = {"reflect": ("reflect", "refine"), "prompt": ("refine",)}
-REFLECTION, REFINED, VERDICT = "reflection", "refined_prompt", "verdict"
-_NOTED_AS: dict[Step, str] = {"reflect": REFLECTION, "refine": REFINED, "score": VERDICT}
+REFLECTION, REFINED, FAILURE, VERDICT = "reflection", "refined_prompt", "failure", "verdict"
+_NOTED_AS: dict[Step, str] = {"reflect": REFLECTION, "refine": REFINED, "draw": FAILURE, "score": VERDICT}
 _CALLED = {REFLECTION: "reflection", REFINED: "refined prompt"}
 
 
@@ -41,6 +41,20 @@ class SearchTask:
     def corrects(self) -> bool:
         """Whether the image is made with the corrector."""
         return is_correction(self.run.samples[self.position])
+
+
+class ResultFolder(PromptFolder):
+    """The folder of a prompt; an image that could not be made is in none of its folders of results."""
+
+    def _link_chosen(self, folder: str, samples: Sequence[Sample], chosen: Sequence[int]) -> None:
+        super()._link_chosen(folder, samples, made(samples, chosen))
+
+
+@dataclass(frozen=True)
+class NotMade:
+    """Why there is no image."""
+
+    error: str
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,11 @@ class PromptSearch:
     def begin(self) -> list[SearchTask]:
         return self._next_round()
 
-    def done(self, task: SearchTask, result: WriterOutput | Verdict | None) -> list[SearchTask]:
+    def done(self, task: SearchTask, result: WriterOutput | Verdict | NotMade | None) -> list[SearchTask]:
         """Takes a result, and returns the tasks that can follow.
 
         Args:
-            result: a text, a verdict, or None for an image that is now in the folder.
+            result: a text, a verdict, why there is no image, or None for one that is now in the folder.
 
         Raises:
             RunError: the image is not there; repeating the task might never end.
@@ -146,10 +160,13 @@ class PromptSearch:
     def _follow(self, position: int) -> SearchTask | None:
         """The next task of an image; None if it is complete."""
         sample, known = self.samples[position], self.folder.journal.known
+        parent = None if sample.parent is None else self.samples[sample.parent]
+        if sample.stage in _TEXTS and parent is not None and parent.error is not None:
+            return self._give_up(position, f"{parent.file}, which it is made from, could not be made")
         for step in _TEXTS.get(sample.stage, ()):
-            if sample.parent is not None and known(position, _NOTED_AS[step]) is None:
+            if parent is not None and known(position, _NOTED_AS[step]) is None:
                 return SearchTask(self, position, step)
-        if sample.parent is not None and sample.stage in _TEXTS:
+        if parent is not None and sample.stage in _TEXTS:
             texts, errors = {}, []
             for what in (_NOTED_AS[step] for step in _TEXTS[sample.stage]):
                 written = WriterOutput(**known(position, what))
@@ -159,9 +176,11 @@ class PromptSearch:
             self.samples[position] = sample = replace(
                 sample,
                 reflection=(texts[REFLECTION] or "") if REFLECTION in texts else None,
-                refined_prompt=texts[REFINED] or self.samples[sample.parent].refined_prompt,
+                refined_prompt=texts[REFINED] or parent.refined_prompt,
                 text_errors=tuple(errors),
             )
+        if failure := known(position, FAILURE):
+            return self._give_up(position, NotMade(**failure).error)
         if not self.folder.has_image(sample.file):
             return SearchTask(self, position, "take" if sample.stage == "given" else "draw")
         if self.context.verified:
@@ -170,6 +189,11 @@ class PromptSearch:
                 return SearchTask(self, position, "score")
             self.samples[position] = replace(sample, verdict=read_verdict(verdict))
         return None
+
+    def _give_up(self, position: int, error: str) -> None:
+        """An image without a file, and without a score."""
+        verdict = Verdict(None, error=error) if self.context.verified else None
+        self.samples[position] = replace(self.samples[position], error=error, verdict=verdict)
 
     def case(self, task: SearchTask) -> WriterInput:
         """The input of a language model: an image's parent and its history, read from the folder."""

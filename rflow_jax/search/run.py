@@ -15,8 +15,8 @@ from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import PromptFolder, check_entry, is_done
-from rflow_jax.search.prompt_search import PromptSearch, SearchContext
+from rflow_jax.search.prompt_folder import check_entry, is_done
+from rflow_jax.search.prompt_search import PromptSearch, ResultFolder, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.verifiers import make_verifier
@@ -106,7 +106,7 @@ def _search(
         for index, entry in todo.items():
             images = given.get(index, [])
             strategy = config.strategy(kind, len(images) if images else None)
-            yield PromptSearch(PromptFolder(out, index, entry), strategy, context, images)
+            yield PromptSearch(ResultFolder(out, index, entry), strategy, context, images)
 
     planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
     clock = BusyClock()
@@ -135,7 +135,7 @@ def _search(
         print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
-    return 1 if context.verified and live.unscored and not live.scored else 0
+    return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
 
 
 def _load(kind: Kind, config: SearchConfig) -> Any:
@@ -174,6 +174,8 @@ def _summary(prompts: int, live: SearchProgress, out: Path, accounts: Budget, ve
     counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{live.images} images"]
     if verified:
         counts += [f"{live.scored} scored", f"{live.unscored} without a score"]
+    if live.without_image:
+        counts.append(f"{live.without_image} could not be made")
     if live.partly_scored:
         counts.append(f"{live.partly_scored} of them not by all members of the ensemble")
     if live.text_failures:

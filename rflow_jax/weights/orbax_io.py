@@ -156,7 +156,7 @@ def read_orbax(
 
 
 def _all_finite(value: jax.Array) -> bool:
-    """Whether this process's part of an array is finite; each device looks at its own, so that none waits for others."""
+    """Whether this process's part of an array is finite; each device looks at its own, and waits for no other."""
     parts = {str(shard.index): shard.data for shard in value.addressable_shards}  # of equal ones just one
     return all(map(bool, [_finite(part) for part in parts.values()]))
 

@@ -16,7 +16,8 @@ from PIL.Image import Image
 
 import rflow_jax.generation.pipeline
 from rflow_jax.generation.config import SamplingConfig
-from rflow_jax.generation.pipeline import Pending, Request
+from rflow_jax.generation.pipeline import Made, NotFiniteError, Pending, Request
+from rflow_jax.generation.sampling import Sampled
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Log:
 class FakePending(Pending):
     """A batch on its way."""
 
-    made: list[Image]
+    made: list[Made]
     log: Log
     wait: Callable[[], None]
 
-    def images(self) -> list[Image]:
+    def images(self) -> list[Made]:
         """The pictures, after a while."""
         self.wait()
         self.log.on_their_way -= 1
@@ -62,12 +63,14 @@ class FakePipeline:
     Attributes:
         before: told the requests of each batch before it starts; may raise.
         wait: what the device does in the meantime.
+        fails: why there is no image, for requests that fail.
     """
 
     lora: bool = True
     replicas: int = 1
     before: Callable[[Sequence[Request]], None] = lambda requests: None
     wait: Callable[[], None] = lambda: None
+    fails: Callable[[Request], str | None] = lambda request: None
     log: Log = field(default_factory=Log)
     thread: int = field(default_factory=threading.get_ident)
     loaded: dict[str, Any] = field(default_factory=dict)
@@ -106,8 +109,8 @@ class FakePipeline:
         self.before(requests)
         self.batches.append(Batch(self.lora, list(requests), self.log.on_their_way))
         self.log.on_their_way += 1
-        made = [picture(request, self.lora, settings) for request in requests]
-        return FakePending(len(made), jnp.zeros(0), made, self.log, self.wait)
+        made = [self.fails(request) or picture(request, self.lora, settings) for request in requests]
+        return FakePending(len(made), Sampled(*[jnp.zeros(0)] * 3), made, self.log, self.wait)
 
     def generate(
         self,
@@ -124,13 +127,15 @@ class FakePipeline:
         columns = [[None] * len(prompts) if c is None else c for c in (conditions, reflections, refined_prompts)]
         requests = [Request(*row) for row in zip(prompts, seeds, *columns, strict=True)]
         size = self.images_at_once(settings)
-        images: list[Image] = []
+        made: list[Made] = []
         for first in range(0, len(requests), size):
-            batch = self.start(requests[first : first + size], settings).images()
-            if on_images:
-                on_images(first, batch)
-            images += batch
-        return images
+            for place, image in enumerate(self.start(requests[first : first + size], settings).images(), first):
+                if on_images and not isinstance(image, str):
+                    on_images(place, [image])
+                made.append(image)
+        if failed := {place: image for place, image in enumerate(made) if isinstance(image, str)}:
+            raise NotFiniteError(failed, len(made))
+        return [image for image in made if not isinstance(image, str)]
 
 
 def picture(request: Request, lora: bool, settings: SamplingConfig) -> Image:

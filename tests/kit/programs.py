@@ -23,7 +23,7 @@ def traced(pipe: Pipeline, *prompts: str, **how: Any) -> dict[str, Any]:
         def trace(*args: Any) -> Any:
             stage = program.trace(*args)
             found[name] = stage.jaxpr.jaxpr
-            return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), stage.out_info)
+            return jax.tree.map(lambda out: jnp.ones(out.shape, out.dtype), stage.out_info)
 
         return trace
 

@@ -70,7 +70,7 @@ def test_diffusers_draws_the_same_picture(folder):
         noise = ours._draw(program, (12, 12, 16), noise_draws([request.seed]))
         latents = torch.from_numpy(np.array(noise))
         given = ours.prepare(program, ours.bundle.weights, ours._inputs([request], settings))
-        tokens, pixels = ours.sample(program, ours.bundle.weights, noise, given, ours._scales(settings))
+        tokens, pixels, _ = ours.sample(program, ours.bundle.weights, noise, given, ours._scales(settings))
 
     theirs = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)

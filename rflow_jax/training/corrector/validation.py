@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -22,7 +23,7 @@ from rflow_jax.data.transforms import Example, make_example
 from rflow_jax.errors import InputError
 from rflow_jax.flow import rope_for
 from rflow_jax.generation.config import SamplingConfig
-from rflow_jax.generation.pipeline import Pipeline
+from rflow_jax.generation.pipeline import NotFiniteError, Pipeline
 from rflow_jax.parallel.mesh import put_batch, replicated, samples_along, traced_on
 from rflow_jax.parallel.runtime import reproducible
 from rflow_jax.training.config import ValidationConfig
@@ -34,6 +35,7 @@ from rflow_jax.typing import Array
 from rflow_jax.utils.images import side_by_side
 
 FOLDER = "validation"
+log = logging.getLogger(__name__)
 
 
 class CorrectorValidation:
@@ -130,18 +132,24 @@ class CorrectorValidation:
             max_sequence_length=recipe.shape.text,
             **asdict(recipe.flags),
         )
-        images = self._pipe.with_weights(self.model.bundle_with(trainable).weights).generate(
-            [record.prompt for _, record, _ in chosen],
-            seeds=[(self.config.seed, i) for i in range(len(chosen))],
-            conditions=[Image.fromarray(example.bad) for _, _, example in chosen],
-            reflections=[record.reflection for _, record, _ in chosen],
-            settings=settings,
-        )
+        images: dict[int, Image.Image] = {}
+        try:
+            self._pipe.with_weights(self.model.bundle_with(trainable).weights).generate(
+                [record.prompt for _, record, _ in chosen],
+                seeds=[(self.config.seed, i) for i in range(len(chosen))],
+                conditions=[Image.fromarray(example.bad) for _, _, example in chosen],
+                reflections=[record.reflection for _, record, _ in chosen],
+                settings=settings,
+                on_images=lambda first, made: images.update(enumerate(made, first)),
+            )
+        except NotFiniteError as error:
+            log.warning("validation at step %d: %s", step, error)
         if jax.process_index():
             return
         folder = fresh(self.out / FOLDER / f"{step:07d}")
         folder.mkdir(parents=True)
-        for (name, _, example), image in zip(chosen, images, strict=True):
+        for place, image in images.items():
+            name, _, example = chosen[place]
             side_by_side([Image.fromarray(example.bad), Image.fromarray(example.good), image]).save(folder / name)
 
 

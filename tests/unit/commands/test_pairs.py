@@ -167,6 +167,15 @@ def test_what_is_there_already_is_not_made_again(pipe, folder, capsys):
     assert len(pipe.requests) == made + 1
 
 
+def test_a_picture_that_cannot_be_made_is_told_and_the_others_are_made(pipe, folder, capsys):
+    pipe.fails = lambda request: "its pixels became NaN or infinite" if request.reflection == "change 3" else None
+    assert pairs(config(folder)) == 1
+    said = capsys.readouterr()
+    assert said.out == f"4 pairs in {folder / 'out'}; 1 could not be made\n"
+    assert "left out: pair 3: its pixels became NaN or infinite" in said.err
+    assert len(list((folder / "out/generated").iterdir())) == 4
+
+
 def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_made(pipe, folder, capsys):
     (folder / "in/bad1.png").write_bytes(b"no picture")
     whole = (folder / "in/good4.png").read_bytes()
