@@ -154,15 +154,16 @@ class Chat:
         """Raises ServiceError if the server would refuse every question, now and later."""
         self._rejected += refuses_settings(error)
         if refuses_all(error) or (not self._answered and self._rejected >= _REJECTIONS):
-            self._refusal = text
-            raise ServiceError(text)
+            self._refusal = f"{self.endpoint.model_name}: {text}; mend it and give the same command again"
+            raise ServiceError(self._refusal)
 
     async def _wait_for_service(self, text: str) -> None:
         """Waits a little; raises ServiceError if the server has been away for too long."""
         away = time.monotonic() - self._heard
         left = self.endpoint.patience - away
         if left <= 0:
-            self._refusal = f"{text}; no answer for {away:.0f} s"
+            name, again = self.endpoint.model_name, "give the same command again when it is back"
+            self._refusal = f"{name}: {text}; no answer for {away:.0f} s; {again}"
             raise ServiceError(self._refusal)
         if not self._away:
             self._away = True

@@ -210,7 +210,7 @@ def test_an_ensemble_in_a_search_needs_prices_for_a_budget_and_no_score_to_stop_
 
 
 def test_members_over_http_are_asked_at_the_same_time(monkeypatch):
-    with OpenAIServer([Fault("status", status=401, when=lambda call: call.model == "bad")], delay=0.3) as server:
+    with OpenAIServer([Fault("status", status=413, when=lambda call: call.model == "bad")], delay=0.3) as server:
         member = {"base_url": server.base_url, "max_retries": 0}
         verifier = EnsembleVerifier(
             config(member | {"name": "openai", "model": "x"}, member | {"name": "yesno", "model": "y"},

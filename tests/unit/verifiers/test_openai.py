@@ -93,7 +93,7 @@ def test_metadata_is_put_in_words():
     ("fault", "reason"),
     [
         ({"kind": "status", "status": 500}, "HTTP 500"),
-        ({"kind": "status", "status": 401}, "HTTP 401"),
+        ({"kind": "status", "status": 413}, "HTTP 413"),
         ({"kind": "drop"}, "no connection, or it broke"),
         ({"kind": "truncated"}, "the answer was cut"),
         ({"kind": "refusal"}, "the model refused"),
