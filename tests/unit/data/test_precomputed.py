@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,15 @@ import numpy as np
 import pytest
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.sources.latents import COMPLETE, PrecomputeConfig, open_latents
+from rflow_jax.data.sources.latents import COMPLETE, LatentEntry, PrecomputeConfig, open_latents
 from rflow_jax.data.sources.open import open_loader
 from rflow_jax.data.sources.tar import open_tars
 from rflow_jax.data.workers import Workers
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh
 from rflow_jax.parallel.runtime import reproducible
-from rflow_jax.precompute.precompute import Job, ahead, precompute
+from rflow_jax.precompute.precompute import Encoded, Job, _split_batch, ahead, precompute
+from rflow_jax.precompute.prepare import Prepared
 from rflow_jax.testing.make_genref import make_genref
 from rflow_jax.training.corrector.latents import make_encode_latents, put_latents, require_latents_of
 from rflow_jax.training.corrector.step import StepSpec, TokenShape, make_encode
@@ -201,3 +203,19 @@ def test_the_command_says_what_is_missing():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "model" in done.stderr
+
+
+def test_a_record_that_becomes_no_number_is_one_that_cannot_be_used():
+    def ones(*shape: int) -> Any:
+        return np.ones(shape, np.float32)
+
+    good, bad = ((ones(3, side, side, 4), ones(3, side, side, 4)) for side in (2, 1))
+    encoded = Encoded(good, bad, ones(3, 5), ones(3, 2, 6, 7))
+    bad[1][1, 0, 0, 2] = np.inf
+    np.asarray(encoded.text)[2, 0, 5, 6] = np.nan  # with the reflection, which this record has not
+    entries = [LatentEntry(f"k{number}", "a cat", "make it larger" * (number < 2)) for number in range(3)]
+    (first, sound), (second, none), (third, _) = _split_batch([Prepared(entry) for entry in entries], encoded)
+    assert (first, third) == (entries[0], entries[2])
+    assert "text_with_reflection" in sound
+    assert second == LatentEntry("", "", "", "k1: its bad_logvar is NaN or infinite")
+    assert none == {}

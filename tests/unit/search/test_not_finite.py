@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from rflow_jax.commands.main import main
 from rflow_jax.search.budget import Budget
 from rflow_jax.search.config import NoiseStage
 from rflow_jax.search.prompt_search import NotMade
 from rflow_jax.search.run import _summary
+from rflow_jax.utils.cli import run
 from rflow_jax.verifiers.base import Verdict
-from tests.kit.fake_pipeline import FakePipeline
+from tests.kit.fake_pipeline import FakePipeline, instead_of_loading
 from tests.kit.searching import CONFIG, ENTRIES, drive, files, models, prompt_run, search, with_batch
 
 CAUSE = "its latents became NaN or infinite"
@@ -115,3 +117,19 @@ def test_the_summary_says_it(tmp_path):
 
     words = _summary(len(ENTRIES), done.live, tmp_path, Budget(tmp_path, 0, (), None), verified=True)
     assert f"{done.live.without_image} could not be made" in words
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.0, 0), (0.4, 1), (1.0, 1)])
+def test_the_command_says_it_with_its_status(share, status, tmp_path, monkeypatch, capsys):
+    fake = instead_of_loading(monkeypatch)
+    fake.fails = failing(share, {False}).fails
+    fake.without_lora().fails = fake.fails
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "two owls"}\n')
+    words = ["noise", "--model=m", f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out'}"]
+    argv = [*words, "--verifier.name=none", "--noise.search_rounds=3", "--noise.search_branch=4"]
+    assert run(lambda: main(argv)) == status
+    said = capsys.readouterr()
+    made = len(list((tmp_path / "out").glob("*/midimg/*.png")))
+    assert f"2 prompts, {made} images" in said.out
+    assert (f"{24 - made} could not be made" in said.out) == bool(share)
+    assert (f"the first failure was: image: {CAUSE}" in said.err) == bool(share)
