@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +17,18 @@ from rflow_jax.errors import InputError
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.prompt_folder import json_line
 from rflow_jax.utils.atomic_io import (
+    SyncGroup,
     append_line,
-    read_lines,
+    is_blank,
+    make_folder,
     remove_beginnings,
+    set_aside,
     truncate_partial_line,
     try_lock,
     write_file,
 )
 from rflow_jax.utils.json_files import parse_json_line
-from rflow_jax.verifiers.base import EnsembleVerdict, Verdict, read_verdict
+from rflow_jax.verifiers.base import Verdict, read_verdict
 
 # A line of this file to any of its characters; a list of images and prompts begins alike.
 _BEGINNING = re.compile(rb'\{"image": "(?:[^"\\]|\\.)*(?:\\?|"(?P<rest>.*))', re.DOTALL)
@@ -65,6 +69,7 @@ class Results:
         self._lines: dict[str, dict[str, Any]] = {}
         self._scored: dict[str, tuple[Verdict, str | None]] = {}
         self._held: IO[bytes] | None = None
+        self._group = SyncGroup()
         if path is not None:
             self._path = path = Path(os.path.realpath(path))  # a link stays one when the file is replaced
             if path.exists():
@@ -89,7 +94,7 @@ class Results:
         if self._path is None or self._held is not None:
             return
         path = self._path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is not a regular file; give another as --out")
         self._held = try_lock(path)
@@ -115,7 +120,7 @@ class Results:
         """Appends a verdict, whole or not at all."""
         self.begin()
         if self._path is not None:
-            append_line(self._path, json_line(self._line(found)))
+            append_line(self._path, json_line(self._line(found)), sync=self._group.due())
 
     def finish(self, all_found: Iterable[ImageResult]) -> None:
         """Rewrites the file in order: its other lines, then one line for each of these images."""
@@ -140,22 +145,46 @@ class Results:
         }
 
     def _read(self, path: Path) -> None:
-        lines, torn = read_lines(path)
-        for number, text in enumerate(lines, 1):
+        """Raises InputError for a file of another program, which stays as it is."""
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        torn, damaged = content[end:], []
+        for number, text in enumerate(content[:end].split(b"\n")[:-1], 1):
             try:
-                line = parse_json_line(text, f"{path}:{number}")
-                verdict, line_key = read_verdict(line["verdict"]), _line_key(line)
-                key = _key(line["sha256"], line["settings"], line["item"])
-                _require_kinds(verdict)
-            except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}:{number}: not a line of rflow score; give another file as --out") from error
-            self._lines[line_key] = line
-            if verdict.scored:
-                self._scored[key] = verdict, line.get("verifier")
-        if torn and not lines and not _begins(torn):
-            raise InputError(f"{path}:1: not a line of rflow score; give another file as --out")
-        if torn:
-            truncate_partial_line(path, torn)  # only now: a file of another program stays as it is
+                self._take(text, f"{path}:{number}")
+            except (InputError, ValueError, KeyError, TypeError, AttributeError):
+                damaged.append(number)
+        others = damaged[:1] if not self._lines else []
+        if torn and not self._lines and not _begins(torn):
+            others = others or [1]
+        if others and not is_blank(content):
+            raise InputError(f"{path}:{others[0]}: not a line of rflow score; give another file as --out")
+        if damaged or (others and torn):
+            self._repair(path, damaged)
+        elif torn:
+            truncate_partial_line(path, torn)
+
+    def _take(self, text: bytes, source: str) -> None:
+        """Raises one of several errors if the text is not a line of this file."""
+        line = parse_json_line(text.decode(), source)
+        verdict, line_key = read_verdict(line["verdict"]), _line_key(line)
+        key = _key(line["sha256"], line["settings"], line["item"])
+        self._lines[line_key] = line
+        if verdict.scored:
+            self._scored[key] = verdict, line.get("verifier")
+
+    def _repair(self, path: Path, damaged: list[int]) -> None:
+        """Sets the file aside and writes its whole lines anew."""
+        aside = set_aside(path)
+        write_file(path, "".join(map(json_line, self._lines.values())))
+        where = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
+        where = where if damaged and self._lines else "all of it"
+        print(f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again", file=sys.stderr)
+        if self._held is not None:
+            self._held.close()
+        self._held = try_lock(path)
+        if self._held is None:
+            raise InputError(f"{path}: another process is writing into it; wait for it, or give another --out")
 
 
 def shown(path: Path) -> str:
@@ -171,19 +200,6 @@ def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:
 def _line_key(line: Mapping[str, Any]) -> str:
     """The key of an image, prompt and verifier: a later line replaces an earlier one with the same key."""
     return _key(line["image"], line["settings"], line["item"])
-
-
-def _require_kinds(verdict: Verdict) -> None:
-    """Raises TypeError for a verdict with values of wrong types."""
-    number, text = (int, float, type(None)), (str, type(None))
-    if not isinstance(verdict.score, number) or isinstance(verdict.score, bool):
-        raise TypeError("score")
-    if not all(isinstance(value, text) for value in (verdict.label, verdict.error, verdict.explanation)):
-        raise TypeError("label, error or explanation")
-    for member in verdict.members if isinstance(verdict, EnsembleVerdict) else ():
-        if not isinstance(member.weight, (int, float)):
-            raise TypeError("weight")
-        _require_kinds(member.verdict)
 
 
 def _begins(torn: bytes) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.atomic_io import remove_beginnings, write_file
@@ -28,13 +30,18 @@ class Budget:
         except (OSError, ValueError):
             content = None
         before = content if isinstance(content, dict) else {}
-        self._seconds = float(before.get("seconds", 0.0))
-        self._images = int(before.get("images", 0))
+        self._seconds = float(_number(before.get("seconds")))
+        self._images = int(_number(before.get("images")))
+        spent_by = before.get("roles")
+        spent_by = spent_by if isinstance(spent_by, dict) else {}
         known = {field.name for field in fields(Usage)}
         self.meters = {}
         for role in roles:
-            spent = before.get("roles", {}).get(role, {})
-            self.meters[role] = UsageTracker(Usage(**{key: value for key, value in spent.items() if key in known}))
+            spent = spent_by.get(role)
+            usage = {key: _number(value) for key, value in spent.items()} if isinstance(spent, dict) else {}
+            if isinstance(spent, dict) and "cost" in spent and spent["cost"] is None:
+                usage["cost"] = None  # no price is known
+            self.meters[role] = UsageTracker(Usage(**{key: value for key, value in usage.items() if key in known}))
         self._began = self._written = time.monotonic()
         self._owned = False
 
@@ -75,3 +82,9 @@ class Budget:
             "roles": {role: meter.snapshot().as_dict() for role, meter in self.meters.items()},
         }
         write_file(self._path, json.dumps(content, indent=2) + "\n")
+
+
+def _number(value: Any) -> Any:
+    """A number from 0 as it is; 0 for anything else that a damaged file may hold."""
+    usable = type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return value if usable else 0

@@ -1,6 +1,7 @@
 """The folder of one prompt, and its append-only journal, from which a killed run resumes.
 
-A line that was cut by a kill is dropped when the journal is opened again; that step is repeated.
+A line that was cut by a kill is dropped when the journal is opened again; that step is repeated. Files that are damaged
+in another way are set aside, and what is missing is done again.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,10 +21,23 @@ from PIL.Image import Image
 
 from rflow_jax.errors import InputError
 from rflow_jax.search.lineage import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
-from rflow_jax.utils.atomic_io import append_line, remove_beginnings, temporary_path, whole_lines, write_file
+from rflow_jax.utils.atomic_io import (
+    SyncGroup,
+    append_line,
+    inside,
+    is_blank,
+    remove_beginnings,
+    set_aside,
+    sync_folder,
+    sync_tree,
+    temporary_path,
+    write_file,
+)
 from rflow_jax.utils.images import png_bytes, read_image
-from rflow_jax.utils.json_files import parse_json_lines, read_text
+from rflow_jax.utils.json_files import parse_json_line, parse_json_lines, read_text
+from rflow_jax.verifiers.base import read_verdict
 from rflow_jax.verifiers.ranking import with_ensemble_scores
+from rflow_jax.writers.base import WriterOutput
 
 JOURNAL = "journal.jsonl"
 
@@ -49,8 +66,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[int, dict[str, Any]] = {}
-        for _, entry in parse_json_lines("\n".join(whole_lines(path)), path):
-            self._remember(entry)
+        self._group = SyncGroup()
+        self._read(path.read_bytes() if path.exists() else b"")
 
     def known(self, position: int, what: str) -> Any:
         """The entry of an image, or None."""
@@ -59,7 +76,7 @@ class Journal:
     def note(self, position: int, what: str, value: Any) -> None:
         """Adds a line."""
         entry = {"id": position, what: value}
-        append_line(self._path, json_line(entry))
+        append_line(self._path, json_line(entry), sync=self._group.due())
         self._remember(entry)
 
     def remove(self) -> None:
@@ -69,10 +86,45 @@ class Journal:
     def _remember(self, entry: dict[str, Any]) -> None:
         self._known.setdefault(entry.pop("id"), {}).update(entry)
 
+    def _read(self, content: bytes) -> None:
+        """Keeps the lines that are whole; if others stand among them, the file is set aside first."""
+        *texts, torn = content.split(b"\n")
+        whole, damaged = [], []
+        for number, text in enumerate(texts, 1):
+            try:
+                self._remember(_journal_entry(text, f"{self._path}:{number}"))
+                whole.append(text + b"\n")
+            except (InputError, ValueError, KeyError, TypeError, AttributeError):
+                damaged.append(number)
+        if damaged or (content and is_blank(content)):
+            _say_set_aside(self._path, f"line {damaged[0]}" if damaged else "without content")
+        if damaged or torn:
+            write_file(self._path, b"".join(whole))
+
+
+def _journal_entry(text: bytes, source: str) -> dict[str, Any]:
+    """A line of the journal; raises one of several errors if it is none."""
+    entry = parse_json_line(text.decode(), source)
+    if type(entry["id"]) is not int:
+        raise TypeError("id")
+    for what, value in entry.items():
+        if what == "verdict":
+            read_verdict(value)
+        elif what != "id":
+            made = WriterOutput(**value) if what != "failure" else WriterOutput(None, **value)
+            if not all(isinstance(part, str | None) for part in (made.text, made.error)):
+                raise TypeError(what)
+    return entry
+
+
+def _say_set_aside(path: Path, where: str) -> None:
+    aside = set_aside(path)
+    print(f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again", file=sys.stderr)
+
 
 RECORDS, METADATA = "records.jsonl", "metadata.jsonl"
 SAMPLES, LAST_ROUND, BEST_OF_CHAINS, BEST = "samples", "samples_lastround", "samples_path_bestround", "samples_best"
-_PNG_END = b"IEND\xaeB`\x82"
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class PromptFolder:
@@ -86,11 +138,15 @@ class PromptFolder:
         self.path = folder_of(out, index)
         self.index = index
         self.entry = entry
+        self._whole: set[str] = set()  # images whose bytes have been checked
         remove_beginnings(self.path)
-        if (self.path / METADATA).exists():
-            check_entry(out, index, entry)
-        else:
-            write_file(self.path / METADATA, json_line(entry))
+        check_entry(out, index, entry)
+        if not _has_content(metadata := self.path / METADATA):
+            if metadata.exists():
+                _say_set_aside(metadata, "without content")
+            write_file(metadata, json_line(entry))
+        if (reason := _damage(self.path)) is not None:
+            _say_set_aside(self.path / RECORDS, reason)
         self.journal = Journal(self.path / JOURNAL)
 
     @staticmethod
@@ -99,19 +155,26 @@ class PromptFolder:
         return f"midimg/{round_number}_round@{'-'.join(map(str, seed))}.png"
 
     def has_image(self, name: str) -> bool:
-        """Whether the image is there, to its last byte."""
-        try:
-            with open(self.path / name, "rb") as file:
-                file.seek(-len(_PNG_END), os.SEEK_END)
-                return file.read() == _PNG_END
-        except OSError:
+        """Whether the image is there and as it was written; a damaged file is set aside, a torn one is no file."""
+        path = self.path / name
+        if not has_end(path):
+            if path.is_file():
+                print(f"{path}: torn; the image is made again", file=sys.stderr)
             return False
+        if name in self._whole:
+            return True
+        if not _is_whole_png(path):
+            _say_set_aside(path, "a checksum is wrong")
+            return False
+        self._whole.add(name)
+        return True
 
     def read_image(self, name: str) -> Image:
         return read_image(self.path / name)
 
     def write_image(self, name: str, image: Image) -> None:
         write_file(self.path / name, png_bytes(image))
+        self._whole.add(name)
 
     def finish(
         self, samples: Sequence[Sample], made_with: Mapping[str, Any], verified: bool, count_first: bool = True
@@ -138,9 +201,12 @@ class PromptFolder:
         self.journal.remove()
 
     def _link_chosen(self, folder: str, samples: Sequence[Sample], chosen: Sequence[int]) -> None:
-        (self.path / folder).mkdir(exist_ok=True)
+        if (target := self.path / folder).is_symlink():
+            raise InputError(f"{target}: is a link to another folder; remove it")
+        target.mkdir(exist_ok=True)
         for number, position in enumerate(chosen):
-            link(self.path / samples[position].file, self.path / folder / f"{number:05d}.png")
+            link(self.path / samples[position].file, target / f"{number:05d}.png")
+        sync_folder(target)
 
 
 def folder_of(out: Path, index: int) -> Path:
@@ -152,7 +218,55 @@ def is_done(out: Path, index: int) -> bool:
     """Whether the search of a prompt is finished."""
     folder = folder_of(out, index)
     # A kill between the records and the end of the journal leaves both: then it is finished once more.
-    return (folder / RECORDS).exists() and not (folder / JOURNAL).exists()
+    return (folder / RECORDS).exists() and not (folder / JOURNAL).exists() and _damage(folder) is None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the records of a prompt, or with the images that they name; None also if there are none."""
+    if not (folder / RECORDS).exists():
+        return None
+    try:
+        for record in read_records(folder):
+            image = folder / record["file"]
+            if image.exists() and not has_end(image):
+                return f"{record['file']} is not a whole PNG file"
+    except InputError as error:
+        return str(error).removeprefix(f"{folder / RECORDS}:").strip()
+    return None
+
+
+def has_end(path: Path) -> bool:
+    """Whether a PNG file is there to its last byte."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:
+        return False
+
+
+def _is_whole_png(path: Path) -> bool:
+    """Whether all checksums in a PNG file are right; a link is none, since it may lead anywhere."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode) or not has_end(path):
+            return False
+        content = memoryview(path.read_bytes())
+    except OSError:
+        return False
+    place = len(_PNG)
+    while content[:place] and place + 12 <= len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if zlib.crc32(content[place + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
+            return False
+        place = end
+    return content[: len(_PNG)] == _PNG and place == len(content)
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return not is_blank(path.read_bytes())
+    except FileNotFoundError:
+        return False
 
 
 def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
@@ -162,7 +276,7 @@ def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
         InputError: it belongs to another prompt.
     """
     path = folder_of(out, index) / METADATA
-    if not path.exists():
+    if not _has_content(path):
         return
     try:
         same = json.loads(path.read_text(encoding="utf-8")) == dict(entry)
@@ -182,9 +296,16 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     records = []
     for source, record in parse_json_lines(read_text(path, "records"), path):
         try:
-            records.append({**record, "file": record["file"], "round": int(record["round"])})
-        except (ValueError, KeyError, TypeError) as error:
+            inside(folder, record["file"])
+            if (verdict := record.get("verdict")) is not None:
+                read_verdict(verdict)
+            if type(record["round"]) is not int or not isinstance(record.get("stage", ""), str):
+                raise TypeError("round or stage")
+            records.append({"verdict": None, "stage": "", **record})
+        except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{source}: not a record of an image ({error})") from error
+    if not records:
+        raise InputError(f"{path}: has no records; run the search again")
     return records
 
 
@@ -195,5 +316,6 @@ def link(source: Path, target: Path) -> None:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
+        sync_tree(temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # replacing a name by another of the same file leaves both

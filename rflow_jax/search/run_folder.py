@@ -15,7 +15,7 @@ import yaml
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, public_url
 from rflow_jax.search.config import RunConfig, SearchConfig
-from rflow_jax.utils.atomic_io import try_lock, use_folder
+from rflow_jax.utils.atomic_io import is_blank, sync_folder, try_lock, use_folder
 from rflow_jax.utils.checks import current_key, flatten
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, VerifierConfig
 from rflow_jax.writers.base import WRITERS, TextGeneratorConfig
@@ -30,7 +30,7 @@ def require_usable(out: Path) -> None:
     Raises:
         InputError: it contains other files, cannot be created, or cannot be written to.
     """
-    taken = use_folder(out)
+    taken = use_folder(out) and any(not _is_beginning(path.name) for path in out.iterdir())
     if taken and not (out / CONFIG).exists():
         raise InputError(f"{out}: contains files, but no search ({CONFIG} is missing); give another folder as --out")
 
@@ -42,7 +42,7 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         InputError: a setting that changes results differs now; names it.
     """
     path = out / CONFIG
-    if not path.exists():
+    if not path.exists() or is_blank(path.read_bytes()):
         return
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -96,19 +96,25 @@ def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
     """
     path = out / CONFIG
     if not path.exists():
-        _write_first(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        _write_first(path, _yaml(config))
     require_same(out, config)
     lock = out / f".{CONFIG}.{process_index}.lock" if process_index else None  # a file for each process of a run
     held = try_lock(lock or path)
     if held is None:
         raise InputError(f"{out}: another process is using this folder; wait for it, or give another")
+    if is_blank(path.read_bytes()):  # after a power cut; in place, since this file is locked
+        path.write_text(_yaml(config), encoding="utf-8")
+        os.fsync(held.fileno())
     return Claim(held, lock)
 
 
 def _write_first(path: Path, content: str) -> None:
     """Writes a new file; of several processes the first one wins, as the claims lock that file."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    own.write_text(content, encoding="utf-8")
+    with open(own, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     try:
         os.link(own, path)
     except FileExistsError:
@@ -116,6 +122,17 @@ def _write_first(path: Path, content: str) -> None:
     except OSError:  # the file system has no links
         os.replace(own, path)
     own.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    sync_folder(path.parent.parent)
+
+
+def _is_beginning(name: str) -> bool:
+    """Whether it is a configuration that was not written to its end."""
+    return name.startswith(f".{CONFIG}.") and name.endswith(".tmp")
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:

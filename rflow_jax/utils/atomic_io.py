@@ -1,4 +1,4 @@
-"""Atomic files, locks, and lines appended safely."""
+"""Files that survive kills and power cuts: written atomically, locked, appended to, set aside when damaged."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import glob
 import os
 import secrets
 import tempfile
+import time
 from pathlib import Path
 from typing import IO
 
 from rflow_jax.errors import InputError
+
+SYNC_EVERY = 2.0  # seconds between syncs of a file that lines are appended to
 
 
 def use_folder(path: Path) -> bool:
@@ -74,19 +77,108 @@ def temporary_path(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a file atomically, even if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file atomically, even if the process is killed or the power fails; it is on disk on return."""
+    make_folder(path.parent)
     temporary = temporary_path(path)
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    with open(temporary, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Appends a line, given with its newline; a killed process leaves all of it or its beginning."""
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it if necessary; their names are on disk on return."""
+    missing = []
+    for folder in (path, *path.parents):
+        if folder.exists():
+            break
+        missing.append(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the names in a folder on disk, as far as its file system can."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_tree(path: Path) -> None:
+    """Puts a file, or a folder with everything in it, on disk; not the name of the path itself."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if (file := Path(folder, name)).is_file() and not file.is_symlink():
+                _sync(file, os.O_RDONLY)
+        sync_folder(Path(folder))
+    if path.is_file():
+        _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file to a free name beside it, which is returned."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")):
+        number += 1
+    os.rename(path, aside)
+    return aside
+
+
+def is_blank(content: bytes) -> bool:
+    """Whether a file has no content, or only the zeros that a power cut leaves in its place."""
+    return not content.strip(b"\0 \t\r\n")
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The path of a file that another file names, relative to its folder; raises InputError if it leaves the folder."""
+    if isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name):
+        root = os.path.realpath(folder)
+        if os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
+            return folder / name
+    raise InputError(f"{str(name)[:100]!r} is not a file in this folder")
+
+
+class SyncGroup:
+    """Says when lines that were appended to a file should be put on disk: at once, then every :data:`SYNC_EVERY`."""
+
+    def __init__(self) -> None:
+        self._last = -SYNC_EVERY
+
+    def due(self) -> bool:
+        """Whether it is time; if so, it counts as done."""
+        if (now := time.monotonic()) - self._last < SYNC_EVERY:
+            return False
+        self._last = now
+        return True
+
+
+def append_line(path: Path, line: str, sync: bool = False) -> None:
+    """Appends a line, given with its newline; a killed process leaves all of it or its beginning.
+
+    Args:
+        sync: put the file on disk, with this line and those before it.
+    """
+    new = sync and not path.exists()
     content = line.encode()
     with open(path, "ab", buffering=0) as file:  # in one unbuffered call
         if file.write(content) < len(content):  # unbuffered, a full disk is not an error but a short write
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            os.fsync(file.fileno())
+    if new:
+        sync_folder(path.parent)
 
 
 def read_lines(path: Path) -> tuple[list[str], bytes]:

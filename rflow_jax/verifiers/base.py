@@ -126,9 +126,22 @@ def score_images(verifier: Verifier, images: Sequence[Image], items: Sequence[Ma
 def read_verdict(stored: Mapping[str, Any]) -> Verdict:
     """A verdict that was stored as ``dataclasses.asdict`` makes it; raises KeyError or TypeError for anything else."""
     if "members" not in stored:
-        return Verdict(**stored)
-    members = (MemberVerdict(one["name"], one["weight"], Verdict(**one["verdict"])) for one in stored["members"])
-    return EnsembleVerdict(**{**stored, "members": tuple(members)})
+        return _checked(Verdict(**stored))
+    members = (MemberVerdict(one["name"], one["weight"], read_verdict(one["verdict"])) for one in stored["members"])
+    return _checked(EnsembleVerdict(**{**stored, "members": tuple(members)}))
+
+
+def _checked(verdict: Verdict) -> Verdict:
+    """The verdict; raises TypeError if a value has a wrong type."""
+    number, text = (int, float, type(None)), (str, type(None))
+    if not isinstance(verdict.score, number) or isinstance(verdict.score, bool):
+        raise TypeError("score")
+    if not all(isinstance(value, text) for value in (verdict.label, verdict.error, verdict.explanation)):
+        raise TypeError("label, error or explanation")
+    for member in verdict.members if isinstance(verdict, EnsembleVerdict) else ():
+        if not isinstance(member.weight, (int, float)):
+            raise TypeError("weight")
+    return verdict
 
 
 @runtime_checkable

@@ -20,6 +20,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import make_folder, sync_folder, sync_tree
 from rflow_jax.weights.key_mapping import KeyMapping, MappingPlan, plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.safetensors_io import DTYPES, TensorFiles
@@ -83,11 +84,13 @@ def atomic_output(dst: str | os.PathLike[str]) -> Iterator[Path]:
     if dst.exists():
         raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another path")
     partial = dst.with_name(dst.name + PARTIAL)
-    dst.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(dst.parent)
     _remove(partial)
     try:
         yield partial
+        sync_tree(partial)
         os.replace(partial, dst)
+        sync_folder(dst.parent)
     except OSError as error:
         _remove(partial)
         # A write does not know its file's name, and the partial one is gone.

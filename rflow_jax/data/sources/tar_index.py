@@ -323,6 +323,8 @@ def _save(file: Path, index: ShardIndex) -> None:
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as out:
             temporary = out.name
             np.savez(out, **arrays)
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(temporary, file)
     except OSError as error:  # a full or read-only disk only costs time at the next start
         log.warning("%s: the index is not kept (%s)", file, error)

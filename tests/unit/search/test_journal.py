@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from rflow_jax.search.prompt_folder import Journal, json_line
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(["a\u2028b", "\x85", "\n", "\x1c\x0b"])
+verdicts = st.fixed_dictionaries({"score": st.none() | st.integers(0, 9), "explanation": texts})
 notes = st.lists(
-    st.tuples(st.integers(0, 4), st.sampled_from(["verdict", "reflection"]), st.dictionaries(texts, texts, max_size=2)),
+    st.tuples(st.integers(0, 4), st.just("verdict"), verdicts)
+    | st.tuples(st.integers(0, 4), st.just("reflection"), st.fixed_dictionaries({"text": texts})),
     max_size=8,
 )
 
