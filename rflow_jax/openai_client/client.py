@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rflow_jax.errors import ServiceError
+from rflow_jax.openai_client.accepted import FORMATS, Accepted
 from rflow_jax.openai_client.endpoint import Endpoint, Secrets
 from rflow_jax.openai_client.messages import ChatError, ChatRequest, UnusableAnswer
-from rflow_jax.openai_client.protocol import FORMATS, read_answer, read_body, read_usage, request
+from rflow_jax.openai_client.protocol import read_answer, read_body, read_error, read_usage, request
 from rflow_jax.openai_client.retry import (
     LONGEST_PAUSE,
     backoff,
@@ -20,11 +21,11 @@ from rflow_jax.openai_client.retry import (
     is_retryable,
     reason,
     refuses_all,
-    refuses_form,
     refuses_settings,
 )
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.batching import CLOSED
+from rflow_jax.utils.network import is_loopback, require_usable_network
 
 if TYPE_CHECKING:
     import tenacity
@@ -39,8 +40,8 @@ class Chat:
     """Asks one endpoint; threads may share it.
 
     One budget of retries covers all transient failures: timeouts, broken connections, truncated replies, the statuses
-    408, 409, 429 and 5xx, and unusable answers. ``Retry-After`` is honoured. A server that is away for all is waited for,
-    for the seconds of ``patience``.
+    408, 409, 429 and 5xx, and unusable answers. ``Retry-After`` is honoured. A server that is away for all is waited
+    for, for the seconds of ``patience``.
 
     Args:
         meter: counts the usage.
@@ -55,10 +56,18 @@ class Chat:
         self.endpoint = endpoint
         self._meter = meter or UsageTracker()
         key, address = endpoint.api_key(), endpoint.address()
-        self._secrets = Secrets(key, address)
+        headers = endpoint.headers()
+        self._secrets = Secrets(key, address, (value for value in headers.values() if len(value) >= 8))
         # Retries and time limits are handled here, because unusable answers count as well.
-        self._client = openai.AsyncOpenAI(api_key=key, base_url=address, timeout=None, max_retries=0)
-        self._format = 0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured)
+        self._client = openai.AsyncOpenAI(
+            api_key=key,
+            base_url=address,
+            timeout=None,
+            max_retries=0,
+            default_headers=headers,
+            http_client=http_client(address),
+        )
+        self._accepted = Accepted(0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured))
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._asking: set[asyncio.Task[Any]] = set()
         # When the server was heard last, whether it ever gave an answer, how many questions it rejected, and how many
@@ -181,32 +190,42 @@ class Chat:
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
 
     async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:
-        """The reply to a question; falls back to a looser format if the server rejects one."""
+        """The reply to a question; what the server refuses in its form is asked in another one."""
         import openai
 
-        format = self._format
+        accepted = self._accepted
         while True:
+            fields = request(self.endpoint, question, accepted)
             try:
-                body = await self._send(request(self.endpoint, question, FORMATS[format]))
+                body = await self._send(fields)
                 break
             except openai.APIStatusError as error:
-                looser = self.endpoint.structured == "auto" and format < len(FORMATS) - 1
-                if not (question.form and looser and refuses_form(error)):
+                other = accepted.after(error, fields, auto=self.endpoint.structured == "auto")
+                if other is None:
                     raise
-                format += 1
-        # Remembered only now: a rejection for another reason must not loosen later questions.
-        self._format = max(self._format, format)
+                accepted = other
+        # Remembered only now: a rejection for another reason must not change later questions.
+        self._accepted = self._accepted.with_all(accepted)
         return body
 
     async def _send(self, fields: dict[str, Any]) -> Mapping[str, Any]:
+        import openai
+
         self._meter.add(Usage(attempts=1, in_flight=1))
         try:
             async with asyncio.timeout(self.endpoint.timeout):
-                reply = await self._client.chat.completions.with_raw_response.create(**fields)
+                reply = await self._client.chat.completions.with_raw_response.create(
+                    **fields, extra_body=self.endpoint.extra_body or None
+                )
         finally:
             self._meter.add(Usage(in_flight=-1))
         body = read_body(reply.content)
         self._meter.add(read_usage(body, self.endpoint))
+        if failed := read_error(body):
+            status, words = failed
+            error = openai.APIStatusError(str(words.get("message")), response=reply.http_response, body=words)
+            error.status_code = status
+            raise error
         return body
 
     def _reason(self, error: BaseException, attempts: int) -> str:
@@ -215,6 +234,16 @@ class Chat:
         if len(text) > _LONGEST_REASON:
             text = text[: _LONGEST_REASON - 3] + "..."
         return f"{text} ({attempts} attempt{'s' if attempts > 1 else ''})"
+
+
+def http_client(address: str | None) -> Any:
+    """A client for an address; none of the environment's proxies is used for one of this machine."""
+    import openai
+
+    if address is None or not is_loopback(address):
+        require_usable_network()
+        return openai.DefaultAsyncHttpxClient()
+    return openai.DefaultAsyncHttpxClient(trust_env=False)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

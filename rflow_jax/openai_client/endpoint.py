@@ -3,7 +3,9 @@
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
@@ -19,10 +21,10 @@ _SHORTEST = 8  # a shorter key is no protection, and words of an answer may look
 class Secrets:
     """The API key, and the user, password and query of the address."""
 
-    def __init__(self, key: str, address: str | None) -> None:
+    def __init__(self, key: str, address: str | None, more: Iterable[str] = ()) -> None:
         parts = urlsplit(address or "")
         inside = {parts.password or parts.username or "", *re.split("[&=]", parts.query)}
-        held = {key, *inside, *map(unquote, inside)} - {"", NO_KEY}
+        held = {key, *more, *inside, *map(unquote, inside)} - {"", NO_KEY}
         self._secrets = sorted(held, key=len, reverse=True)
 
     def blank(self, text: str) -> str:
@@ -67,6 +69,9 @@ class Connection:
         patience: seconds for which the server may be away before the run ends; it goes on when it is back.
         price_input: USD per million tokens read; null: the cost is not known (a server of your own costs 0).
         price_output: USD per million tokens written.
+        reasoning_effort: how long a model thinks (low, medium, high, or what the server knows); null leaves it to it.
+        extra_body: further fields of each request, such as ``{top_k: 20}``.
+        extra_headers: further HTTP headers; a value ``$NAME`` is taken from the environment.
     """
 
     base_url: str | None = field(default=None, repr=False, metadata=EXECUTION)  # it may hold a password
@@ -78,6 +83,9 @@ class Connection:
     patience: float = field(default=600.0, metadata=EXECUTION)
     price_input: float | None = field(default=None, metadata=EXECUTION)
     price_output: float | None = field(default=None, metadata=EXECUTION)
+    reasoning_effort: str | None = None
+    extra_body: dict[str, Any] = field(default_factory=dict, repr=False)
+    extra_headers: dict[str, str] = field(default_factory=dict, repr=False, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
@@ -122,6 +130,19 @@ class Connection:
         if self.address():
             return NO_KEY
         raise InputError(f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server")
+
+    def headers(self) -> dict[str, str]:
+        """The further HTTP headers, with the values that the environment holds.
+
+        Raises:
+            InputError: a variable is not set, or a value cannot be a header.
+        """
+        found = {}
+        for name, value in self.extra_headers.items():
+            found[name] = os.environ.get(value[1:], "") if value.startswith("$") else value
+            if not re.fullmatch(r"[!-~][ -~]*", found[name]) or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+                raise InputError(f"extra_headers.{name!r}: not a header, or its environment variable is not set")
+        return found
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """USD for these tokens read and written; None if the prices are unknown."""

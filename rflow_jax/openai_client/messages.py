@@ -55,12 +55,14 @@ class Answer:
     tokens: tuple[tuple[str, float], ...] = ()
 
     def require_text(self) -> str:
-        """The text; raises UnusableAnswer if it is empty or truncated."""
+        """The answer without thoughts and markup; raises UnusableAnswer if it is truncated or there is none."""
         if self.cut:
             raise UnusableAnswer("the answer was cut at the limit of tokens; raise max_tokens")
         if not self.text.strip():
             raise UnusableAnswer("the answer is empty")
-        return self.text
+        from rflow_jax.openai_client.answer_text import only_answer
+
+        return only_answer(self.text)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,18 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from rflow_jax.openai_client.accepted import FORMATS, Accepted
 from rflow_jax.openai_client.endpoint import Endpoint
 from rflow_jax.openai_client.messages import Answer, ChatRequest, UnusableAnswer, encodable
 from rflow_jax.openai_client.usage import Usage
 
-FORMATS = ("json_schema", "json_object", "text")
-"""Ways to ask for JSON, from strict to loose."""
 
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-
-
-def request(endpoint: Endpoint, question: ChatRequest, format: str) -> dict[str, Any]:
-    """The fields of a request; ``format`` is one of ``FORMATS``."""
+def request(endpoint: Endpoint, question: ChatRequest, accepted: Accepted) -> dict[str, Any]:
+    """The fields of a request, as the server accepts them."""
+    format = FORMATS[accepted.format]
     fields: dict[str, Any] = {"model": endpoint.model_name, "messages": list(question.messages)}
     if endpoint.temperature is not None:
         fields["temperature"] = endpoint.temperature
@@ -28,7 +24,9 @@ def request(endpoint: Endpoint, question: ChatRequest, format: str) -> dict[str,
     elif question.form and format == "json_schema":
         schema = {"name": question.form.name, "strict": True, "schema": question.form.schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return fields | dict(question.options)
+    if endpoint.reasoning_effort is not None:
+        fields["reasoning_effort"] = endpoint.reasoning_effort
+    return accepted.written(fields | dict(question.options))
 
 
 def read_body(content: bytes) -> Mapping[str, Any]:
@@ -52,6 +50,19 @@ def read_usage(body: Mapping[str, Any], endpoint: Endpoint) -> Usage:
     return Usage(prompt_tokens=read, completion_tokens=written, cost=endpoint.cost(read, written))
 
 
+def read_error(body: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]] | None:
+    """The status and the error that a gateway puts into a reply in place of the answer; None if there is none."""
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = body.get("error") or first.get("error")
+    if not error and first.get("finish_reason") != "error":
+        return None
+    error = error or "the server ended the answer with an error"
+    error = error if isinstance(error, dict) else {"message": str(error)}
+    code = str(error.get("code") or error.get("status") or "")
+    return (int(code) if code.isascii() and code.isdigit() and 400 <= int(code[:4]) < 600 else 500), error
+
+
 def read_answer(body: Mapping[str, Any]) -> Answer:
     """The model's answer in a reply.
 
@@ -61,14 +72,37 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
     try:
         choice = body["choices"][0]
         message, ended = choice["message"], choice.get("finish_reason")
-        text, refusal = message.get("content") or "", message.get("refusal")
+        text, refusal = _joined(message.get("content")), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UnusableAnswer("the server's reply is not a chat completion: it has no message") from error
     if refusal or ended == "content_filter":
         raise UnusableAnswer(f"the model refused: {refusal or 'its content filter struck'}")
     if not isinstance(text, str):
         raise UnusableAnswer("the server's reply is not a chat completion: its content is not text")
-    return Answer(_THOUGHTS.sub("", encodable(text)), cut=ended == "length", tokens=_first_tokens(choice))
+    tokens, cut = _first_tokens(choice), ended == "length"
+    if not (text.strip() or tokens or cut):
+        _require_no_other(message)
+    return Answer(encodable(text), cut=cut, tokens=tokens)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message's content; of a list of parts the texts alone, not the thoughts."""
+    if not isinstance(content, list):
+        return content or ""
+    parts = [part for part in content if isinstance(part, str | dict)]
+    return "".join(
+        part if isinstance(part, str) else str(part.get("text") or "")
+        for part in parts
+        if isinstance(part, str) or part.get("type") in ("text", "output_text")
+    )
+
+
+def _require_no_other(message: Mapping[str, Any]) -> None:
+    """Raises UnusableAnswer, with the reason, if a message without a text has something else."""
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UnusableAnswer("the model calls a tool and gives no answer")
+    if message.get("reasoning_content") or message.get("reasoning") or isinstance(message.get("content"), list):
+        raise UnusableAnswer("the model wrote thoughts and no answer")
 
 
 def _first_tokens(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:

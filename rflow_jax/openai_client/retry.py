@@ -21,6 +21,8 @@ _TRANSIENT = {408, 409, 429}
 _AWAY = {429, 502, 503, 504, 529}
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx
 _REFUSALS = {401, 402, 404, 405, 410}
+_LONGEST_WORDS = 20_000
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])|\x9b[0-?]*[ -/]*[@-~]")
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
 
 
@@ -93,7 +95,7 @@ def _until(date: str) -> float:
 
 def refuses_form(error: "openai.APIStatusError") -> bool:
     """Whether a server rejects the requested response format."""
-    return error.status_code in (400, 422) and bool(_ABOUT_FORM.search(_message(error)))
+    return error.status_code in (400, 422) and bool(_ABOUT_FORM.search(said(error)))
 
 
 def reason(error: BaseException, endpoint: Endpoint) -> str:
@@ -111,16 +113,22 @@ def reason(error: BaseException, endpoint: Endpoint) -> str:
             429: "too many requests, or no quota left",
         }
         # A server's message about a key is mostly that key.
-        message = "" if error.status_code == 401 else _message(error)
+        message = "" if error.status_code == 401 else said(error)
         text = ": ".join(filter(None, (f"HTTP {error.status_code}", hints.get(error.status_code), message)))
     elif isinstance(error, openai.APIConnectionError):
         text = f"no connection, or it broke: {error.__cause__ or error}"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return printable(text)
 
 
-def _message(error: "openai.APIStatusError") -> str:
+def printable(text: str) -> str:
+    """Foreign words in one line of bounded length, without escape sequences and control characters."""
+    text = _ESCAPES.sub("", text[:_LONGEST_WORDS])
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def said(error: "openai.APIStatusError") -> str:
     """The server's message: {error: {message}}, {message}, {error}, {detail} or plain text."""
     body: Any = error.body
     if isinstance(body, Mapping):

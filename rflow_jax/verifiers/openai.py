@@ -1,6 +1,7 @@
 """A verifier over HTTP that answers in JSON, and the base class of verifiers over HTTP."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,7 @@ class ChatVerifier:
 
 
 _OVERALL = "overall"
+_NUMBER = re.compile(r"\s*([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*(?:/\s*10)?\s*")
 
 
 class Mark(BaseModel):
@@ -178,12 +180,19 @@ def _verdict(aspects: Mapping[str, str], answer: Answer) -> Verdict:
 
 def _mark(name: str, value: Any) -> Mark:
     try:
-        mark = Mark.model_validate(value)
+        mark = Mark.model_validate(_with_number(value))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join((name, *map(str, first["loc"])))
         raise UnusableAnswer(f"the answer does not fit its schema: {field}: {first['msg']}") from error
     return mark.model_copy(update={"reason": encodable(mark.reason)})
+
+
+def _with_number(value: Any) -> Any:
+    """A mark with a score such as "7" or "7/10" as the number that it means; anything else as it is."""
+    score = value.get("score") if isinstance(value, dict) else None
+    written = _NUMBER.fullmatch(score) if isinstance(score, str) else None
+    return value | {"score": float(written[1])} if written else value
 
 
 def _schema(aspects: Mapping[str, str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.network import require_usable_network
 from rflow_jax.weights.packed import is_packed, unpacked
 
 _PACKAGE = Path(__file__).parents[1]
@@ -66,6 +67,7 @@ def _local(name: str) -> Path | None:
 def _from_hub(name: str, patterns: list[str], unwanted: list[str] = UNWANTED) -> Path:
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
+    require_usable_network()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

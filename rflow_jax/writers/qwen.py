@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client.answer_text import only_answer
+from rflow_jax.openai_client.messages import UnusableAnswer
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
@@ -62,5 +64,8 @@ def _written(answer: str | InputError) -> WriterOutput:
     """A text, or the reason why there is none."""
     if isinstance(answer, InputError):
         return WriterOutput(None, str(answer))
-    text = in_one_line(answer)
+    try:
+        text = in_one_line(only_answer(answer))
+    except UnusableAnswer as error:
+        return WriterOutput(None, str(error))
     return WriterOutput(text) if text else WriterOutput(None, "the answer is empty")

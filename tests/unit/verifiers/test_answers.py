@@ -45,6 +45,11 @@ def test_more_than_was_asked_for_is_put_up_with(parse):
     assert parse(json.dumps(GRADES | more)).raw == GRADES
 
 
+@pytest.mark.parametrize(("score", "number"), [("7", 7), ("7/10", 7), (" 7.5 / 10 ", 7.5), ("10", 10)])
+def test_a_number_in_quotation_marks_is_a_number(parse, score, number):
+    assert parse(json.dumps(GRADES | {"overall": {"reason": "x", "score": score}})).score == number
+
+
 REFUSED = {
     "nothing": "",
     "prose": "It is a 7.",
@@ -62,7 +67,9 @@ REFUSED = {
     "number alone": json.dumps(GRADES | {"overall": 7}),
     "too much": json.dumps(GRADES | {"overall": {"reason": "x", "score": 10.001}}),
     "too little": json.dumps(GRADES | {"sharpness": {"reason": "x", "score": -1}}),
-    "a text": json.dumps(GRADES | {"overall": {"reason": "x", "score": "7"}}),
+    "a word": json.dumps(GRADES | {"overall": {"reason": "x", "score": "seven"}}),
+    "of another scale": json.dumps(GRADES | {"overall": {"reason": "x", "score": "7/100"}}),
+    "too much in words": json.dumps(GRADES | {"overall": {"reason": "x", "score": "11"}}),
     "a bool": json.dumps(GRADES | {"overall": {"reason": "x", "score": True}}),
     "null": json.dumps(GRADES | {"overall": {"reason": "x", "score": None}}),
     "NaN": json.dumps(GRADES | {"overall": {"reason": "x", "score": float("nan")}}),
