@@ -24,7 +24,7 @@ from rflow_jax.training.config import CheckpointConfig
 from rflow_jax.training.run_folder import fresh
 from rflow_jax.training.task import Exporter
 from rflow_jax.training.train_state import TrainState
-from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.atomic_io import sync_folder, sync_tree, write_file
 from rflow_jax.utils.checks import current_key
 
 _BLOCK = 1 << 24  # bytes
@@ -159,7 +159,10 @@ class Checkpoints:
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self.config.keep_last, keep_period=self.config.keep_every, enable_async_checkpointing=True
+                max_to_keep=self.config.keep_last,
+                keep_period=self.config.keep_every,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._sync),
             )
             handlers = {
                 "state": ocp.StandardCheckpointHandler(),
@@ -169,6 +172,19 @@ class Checkpoints:
             folder = (self.out / CHECKPOINTS).absolute()
             self._opened = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
         return self._opened
+
+    def _sync(self) -> None:
+        """Puts a new checkpoint on disk before it gets its final name; Orbax does so only with the arrays."""
+        if jax.process_index() == 0:
+            for path in (self.out / CHECKPOINTS).iterdir():
+                if not path.name.isdecimal():
+                    sync_tree(path)
+            self._sync_names()
+
+    def _sync_names(self) -> None:
+        if jax.process_index() == 0:
+            sync_folder(self.out / CHECKPOINTS)
+            sync_folder(self.out)
 
     @property
     def steps(self) -> list[int]:
@@ -199,6 +215,7 @@ class Checkpoints:
                 config=ocp.args.JsonSave(config),
             )
             self._manager.wait_until_finished()  # the previous checkpoint takes space too
+            self._sync_names()
             # Checked first: a write that fails halfway makes Orbax's other writes fail noisily.
             needed = _COPIES * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
             if shutil.disk_usage(self.out).free < needed:
@@ -286,6 +303,7 @@ class Checkpoints:
         if self._opened is not None:
             with self._disk_errors():
                 self._opened.wait_until_finished()
+                self._sync_names()
                 self._sealed.begin(self.steps)
                 self._sealed.wait()
 

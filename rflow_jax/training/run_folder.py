@@ -58,7 +58,8 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
     if held is None:
         raise InputError(f"{out}: another run is using this folder; wait for it, or give another out")
     try:
-        taken = any(path.name != LOCK for path in out.iterdir())
+        # A configuration that was not written to its end is no file.
+        taken = any(path.name != LOCK and not path.match(f".{CONFIG}.*.tmp") for path in out.iterdir())
         if taken and not resume:
             raise InputError(
                 f"{out}: contains files already; add --resume to continue that run, or give an empty folder"

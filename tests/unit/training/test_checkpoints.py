@@ -17,6 +17,7 @@ from rflow_jax.training.checkpoints import Checkpoints
 from rflow_jax.training.config import CheckpointConfig
 from rflow_jax.training.run_folder import LOCK, open_folder, write_config
 from rflow_jax.training.train_state import TrainState
+from tests.kit.power_cuts import Disk
 
 CONFIG = {"train.seed": 0, "data.split_ratios.general": [0.5, 0.5], "data.split_ratios.editing": [0.5, 0.5]}
 
@@ -224,3 +225,28 @@ def test_alone_only_its_own_errors_count():
     with pytest.raises(InputError, match="mine"), raise_on_all():
         raise InputError("mine")
     assert json.loads(allgather_strings(json.dumps({"a": 1}))[0]) == {"a": 1}
+
+
+def test_after_a_power_cut_at_any_sync_a_whole_checkpoint_is_found(tmp_path, monkeypatch):
+    """Of three checkpoints of which two are kept; also the position, the settings and the last rename are on disk."""
+    out = tmp_path / "out"
+    out.mkdir()
+    disk = Disk(out, tmp_path / "states", every=2)
+    reached = []
+    with monkeypatch.context() as patched:
+        disk.watch(patched)
+        checkpoints = Checkpoints(out, CheckpointConfig(keep_last=2))
+        for step in (2, 4, 6):
+            checkpoints.save(state(step), {"step": step}, CONFIG, EXPORTS_NOTHING)
+            checkpoints.wait()
+            reached.append((len(disk.states), step))
+        checkpoints.close()
+    assert len(disk.states) > 20
+    for number, folder in enumerate(disk.states):
+        done = max((step for first, step in reached if number >= first), default=0)
+        found = [file.read_bytes() for file in folder.glob("checkpoints/[246]/position/metadata")]
+        assert not done or json.dumps({"step": done}).encode() in found, folder.name
+    disk.copy(out, tmp_path / "after", only_synced=True)
+    last = tmp_path / "after/checkpoints/6"
+    assert json.loads((last / "position/metadata").read_text()) == {"step": 6}
+    assert json.loads((last / "config/metadata").read_text()) == CONFIG
