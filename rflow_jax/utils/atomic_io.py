@@ -181,26 +181,6 @@ def append_line(path: Path, line: str, sync: bool = False) -> None:
         sync_folder(path.parent)
 
 
-def read_lines(path: Path) -> tuple[list[str], bytes]:
-    """The complete lines of a file without newlines, and the rest; nothing if there is no file."""
-    if not path.exists():
-        return [], b""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    try:
-        return content[:end].decode().split("\n")[:-1], content[end:]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text") from error
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The complete lines of a file without newlines; a partial last line is removed from the file."""
-    lines, torn = read_lines(path)
-    if torn:
-        truncate_partial_line(path, torn)
-    return lines
-
-
 def truncate_partial_line(path: Path, torn: bytes) -> None:
     """Removes a partial line from the end of a file."""
     os.truncate(path, path.stat().st_size - len(torn))
