@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import nearest, suggestion
 
+_LATER = {"patience", "reasoning_effort", "extra_body", "extra_headers"}  # settings that earlier versions did not write
 EXECUTION = {"execution": True}
 """Metadata of a field that says when, where or for how much, and changes no result: it may differ at a resume."""
 
@@ -143,7 +144,7 @@ class Registry(Generic[C]):
         today = dict(section)
         if kind is not self.plugin and "options" not in section:
             return today
-        if _names(self.endpoint) <= section.keys():  # as a run wrote it, with what this kind never used
+        if _names(self.endpoint) - _LATER <= section.keys():  # as a run wrote it, with what this kind never used
             own = _names(kind) if kind.asks_endpoint or kind is self.plugin else {"name", "model", "prompt_file"}
             remote = [self.endpoint, *(one for one, _ in self.kinds.values() if one.asks_endpoint)]
             unused = {name for one in remote for name in _names(one)} - own
