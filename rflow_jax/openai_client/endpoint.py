@@ -1,5 +1,6 @@
 """The settings of an endpoint, and the removal of its secrets from texts, also if a server repeats them."""
 
+import base64
 import math
 import os
 import re
@@ -24,7 +25,9 @@ class Secrets:
     def __init__(self, key: str, address: str | None, more: Iterable[str] = ()) -> None:
         parts = urlsplit(address or "")
         inside = {parts.password or parts.username or "", *re.split("[&=]", parts.query)}
-        held = {key, *more, *inside, *map(unquote, inside)} - {"", NO_KEY}
+        login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"  # as it is sent
+        basic = base64.b64encode(login.encode()).decode("ascii") if parts.username or parts.password else ""
+        held = {key, *more, *inside, *map(unquote, inside), basic} - {"", NO_KEY}
         self._secrets = sorted(held, key=len, reverse=True)
 
     def blank(self, text: str) -> str:

@@ -399,7 +399,7 @@ def reflect_argv(prompts, out, base_url, *more):
 def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     out = tmp_path / "run"
-    with OpenAIServer([Fault("status", status=401, when=lambda call: "picture 2" in call.text)]) as server:
+    with OpenAIServer([Fault("status", status=413, when=lambda call: "picture 2" in call.text)]) as server:
         url = server.base_url.replace("//", "//user:hidden@")
         assert call(*reflect_argv(prompts, out, url, "--start=1", "--end=3")) == 0
     said = capsys.readouterr()
@@ -408,7 +408,7 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
         rf"the best are in {out}/\*/samples_best\n",
         said.out,
     )
-    assert said.err.startswith("the first failure was: score: HTTP 401: the key in OPENAI_API_KEY is not accepted")
+    assert said.err.startswith("the first failure was: score: HTTP 413: out of order, key Basic ***")
     assert said.err.endswith(f"; all are in {out}/*/records.jsonl\n")
     assert KEY not in said.err
     assert sorted(child.name for child in out.iterdir()) == ["00001", "00002", "config.yaml", "usage.json"]
@@ -428,9 +428,26 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
 
 def test_the_run_fails_if_nothing_could_be_scored(pipe, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with OpenAIServer([Fault("status", status=401)]) as server:
+    with OpenAIServer([Fault("refusal")]) as server:
         assert call(*reflect_argv(prompts, tmp_path / "run", server.base_url)) == 1
     assert len(list((tmp_path / "run").glob("*/midimg/*.png"))) == 4 * 6
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_refusal_of_everything_ends_the_run_and_the_same_command_goes_on(
+    status, pipe, prompts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with OpenAIServer([Fault("status", status=status, when=lambda call: call.number >= 5)]) as server:
+        assert call(*reflect_argv(prompts, run, server.base_url)) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(rf"HTTP {status}: .*; mend it and give the same command again$", line)
+    with OpenAIServer() as server:
+        assert call(*reflect_argv(prompts, run, server.base_url)) == 0
+        assert call(*reflect_argv(prompts, whole, server.base_url)) == 0
+    for file in whole.glob("*/records.jsonl"):
+        assert (run / file.relative_to(whole)).read_text() == file.read_text()
 
 
 def test_another_runs_folder_is_left_alone(pipe, prompts, tmp_path, capsys):
