@@ -16,6 +16,7 @@ HIDDEN = "***"
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
 _PART = 8  # this many consecutive characters of a key are no coincidence
 _MASKED_PART = 3
+_OF_SECRETS = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 _SHORTEST = 8  # a shorter key is no protection, and words of an answer may look like it
 
 
@@ -100,6 +101,9 @@ class Connection:
             raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
         if not _between(self.patience, 0.0):
             raise InputError(f"patience is {self.patience}: give seconds, 0 or more")
+        for name, value in self.extra_headers.items():
+            if _OF_SECRETS.search(name) and not str(value).startswith("$"):  # it would stand in the run's files
+                raise InputError(f"extra_headers.{name}: give $ and the name of an environment variable that holds it")
         if (self.price_input is None) != (self.price_output is None):
             raise InputError("give both price_input and price_output, or neither; 0 is a price")
         if not all(price is None or _between(price, 0.0) for price in (self.price_input, self.price_output)):

@@ -30,6 +30,7 @@ _OF_ENDPOINTS = {
     "template": "question",
     "options": {},
 }
+_LATER = ("reasoning_effort", "extra_body")  # which they did not have
 
 Chunk = list[tuple[int, Target]]
 Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
@@ -120,7 +121,7 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
     """
     found = VERIFIERS.results_follow_from(public_section(config))
     if isinstance(config, Connection):
-        return _OF_ENDPOINTS | found
+        return _OF_ENDPOINTS | {key: value for key, value in found.items() if value or key not in _LATER}
     if isinstance(config, RewardVerifierConfig) and config.step is None:
         from rflow_jax.weights.hub import resolve_vlm  # these import JAX, for which --help need not wait
         from rflow_jax.weights.reward import find_step

@@ -165,3 +165,6 @@ def test_headers_come_from_the_environment(monkeypatch):
     assert Endpoint(extra_headers={"X-Key": "$GATEWAY"}).headers() == {"X-Key": "abc"}
     with pytest.raises(InputError, match="extra_headers"):
         Endpoint(extra_headers={"X-Key": "$NOT_SET"}).headers()
+    with pytest.raises(InputError, match=r"extra_headers\.Authorization: give \$ and the name") as error:
+        Endpoint(extra_headers={"Authorization": "Bearer abc"})
+    assert "abc" not in str(error.value)
