@@ -20,7 +20,16 @@ from typing import Any
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.search.lineage import Sample, Seed, best_of_all, best_of_chains, chains, is_correction, last_round
+from rflow_jax.search.lineage import (
+    Sample,
+    Seed,
+    best_of_all,
+    best_of_chains,
+    chains,
+    is_correction,
+    last_round,
+    made,
+)
 from rflow_jax.utils.atomic_io import (
     SyncGroup,
     append_line,
@@ -204,7 +213,7 @@ class PromptFolder:
         if (target := self.path / folder).is_symlink():
             raise InputError(f"{target}: is a link to another folder; remove it")
         target.mkdir(exist_ok=True)
-        for number, position in enumerate(chosen):
+        for number, position in enumerate(made(samples, chosen)):
             link(self.path / samples[position].file, target / f"{number:05d}.png")
         sync_folder(target)
 

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from rflow_jax.errors import RunError
 from rflow_jax.generation.pipeline import Request
 from rflow_jax.generation.sampling import PerturbedSeed
-from rflow_jax.search.lineage import Sample, ancestors, is_correction, made
+from rflow_jax.search.lineage import Sample, ancestors, is_correction
 from rflow_jax.search.prompt_folder import PromptFolder
 from rflow_jax.search.strategies import PlannedImage, Strategy
 from rflow_jax.utils.images import read_image
@@ -41,13 +41,6 @@ class SearchTask:
     def corrects(self) -> bool:
         """Whether the image is made with the corrector."""
         return is_correction(self.run.samples[self.position])
-
-
-class ResultFolder(PromptFolder):
-    """The folder of a prompt; an image that could not be made is in none of its folders of results."""
-
-    def _link_chosen(self, folder: str, samples: Sequence[Sample], chosen: Sequence[int]) -> None:
-        super()._link_chosen(folder, samples, made(samples, chosen))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import check_entry, is_done
-from rflow_jax.search.prompt_search import PromptSearch, ResultFolder, SearchContext
+from rflow_jax.search.prompt_folder import PromptFolder, check_entry, is_done
+from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.verifiers import make_verifier
@@ -84,29 +84,13 @@ def _search(
     todo: Entries,
     given: Mapping[int, list[Path]],
 ) -> int:
-    roles = {"verifier": models.verifier, "reflector": models.reflector, "refiner": models.refiner}
-    context = SearchContext(
-        config.seed,
-        models.verifier is not None,
-        config.reflect.history,
-        config.noise.noise_similarity,
-        config.reflect.include_initial_images,
-        {
-            "model": config.model,
-            "lora": config.lora,
-            "lora_alpha": config.lora_alpha,
-            "dtype": config.dtype,
-            "closeness": config.noise.noise_similarity,
-            "models": {role: None if model is None else model.name for role, model in roles.items()},
-            "settings": asdict(pipe.resolve(config.sampling)),
-        },
-    )
+    context = _context(config, pipe, models)
 
     def prompts() -> Iterator[PromptSearch]:
         for index, entry in todo.items():
             images = given.get(index, [])
             strategy = config.strategy(kind, len(images) if images else None)
-            yield PromptSearch(ResultFolder(out, index, entry), strategy, context, images)
+            yield PromptSearch(PromptFolder(out, index, entry), strategy, context, images)
 
     planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
     clock = BusyClock()
@@ -136,6 +120,26 @@ def _search(
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
     return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
+
+
+def _context(config: SearchConfig, pipe: Generator, models: Models) -> SearchContext:
+    roles = {"verifier": models.verifier, "reflector": models.reflector, "refiner": models.refiner}
+    return SearchContext(
+        config.seed,
+        models.verifier is not None,
+        config.reflect.history,
+        config.noise.noise_similarity,
+        config.reflect.include_initial_images,
+        {
+            "model": config.model,
+            "lora": config.lora,
+            "lora_alpha": config.lora_alpha,
+            "dtype": config.dtype,
+            "closeness": config.noise.noise_similarity,
+            "models": {role: None if model is None else model.name for role, model in roles.items()},
+            "settings": asdict(pipe.resolve(config.sampling)),
+        },
+    )
 
 
 def _load(kind: Kind, config: SearchConfig) -> Any:

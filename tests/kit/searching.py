@@ -20,8 +20,8 @@ from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, SearchConfig
 from rflow_jax.search.engine import Engine, Models
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import is_done, read_records
-from rflow_jax.search.prompt_search import PromptSearch, ResultFolder, SearchContext, SearchTask
+from rflow_jax.search.prompt_folder import PromptFolder, is_done, read_records
+from rflow_jax.search.prompt_search import PromptSearch, SearchContext, SearchTask
 from rflow_jax.testing.openai_server import score_of
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers.base import Verdict
@@ -178,7 +178,7 @@ def prompt_run(
         {"model": config.model, "lora": config.lora, "settings": {}},
     )
     strategy = config.strategy(kind, len(given) if given else None)
-    return PromptSearch(ResultFolder(out, index, ENTRIES[index]), strategy, terms, given)
+    return PromptSearch(PromptFolder(out, index, ENTRIES[index]), strategy, terms, given)
 
 
 def answer(
