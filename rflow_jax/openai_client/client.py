@@ -70,9 +70,9 @@ class Chat:
         self._accepted = Accepted(0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured))
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._asking: set[asyncio.Task[Any]] = set()
-        # When the server was heard last, whether it ever gave an answer, how many questions it rejected, and how many
-        # in a row it left without an answer.
-        self._heard, self._away = time.monotonic(), False
+        # Since when the server has been away, whether it ever gave an answer, how many questions it rejected, and how
+        # many in a row it left without an answer.
+        self._away_since: float | None = None
         self._answered, self._rejected, self._unanswered = False, 0, 0
         self._refusal: str | None = None  # why no further question is asked
         self._loop = asyncio.new_event_loop()
@@ -168,15 +168,17 @@ class Chat:
 
     async def _wait_for_service(self, text: str) -> None:
         """Waits a little; raises ServiceError if the server has been away for too long."""
-        away = time.monotonic() - self._heard
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+            seconds, name = self.endpoint.patience, self.endpoint.model_name
+            log.warning("waiting up to %.0f s for the server of %s: %s", seconds, name, text)
+        away = now - self._away_since
         left = self.endpoint.patience - away
         if left <= 0:
             name, again = self.endpoint.model_name, "give the same command again when it is back"
             self._refusal = f"{name}: {text}; no answer for {away:.0f} s; {again}"
             raise ServiceError(self._refusal)
-        if not self._away:
-            self._away = True
-            log.warning("waiting up to %.0f s for the server of %s: %s", left, self.endpoint.model_name, text)
         await asyncio.sleep(min(LONGEST_PAUSE, left))
 
     async def _attempt(self, question: ChatRequest) -> Any:
@@ -184,7 +186,7 @@ class Chat:
             if self._refusal is not None:
                 raise ServiceError(self._refusal)
             body = await self._exchange(question)
-        self._heard, self._away, self._unanswered = time.monotonic(), False, 0
+        self._away_since, self._unanswered = None, 0
         answer = read_answer(body)
         self._answered = True
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))

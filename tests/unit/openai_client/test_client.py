@@ -145,6 +145,16 @@ def test_a_server_that_is_away_for_too_long_ends_all(monkeypatch):
         assert 0.3 < time.monotonic() - begin < 5
 
 
+def test_patience_begins_when_the_server_fails_not_when_it_was_asked_last(monkeypatch):
+    monkeypatch.setattr("rflow_jax.openai_client.client.LONGEST_PAUSE", 0.02)
+    with OpenAIServer([Fault("status", status=503, when=lambda call: 1 <= call.number < 3)]) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, max_retries=0, patience=0.5))
+        assert chat.ask_all([question()]) == expected([0])
+        time.sleep(0.6)
+        assert chat.ask_all([question(1)]) == expected([1])
+        chat.close()
+
+
 def test_no_server_at_all():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
