@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rflow_jax.openai_client import Endpoint, vision_messages
+from rflow_jax.openai_client.accepted import Accepted
 from rflow_jax.openai_client.protocol import request
 from rflow_jax.testing.openai_answers import Call
 from rflow_jax.testing.openai_server import KEY, Chaos, OpenAIServer
@@ -92,7 +93,7 @@ sys.exit(7)
 
 
 def launch(*options: str, **more) -> dict:
-    fields = json.dumps(request(Endpoint(), question(), "text") | more)
+    fields = json.dumps(request(Endpoint(), question(), Accepted()) | more)
     command = [
         sys.executable,
         "-m",
