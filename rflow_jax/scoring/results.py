@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from rflow_jax.utils.atomic_io import (
     is_blank,
     make_folder,
     remove_beginnings,
-    set_aside,
+    set_aside_and_say,
     truncate_partial_line,
     try_lock,
     write_file,
@@ -175,11 +174,9 @@ class Results:
 
     def _repair(self, path: Path, damaged: list[int]) -> None:
         """Sets the file aside and writes its whole lines anew."""
-        aside = set_aside(path)
-        write_file(path, "".join(map(json_line, self._lines.values())))
         where = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
-        where = where if damaged and self._lines else "all of it"
-        print(f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again", file=sys.stderr)
+        set_aside_and_say(path, where if damaged and self._lines else "all of it")
+        write_file(path, "".join(map(json_line, self._lines.values())))
         if self._held is not None:
             self._held.close()
         self._held = try_lock(path)

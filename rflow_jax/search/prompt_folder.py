@@ -36,7 +36,7 @@ from rflow_jax.utils.atomic_io import (
     inside,
     is_blank,
     remove_beginnings,
-    set_aside,
+    set_aside_and_say,
     sync_folder,
     sync_tree,
     temporary_path,
@@ -106,7 +106,7 @@ class Journal:
             except (InputError, ValueError, KeyError, TypeError, AttributeError):
                 damaged.append(number)
         if damaged or (content and is_blank(content)):
-            _say_set_aside(self._path, f"line {damaged[0]}" if damaged else "without content")
+            set_aside_and_say(self._path, f"line {damaged[0]}" if damaged else "without content")
         if damaged or torn:
             write_file(self._path, b"".join(whole))
 
@@ -124,11 +124,6 @@ def _journal_entry(text: bytes, source: str) -> dict[str, Any]:
             if not all(isinstance(part, str | None) for part in (made.text, made.error)):
                 raise TypeError(what)
     return entry
-
-
-def _say_set_aside(path: Path, where: str) -> None:
-    aside = set_aside(path)
-    print(f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again", file=sys.stderr)
 
 
 RECORDS, METADATA = "records.jsonl", "metadata.jsonl"
@@ -152,10 +147,10 @@ class PromptFolder:
         check_entry(out, index, entry)
         if not _has_content(metadata := self.path / METADATA):
             if metadata.exists():
-                _say_set_aside(metadata, "without content")
+                set_aside_and_say(metadata, "without content")
             write_file(metadata, json_line(entry))
         if (reason := _damage(self.path)) is not None:
-            _say_set_aside(self.path / RECORDS, reason)
+            set_aside_and_say(self.path / RECORDS, reason)
         self.journal = Journal(self.path / JOURNAL)
 
     @staticmethod
@@ -173,7 +168,7 @@ class PromptFolder:
         if name in self._whole:
             return True
         if not _is_whole_png(path):
-            _say_set_aside(path, "a checksum is wrong")
+            set_aside_and_say(path, "a checksum is wrong")
             return False
         self._whole.add(name)
         return True

@@ -233,6 +233,7 @@ def _away_from_zero(numbers: np.ndarray) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the model that the command line describes; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dst", type=Path, help="folder to write")
     parser.add_argument("--size", choices=sorted(CHANGES), default="dev")

@@ -93,6 +93,7 @@ def preprocessor_json(config: Qwen25VLConfig) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the model that the command line describes; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dst", type=Path, help="folder to write")
     parser.add_argument("--size", choices=sorted(SIZES), default="7b")

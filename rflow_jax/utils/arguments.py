@@ -262,6 +262,7 @@ def settings(command: Command) -> list[str]:
 
 
 def is_component(kind: Any) -> bool:
+    """Whether a field's type is chosen by a name, so that its keys depend on it."""
     return isinstance(kind, type) and issubclass(kind, Component)
 
 

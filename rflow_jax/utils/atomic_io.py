@@ -7,6 +7,7 @@ import fcntl
 import glob
 import os
 import secrets
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -134,6 +135,12 @@ def set_aside(path: Path) -> Path:
         number += 1
     os.rename(path, aside)
     return aside
+
+
+def set_aside_and_say(path: Path, where: str) -> None:
+    """Sets a damaged file aside, and says on stderr where the damage is and that what is missing is done again."""
+    aside = set_aside(path)
+    print(f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again", file=sys.stderr)
 
 
 def is_blank(content: bytes) -> bool:
