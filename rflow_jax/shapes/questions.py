@@ -21,7 +21,7 @@ from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.render import render
 from rflow_jax.shapes.requirements import CONTENT, sensible
 from rflow_jax.shapes.scenes import THING, Scene, make_scene
-from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.atomic_io import sync_tree, write_file
 from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.utils.progress import count_progress
@@ -138,44 +138,45 @@ def _similar(kind: str, scene: Scene, rng: Random) -> Prompt:
 
 
 def write_questions(config: QuestionsConfig) -> tuple[int, int]:
-    """Writes the pictures and the two files; returns how many chats are in each.
+    """Writes the pictures and, last, the two files; returns how many chats are in each.
 
     Raises:
         InputError: the folder holds something, or the model cannot be loaded.
     """
     out = config.new_folder()
+    asked: list[Asked] = []  # without the pictures
     with Workers(QuestionMaker(config.seed, config.questions), worker_count(config.workers)) as workers:
         total = config.pictures - config.drawn
         jobs = [workers.submit(range(start, min(start + CHUNK, total))) for start in range(0, total, CHUNK)]
         jobs += [workers.submit(job) for job in draw_pictures(config, config.drawn)] if config.drawn else []
         with count_progress() as bar:
             task = bar.add_task("asking about pictures", total=config.pictures)
-            asked: list[Asked] = []
-            for job in jobs:
-                asked += job.result()
-                bar.update(task, completed=min(len(asked), config.pictures))
-    asked = asked[: config.pictures]
+            while jobs:
+                for one in jobs.pop(0).result()[: config.pictures - len(asked)]:
+                    path = out / _picture_name(len(asked))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(one.picture)
+                    asked.append(one._replace(picture=b""))
+                bar.update(task, completed=len(asked))
+    sync_tree(out)
     order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
-    training = [_line(out, number, asked[number]) for number in order[config.held_out :]]
-    tests = [line for number in order[: config.held_out] for line in _single_lines(out, number, asked[number])]
+    training = [_chat(asked[number], _picture_name(number)) for number in order[config.held_out :]]
+    tests = [line for number in order[: config.held_out] for line in _single_chats(asked[number], _picture_name(number))]
     write_file(out / "chats.jsonl", "".join(training))
     write_file(out / "held_out.jsonl", "".join(tests))
     return len(training), len(tests)
 
 
-def _line(out: Path, number: int, asked: Asked) -> str:
-    """Writes a picture; returns its chat as a JSON line."""
+def _picture_name(number: int) -> str:
+    return f"pictures/{number // 1000:03d}/{number:06d}.png"
+
+
+def _chat(asked: Asked, picture: str) -> str:
+    """A chat about a picture, as a JSON line."""
     (first, answer), *others = [*asked.questions, (CONTENT, asked.content)]
-    return chat_line([(PICTURE + first, answer), *others], _write_picture(out, number, asked))
+    return chat_line([(PICTURE + first, answer), *others], picture)
 
 
-def _single_lines(out: Path, number: int, asked: Asked) -> list[str]:
-    """Writes a picture; returns chats of one question each."""
-    name = _write_picture(out, number, asked)
-    return [chat_line([(PICTURE + question, answer)], name) for question, answer in asked.questions]
-
-
-def _write_picture(out: Path, number: int, asked: Asked) -> str:
-    name = f"pictures/{number // 1000:03d}/{number:06d}.png"
-    write_file(out / name, asked.picture)
-    return name
+def _single_chats(asked: Asked, picture: str) -> list[str]:
+    """Chats of one question each."""
+    return [chat_line([(PICTURE + question, answer)], picture) for question, answer in asked.questions]
