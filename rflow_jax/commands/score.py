@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from rflow_jax.openai_client.usage import Usage, UsageTracker
-from rflow_jax.parallel.xla_flags import disable_cuda_graphs
 from rflow_jax.scoring.judging import judge, scores_follow_from
 from rflow_jax.scoring.results import ImageResult, Results, shown
 from rflow_jax.scoring.targets import ScoreConfig, Target, find_targets
@@ -82,7 +81,6 @@ def _judged(
     config: ScoreConfig, todo: Mapping[int, Target], results: Results, meter: UsageTracker
 ) -> Iterator[tuple[int, ImageResult]]:
     rest = {k: target for k, target in todo.items() if target.error is None}
-    disable_cuda_graphs()  # members of an ensemble run beside each other
     verifier = make_verifier(config.verifier, meter) if rest else None
     results.begin()  # only now: a verifier that cannot be made leaves no file
     for k in todo.keys() - rest.keys():

@@ -36,6 +36,7 @@ from rflow_jax.models.lora import without_condition_effect
 from rflow_jax.models.options import AttentionImpl
 from rflow_jax.models.partitioning import DATA
 from rflow_jax.parallel.mesh import traced_on
+from rflow_jax.parallel.programs import SharedProgram, turn
 from rflow_jax.parallel.runtime import reproducible, use_compilation_cache
 from rflow_jax.tokenizers.flux import t5_prompt
 from rflow_jax.typing import Array
@@ -128,10 +129,10 @@ class Pipeline:
         self.attention: AttentionImpl = attention
         self.mesh = mesh
         self._warned_idle = False
-        self._draw = jax.jit(draw_noise, static_argnums=(0, 1))
-        self.prepare = jax.jit(self._on_each(prepare, 1), static_argnums=0)
+        self._draw = SharedProgram(draw_noise, static_argnums=(0, 1))
+        self.prepare = SharedProgram(self._on_each(prepare, 1), static_argnums=0)
         # The noise is donated: its buffer becomes the sample's.
-        self.sample = jax.jit(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
+        self.sample = SharedProgram(self._on_each(sample, 2), static_argnums=0, donate_argnums=2)
 
     def _on_each(self, function: Callable, batched: int) -> Callable:
         """Runs a function on every device of the axis ``data``, on its rows of the first ``batched`` arguments."""
@@ -250,7 +251,7 @@ class Pipeline:
         program = self.program_of(resolved, requests[0].condition is not None)
         inputs, scales = self._inputs(padded, resolved), self._scales(resolved)
         grid = resolved.height // factor, resolved.width // factor, self.bundle.vae_config.latent_channels
-        with reproducible(self.bundle.dtype):
+        with turn(), reproducible(self.bundle.dtype):
             noise = self._draw(program, grid, self._put(noise_draws([request.seed for request in padded])))
             given = self.prepare(program, self.bundle.weights, self._put(inputs))
             return Pending(len(requests), self.sample(program, self.bundle.weights, noise, given, scales))

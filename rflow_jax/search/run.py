@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax.errors import InputError
-from rflow_jax.parallel.xla_flags import disable_cuda_graphs
 from rflow_jax.search.budget import Budget
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
@@ -20,7 +19,6 @@ from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.config import NoVerifierConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
 
 Entries = Mapping[int, Mapping[str, Any]]
@@ -43,8 +41,6 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
     if run_config.images is not None and kind != "reflect":
         raise InputError("images: only reflect begins with the images of another run")
     config.require_fit(kind, given=run_config.images is not None)
-    if any(not isinstance(model, NoVerifierConfig) for model in config.roles(kind).values()):
-        disable_cuda_graphs()  # models that run in this process do so beside the sampler
     out = Path(run_config.out)
     # What ``--config`` reads again; addresses lose what may be secret in them.
     published = asdict(config) | asdict(run_config) | {"strategy": kind}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, RunError
 from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.report.runs import SearchRun, read_run
 from rflow_jax.report.templates import svg
@@ -116,6 +116,7 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
 
     Raises:
         InputError: a model cannot be used, or the folder holds results of another configuration.
+        RunError: images of a search could not be made or scored.
     """
     from rflow_jax.search.run import search
 
@@ -135,7 +136,7 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
             if not result.exists():
                 arm, folder = ARMS[name], out / f"{name}_{seed}"
                 if search(arm.kind, config.search(arm, seed), RunConfig(str(file), str(folder))):
-                    raise InputError(f"{folder}: no image has a score; see its records")
+                    raise RunError(f"{folder}: not every image was made and scored; the same command tries again")
                 run = read_run(folder)
                 _store(result, judge_run(run, config.images))
                 _keep_sheet(run, out / f"{name}_{seed}.png")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,6 +16,7 @@ from flax.typing import Dtype
 from PIL.Image import Image, Resampling
 
 from rflow_jax.errors import InputError
+from rflow_jax.parallel.programs import shared_jit
 from rflow_jax.tokenizers.flux import load_tokenizer, require_plain, special_tokens
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.batching import require_fitting
@@ -169,7 +169,7 @@ def _flax_class() -> Any:
 def _ours(folder: Path, dtype: Dtype, levels: np.ndarray) -> Scores:
     graph, weights = nnx.split(load_clip_model(folder, dtype))
 
-    @jax.jit
+    @shared_jit()
     def score(weights: Any, pixels: UInt8[Array, "b y x c"], ids: Int[Array, "b t"]) -> Float[Array, " b"]:
         return nnx.merge(graph, weights)(_seen(pixels, levels), ids)
 
@@ -184,7 +184,7 @@ def _theirs(flax_model: Any, folder: Path, dtype: Dtype, levels: np.ndarray) -> 
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: Transformers cannot read it ({reason}); implementation own may") from error
 
-    @jax.jit
+    @shared_jit()
     def score(params: Any, pixels: UInt8[Array, "b y x c"], ids: Int[Array, "b t"]) -> Float[Array, " b"]:
         seen = _seen(pixels, levels).transpose(0, 3, 1, 2)
         return jnp.diagonal(model(input_ids=ids, pixel_values=seen, params=params).logits_per_image)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from flax import nnx
 from rflow_jax.models.nvila import Layout, Nvila, NvilaConfig
 from rflow_jax.models.partitioning import constrain
 from rflow_jax.models.qwen2.generation import Decoding, GeneratedTokens, Prompts, generate
+from rflow_jax.parallel.programs import shared_jit, turn
 from rflow_jax.parallel.sharding import on_mesh_of, whole_beside
 from rflow_jax.typing import Array
 from rflow_jax.weights.nvila import NvilaModel
@@ -69,7 +69,8 @@ class NvilaPrograms:
     def first_logits(self, questions: Sequence[NvilaQuery]) -> np.ndarray:
         """float32 [questions, tokens]: the logits of each answer's first token, for every token of the tokenizer."""
         # All batches are dispatched before the first is waited for.
-        running = [(batch.members, self.answer(batch)) for batch in self.batches(questions)]
+        with turn():
+            running = [(batch.members, self.answer(batch)) for batch in self.batches(questions)]
         result = np.zeros((len(questions), self.model.tokenizer.size), np.float32)
         for members, logits in running:
             result[members] = np.asarray(logits)[: len(members)]
@@ -157,7 +158,7 @@ def _inputs(batch: Batch) -> tuple[Any, ...]:
     return batch.ids, batch.feature, batch.tokens, batch.lengths
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@shared_jit(static_argnums=0, donate_argnums=2)
 def look(graph: nnx.GraphDef, weights: nnx.State, tokens: Array, pictures: Array, levels: Array, start: Array) -> Array:
     """``tokens`` with those of a group of pictures written from ``start`` on."""
     encoded = nnx.merge(graph, weights).look(pictures, levels)
@@ -165,12 +166,12 @@ def look(graph: nnx.GraphDef, weights: nnx.State, tokens: Array, pictures: Array
     return constrain(tokens)  # replicated like the input, so that the next group uses the same program
 
 
-@partial(jax.jit, static_argnums=0)
+@shared_jit(static_argnums=0)
 def _embed(graph: nnx.GraphDef, weights: nnx.State, ids: Array, feature: Array, tokens: Array) -> Array:
     return nnx.merge(graph, weights).embed(ids, feature, tokens)
 
 
-@partial(jax.jit, static_argnums=0)
+@shared_jit(static_argnums=0)
 def _last_state(
     graph: nnx.GraphDef, weights: nnx.State, ids: Array, feature: Array, tokens: Array, lengths: Array
 ) -> Array:
@@ -178,14 +179,14 @@ def _last_state(
     return network.last_state(network.embed(ids, feature, tokens), lengths)
 
 
-@partial(jax.jit, static_argnums=0)
+@shared_jit(static_argnums=0)
 def answer(graph: nnx.GraphDef, weights: nnx.State, ids: Array, feature: Array, tokens: Array, lengths: Array) -> Array:
     """The logits of the answers' first tokens."""
     network: Nvila = nnx.merge(graph, weights)
     return network.language.logits(network.last_state(network.embed(ids, feature, tokens), lengths))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="decoding")
+@shared_jit(static_argnums=0, static_argnames="decoding")
 def _generate(
     graph: nnx.GraphDef,
     weights: nnx.State,

@@ -81,7 +81,7 @@ class QwenChat:
 
     def first_tokens(self, questions: Sequence[ChatQuery], tokens: Sequence[int]) -> list[np.ndarray | InputError]:
         """Log-probabilities that each answer begins with each token, [tokens]; errors as in :meth:`answer`."""
-        wanted = jnp.asarray(tokens, jnp.int32)
+        wanted = np.asarray(tokens, np.int32)
 
         def likely(inputs: QwenInputs, keys: Array) -> list[np.ndarray]:
             return list(np.asarray(first_tokens(self._graph, self.prepare.rules, self._state, inputs, wanted)))

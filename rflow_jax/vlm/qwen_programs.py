@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from rflow_jax.models.options import AttentionImpl, Remat
 from rflow_jax.models.qwen2.generation import Decoding, GeneratedTokens, Prompts, generate
 from rflow_jax.models.qwen2_5_vl.config import RewardToken
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, RewardModel
+from rflow_jax.parallel.programs import shared_jit
 from rflow_jax.typing import Array, Bool, Float, Int
 from rflow_jax.vlm.qwen_batching import QwenInputs
 from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, normalised
@@ -66,7 +66,7 @@ def hidden_states(
     return model.language(x, positions, lora=ALL_ROWS if lora else None, attention=attention, remat=remat)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
+@shared_jit(static_argnums=(0, 1, 2), static_argnames=("attention",))
 def rewards(
     graph: nnx.GraphDef,
     rules: ImageProcessorConfig,
@@ -96,7 +96,7 @@ def score(
     return model.rewards(hidden, ids, lengths, token=scoring.token, special=scoring.special)
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames=("attention",))
+@shared_jit(static_argnums=(0, 1), static_argnames=("attention",))
 def first_tokens(
     graph: nnx.GraphDef,
     rules: ImageProcessorConfig,
@@ -113,7 +113,7 @@ def first_tokens(
     return jax.nn.log_softmax(model.language.logits(last).astype(jnp.float32))[:, tokens]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("attention",))
+@shared_jit(static_argnums=(0, 1, 2), static_argnames=("attention",))
 def texts(
     graph: nnx.GraphDef,
     rules: ImageProcessorConfig,
