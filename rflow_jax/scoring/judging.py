@@ -123,10 +123,10 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
     if isinstance(config, Connection):
         return _OF_ENDPOINTS | {key: value for key, value in found.items() if value or key not in _LATER}
     if isinstance(config, RewardVerifierConfig) and config.step is None:
-        from rflow_jax.weights.hub import resolve_vlm  # these import JAX, for which --help need not wait
+        from rflow_jax.weights.hub import resolve_reward  # these import JAX, for which --help need not wait
         from rflow_jax.weights.reward import find_step
 
-        found["step"], _ = find_step(resolve_vlm(config.model, reward=True))
+        found["step"], _ = find_step(resolve_reward(config.model))
     if isinstance(config, EnsembleVerifierConfig):
         found["members"] = [scores_follow_from(member) for member in config.members]
     return found
