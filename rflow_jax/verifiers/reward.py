@@ -46,7 +46,9 @@ class RewardVerifier:
     batches_a_call = BATCHES_A_CALL
 
     def __init__(self, config: RewardVerifierConfig):
-        checkpoint = RewardCheckpoint.open(resolve_reward(config.model, config.step), step=config.step, base=config.base)
+        checkpoint = RewardCheckpoint.open(
+            resolve_reward(config.model, config.step), step=config.step, base=config.base
+        )
         self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
         self.batch_size = config.batch_size
         self._closed = threading.Event()

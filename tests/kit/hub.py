@@ -51,9 +51,7 @@ class FakeHub:
         local_files_only: bool = False,
     ) -> str:
         files = self.files(repository, revision=revision)
-        self.fetched = list(
-            filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        )
+        self.fetched = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         folder = self.cache_of(repository)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.fetched:

@@ -156,7 +156,9 @@ def test_local_paths_come_first(hub, tmp_path):
 
 def test_a_folder_in_the_cache(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *_, revision, local_files_only: str(tmp_path / "served/owner/loras")
+        huggingface_hub,
+        "snapshot_download",
+        lambda *_, revision, local_files_only: str(tmp_path / "served/owner/loras"),
     )
     assert cached("owner/loras/peft") == tmp_path / "served/owner/loras/peft"
     assert cached("owner/loras/none") is None
