@@ -21,8 +21,10 @@ FILES = {
         *(f"infer/3000/{name}" for name in ("config.json", "a.safetensors")),
         *("infer/30000/optimizer.pth", "infer/30000/global_step/b.safetensors"),
     ],
-    "owner/loras": ["one.safetensors", "two.safetensors", "best [1].safetensors", "peft/adapter_model.safetensors"]
-    + ["peft/adapter_config.json", "old/pytorch_lora_weights.bin"],
+    "owner/loras": [
+        *("one.safetensors", "two.safetensors", "best [1].safetensors", "peft/adapter_model.safetensors"),
+        *("peft/adapter_config.json", "old/pytorch_lora_weights.bin"),
+    ],
     "owner/judge": [
         *("README.md", "prompt.md", "model_config.json"),
         *(f"checkpoint-{n}/{name}" for n in (9, 10) for name in ("adapter_model.safetensors", "rest.pth")),
