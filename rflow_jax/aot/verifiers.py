@@ -52,7 +52,7 @@ from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, fitted, limited,
 from rflow_jax.vlm.qwen_programs import Scoring, first_tokens, rewards, texts
 from rflow_jax.weights import components
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
-from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
 from rflow_jax.writers.base import QwenTextGeneratorConfig
 from rflow_jax.writers.prompt_template import PromptFile, read_prompt

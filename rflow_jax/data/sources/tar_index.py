@@ -202,7 +202,7 @@ def index_shards(
     """
     if pipes := [shard.shown for shard in shards if shard.is_pipe]:
         raise InputError(f"{pipes[0]}: a pipe cannot be indexed; stream it")
-    known = {shard: index for shard in shards if (index := load_index(shard, cache)) is not None}
+    known = {shard: found for shard in shards if (found := load_index(shard, cache)) is not None}
     remote = [shard for shard in shards if shard not in known and not shard.is_local]
     if show and remote:
         print(_cost(remote, cache), file=sys.stderr)
