@@ -282,7 +282,7 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
 def _text_tokens(writer: QwenTextGeneratorConfig, default: Path, pictures: int) -> int:
     """About the number of text tokens in a writer's chat."""
     parts = PromptFile.of(writer.prompt_file, default)
-    written = parts.instructions + parts.question.template + (pictures - 1) * parts.past.template
+    written = parts.instructions + parts.question.text.template + (pictures - 1) * parts.past.text.template
     return _tokens_in(written) + _CHAT_TOKENS + (1 + pictures) * _PROMPT_TOKENS
 
 

@@ -132,7 +132,8 @@ def test_scores_are_those_of_pytorch(published, tmp_path, caplog, merge):
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     for words in (
         "no model_config.json",
-        f"base {published.step.parents[1] / 'base'}, LoRA of rank 4 and alpha 6, 1 number an image, scored token: special",
+        f"base {published.step.parents[1] / 'base'}, LoRA of rank 4 and alpha 6, 1 number an image",
+        "scored token: special; and",
         "assumed: pictures of 76800 pixels at most, the wording detailed_special, scores as they are",
     ):
         assert words in said
@@ -206,5 +207,5 @@ def test_a_base_of_another_width(published, tmp_path, golden):
     shape["text_config"] |= {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     shape["vision_config"] |= {"out_hidden_size": 32}
     make(tmp_path / "narrow", shape, tokenizer=golden / "qwen" / "base")
-    with pytest.raises(InputError, match="rm_head.weight takes 64 numbers, and the base .* has 32"):
+    with pytest.raises(InputError, match=r"rm_head\.weight takes 64 numbers, and the base .* has 32"):
         verifier(published.step, tmp_path, base=str(tmp_path / "narrow"))
