@@ -84,9 +84,9 @@ class RewardVerifierConfig(LocalVerifierConfig):
     """The original's image verifier in this process: Qwen2.5-VL with a reward head.
 
     Attributes:
-        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), one ``checkpoint-N``, or
-            the Hub id of either. Without ``model_config.json`` its files show most of what it says, and a warning says
-            what is assumed.
+        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), one ``checkpoint-N``,
+            or the Hub id of either. Without ``model_config.json`` most of what it says is taken from the other files,
+            and a warning says what is assumed.
         step: which ``checkpoint-N``; null: the latest.
         base: folder or Hub id of the model it was trained from, instead of what the checkpoint names.
         dtype: number type of the weights and activations, bfloat16 or float32.

@@ -179,8 +179,8 @@ def inferred(step: Path, own: Sequence[TensorFiles], stated: Mapping[str, Any]) 
     scale = f", LoRA of rank {config.rank} and alpha {config.alpha:g}" if lora else ""
     log.warning(
         "%s: no %s, so taken from its files: base %s%s, %d number%s an image, scored token: %s; and assumed: pictures "
-        "of %d pixels at most, the wording %s, %s. Settings for what is otherwise: base, token, lora_alpha, max_pixels, "
-        "prompt_file, mean and std",
+        "of %d pixels at most, the wording %s, %s. Settings for what is otherwise: base, token, lora_alpha, "
+        "max_pixels, prompt_file, mean and std",
         *(step, CONFIG_FILE, config.base, scale, outputs, "s" * (outputs > 1), config.token),
         *(config.max_pixels, config.template, "scores as they are" if config.mean is None else "the given mean"),
     )
