@@ -19,11 +19,13 @@ peft = pytest.importorskip("peft", reason="the parity extra is not installed")
 
 from safetensors.torch import load_file, save_file
 
+from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
 from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.verifiers.config import RewardVerifierConfig
 from rflow_jax.verifiers.reward import RewardVerifier
 from rflow_jax.weights.reward_config import SPECIAL_TOKEN
+from tests.kit.hub import FakeHub
 from tests.kit.pictures import picture
 from tests.kit.qwen import USUAL, make
 from tests.parity.test_qwen2_5_vl import packed
@@ -161,6 +163,22 @@ def test_what_is_stated_counts(published, tmp_path, caplog):
     assert np.abs(raw - plain[:, 0]).min() > 1e-3
     assert "alpha 1, 1 number an image, scored token: last" in caplog.text
     assert "50000 pixels at most" in caplog.text
+
+
+def test_by_its_name_on_the_hub(published, tmp_path, monkeypatch, capsys):
+    """As its page shows it: a command, and a few lines of Python."""
+    name, prompt = "diffusion-cot/Image-Verifier", tmp_path / "prompt.md"
+    monkeypatch.chdir(tmp_path)
+    hub = FakeHub(monkeypatch, tmp_path / "cache", {name: published.step.parent})
+    judge = verifier(name, tmp_path)
+    assert judge.name == "reward Image-Verifier checkpoint-10080"
+    want = judge.score(PICTURES[:1], [{"prompt": PROMPTS[0]}])[0].score
+    PICTURES[0].save("picture.png")
+    how = f"--verifier.name reward --verifier.model {name}/checkpoint-10080 --verifier.prompt_file {prompt}"
+    with jax.default_matmul_precision("highest"):
+        assert main(["score", "picture.png", "--prompt", PROMPTS[0], *how.split(), "--verifier.dtype", "float32"]) == 0
+    assert capsys.readouterr().out == f"{want:.6g}\t-\tpicture.png\n"
+    assert "checkpoint-10080/tokenizer/tokenizer.json" in hub.fetched
 
 
 def without(*names):
