@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id  # pyright: ignore[reportPrivateImportUsage]
 
 
 class FakeHub:
@@ -46,8 +46,8 @@ class FakeHub:
         repository: str,
         *,
         revision: str | None,
-        allow_patterns: Sequence[str],
-        ignore_patterns: Sequence[str],
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
         local_files_only: bool = False,
     ) -> str:
         files = self.files(repository, revision=revision)

@@ -154,6 +154,7 @@ def test_without_torch(published, tmp_path, monkeypatch):
     assert (scores(verifier(folder, tmp_path)) == want).all()
 
 
+@pytest.mark.parametrize("published", ["7B with a saved head"], indirect=True)
 def test_what_is_stated_counts(published, tmp_path, caplog):
     plain = scores(verifier(published.step, tmp_path))
     judge = verifier(published.step, tmp_path, token="last", mean=0.5, std=2.0, lora_alpha=1.0, max_pixels=50_000)
@@ -165,6 +166,7 @@ def test_what_is_stated_counts(published, tmp_path, caplog):
     assert "50000 pixels at most" in caplog.text
 
 
+@pytest.mark.parametrize("published", ["7B with a saved head"], indirect=True)
 def test_by_its_name_on_the_hub(published, tmp_path, monkeypatch, capsys):
     """As its page shows it: a command, and a few lines of Python."""
     name, prompt = "diffusion-cot/Image-Verifier", tmp_path / "prompt.md"

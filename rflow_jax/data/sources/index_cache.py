@@ -7,16 +7,23 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from rflow_jax.data.storage.shards import Shard
+from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import try_lock
 
 # Of a cached index. In the first, members that lie apart were missing.
 _FORMATS = (2, 1)
+_LOOK_AGAIN = 0.2  # seconds
 log = logging.getLogger(__name__)
 
 
@@ -67,6 +74,29 @@ class ShardIndex:
 def _file(shard: Shard, cache: Path, format: int) -> Path:
     identity = json.dumps([format, shard.url, shard.size, shard.version])
     return cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+
+
+@contextmanager
+def claimed(shard: Shard, cache: Path, ended: threading.Event) -> Iterator[None]:
+    """While this lasts, no other process with the same cache is at the shard; without locks there is no such promise.
+
+    Raises:
+        CancelledError: ``ended`` was set while another process was at it.
+    """
+    path = _file(shard, cache, _FORMATS[0]).with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while (held := try_lock(path)) is None and not ended.wait(_LOOK_AGAIN):
+                pass
+        except (OSError, InputError):  # a cache that cannot be written to, or a disk without locks
+            held = None
+        if held is not None:
+            stack.enter_context(held)
+            stack.callback(path.unlink, missing_ok=True)
+        elif ended.is_set():
+            raise CancelledError
+        yield
 
 
 def load_index(shard: Shard, cache: Path) -> ShardIndex | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from rflow_jax.data.records import SUBSETS, Record, RecordError
-from rflow_jax.data.sources.index_cache import ShardIndex, Troubles, load_index, save_index
+from rflow_jax.data.sources.index_cache import ShardIndex, Troubles, claimed, load_index, save_index
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import LARGE_BLOCK, RangeFile, Shard
 from rflow_jax.errors import InputError
@@ -193,7 +195,8 @@ def index_shards(
     """An index of each shard: from the cache, or else from the shard's headers.
 
     Args:
-        cache: folder of cached indexes, one file per shard; a damaged one is rebuilt.
+        cache: folder of cached indexes, one file per shard; a damaged one is rebuilt. Processes with the same cache
+            share the work.
         threads: shards read at once.
         show: draw a progress bar.
 
@@ -209,16 +212,24 @@ def index_shards(
     with count_progress(show) as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task("Indexing shards", total=len(shards), completed=len(known))
 
+        ended = threading.Event()
+
         def index(shard: Shard) -> ShardIndex:
-            found = build_index(shard, retry)
-            save_index(found, shard, cache)
+            with claimed(shard, cache, ended):
+                found = load_index(shard, cache)  # another process may have made it meanwhile
+                if found is None:
+                    found = build_index(shard, retry)
+                    save_index(found, shard, cache)
             progress.advance(task)
             return found
 
-        futures = {shard: pool.submit(index, shard) for shard in shards if shard not in known}
+        todo = [shard for shard in shards if shard not in known]
+        random.shuffle(todo)  # so that processes with one cache share the work
+        futures = {shard: pool.submit(index, shard) for shard in todo}
         try:
             return [known[shard] if shard in known else futures[shard].result() for shard in shards]
         except BaseException:
+            ended.set()
             pool.shutdown(cancel_futures=True)
             raise
 

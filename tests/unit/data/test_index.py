@@ -351,6 +351,29 @@ def test_other_processes_read_too(tmp_path, method):
         assert everything(source) == here
 
 
+def _open_in_child(url, cache, queue):
+    queue.put(open_tars(url, cache=cache, retry=QUICK, show=False).counts)
+
+
+def test_processes_with_one_cache_share_the_work(tmp_path):
+    """Each shard is read once, whoever begins with it."""
+    shards = write_shards(tmp_path, 6, 40)
+    with FileServer(tmp_path) as server:
+        url, cache = server.url + "/{000..005}.tar", tmp_path / "cache"
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        children = [context.Process(target=_open_in_child, args=(url, cache, queue)) for _ in range(3)]
+        for child in children:
+            child.start()
+        counts = [queue.get(timeout=60) for _ in children]
+        for child in children:
+            child.join(10)
+    assert counts == [dict.fromkeys(SUBSETS, 60)] * 3
+    beyond_probes = [path for path, wanted in server.requests if wanted != "bytes=0-0"]
+    assert sorted({path: beyond_probes.count(path) for path in beyond_probes}.values()) == [2] * 6
+    assert len(list(cache.iterdir())) == len(shards)
+
+
 def test_an_index_is_compact(tmp_path):
     write_shards(tmp_path, 1, 4)
     source = opened(tmp_path)
