@@ -65,6 +65,8 @@ class HubId:
         Raises:
             InputError: the address is of something else on the Hub.
         """
+        if name.partition("/")[0] in _HOSTS:
+            name = f"https://{name}"
         if "://" in name:
             return cls._of_address(name)
         match = _HUB_ID.fullmatch(name.rstrip("/"))

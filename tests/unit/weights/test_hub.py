@@ -59,6 +59,7 @@ def hub(monkeypatch, tmp_path):
         ("owner/name/sub/file.safetensors", HubId("owner/name", "sub/file.safetensors", True)),
         ("https://huggingface.co/owner/name", HubId("owner/name")),
         ("https://huggingface.co/owner/name/", HubId("owner/name")),
+        ("huggingface.co/owner/name/tree/main/a", HubId("owner/name", "a", revision="main")),
         ("https://huggingface.co/owner/name/tree/main", HubId("owner/name", revision="main")),
         ("https://hf.co/owner/name/tree/refs%2Fpr%2F3/a/b", HubId("owner/name", "a/b", revision="refs/pr/3")),
         ("https://huggingface.co/owner/name/blob/v1/a/x.txt", HubId("owner/name", "a/x.txt", True, "v1")),
