@@ -52,7 +52,7 @@ from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, fitted, limited,
 from rflow_jax.vlm.qwen_programs import Scoring, first_tokens, rewards, texts
 from rflow_jax.weights import components
 from rflow_jax.weights.qwen import end_tokens, repetition_penalty
-from rflow_jax.weights.reward import CONFIG_FILE, RewardConfig
+from rflow_jax.weights.reward_config import CONFIG_FILE, RewardConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT
 from rflow_jax.writers.base import QwenTextGeneratorConfig
 from rflow_jax.writers.prompt_template import PromptFile, read_prompt
@@ -282,7 +282,7 @@ def _decoding(options: QwenChatConfig, sizes: Qwen25VLConfig) -> Decoding:
 def _text_tokens(writer: QwenTextGeneratorConfig, default: Path, pictures: int) -> int:
     """About the number of text tokens in a writer's chat."""
     parts = PromptFile.of(writer.prompt_file, default)
-    written = parts.instructions + parts.question.template + (pictures - 1) * parts.past.template
+    written = parts.instructions + parts.question.text.template + (pictures - 1) * parts.past.text.template
     return _tokens_in(written) + _CHAT_TOKENS + (1 + pictures) * _PROMPT_TOKENS
 
 

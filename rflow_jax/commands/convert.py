@@ -47,8 +47,8 @@ class FluxConversion(NvilaConversion):
     """A FLUX model: a diffusers folder, a Hub id or Black Forest Labs' single files to a folder of ours.
 
     Attributes:
-        ae: for single files: ae.safetensors.
-        text: for single files: a diffusers folder with text encoders and tokenizers.
+        ae: for single files: ae.safetensors, or its Hub id (owner/name:ae.safetensors).
+        text: for single files: a diffusers folder with text encoders and tokenizers, or its Hub id.
     """
 
     ae: str | None = None
@@ -111,14 +111,14 @@ def command(name: str, argv: Sequence[str]) -> Command:
 def flux(config: FluxConversion) -> None:
     """Converts a FLUX model."""
     from rflow_jax.weights.convert import Options, convert_flux
-    from rflow_jax.weights.hub import resolve
+    from rflow_jax.weights.hub import WANTED_TEXT, resolve
 
     options = Options(
         storage=config.format,
         dtype=_numpy_dtype(config.dtype),
         allow_pickle=config.allow_pickle,
-        ae=Path(config.ae) if config.ae else None,
-        text=Path(config.text) if config.text else None,
+        ae=resolve(config.ae) if config.ae else None,
+        text=resolve(config.text, WANTED_TEXT) if config.text else None,
     )
     src = resolve(config.src)
     with _Progress() as progress:

@@ -81,6 +81,7 @@ def _grids(least: int, most: int) -> list[tuple[int, int]]:
 
 
 IMAGE, VIDEO = "<image>", "<vila/video>"
+MEDIA = ("<vila/sentinel>", IMAGE, VIDEO)  # tokens that VILA adds to a tokenizer without them, in this order
 NEWLINE = "\n"
 Template = Literal["raw", "question"]
 TEXT_KIND, IMAGE_KIND, NEWLINE_KIND = 0, 1, 2  # of a position

@@ -99,10 +99,11 @@ def image_part(image: Image) -> dict[str, Any]:
 
 
 def vision_messages(
-    system: str, text: str, image: Image, earlier: Sequence[tuple[str, Image]] = ()
+    system: str, first: str | Image, second: str | Image, earlier: Sequence[tuple[str | Image, str | Image]] = ()
 ) -> list[dict[str, Any]]:
-    """Chat messages: instructions, then earlier texts with their images, then a text with an image."""
-    parts = [part for caption, shown in (*earlier, (text, image)) for part in (words(caption), image_part(shown))]
+    """Chat messages: instructions, then earlier texts and images in pairs, then a text and an image, in this order."""
+    shown = [part for pair in (*earlier, (first, second)) for part in pair]
+    parts = [words(part) if isinstance(part, str) else image_part(part) for part in shown]
     return [{"role": "system", "content": system}, {"role": "user", "content": parts}]
 
 

@@ -32,7 +32,8 @@ from rflow_jax.vlm.qwen_processing import (
 )
 from rflow_jax.vlm.qwen_programs import embed, hidden_states, texts
 from rflow_jax.weights.qwen import end_tokens, load_qwen, read_qwen_config
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.weights.reward import RewardCheckpoint
+from rflow_jax.weights.reward_config import SPECIAL_TOKEN
 
 BASE, REWARD = "qwen/golden_base", "qwen/golden_reward"
 _REWARD = re.compile(r"reward_(?:single(?P<alone>\d+)_)?(?P<token>special|last|mean)(?P<variant>_mrope|_nolora)?")

@@ -31,6 +31,7 @@ _OF_ENDPOINTS = {
     "options": {},
 }
 _LATER = ("reasoning_effort", "extra_body")  # which they did not have
+_LATER_OF_REWARD = ("token", "lora_alpha", "mean", "std")
 
 Chunk = list[tuple[int, Target]]
 Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
@@ -122,11 +123,13 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
     found = VERIFIERS.results_follow_from(public_section(config))
     if isinstance(config, Connection):
         return _OF_ENDPOINTS | {key: value for key, value in found.items() if value or key not in _LATER}
+    if isinstance(config, RewardVerifierConfig):
+        found = {key: value for key, value in found.items() if value is not None or key not in _LATER_OF_REWARD}
     if isinstance(config, RewardVerifierConfig) and config.step is None:
-        from rflow_jax.weights.hub import resolve_vlm  # these import JAX, for which --help need not wait
-        from rflow_jax.weights.reward import find_step
+        from rflow_jax.weights.hub import resolve_reward  # these import JAX, for which --help need not wait
+        from rflow_jax.weights.reward_config import find_step
 
-        found["step"], _ = find_step(resolve_vlm(config.model, reward=True))
+        found["step"], _ = find_step(resolve_reward(config.model))
     if isinstance(config, EnsembleVerifierConfig):
         found["members"] = [scores_follow_from(member) for member in config.members]
     return found

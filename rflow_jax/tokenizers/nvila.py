@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.nvila import IMAGE, NEWLINE, Layout, Marks, lay_out, without_marks
+from rflow_jax.models.nvila import IMAGE, MEDIA, NEWLINE, Layout, Marks, lay_out, without_marks
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.tokenizers.flux import load_tokenizer, require_plain, special_tokens
 from rflow_jax.utils.json_files import read_object
@@ -15,12 +15,15 @@ LONGEST = 2**31  # Transformers writes an astronomical number where there is no 
 
 
 class NvilaTokenizer:
-    """The tokenizer in a checkpoint's ``llm`` folder.
+    """The tokenizer in a checkpoint's ``llm`` folder, with the tokens of :data:`MEDIA` added where it lacks them.
+
+    These alone may have no row in the network's embedding, to which VILA would add some: pictures' features take the
+    place of ``<image>``, and the other two are in no input.
 
     Attributes:
         marks: ids that the layout depends on.
         yes, no: ids of the two answers.
-        size: its number of tokens; the network's rows from there on are unused.
+        size: its tokens that have a row in the network's embedding; rows from there on are unused.
         context: the longest input, with its answer.
         end: id that ends an answer.
         pad: id that fills a batch.
@@ -32,17 +35,21 @@ class NvilaTokenizer:
     def __init__(self, folder: Path, language: Qwen2Config):
         self._tokenizer: Any = load_tokenizer(folder)
         self._folder = folder
+        self._tokenizer.add_tokens([token for token in MEDIA if token not in self._vocabulary], special_tokens=True)
         self._marks = special_tokens(self._tokenizer)
-        self.size = len(self._tokenizer)
+        self.size = min(len(self._tokenizer), language.vocab_size)
         self.end, self.pad = (self._special(name) for name in ("eos_token_id", "pad_token_id"))
         newline = tuple(self.ids(NEWLINE))
         self.marks = Marks(self._one(IMAGE), newline, frozenset((self.end, self.pad)))
         self.yes, self.no = self._one("yes"), self._one("no")
         self.context = min(_longest(folder), language.max_position_embeddings)
-        if self.size > language.vocab_size:
-            raise InputError(
-                f"{folder}: the tokenizer has {self.size} tokens, the network's vocab_size is {language.vocab_size}"
-            )
+        last, token = max((number, token) for token, number in self._vocabulary.items() if token not in MEDIA)
+        if last >= language.vocab_size:
+            raise InputError(f"{folder}: {token!r} is token {last}, the network's vocab_size is {language.vocab_size}")
+
+    @property
+    def _vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, marks such as ``<|im_end|>`` in it included."""

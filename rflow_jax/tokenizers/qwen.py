@@ -24,8 +24,8 @@ class QwenTokenizer:
     """The tokenizer of a model folder.
 
     Args:
-        folder: holds ``tokenizer.json`` and ``tokenizer_config.json``, and the chat template in the latter or in a file
-            of its own.
+        folder: holds ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``) and ``tokenizer_config.json``, and the
+            chat template in the latter or in a file of its own.
         template_from: another folder to search for the chat template (a checkpoint's folder may lack it).
         added: special tokens to add if the tokenizer does not know them.
 
@@ -36,13 +36,17 @@ class QwenTokenizer:
     def __init__(self, folder: Path, *, template_from: Path | None = None, added: Sequence[str] = ()):
         # Otherwise Transformers advises to install PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
 
         self.folder = folder
         config = read_object(folder / _CONFIG)
         special = {name: _text(name, config[name], folder / _CONFIG) for name in _SPECIAL if config.get(name)}
+        ready = folder / "tokenizer.json"
         try:
-            self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
+            if ready.is_file() or not (folder / "vocab.json").is_file():
+                self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(ready), **special)
+            else:
+                self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # the tokenizers library raises bare exceptions
             raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
         if added:

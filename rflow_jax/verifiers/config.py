@@ -84,9 +84,11 @@ class RewardVerifierConfig(LocalVerifierConfig):
     """The original's image verifier in this process: Qwen2.5-VL with a reward head.
 
     Attributes:
-        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), or a Hub id.
+        model: folder of the original's checkpoint (``model_config.json`` and ``checkpoint-N``), one ``checkpoint-N``,
+            or the Hub id of either. Without ``model_config.json`` most of what it says is taken from the other files,
+            and a warning says what is assumed.
         step: which ``checkpoint-N``; null: the latest.
-        base: folder or Hub id of the model it was trained from, instead of what ``model_config.json`` names.
+        base: folder or Hub id of the model it was trained from, instead of what the checkpoint names.
         dtype: number type of the weights and activations, bfloat16 or float32.
         batch_size: images scored at once; the last batch is filled up.
         mrope: multimodal rotary positions; the original trains and scores without.
@@ -98,6 +100,9 @@ class RewardVerifierConfig(LocalVerifierConfig):
         devices: numbers of the devices that the model takes for itself, as JAX counts them; several share its weights.
             null: the first one, with whatever else is there.
         quantization: int8 or fp8: the language model's weights in 8 bits.
+        token: whose hidden state is scored: last, mean or special; null: what the checkpoint says.
+        lora_alpha: strength of the LoRA; null: what the checkpoint says.
+        mean, std: of the scores, to normalise them; null: what the checkpoint says.
     """
 
     name: Literal["reward"] = field(default="reward", init=False)
@@ -112,12 +117,29 @@ class RewardVerifierConfig(LocalVerifierConfig):
     max_pixels: int | None = None
     devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
     quantization: Quantization | None = None
+    token: Literal["last", "mean", "special"] | None = None
+    lora_alpha: float | None = None
+    mean: float | None = None
+    std: float | None = None
 
     def __post_init__(self) -> None:
         _require_batch(self.batch_size)
         require_dtype(self.dtype)
         if self.max_pixels is not None and self.max_pixels < 1:
             raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
+        if (self.mean is None) != (self.std is None):
+            raise InputError("give mean and std together, or neither")
+        for name, low in (("lora_alpha", 0), ("std", 0), ("mean", -math.inf)):
+            value = getattr(self, name)
+            if value is not None and not low < value < math.inf:
+                raise InputError(f"{name} is {value}; expected a finite number{'' if low else ' above 0'}, or null")
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """What is known of the model beside what its checkpoint says, by the names of ``RewardConfig``."""
+        given = {"token": self.token, "alpha": self.lora_alpha, "mean": self.mean, "std": self.std}
+        given["max_pixels"] = self.max_pixels
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

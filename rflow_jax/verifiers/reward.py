@@ -27,8 +27,9 @@ from rflow_jax.vlm.qwen_batching import QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_chat import batches
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
 from rflow_jax.vlm.qwen_programs import Scoring, rewards
-from rflow_jax.weights.hub import resolve_vlm
-from rflow_jax.weights.reward import PROMPT_FILE, SPECIAL_TOKEN, RewardCheckpoint, RewardConfig
+from rflow_jax.weights.hub import resolve_reward, short_name
+from rflow_jax.weights.reward import RewardCheckpoint
+from rflow_jax.weights.reward_config import PROMPT_FILE, SPECIAL_TOKEN, RewardConfig
 from rflow_jax.writers.prompt_template import read_prompt
 
 PROMPT = Path(__file__).parent / "prompts" / "reward.md"
@@ -46,8 +47,11 @@ class RewardVerifier:
     batches_a_call = BATCHES_A_CALL
 
     def __init__(self, config: RewardVerifierConfig):
-        checkpoint = RewardCheckpoint.open(resolve_vlm(config.model, reward=True), step=config.step, base=config.base)
-        self.name = f"reward {checkpoint.folder.name} {checkpoint.step.name}"
+        folder = resolve_reward(config.model, config.step)
+        checkpoint = RewardCheckpoint.open(folder, step=config.step, base=config.base, stated=config.stated)
+        local = Path(config.model).expanduser().exists()
+        name = checkpoint.folder.name if local else short_name(config.model).removesuffix(f"/{checkpoint.step.name}")
+        self.name = f"reward {name} {checkpoint.step.name}"
         self.batch_size = config.batch_size
         self._closed = threading.Event()
         self._norm = checkpoint.config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -28,7 +27,7 @@ from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_batching import QwenInputs, QwenSample, Sizes, batch_of
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
 from rflow_jax.vlm.qwen_programs import first_tokens, texts
-from rflow_jax.weights.hub import resolve_vlm
+from rflow_jax.weights.hub import resolve_lora, resolve_vlm
 from rflow_jax.weights.lora.peft import attach_adapter, merged
 from rflow_jax.weights.qwen import end_tokens, load_qwen, published_table, read_qwen_config, repetition_penalty
 
@@ -53,15 +52,16 @@ class QwenChat:
     def __init__(self, config: QwenChatConfig):
         self.config = config
         folder = resolve_vlm(config.model)
+        adapter = None if config.adapter is None else resolve_lora(config.adapter)
         sizes = read_qwen_config(folder)  # first, so that another network is reported early
         context = _context(sizes, config)
         ends, penalty = end_tokens(folder, sizes), repetition_penalty(folder)
         tokenizer = QwenTokenizer(folder)
         sharding_for = on_devices(config.devices)
         model = load_qwen(folder, dtype=getattr(jnp, require_dtype(config.dtype)), sharding_for=sharding_for)
-        if config.adapter is not None:
-            adapter = Path(config.adapter).expanduser()
-            model = merged(attach_adapter(model, adapter, published_table(model), sharding_for=sharding_for))
+        if adapter is not None:
+            beside = adapter.parent if adapter.is_file() else adapter
+            model = merged(attach_adapter(model, beside, published_table(model), sharding_for=sharding_for))
         quantize(model, config.quantization, LANGUAGE_LINEARS)
         self._decoding = decoding_of(
             config,

@@ -21,7 +21,7 @@ from rflow_jax.weights.mappings.flux import bfl_config, bfl_mapping
 from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
 from rflow_jax.weights.model_folder import Storage, is_stored, save, write_json, write_model_file
 from rflow_jax.weights.qwen import read_qwen_config
-from rflow_jax.weights.reward import CONFIG_FILE
+from rflow_jax.weights.reward_config import CONFIG_FILE
 from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
 from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 

@@ -90,7 +90,7 @@ class HttpTextGeneratorConfig(Connection, TextGeneratorConfig):
     Attributes:
         temperature: sampling temperature; null leaves it to the server.
         max_tokens: longest answer in tokens; null leaves it to the server.
-        prompt_file: a prompt file in place of the one in the package.
+        prompt_file: a prompt file in place of the usual one, or the name of one in the package: reflection_generator.
     """
 
     name: Literal["http"] = field(default="http", init=False)
@@ -108,7 +108,7 @@ class QwenTextGeneratorConfig(QwenChatConfig, TextGeneratorConfig):
     """Qwen2.5-VL in this process; roles that differ in their prompt file alone share one model.
 
     Attributes:
-        prompt_file: a prompt file in place of the one in the package.
+        prompt_file: a prompt file in place of the usual one, or the name of one in the package: reflection_generator.
     """
 
     name: Literal["qwen"] = field(default="qwen", init=False)
@@ -142,7 +142,7 @@ class PluginTextGeneratorConfig(Endpoint, PluginOptions, TextGeneratorConfig):
 
     Attributes:
         name: package.module:Class.
-        prompt_file: a prompt file in place of the one in the package.
+        prompt_file: a prompt file in place of the usual one, or the name of one in the package: reflection_generator.
         options: what the class makes of it; ``devices: [1]`` keeps the generator off these devices.
     """
 

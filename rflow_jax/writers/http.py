@@ -30,8 +30,8 @@ class HttpTextGenerator:
         """One text a case, in order; a case without a usable answer carries the reason."""
         requests = []
         for case in cases:
-            *earlier, (text, image) = self._parts.messages(case)
-            requests.append(ChatRequest(vision_messages(self._parts.instructions, text, image, earlier), _clean))
+            *earlier, last = self._parts.messages(case)
+            requests.append(ChatRequest(vision_messages(self._parts.instructions, *last, earlier), _clean))
         return [
             WriterOutput(None, str(answer)) if isinstance(answer, ChatError) else WriterOutput(answer)
             for answer in self._chat.ask_all(requests)

@@ -1,4 +1,8 @@
-"""Prompt files with a model's instructions; users can replace them."""
+"""Prompt files with a model's instructions; users can replace them.
+
+A line ``---`` divides the instructions, a part about each earlier image (which may be left out) and the question. An
+image follows its part, or comes before it where the part begins with ``$image``.
+"""
 
 import re
 from dataclasses import dataclass
@@ -25,13 +29,43 @@ def read_prompt(path: Path) -> str:
         raise InputError(f"{path}: this prompt file is not in UTF-8") from error
 
 
+IMAGE = "$image"
+Pair = tuple[str | Image, str | Image]  # a text and its image, in the order they are shown
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text beside an image.
+
+    Attributes:
+        image_first: whether the image comes before it.
+    """
+
+    text: Template
+    image_first: bool
+
+    @classmethod
+    def read(cls, text: str, path: Path) -> "Caption":
+        """From a part of a prompt file; raises InputError if ``$image`` stands elsewhere than at an end of it."""
+        first = text.startswith(IMAGE)
+        text = (text.removeprefix(IMAGE) if first else text.removesuffix(IMAGE)).strip()
+        if "image" in Template(text).get_identifiers():
+            raise InputError(f"{path}: {IMAGE} must stand once, at the beginning or the end of a part")
+        return cls(Template(text), first)
+
+    def pair(self, image: Image, **values: object) -> Pair:
+        """The text with its values, and the image."""
+        text = self.text.safe_substitute(values)
+        return (image, text) if self.image_first else (text, image)
+
+
 @dataclass(frozen=True)
 class PromptFile:
     """The parts of a prompt file."""
 
     instructions: str
-    past: Template
-    question: Template
+    past: Caption
+    question: Caption
 
     @classmethod
     def read(cls, path: Path, shipped: "PromptFile | None" = None) -> "PromptFile":
@@ -49,19 +83,28 @@ class PromptFile:
                 f"{path}: a line --- must divide the instructions from the question; "
                 f"a part about earlier pictures may stand between them"
             )
-        past = Template(parts[1]) if len(parts) == 3 or shipped is None else shipped.past
-        return cls(parts[0], past, Template(parts[-1]))
+        past = Caption.read(parts[1], path) if len(parts) == 3 or shipped is None else shipped.past
+        return cls(parts[0], past, Caption.read(parts[-1], path))
 
     @classmethod
     def of(cls, own: str | Path | None, default: Path) -> "PromptFile":
-        """A user's own file if given, else the default; the part about earlier images defaults to the shipped one."""
-        shipped = cls.read(default)
-        return cls.read(Path(own), shipped) if own else shipped
+        """The default file, or another.
 
-    def messages(self, case: WriterInput) -> list[tuple[str, Image]]:
+        Args:
+            own: a path, or the name of one that comes with the package; the part about earlier images is the default's
+                if it has none.
+        """
+        shipped = cls.read(default)
+        if not own:
+            return shipped
+        named = default.parent / f"{own}.md"
+        return cls.read(named if named.is_file() and not Path(own).is_file() else Path(own), shipped)
+
+    def messages(self, case: WriterInput) -> list[Pair]:
         """The texts and images of a case: its earlier images, the oldest first, and then the current one."""
         earlier = [
-            self.past.safe_substitute(
+            self.past.pair(
+                past.image,
                 number=number,
                 count=len(case.history),
                 reflection=past.reflection or "none",
@@ -69,15 +112,15 @@ class PromptFile:
             )
             for number, past in enumerate(case.history, 1)
         ]
-        question = self.question.safe_substitute(
+        question = self.question.pair(
+            case.image,
             prompt=case.prompt,
             current_prompt=case.current_prompt,
             evaluation=case.evaluation,
             last_reflection=case.last_reflection or "none",
             new_reflection=case.reflection or "none",
         )
-        shown = [past.image for past in case.history]
-        return list(zip([*earlier, question], [*shown, case.image], strict=True))
+        return [*earlier, question]
 
 
 def in_one_line(answer: str) -> str:

@@ -12,6 +12,7 @@ from rflow_jax.openai_client.messages import UnusableAnswer
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat
+from rflow_jax.weights.hub import short_name
 from rflow_jax.writers.base import QwenTextGeneratorConfig, WriterInput, WriterOutput
 from rflow_jax.writers.prompt_template import PromptFile, in_one_line
 
@@ -45,7 +46,7 @@ class QwenTextGenerator:
     def __init__(self, chat: QwenChat, default_prompt: Path, prompt_file: str | Path | None = None):
         self._chat = chat
         self._parts = PromptFile.of(prompt_file, default_prompt)
-        self.name = f"qwen {Path(chat.config.model).name}"
+        self.name = f"qwen {short_name(chat.config.model)}"
         self.batch_size = chat.config.batch_size
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
-from rflow_jax.weights.reward import SPECIAL_TOKEN
+from rflow_jax.weights.reward_config import SPECIAL_TOKEN
 from tests.kit.compare import save_arrays
 from tests.kit.pictures import picture
 from tests.kit.qwen import END, PAD, make

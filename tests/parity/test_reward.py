@@ -21,7 +21,8 @@ from rflow_jax.tokenizers.qwen import QwenTokenizer
 from rflow_jax.vlm.qwen_batching import Sizes, batch_of
 from rflow_jax.vlm.qwen_processing import QwenProcessor, read_image_processor_config
 from rflow_jax.vlm.qwen_programs import Scoring, rewards
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardCheckpoint
+from rflow_jax.weights.reward import RewardCheckpoint
+from rflow_jax.weights.reward_config import SPECIAL_TOKEN
 from tests.kit.compare import relative_error
 from tests.kit.pictures import picture
 from tests.kit.qwen import PAD, USUAL, make

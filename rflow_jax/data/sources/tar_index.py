@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
+import random
 import re
+import sys
 import tarfile
-import tempfile
-import zipfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tarfile import ReadError, TarFile, TarInfo
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
@@ -20,8 +18,9 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from rflow_jax.data.records import SUBSETS, Record, RecordError
+from rflow_jax.data.sources.index_cache import ShardIndex, Troubles, claimed, load_index, save_index
 from rflow_jax.data.storage.retry import RetryPolicy
-from rflow_jax.data.storage.shards import RangeFile, Shard
+from rflow_jax.data.storage.shards import LARGE_BLOCK, RangeFile, Shard
 from rflow_jax.errors import InputError
 from rflow_jax.utils.progress import count_progress
 
@@ -45,23 +44,33 @@ class DamagedTar(Exception):
 
 @dataclass
 class TarSample(Generic[T]):
-    """Consecutive members with the same key.
+    """Members with the same key.
 
     Attributes:
         found: the content of each of :data:`MEMBERS`, or None.
-        trouble: why it cannot be used; empty if it can.
+        twice: one of them that was there again.
     """
 
     key: str
     found: list[T | None]
-    trouble: str = ""
+    twice: str = ""
 
-    def check(self) -> TarSample[T]:
-        """Itself, with ``trouble`` set if a member is missing."""
-        missing = [name for name, one in zip(MEMBERS, self.found, strict=True) if one is None]
-        if missing and not self.trouble:
-            self.trouble = f"has no {' and no '.join(missing)}"
-        return self
+    @property
+    def missing(self) -> list[str]:
+        """The members that it lacks."""
+        return [name for name, one in zip(MEMBERS, self.found, strict=True) if one is None]
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be used; empty if it can."""
+        if self.twice:
+            return f"has two of {self.twice}"
+        return f"has no {' and no '.join(self.missing)}" if self.missing else ""
+
+    def completes(self, other: TarSample[T]) -> bool:
+        """Whether both lack members, and have none in common."""
+        one_of_each = not any(a is not None and b is not None for a, b in zip(self.found, other.found, strict=True))
+        return bool(self.missing and other.missing) and not self.twice and not other.twice and one_of_each
 
 
 class _Header(TarInfo):
@@ -109,7 +118,7 @@ def samples(members: Iterable[tuple[str, T]]) -> Iterator[TarSample[T]]:
         stem, _, extension = rest.rpartition(".")
         name = stem if extension in _EXTENSIONS else rest
         if current is not None and key != current.key:
-            yield current.check()
+            yield current
             current = None
         if name not in MEMBERS:
             continue
@@ -117,10 +126,31 @@ def samples(members: Iterable[tuple[str, T]]) -> Iterator[TarSample[T]]:
         if current is None:
             current = TarSample(key, [None] * len(MEMBERS))
         if current.found[member] is not None:
-            current.trouble = f"has two of {MEMBERS[member]}"
+            current.twice = MEMBERS[member]
         current.found[member] = content
     if current is not None:
-        yield current.check()
+        yield current
+
+
+def gathered(members: Iterable[tuple[str, T]]) -> tuple[list[TarSample[T]], TarSample[T] | None]:
+    """As :func:`samples`, with members of a sample that lie apart put together.
+
+    Returns:
+        The samples in the order of their first members, and the one that the last member belongs to.
+    """
+    found: list[TarSample[T]] = []
+    partial: dict[str, TarSample[T]] = {}
+    last = None
+    for run in samples(members):
+        last = partial.get(run.key)
+        if last is not None and last.completes(run):
+            last.found = [a if a is not None else b for a, b in zip(last.found, run.found, strict=True)]
+            continue
+        found.append(run)
+        last = run
+        if run.missing:
+            partial[run.key] = run
+    return found, last
 
 
 def subset_of(text: bytes) -> int | None:
@@ -145,56 +175,9 @@ def make_record(key: str, subset: str, members: list[bytes]) -> Record:
     return Record(key, subset, prompt, reflection, members[GOOD], members[BAD])
 
 
-log = logging.getLogger(__name__)
-
-_FORMAT = 1
 _LONGEST_SUBSET = 64
 _NAMED = 5  # unusable samples to name
 _BUFFER = 8192
-
-
-@dataclass
-class Troubles:
-    """The unusable parts of a shard.
-
-    Attributes:
-        samples: the number of unusable samples.
-        named: the first of them, and why.
-        damage: why the shard cannot be read to its end; empty if it can.
-    """
-
-    samples: int = 0
-    named: list[str] = field(default_factory=list)
-    damage: str = ""
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The n samples of one shard.
-
-    Attributes:
-        keys: their names, concatenated in UTF-8.
-        key_ends: [n] int64; the end of each in ``keys``.
-        offsets: [n, 5] int64; the first byte of each member, in the order of ``MEMBERS``.
-        sizes: [n, 5] int64; bytes of each member.
-        subsets: [n] uint8; indexes in ``SUBSETS``.
-        troubles: what was left out.
-    """
-
-    keys: np.ndarray
-    key_ends: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    subsets: np.ndarray
-    troubles: Troubles
-
-    def __len__(self) -> int:
-        return len(self.subsets)
-
-    def key(self, row: int) -> str:
-        """The name of one sample."""
-        start = int(self.key_ends[row - 1]) if row else 0
-        return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
 
 
 _File = BinaryIO | RangeFile
@@ -212,34 +195,53 @@ def index_shards(
     """An index of each shard: from the cache, or else from the shard's headers.
 
     Args:
-        cache: folder of cached indexes, one file per shard; a damaged one is rebuilt.
+        cache: folder of cached indexes, one file per shard; a damaged one is rebuilt. Processes with the same cache
+            share the work.
         threads: shards read at once.
         show: draw a progress bar.
 
     Raises:
         InputError: a shard is not a tar, is missing, does not answer, or cannot be read by range.
     """
+    if pipes := [shard.shown for shard in shards if shard.is_pipe]:
+        raise InputError(f"{pipes[0]}: a pipe cannot be indexed; stream it")
+    known = {shard: found for shard in shards if (found := load_index(shard, cache)) is not None}
+    remote = [shard for shard in shards if shard not in known and not shard.is_local]
+    if show and remote:
+        print(_cost(remote, cache), file=sys.stderr)
     with count_progress(show) as progress, ThreadPoolExecutor(threads) as pool:
-        task = progress.add_task("Indexing shards", total=len(shards))
+        task = progress.add_task("Indexing shards", total=len(shards), completed=len(known))
+
+        ended = threading.Event()
 
         def index(shard: Shard) -> ShardIndex:
-            if shard.is_pipe:
-                raise InputError(f"{shard.shown}: a pipe cannot be indexed; stream it")
-            identity = json.dumps([_FORMAT, shard.url, shard.size, shard.version])
-            file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-            found = _load(file)
-            if found is None:
-                found = build_index(shard, retry)
-                _save(file, found)
+            with claimed(shard, cache, ended):
+                found = load_index(shard, cache)  # another process may have made it meanwhile
+                if found is None:
+                    found = build_index(shard, retry)
+                    save_index(found, shard, cache)
             progress.advance(task)
             return found
 
-        futures = [pool.submit(index, shard) for shard in shards]
+        todo = [shard for shard in shards if shard not in known]
+        random.shuffle(todo)  # so that processes with one cache share the work
+        futures = {shard: pool.submit(index, shard) for shard in todo}
         try:
-            return [future.result() for future in futures]
+            return [known[shard] if shard in known else futures[shard].result() for shard in shards]
         except BaseException:
+            ended.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _cost(shards: Sequence[Shard], cache: Path) -> str:
+    """What an index of remote shards takes, at most: larger members than GenRef's are not read."""
+    size = sum(shard.size or 0 for shard in shards)
+    requests = sum(-(-(shard.size or 0) // LARGE_BLOCK) for shard in shards)
+    return (
+        f"indexing {len(shards)} remote shards, once: up to {size / 1e9:,.1f} GB in {requests:,} requests, "
+        f"{size / 1e8 / 60:,.0f} minutes at 100 MB/s; shard by shard kept in {cache}"
+    )
 
 
 def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> ShardIndex:
@@ -251,19 +253,19 @@ def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> ShardIndex:
             raise InputError(f"{shard.shown}: {error}; fetch it again, or stream it if it is compressed") from error
         troubles = Troubles()
         keys, offsets, sizes, subsets = [], [], [], []
-        for sample in samples(_extents(tar, file, troubles)):
-            extents = [extent or _Extent(0, 0) for extent in sample.found]
-            if not sample.trouble and extents[SUBSET].subset is None:
-                sample.trouble = "has an unknown subset"
-            if not sample.trouble:
-                keys.append(sample.key.encode("utf-8", "surrogateescape"))
-                offsets.append([extent.start for extent in extents])
-                sizes.append([extent.size for extent in extents])
-                subsets.append(extents[SUBSET].subset)
-            elif not (troubles.damage and "has no" in sample.trouble):  # the one at the cut is the damage
-                troubles.samples += 1
-                if len(troubles.named) < _NAMED:
-                    troubles.named.append(f"{sample.key} {sample.trouble}")
+        found, last = gathered(_extents(tar, file, troubles))
+    for sample in found:
+        extents = [extent or _Extent(0, 0) for extent in sample.found]
+        trouble = sample.trouble or ("has an unknown subset" if extents[SUBSET].subset is None else "")
+        if not trouble:
+            keys.append(sample.key.encode("utf-8", "surrogateescape"))
+            offsets.append([extent.start for extent in extents])
+            sizes.append([extent.size for extent in extents])
+            subsets.append(extents[SUBSET].subset)
+        elif not (troubles.damage and sample is last and sample.missing):  # the one at the cut is the damage
+            troubles.samples += 1
+            if len(troubles.named) < _NAMED:
+                troubles.named.append(f"{sample.key} {trouble}")
     return ShardIndex(
         np.frombuffer(b"".join(keys), np.uint8),
         np.cumsum([len(key) for key in keys], dtype=np.int64),
@@ -300,33 +302,3 @@ def _extents(tar: tarfile.TarFile, file: _File, troubles: Troubles) -> Iterator[
             yield header.name, _Extent(header.offset_data, header.size, subset)
     except DamagedTar as error:
         troubles.damage = str(error)
-
-
-def _load(file: Path) -> ShardIndex | None:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            troubles = Troubles(**json.loads(arrays["troubles"].tobytes()))
-            return ShardIndex(**{name: arrays[name] for name in arrays.files if name != "troubles"}, troubles=troubles)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s: damaged, so the shard is indexed again (%s)", file, error)
-        return None
-
-
-def _save(file: Path, index: ShardIndex) -> None:
-    arrays = {name: value for name, value in vars(index).items() if name != "troubles"}
-    arrays["troubles"] = np.frombuffer(json.dumps(asdict(index.troubles)).encode(), np.uint8)
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as out:
-            temporary = out.name
-            np.savez(out, **arrays)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except OSError as error:  # a full or read-only disk only costs time at the next start
-        log.warning("%s: the index is not kept (%s)", file, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -213,7 +213,10 @@ def _find(name: str, stores: dict[str, Store], retry: RetryPolicy) -> list[Shard
     return [Shard(file, s.st_size, str(s.st_mtime_ns)) for file, s in zip(files, stats, strict=True)]
 
 
-_SMALL_BLOCK, _LARGE_BLOCK = 1 << 14, 1 << 20
+_SMALL_BLOCK, LARGE_BLOCK = 1 << 14, 1 << 24
+_GROWTH = 4
+# About what arrives in the time of another request: so much is read and left aside rather than jumped over.
+_READ_THROUGH = 1 << 22
 
 
 def read_range(shard: Shard, start: int, length: int, retry: RetryPolicy = RetryPolicy()) -> bytes:
@@ -263,8 +266,8 @@ def _local_range(shard: Shard, start: int, length: int) -> bytes:
 class RangeFile(io.RawIOBase):
     """A remote shard as a seekable file, fetched in blocks.
 
-    A block is small after a seek, so that jumping between headers fetches little else, and grows while reading is
-    sequential, so that small members don't cost a request each.
+    A block is small after a long jump, so that a jump between headers fetches little else. Blocks grow to 16 MiB while
+    reads follow each other closely, so that members of a few MiB and less don't cost a request each.
     """
 
     def __init__(self, shard: Shard, retry: RetryPolicy = RetryPolicy()):
@@ -293,8 +296,8 @@ class RangeFile(io.RawIOBase):
         pieces = []
         while self._at < end:
             if not 0 <= self._at - self._block_start < len(self._block):
-                sequential = self._at == self._block_start + len(self._block)
-                self._ahead = min(2 * self._ahead, _LARGE_BLOCK) if sequential else _SMALL_BLOCK
+                near = 0 <= self._at - (self._block_start + len(self._block)) <= _READ_THROUGH
+                self._ahead = min(_GROWTH * self._ahead, LARGE_BLOCK) if near else _SMALL_BLOCK
                 length = min(max(self._ahead, end - self._at), self._size - self._at)
                 self._block = read_range(self._shard, self._at, length, self._retry)
                 self._block_start = self._at

@@ -34,7 +34,8 @@ from rflow_jax.vlm.qwen_processing import ImageProcessorConfig, QwenProcessor, r
 from rflow_jax.vlm.qwen_programs import Scoring
 from rflow_jax.weights.hub import resolve_vlm
 from rflow_jax.weights.qwen import load_qwen
-from rflow_jax.weights.reward import SPECIAL_TOKEN, RewardConfig, RewardExport, export_reward
+from rflow_jax.weights.reward_config import SPECIAL_TOKEN, RewardConfig
+from rflow_jax.weights.reward_export import RewardExport, export_reward
 from rflow_jax.writers.prompt_template import read_prompt
 
 

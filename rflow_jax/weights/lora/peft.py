@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ def common_name(key: str) -> str | None:
     """
     if ".original_module." in key:
         return None
-    key = key.removeprefix(PREFIX)
+    key = key.removeprefix(PREFIX).removesuffix(".default")
     for wrapping in (".base_layer", ".default", ".modules_to_save"):
         key = key.replace(f"{wrapping}.", ".")
     for nested, plain in (("model.language_model.", "model."), ("model.visual.", "visual.")):
@@ -49,20 +49,29 @@ def common_name(key: str) -> str | None:
 
 
 def find_adapters(
-    files: LayeredFiles, model: nnx.Module, table: KeyMapping, *, rank: int, alpha: float, rslora: bool, origin: str
+    files: LayeredFiles,
+    model: nnx.Module,
+    table: KeyMapping,
+    *,
+    rank: int,
+    alpha: float,
+    rslora: bool,
+    origin: str,
+    unused: Collection[str] = (),
 ) -> dict[str, Adapter]:
     """Our dotted path -> adapter, for every LoRA of the files.
 
     Args:
         table: with published names.
         origin: the file that gives the rank, for messages.
+        unused: modules whose LoRA is left out.
 
     Raises:
         InputError: an adapter of an unknown linear, or of another size.
     """
     halves: dict[str, dict[str, str]] = {}
     for key in files:
-        if match := _LORA.fullmatch(key):
+        if (match := _LORA.fullmatch(key)) and match["module"] not in unused:
             halves.setdefault(match["module"], {})[match["half"]] = key
     # The checkpoint's module -> our linears in it, in row order, with the rows of each.
     linears_in: dict[str, list[tuple[int, str, int]]] = {}
@@ -109,20 +118,72 @@ def attach_adapter(model: Model, folder: Path, table: KeyMapping, *, sharding_fo
     Raises:
         InputError: it is not an adapter, of another network, or of an unsupported kind.
     """
-    config = read_object(folder / ADAPTER_CONFIG)
-    wrong = [name for name in _UNSUPPORTED if config.get(name)]
-    if config.get("peft_type", "LORA") != "LORA" or wrong:
-        what = ", ".join(wrong) or f"peft_type {config['peft_type']}"
-        raise InputError(f"{folder / ADAPTER_CONFIG}: {what} is not supported")
-    try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / ADAPTER_CONFIG}: no r and lora_alpha; is it PEFT's?") from error
+    lora = lora_settings(read_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     files = LayeredFiles([TensorFiles.open(folder / ADAPTER_FILE)], common_name)
-    put, rslora = put_by(sharding_for) if sharding_for else None, bool(config.get("use_rslora"))
-    origin = f"{ADAPTER_CONFIG} says r"
-    found = find_adapters(files, model, table, rank=rank, alpha=alpha, rslora=rslora, origin=origin)
+    put = put_by(sharding_for) if sharding_for else None
+    found = find_adapters(files, model, table, **lora, origin=f"{ADAPTER_CONFIG} says r")
     return attach(model, found, source=files.source, put=put)
+
+
+def lora_settings(content: Mapping[str, Any], path: Path, *, modules_to_save: bool = False) -> dict[str, Any]:
+    """``rank``, ``alpha`` and ``rslora`` in the content of an ``adapter_config.json``.
+
+    Args:
+        path: of that file, for messages.
+        modules_to_save: whether whole modules may be saved with the LoRA.
+
+    Raises:
+        InputError: another kind of adapter, an option that is not supported, or these are missing.
+    """
+    unsupported = [name for name in _UNSUPPORTED if not (modules_to_save and name == "modules_to_save")]
+    wrong = [name for name in unsupported if content.get(name)]
+    if content.get("peft_type", "LORA") != "LORA" or wrong:
+        what = ", ".join(wrong) or f"peft_type {content['peft_type']}"
+        raise InputError(f"{path}: {what} is not supported")
+    try:
+        rank, alpha = int(content["r"]), float(content["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no r and lora_alpha; is it PEFT's?") from error
+    return {"rank": rank, "alpha": alpha, "rslora": bool(content.get("use_rslora"))}
+
+
+_EMBEDDING_LORA = (".lora_embedding_A", ".lora_embedding_B")
+_ROWS = 1 << 14  # of an embedding that are changed together
+
+
+class _MergedEmbedding(LayeredFiles):
+    """Files whose embedding has its LoRA added; it is read in float32."""
+
+    def __init__(self, files: LayeredFiles, key: str, a: np.ndarray, b: np.ndarray, scale: float):
+        super().__init__([files], lambda name: None if name.endswith(_EMBEDDING_LORA) else name)
+        self._embedding, self._a, self._b, self._scale = key, a, b, scale
+
+    def read(self, key: str) -> np.ndarray:
+        value = super().read(key)
+        if key != self._embedding:
+            return value
+        value, b = value.astype(np.float32), self._b.astype(np.float32).T * np.float32(self._scale)
+        for start in range(0, len(value), _ROWS):
+            rows = slice(start, start + _ROWS)
+            value[rows] += self._a[:, rows].astype(np.float32).T @ b
+        return value
+
+
+def with_merged_embedding(files: LayeredFiles, key: str, *, rank: int, alpha: float, rslora: bool) -> LayeredFiles:
+    """The files with the LoRA of the embedding ``key``, if there is one, added to it.
+
+    Raises:
+        InputError: it is of another size.
+    """
+    a, b = (key.removesuffix(".weight") + half for half in _EMBEDDING_LORA)
+    if a not in files or b not in files:
+        return files
+    (rows, width), found = files[key].shape, (files[a].shape, files[b].shape)
+    if found != ((rank, rows), (width, rank)):
+        sizes = " and ".join(str(list(shape)) for shape in found)
+        raise InputError(f"{files.home_of(a)}: {a} and its B are {sizes}, not of rank {rank} for {rows} x {width}")
+    matrices = files.read(a), files.read(b)
+    return _MergedEmbedding(files, key, *matrices, Adapter(*matrices, alpha, rslora).scale)
 
 
 def export_adapter(adapters: Mapping[str, Adapter], table: KeyMapping, base: str, folder: Path, **config: Any) -> None:

@@ -190,8 +190,9 @@ def test_what_is_scored_is_not_asked_again(folder, asked, tmp_path, capsys):
     [
         ({"name": "openai", "model": "gpt-4o", "temperature": 0.0, "concurrency": 3}, "56d89deaae04c8e7"),
         ({"name": "yesno", "model": "m", "template": "raw"}, "80911edd7ceb6a0c"),
+        ({"name": "reward", "model": "m", "step": 3}, "0e1726f123a78184"),
     ],
-    ids=["openai", "yesno"],
+    ids=["openai", "yesno", "reward"],
 )
 def test_scores_of_earlier_versions_are_known(verifier, settings):
     """What they stored as ``settings``: an answer that was paid for is not asked for again."""

@@ -84,6 +84,52 @@ def test_members_that_lie_apart_are_read_apart(tmp_path, monkeypatch):
     assert sum(lengths) < 10000
 
 
+def apart(keys, order):
+    """The files of samples, member by member: the members of one sample lie among those of the others."""
+    files = {key: members(key, subset) for key, subset in keys.items()}
+    return [(f"{key}.{name}", files[key][name]) for name in order for key in keys]
+
+
+@pytest.mark.parametrize("order", [sorted(members("k", "rule")), sorted(members("k", "rule"), reverse=True)])
+def test_members_among_those_of_other_samples_are_found(tmp_path, caplog, order):
+    keys = keys_of(0, 8)
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*apart(keys, order), *flat(keys_of(1, 4))]))
+    source = opened(tmp_path)
+    assert everything(source) == expected(keys, keys_of(1, 4))
+    assert source.unusable == 0
+    assert caplog.text == ""
+
+
+def test_what_lies_apart_is_not_mixed_with_whole_samples(tmp_path, caplog):
+    """A key may stand for several whole samples, one after another; what lacks members is named once."""
+    twice, halves = flat({"a": "rule"}), flat({"b": "rule"})
+    between = flat({"c": "general"})
+    lone = [("a.prompt.txt", b"whose?"), ("b.prompt.txt", b"again"), ("d.subset.txt", b"rule")]
+    named = [*twice, *halves[:2], *between, *twice, *halves[2:], *lone[:1], *between, *lone[1:]]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(named))
+    source = opened(tmp_path)
+    assert sorted(one.key for one in everything(source)) == ["a", "a", "b", "c", "c"]
+    assert source.unusable == 3
+    for words in ("a has no good_image", "b has no good_image", "d has no good_image"):
+        assert words in caplog.text
+
+
+def test_an_index_of_the_first_format_serves_if_nothing_is_missing(tmp_path, monkeypatch):
+    from rflow_jax.data.sources import index_cache, tar_index
+
+    (tmp_path / "a.tar").write_bytes(tar_bytes(apart(keys_of(0, 4), sorted(members("k", "rule")))))
+    write_shards(tmp_path, 1, 4)
+    monkeypatch.setattr(index_cache, "_FORMATS", (1,))
+    monkeypatch.setattr(tar_index, "gathered", lambda found: (list(tar_index.samples(found)), None))
+    assert opened(tmp_path).unusable == 20
+    monkeypatch.undo()
+    built = []
+    build = tar_index.build_index
+    monkeypatch.setattr(tar_index, "build_index", lambda shard, *rest: built.append(shard.name) or build(shard, *rest))
+    assert opened(tmp_path).unusable == 0
+    assert built == ["a.tar"]
+
+
 def test_unusable_samples_are_counted_and_named(tmp_path, caplog):
     named = flat(keys_of(0, 6))
     named = [pair for pair in named if pair[0] != "000_0001.bad_image.jpg"]
@@ -222,7 +268,7 @@ def test_a_shard_that_changes_under_a_run_is_an_error(tmp_path):
 
 
 def test_a_remote_shard_is_indexed_by_hopping(tmp_path):
-    large = {"good_image.jpg": bytes(3 << 20), "bad_image.jpg": bytes(3 << 20)}
+    large = {"good_image.jpg": bytes(5 << 20), "bad_image.jpg": bytes(5 << 20)}
     named = [(f"{key}.{n}", large.get(n, c)) for key, s in keys_of(0, 4).items() for n, c in members(key, s).items()]
     (tmp_path / "a.tar").write_bytes(tar_bytes(named))
     with FileServer(tmp_path) as server:
@@ -232,6 +278,23 @@ def test_a_remote_shard_is_indexed_by_hopping(tmp_path):
         server.requests.clear()
         assert source.read("editing", 0).prompt == "prompt of 000_0003"
         assert len(server.requests) == 1
+
+
+def test_members_of_genrefs_kind_are_read_through(tmp_path, capsys):
+    """Two pictures of hundreds of kB a record: many records a request, and the cost is said before."""
+    pictures = {"good_image.jpg": bytes(300_000), "bad_image.jpg": bytes(300_000)}
+    samples = [(key, n, pictures.get(n, c)) for key, s in keys_of(0, 60).items() for n, c in members(key, s).items()]
+    size = (tmp_path / "a.tar").write_bytes(tar_bytes((f"{key}.{name}", content) for key, name, content in samples))
+    with FileServer(tmp_path) as server:
+        source = open_tars(server.url + "/a.tar", cache=tmp_path / "cache", retry=QUICK)
+        assert sum(source.counts.values()) == 60
+        assert len(server.requests) < 10
+        assert server.sent <= size + 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"indexing 1 remote shards, once: up to {size / 1e9:.1f} GB in 3 requests")
+        assert str(tmp_path / "cache") in said
+        open_tars(server.url + "/a.tar", cache=tmp_path / "cache", retry=QUICK)
+        assert capsys.readouterr().err == ""
 
 
 def test_small_remote_members_do_not_cost_a_request_each(tmp_path):
@@ -286,6 +349,29 @@ def test_other_processes_read_too(tmp_path, method):
         assert queue.get(timeout=60) == here
         child.join(10)
         assert everything(source) == here
+
+
+def _open_in_child(url, cache, queue):
+    queue.put(open_tars(url, cache=cache, retry=QUICK, show=False).counts)
+
+
+def test_processes_with_one_cache_share_the_work(tmp_path):
+    """Each shard is read once, whoever begins with it."""
+    shards = write_shards(tmp_path, 6, 40)
+    with FileServer(tmp_path) as server:
+        url, cache = server.url + "/{000..005}.tar", tmp_path / "cache"
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        children = [context.Process(target=_open_in_child, args=(url, cache, queue)) for _ in range(3)]
+        for child in children:
+            child.start()
+        counts = [queue.get(timeout=60) for _ in children]
+        for child in children:
+            child.join(10)
+    assert counts == [dict.fromkeys(SUBSETS, 60)] * 3
+    beyond_probes = [path for path, wanted in server.requests if wanted != "bytes=0-0"]
+    assert sorted({path: beyond_probes.count(path) for path in beyond_probes}.values()) == [2] * 6
+    assert len(list(cache.iterdir())) == len(shards)
 
 
 def test_an_index_is_compact(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.nvila import Marks, NvilaConfig, Tiling, ask, chat, lay_out, message
+from rflow_jax.models.nvila import MEDIA, Marks, NvilaConfig, Tiling, ask, chat, lay_out, message
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.parity.nvila import pattern
@@ -77,6 +78,60 @@ def test_tokens_without_the_ready_made_file(meta, checkpoint, tmp_path):
     for case in meta["tokenizer_cases"]:
         assert tokenizer.ids(case["text"]) == case["ids"], case["text"]
     assert (tokenizer.yes, tokenizer.size) == (meta["yes_id"], meta["len_tokenizer"])
+
+
+def without_tokens(src, dst, tokens):
+    """A copy of a tokenizer's folder without some of its added tokens."""
+    shutil.copytree(src, dst)
+    for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        content = json.loads((dst / name).read_text())
+        if name == "tokenizer.json":
+            content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] not in tokens]
+        elif name == "added_tokens.json":
+            content = {token: number for token, number in content.items() if token not in tokens}
+        else:
+            content.pop("additional_special_tokens", None)
+            known = content.get("added_tokens_decoder", {})
+            content |= {"added_tokens_decoder": {k: v for k, v in known.items() if v["content"] not in tokens}}
+        (dst / name).write_text(json.dumps(content))
+    return dst
+
+
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_media_tokens_are_added_as_vila_adds_them(meta, checkpoint, tokenizer, tmp_path, ready, rows):
+    """They may lie beyond the network's embedding: no input has them."""
+    folder = without_tokens(checkpoint / "llm", tmp_path / "llm", MEDIA)
+    if not ready:
+        (folder / "tokenizer.json").unlink()
+    language = dataclasses.replace(read_nvila_config(checkpoint).language, vocab_size=tokenizer.size - 3 + rows)
+    grown = NvilaTokenizer(folder, language)
+    assert [grown.ids(token) for token in MEDIA] == [[591], [592], [593]] == [tokenizer.ids(token) for token in MEDIA]
+    assert (grown.marks, grown.size) == (tokenizer.marks, language.vocab_size)
+    for case in meta["tokenizer_cases"]:
+        assert grown.ids(case["text"]) == case["ids"], case["text"]
+    layout = grown.layout(chat(message([2, "a bench"])), 9)
+    assert layout.ids.max() < tokenizer.size - 3
+    assert all(
+        (one == other).all()
+        for one, other in zip(
+            vars(layout).values(), vars(tokenizer.layout(chat(message([2, "a bench"])), 9)).values(), strict=True
+        )
+    )
+    with pytest.raises(InputError, match="the special token <vila/sentinel>"):
+        grown.require_plain("a <vila/sentinel> bench")
+
+
+def test_of_the_media_tokens_only_the_missing_ones_are_added(checkpoint, tokenizer, tmp_path):
+    folder = without_tokens(checkpoint / "llm", tmp_path / "llm", MEDIA[1:])
+    assert [NvilaTokenizer(folder, read_nvila_config(checkpoint).language).ids(token) for token in MEDIA] == [
+        [591],
+        [592],
+        [593],
+    ]
+    language = dataclasses.replace(read_nvila_config(checkpoint).language, vocab_size=590)
+    with pytest.raises(InputError, match=r"'\[PAD\]' is token 590, the network's vocab_size is 590"):
+        NvilaTokenizer(folder, language)
 
 
 @pytest.fixture(scope="module")

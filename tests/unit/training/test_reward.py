@@ -25,7 +25,7 @@ from rflow_jax.training.reward.config import PairDataConfig, PairValidationConfi
 from rflow_jax.training.reward.task import Reward, open_checked
 from rflow_jax.verifiers.config import RewardVerifierConfig
 from rflow_jax.verifiers.reward import RewardVerifier
-from rflow_jax.weights.reward import SPECIAL_TOKEN
+from rflow_jax.weights.reward_config import SPECIAL_TOKEN
 from tests.kit.preferences import make_pairs
 from tests.kit.reward import RewardRun, reward_config
 

@@ -212,7 +212,7 @@ def test_a_tied_head_that_is_stored_is_left_out(copied, verdicts):
         ("vision_tower/preprocessor_config.json", {"do_normalize": False}, "do_normalize must be true"),
         ("vision_tower/preprocessor_config.json", {"image_mean": [1, 2]}, "three numbers"),
         ("llm/tokenizer_config.json", {"eos_token": None}, "no eos_token"),
-        ("llm/config.json", {"vocab_size": 500}, "594 tokens, the network's vocab_size is 500"),
+        ("llm/config.json", {"vocab_size": 500}, "is token 590, the network's vocab_size is 500"),
     ],
 )
 def test_what_surrounds_the_weights(copied, file, change, message):

@@ -18,8 +18,10 @@ from rflow_jax.models.qwen2.generation import Prompts, _tokens_of, penalised
 from rflow_jax.vlm.config import QwenChatConfig
 from rflow_jax.vlm.qwen_chat import ChatQuery, QwenChat, decoding_of, question_key
 from rflow_jax.weights.qwen import repetition_penalty
-from rflow_jax.writers.base import PastImage, TextGenerator, WriterInput
+from rflow_jax.writers import make_text_generator
+from rflow_jax.writers.base import PastImage, QwenTextGeneratorConfig, TextGenerator, WriterInput
 from rflow_jax.writers.qwen import QwenTextGenerator, _written
+from tests.kit.hub import FakeHub
 
 PROMPTS = Path(rflow_jax.writers.__file__).parent / "prompts"
 REFLECTION, REFINE = PROMPTS / "reflection.md", PROMPTS / "refine.md"
@@ -114,6 +116,53 @@ def test_earlier_images_come_first_each_behind_its_text(greedy, monkeypatch):
     assert parts[2].startswith("Earlier attempt 2 of 2, painted after this reflection: Lighten it.\n")
     assert parts[4].startswith("The picture to correct.")
     assert [len(question.parts) for question in asked] == [2, 4, 6, 2]
+
+
+@pytest.mark.parametrize("own", ["reflection_generator", str(PROMPTS / "reflection_generator.md")])
+def test_the_published_reflection_generator_is_asked_as_it_was_trained(greedy, monkeypatch, own):
+    """Its system message, then the image, then one instruction that ends in the quoted prompt."""
+    asked = []
+    monkeypatch.setattr(greedy, "answer", lambda questions: asked.extend(questions) or ["x"] * len(questions))
+    QwenTextGenerator(greedy, REFLECTION, own).write(CASES)
+    assert [question.instructions for question in asked] == ["You are a helpful assistant."] * 3
+    for question, case in zip(asked, CASES, strict=True):
+        image, text = question.parts
+        assert image is case.image
+        assert text.endswith(f': "{case.prompt}"')
+        assert "$" not in text
+
+
+@pytest.mark.parametrize(("text", "first"), [("$image Why?", True), ("Why?\n$image", False), ("Why?", False)])
+def test_where_a_prompt_file_puts_the_image(greedy, monkeypatch, tmp_path, text, first):
+    asked = []
+    monkeypatch.setattr(greedy, "answer", lambda questions: asked.extend(questions) or ["x"] * len(questions))
+    (tmp_path / "own.md").write_text(f"Be brief.\n---\nBefore: $image\n---\n{text}\n")
+    QwenTextGenerator(greedy, REFLECTION, tmp_path / "own.md").write(CHAINS[1:2])
+    past, now = (HISTORY[0].image, CASES[1].image)
+    assert asked[0].parts == ("Before:", past, *((now, "Why?") if first else ("Why?", now)))
+
+
+@pytest.mark.parametrize("text", ["Look at $image here.", "$image what? $image", "$image ${image}"])
+def test_an_image_in_the_middle_of_a_text_is_refused(greedy, tmp_path, text):
+    (tmp_path / "own.md").write_text(f"Be brief.\n---\n{text}\n")
+    with pytest.raises(InputError, match=r"own\.md: \$image must stand once, at the beginning or the end"):
+        QwenTextGenerator(greedy, REFLECTION, tmp_path / "own.md")
+
+
+def test_a_generator_in_a_folder_of_the_hub(golden, greedy, monkeypatch, tmp_path):
+    """As it is published: in a sub-folder, beside what training leaves."""
+    served = tmp_path / "served" / "infer" / "30000"
+    served.parent.mkdir(parents=True)
+    served.symlink_to(golden / "qwen" / "base")
+    monkeypatch.chdir(tmp_path)
+    hub = FakeHub(monkeypatch, tmp_path / "cache", {"diffusion-cot/Reflection-Generator": tmp_path / "served"})
+    monkeypatch.setattr(hub, "files", lambda *_, **__: [f"infer/30000/{p.name}" for p in served.iterdir()])
+    section = {"dtype": "float32", "batch_size": 4, "max_new_tokens": 8, "prompt_file": "reflection_generator"}
+    config = QwenTextGeneratorConfig("diffusion-cot/Reflection-Generator/infer/30000", **section)
+    writer = make_text_generator(config, REFLECTION)
+    assert writer.name == "qwen Reflection-Generator/infer/30000"
+    want = QwenTextGenerator(greedy, REFLECTION, "reflection_generator").write(CASES)
+    assert writer.write(CASES) == want
 
 
 def test_texts_with_a_history_depend_on_their_case_alone(greedy):

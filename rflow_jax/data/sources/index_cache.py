@@ -1,0 +1,140 @@
+"""The index of one shard, and the cache of indexes: a file for each shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rflow_jax.data.storage.shards import Shard
+from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import try_lock
+
+# Of a cached index. In the first, members that lie apart were missing.
+_FORMATS = (2, 1)
+_LOOK_AGAIN = 0.2  # seconds
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Troubles:
+    """The unusable parts of a shard.
+
+    Attributes:
+        samples: the number of unusable samples.
+        named: the first of them, and why.
+        damage: why the shard cannot be read to its end; empty if it can.
+    """
+
+    samples: int = 0
+    named: list[str] = field(default_factory=list)
+    damage: str = ""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The n samples of one shard.
+
+    Attributes:
+        keys: their names, concatenated in UTF-8.
+        key_ends: [n] int64; the end of each in ``keys``.
+        offsets: [n, 5] int64; the first byte of each member, in the order of ``MEMBERS``.
+        sizes: [n, 5] int64; bytes of each member.
+        subsets: [n] uint8; indexes in ``SUBSETS``.
+        troubles: what was left out.
+    """
+
+    keys: np.ndarray
+    key_ends: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    subsets: np.ndarray
+    troubles: Troubles
+
+    def __len__(self) -> int:
+        return len(self.subsets)
+
+    def key(self, row: int) -> str:
+        """The name of one sample."""
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
+
+
+def _file(shard: Shard, cache: Path, format: int) -> Path:
+    identity = json.dumps([format, shard.url, shard.size, shard.version])
+    return cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+
+
+@contextmanager
+def claimed(shard: Shard, cache: Path, ended: threading.Event) -> Iterator[None]:
+    """While this lasts, no other process with the same cache is at the shard; without locks there is no such promise.
+
+    Raises:
+        CancelledError: ``ended`` was set while another process was at it.
+    """
+    path = _file(shard, cache, _FORMATS[0]).with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while (held := try_lock(path)) is None and not ended.wait(_LOOK_AGAIN):
+                pass
+        except (OSError, InputError):  # a cache that cannot be written to, or a disk without locks
+            held = None
+        if held is not None:
+            stack.enter_context(held)
+            stack.callback(path.unlink, missing_ok=True)
+        elif ended.is_set():
+            raise CancelledError
+        yield
+
+
+def load_index(shard: Shard, cache: Path) -> ShardIndex | None:
+    """A shard's index from the cache, or None; one of the first format only if it has all samples."""
+    for format in _FORMATS:
+        found = _load(_file(shard, cache, format))
+        if found is not None and (format == _FORMATS[0] or not found.troubles.samples):
+            return found
+    return None
+
+
+def _load(file: Path) -> ShardIndex | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            troubles = Troubles(**json.loads(arrays["troubles"].tobytes()))
+            return ShardIndex(**{name: arrays[name] for name in arrays.files if name != "troubles"}, troubles=troubles)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s: damaged, so the shard is indexed again (%s)", file, error)
+        return None
+
+
+def save_index(index: ShardIndex, shard: Shard, cache: Path) -> None:
+    """Keeps a shard's index in the cache, or warns that it cannot be kept."""
+    file = _file(shard, cache, _FORMATS[0])
+    arrays = {name: value for name, value in vars(index).items() if name != "troubles"}
+    arrays["troubles"] = np.frombuffer(json.dumps(asdict(index.troubles)).encode(), np.uint8)
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as out:
+            temporary = out.name
+            np.savez(out, **arrays)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except OSError as error:  # a full or read-only disk only costs time at the next start
+        log.warning("%s: the index is not kept (%s)", file, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
