@@ -180,7 +180,7 @@ def test_a_single_file_with_text_encoders(tmp_path, single_file, model):
     prefixed = {BFL_PREFIX + key: value for key, value in TensorFiles.open(single_file).stream()}
     (tmp_path / "in").mkdir()
     save_file(prefixed, tmp_path / "in" / "flux1-schnell.safetensors")
-    convert_flux(tmp_path / "in", tmp_path / "out", Options(text=model))
+    convert_flux(tmp_path / "in", tmp_path / "out", Options(text=[model]))
     assert set(describe(tmp_path / "out").components) == {"transformer", "text_encoder", "text_encoder_2"}
     assert (tmp_path / "out" / "tokenizer_2" / "tokenizer.json").is_file()
     schedule = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
@@ -240,9 +240,9 @@ class TestErrors:
 
     def test_options_that_do_not_belong(self, tmp_path, model, single_file):
         with pytest.raises(InputError, match="leave out ae and text"):
-            convert_flux(model, tmp_path / "out", Options(text=model))
+            convert_flux(model, tmp_path / "out", Options(text=[model]))
         with pytest.raises(InputError, match="has no text_encoder, text_encoder_2"):
-            convert_flux(single_file, tmp_path / "out", Options(text=tmp_path))
+            convert_flux(single_file, tmp_path / "out", Options(text=[tmp_path]))
         convert_flux(single_file, tmp_path / "out")
         with pytest.raises(InputError, match="is a converted model already"):
             convert_flux(tmp_path / "out", tmp_path / "again")
