@@ -32,6 +32,7 @@ DTYPES = {
 _METADATA = "__metadata__"
 _LENGTH = 8  # bytes of the number in front of the header
 _LONGEST = 100_000_000  # bytes of a header, by the format
+_LONGEST_KEY = 2000  # letters: far above any name, and no work for regular expressions
 _LARGEST = 2**48  # of a count: far above any file, and no work for Python's whole numbers
 _AXES = 64  # that NumPy allows
 _SHOWN = 300  # letters of a message that a file may choose
@@ -73,6 +74,8 @@ def _checked(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = content.pop(_METADATA, None) or {}
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise _Fault(f"{_METADATA} is not an object of texts")
+    if longest := max((key for key in content if len(key) > _LONGEST_KEY), key=len, default=""):
+        raise _Fault(f"a name of {len(longest)} letters")
     ranges = {key: _range(key, entry) for key, entry in content.items()}
     infos: dict[str, TensorInfo] = {}
     done, before = 0, "the header"

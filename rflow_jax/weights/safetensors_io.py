@@ -249,8 +249,8 @@ def open_pickle(*files: Path, allow: bool) -> PickledTensors:
             raise InputError(f"{file}: {found}")
     if not allow:
         raise InputError(
-            f"{files[0]}: a PyTorch pickle, not read by default; add --allow_pickle (torch then reads it with "
-            "weights_only, which runs no code), or convert it to safetensors"
+            f"{files[0]}: a PyTorch pickle, not read by default; to rflow convert add --allow_pickle (torch then reads "
+            "it with weights_only, which runs no code), or convert it to safetensors"
         )
     if importlib.util.find_spec("torch") is None:
         raise InputError(f"{files[0]}: reading a PyTorch pickle needs torch: pip install torch")
