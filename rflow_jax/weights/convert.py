@@ -158,7 +158,7 @@ def _text_encoders(options: Options, sizes: FluxConfig) -> list[CheckpointPart]:
 
 
 def _text_encoder(file: Path, folders: Sequence[Path], sizes: FluxConfig, allow_pickle: bool) -> CheckpointPart:
-    """The text encoder in a file, with a folder's configuration of it or, as published, with the sizes of its tensors."""
+    """The text encoder in a file, with the configuration beside it or in a folder, else FLUX's for its tensors' sizes."""
     if not file.exists():
         raise InputError(f"{file}: no such file or folder")
     files = open_file(file, allow_pickle=allow_pickle)
@@ -171,11 +171,12 @@ def _text_encoder(file: Path, folders: Sequence[Path], sizes: FluxConfig, allow_
             f"{file}: neither CLIP's text model nor T5's encoder; "
             "give files such as clip_l.safetensors and t5xxl_fp16.safetensors"
         )
-    configs = (folder / component.folder / "config.json" for folder in folders)
-    if (path := next((path for path in configs if path.is_file()), None)) is not None:
-        config = read_object(path)
+    as_published = published.DEV[component.folder]
+    for path in (file.with_name("config.json"), *(folder / component.folder / "config.json" for folder in folders)):
+        if path.is_file() and (config := read_object(path)).get("model_type") == as_published["model_type"]:
+            break
     else:
-        config, path = published.DEV[component.folder] | sizes_of(files.shapes, str(file)), file
+        config, path = as_published | sizes_of(files.shapes, str(file)), file
     table = component.table_for(files, component.config_of(config, path))
     if config[width] != wanted:
         raise InputError(f"{file}: a {table.name} of width {config[width]}; this transformer takes one of {wanted}")

@@ -109,6 +109,5 @@ def _require_scale(scale: TensorInfo, key: str, weight: TensorInfo) -> None:
 
 def _refusal(infos: Mapping[str, TensorInfo], key: str, name: str) -> InputError:
     return InputError(
-        f"{infos[key].file}: stored in {name}, as {key} says, which is not read; "
-        "take a file in bfloat16 or float8"
+        f"{infos[key].file}: stored in {name}, as {key} says, which is not read; take a file in bfloat16 or float8"
     )

@@ -9,7 +9,6 @@ no float8.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

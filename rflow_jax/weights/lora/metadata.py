@@ -48,9 +48,7 @@ class LoraAlpha:
         return self.by_module.get(module, self.default)
 
 
-def read_alpha(
-    files: TensorFiles, modules: Iterable[str], *, has_alpha_keys: bool, default: float | None
-) -> LoraAlpha:
+def read_alpha(files: TensorFiles, modules: Iterable[str], *, has_alpha_keys: bool, default: float | None) -> LoraAlpha:
     """Reads the header's metadata (diffusers', kohya's) or PEFT's ``adapter_config.json`` beside the file.
 
     Args:

@@ -48,7 +48,9 @@ def test_pieces_make_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("rflow_jax.weights.reduced_precision._PIECE", 10)
     scale = DRAW.random((6, 1)).astype(np.float32)
     files = read(tmp_path, {"weight": WEIGHT.astype(E4M3), "b.weight": WEIGHT.astype(E4M3), "b.scale_weight": scale})
-    np.testing.assert_array_equal(files.read("b.weight"), (files.read("weight").astype(np.float32) * scale).astype(BFLOAT16))
+    np.testing.assert_array_equal(
+        files.read("b.weight"), (files.read("weight").astype(np.float32) * scale).astype(BFLOAT16)
+    )
 
 
 def test_plain_float8_stays_as_it_is(tmp_path):
@@ -81,8 +83,14 @@ def test_an_encoder_in_scaled_float8_is_that_of_its_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"b.weight.absmax": np.ones(2), "b.weight.quant_state.bitsandbytes__nf4": np.ones(9, np.uint8)}, "4 bits .*nf4"),
-        ({"b.weight.absmax": np.ones(2), "b.weight.quant_state.bitsandbytes__fp4": np.ones(9, np.uint8)}, "4 bits .*fp4"),
+        (
+            {"b.weight.absmax": np.ones(2), "b.weight.quant_state.bitsandbytes__nf4": np.ones(9, np.uint8)},
+            "4 bits .*nf4",
+        ),
+        (
+            {"b.weight.absmax": np.ones(2), "b.weight.quant_state.bitsandbytes__fp4": np.ones(9, np.uint8)},
+            "4 bits .*fp4",
+        ),
         ({"b.weight.absmax": np.ones(2)}, "few bits by bitsandbytes"),
         ({"b.SCB": np.ones(2)}, "int8 by bitsandbytes"),
         ({"b.qweight": np.ones(2, np.int32), "b.qzeros": np.ones(2, np.int32)}, "few bits by GPTQ or AWQ"),
@@ -102,7 +110,9 @@ def test_other_kinds_are_named(tmp_path, tensors, message):
 
 @pytest.mark.parametrize("shape", [(2,), (5,), (1, 6), (3, 2), (6, 1, 1)])
 def test_scales_of_another_shape(tmp_path, shape):
-    with pytest.raises(InputError, match=r"b\.weight_scale has shape .*expected one number or one for each of the rows"):
+    with pytest.raises(
+        InputError, match=r"b\.weight_scale has shape .*expected one number or one for each of the rows"
+    ):
         read(tmp_path, {"b.weight": WEIGHT.astype(E4M3), "b.weight_scale": np.ones(shape)})
 
 

@@ -147,7 +147,11 @@ def header_file(folder, header, nbytes):
         ({"a": 3}, 8, "a has no dtype"),
         ({"a" * 3000: entry(0, 8)}, 8, "a name of 3000 letters"),
         ({"a": entry(0, 8), "__metadata__": {"x": 1}}, 8, "__metadata__ is not an object of texts"),
-        (f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(0, 8))}}}'.encode(), 8, "a stands in the header twice"),
+        (
+            f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(0, 8))}}}'.encode(),
+            8,
+            "a stands in the header twice",
+        ),
         (b'{"a": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', 8, "shape stands in"),
         (b'{"a\\u001b[2J": 3}', 8, r"a\?\[2J has no dtype"),
         (b"[" + b"1" * 9 + b"]", 0, "no header"),
@@ -174,7 +178,8 @@ ENTRIES = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "U8", "F16"]),
         "shape": st.lists(st.integers(0, 3), max_size=2) | st.lists(NUMBERS, max_size=2),
-        "data_offsets": st.tuples(st.sampled_from([0, 4, 8]), st.sampled_from([0, 4, 8])) | st.lists(NUMBERS, max_size=3),
+        "data_offsets": st.tuples(st.sampled_from([0, 4, 8]), st.sampled_from([0, 4, 8]))
+        | st.lists(NUMBERS, max_size=3),
     }
 )
 
