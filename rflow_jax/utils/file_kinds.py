@@ -1,4 +1,4 @@
-"""What a file is in truth, told from its first bytes: pointers, web pages and pickles that stand in for something else."""
+"""What a file is in truth, by its first bytes: pointers, web pages and pickles in place of something else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mistaken_for_weights(path: Path) -> str | None:
         return None
     if start.startswith((b"PK\x03\x04", *(b"\x80" + bytes([version]) for version in range(2, 6)))):
         return (
-            "a PyTorch pickle; name it .pt and give it to rflow convert with --allow_pickle, or take a safetensors file"
+            "a PyTorch pickle under this name; take a safetensors file, or convert it to one"
         )
     if start and not start.strip(b"\0"):
         return "nothing but zeros, as an interrupted download leaves them; download it again"

@@ -31,6 +31,7 @@ from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
 from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 
 TOKENIZERS = (CLIP_TOKENIZER, T5_TOKENIZER)
+COPIED = ("scheduler", *TOKENIZERS)  # of a diffusers folder
 
 # Called with (network, bytes of the checkpoint done, bytes in all).
 OnProgress = Callable[[str, int, int], None]
@@ -158,7 +159,7 @@ def _text_encoders(options: Options, sizes: FluxConfig) -> list[CheckpointPart]:
 
 
 def _text_encoder(file: Path, folders: Sequence[Path], sizes: FluxConfig, allow_pickle: bool) -> CheckpointPart:
-    """The text encoder in a file, with the configuration beside it or in a folder, else FLUX's for its tensors' sizes."""
+    """The text encoder in a file; its configuration is beside it, in a folder, or FLUX's with its tensors' sizes."""
     if not file.exists():
         raise InputError(f"{file}: no such file or folder")
     files = open_file(file, allow_pickle=allow_pickle)
@@ -205,7 +206,7 @@ def _copied(found: ModelPath, options: Options) -> list[Path]:
         InputError: a file in one of them is only a pointer to it, or a web page.
     """
     roots = [found.path] if found.kind == "diffusers" else options.text
-    names = ("scheduler", *TOKENIZERS) if found.kind == "diffusers" else TOKENIZERS
+    names = COPIED if found.kind == "diffusers" else TOKENIZERS
     folders = [next((root / name for root in roots if (root / name).is_dir()), None) for name in names]
     present = [folder for folder in folders if folder is not None]
     for folder in present:

@@ -42,7 +42,7 @@ class GgufFiles(TensorFiles):
         architecture: that the file names, such as ``flux``; empty if it names none.
 
     Raises:
-        InputError: the package ``gguf`` is not installed, a damaged file, or a type that this package cannot dequantize.
+        InputError: ``gguf`` is not installed, a damaged file, or a type that this package cannot dequantize.
     """
 
     def __init__(self, file: Path):

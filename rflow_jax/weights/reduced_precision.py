@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -88,10 +89,10 @@ def scaled(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
             table = (every * factors[0]).astype(BFLOAT16).view(np.uint16)
             np.take(table, stored.view(np.uint8), out=value.view(np.uint16), mode="clip")
             return value
-        rows, out = (x.reshape(stored.shape[0] if stored.ndim else 1, -1) for x in (stored, value))
-        factors = np.broadcast_to(factors, (len(rows), 1))
-        step = max(1, _PIECE // max(1, rows.shape[1]))
-        for start in range(0, len(rows), step):
+        count, width = (*stored.shape[:1], 1)[0], math.prod(stored.shape[1:])
+        rows, out, factors = stored.reshape(count, width), value.reshape(count, width), np.resize(factors, (count, 1))
+        step = max(1, _PIECE // max(1, width))
+        for start in range(0, count, step):
             some = slice(start, start + step)
             out[some] = (rows[some].astype(np.float32) * factors[some]).astype(BFLOAT16)
     return value
@@ -100,7 +101,7 @@ def scaled(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def _require_scale(scale: TensorInfo, key: str, weight: TensorInfo) -> None:
     """Raises InputError unless there is one number, or one for each row."""
     count = int(np.prod(scale.shape, dtype=np.int64))
-    by_row = weight.shape != () and count == weight.shape[0] and len(scale.shape) <= 2 and scale.shape[0] == count
+    by_row = weight.shape[:1] == scale.shape[:1] == (count,) and len(scale.shape) <= 2
     if count != 1 and not by_row:
         raise InputError(
             f"{scale.file}: {key} has shape {list(scale.shape)}; expected one number or one for each of the rows"

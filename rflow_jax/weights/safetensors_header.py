@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -138,5 +138,5 @@ def _range(key: str, entry: Any) -> tuple[int, int]:
     return span[0], span[1]
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return type(values) is list and all(type(value) is int and 0 <= value < _LARGEST for value in values)

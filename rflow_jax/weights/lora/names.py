@@ -94,7 +94,7 @@ def _index() -> dict[str, tuple[Part, ...]]:
 
 
 def _named(rules: Iterable[Rule], path: str) -> list[tuple[int, str, str]]:
-    """(index of the rule, the file's module, how its rows are ordered) of one of our linears, if it has a name there."""
+    """(index of the rule, the file's module, the order of its rows) of one of our linears, if it has a name there."""
     hits = [(k, rule, re.fullmatch(rule.flax, path)) for k, rule in enumerate(rules)]
     return [(k, match.expand(rule.torch), rule.via) for k, rule, match in hits if match]
 

@@ -206,7 +206,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         (LFS, "a Git LFS pointer, not the file itself; run git lfs pull"),
         (b"<!DOCTYPE html><html><head></head></html>", "a web page"),
         (b"\n<html lang='en'>", "a web page"),
-        (b"PK\x03\x04" + b"\0" * 600, "a PyTorch pickle; name it .pt"),
+        (b"PK\x03\x04" + b"\0" * 600, "a PyTorch pickle under this name; take a safetensors file"),
         (b"\x80\x02}q\x00X\x03\0\0\0abc", "a PyTorch pickle"),
         (b"GGUF\x03\0\0\0" + b"\0" * 50, "a GGUF file"),
         (b"\0" * 1000, "nothing but zeros"),
