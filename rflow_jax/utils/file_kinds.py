@@ -26,9 +26,7 @@ def mistaken_for_weights(path: Path) -> str | None:
     if start[8:9] == b"{":  # by the format, the header's first byte; before it anything may stand
         return None
     if start.startswith((b"PK\x03\x04", *(b"\x80" + bytes([version]) for version in range(2, 6)))):
-        return (
-            "a PyTorch pickle under this name; take a safetensors file, or convert it to one"
-        )
+        return "a PyTorch pickle under this name; take a safetensors file, or convert it to one"
     if start and not start.strip(b"\0"):
         return "nothing but zeros, as an interrupted download leaves them; download it again"
     if start.strip() and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):

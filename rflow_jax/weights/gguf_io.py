@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.file_kinds import stand_in
 from rflow_jax.weights.finite import require_finite
 from rflow_jax.weights.safetensors_header import TensorInfo
 from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
@@ -29,8 +30,8 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is GGUF by its name or its first bytes."""
-    if path.suffix == ".gguf":
-        return True
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.is_file()
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
@@ -87,6 +88,8 @@ def _reader(file: Path) -> Any:
         with np.errstate(over="ignore"):
             reader = gguf.GGUFReader(file)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        if found := stand_in(file):
+            raise InputError(f"{file}: {found}") from error
         what = str(error).strip().splitlines()
         raise InputError(
             f"{file}: not a GGUF file, or cut short ({what[0][:200] if what else type(error).__name__}); "

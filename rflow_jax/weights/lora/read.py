@@ -134,7 +134,7 @@ def read_lora(
         raise InputError(f"{source}: has no adapter of the transformer, so it can have no effect")
     if (foreign := [key for key in files if is_text_encoder(key)]) and not ignore_text_encoder:
         log.warning(
-            "%s: left out %d tensors for a text encoder, such as %s: only the transformer takes a LoRA",
+            "%s: left out %d tensors for a text encoder, such as %r: only the transformer takes a LoRA",
             *(source, len(foreign), foreign[0]),
         )
     return LoraFile(dict(sorted(adapters.items())), files.metadata, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -350,6 +351,28 @@ class TestErrors:
         save_file({"a": np.zeros(1)}, tmp_path / "x.safetensors")
         with pytest.raises(InputError, match="is not a FLUX transformer"):
             describe(tmp_path / "x.safetensors")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"img_in.weight": (0, 64)}, r"img_in\.weight has the shape \[0, 64\], so it holds nothing"),
+            ({"double_blocks.0.img_attn.norm.query_norm.scale": (0,)}, r"query_norm\.scale has the shape \[0\]"),
+            ({"img_in.weight": (64,)}, "not a FLUX transformer of Black Forest Labs"),
+            ({"double_blocks.999999999.img_attn.qkv.weight": (1, 1)}, r"double_blocks\.2 is missing"),
+            ({"single_blocks.x.linear1.weight": (1, 1)}, "not a FLUX transformer of Black Forest Labs"),
+        ],
+    )
+    def test_tensors_that_give_no_sizes(self, tmp_path, single_file, change, message):
+        tensors = dict(TensorFiles.open(single_file).stream())
+        save_file(tensors | {key: np.ones(shape) for key, shape in change.items()}, tmp_path / "flux1-dev.safetensors")
+        with pytest.raises(InputError, match=rf"flux1-dev\.safetensors: .*{message}"):
+            convert_flux(tmp_path / "flux1-dev.safetensors", tmp_path / "out")
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path, single_file):
+        os.mkfifo(tmp_path / "pipe")
+        for options in (Options(ae=tmp_path / "pipe"), Options(text=[tmp_path / "pipe"])):
+            with pytest.raises(InputError, match="pipe: no such file or folder"):
+                convert_flux(single_file, tmp_path / "out", options)
 
     def test_nothing_is_written_before_the_checkpoint_is_checked(self, tmp_path, single_file):
         tensors = dict(TensorFiles.open(single_file).stream())

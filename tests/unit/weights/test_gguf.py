@@ -141,6 +141,11 @@ class TestErrors:
             GgufFiles(file)
         assert "\n" not in str(error.value)
 
+    def test_a_pointer(self, tmp_path):
+        (tmp_path / "x.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(InputError, match=r"x\.gguf: a Git LFS pointer"):
+            open_file(tmp_path / "x.gguf")
+
     def test_numbers_that_are_not_finite(self, tmp_path):
         numbers = np.full((1, 32), np.inf, np.float32)
         files = open_file(write(tmp_path / "x.safetensors", "flux", {"a": (numbers, Kind.F32)}))  # by its first bytes

@@ -286,7 +286,7 @@ def test_adapters_of_text_encoders_are_left_out_with_one_warning(write, caplog, 
     file = write(ONE | keyed(random_lora({"text_model.layers.0.q": (4, 4)}), prefix=prefix))
     assert read_lora(file).keys() == {"image_in"}
     (warning,) = caplog.messages
-    assert f"left out 2 tensors for a text encoder, such as {prefix}text_model" in warning
+    assert f"left out 2 tensors for a text encoder, such as '{prefix}text_model" in warning
     assert "ignore" not in warning  # nothing is advised that only some commands have
     caplog.clear()
     assert read_lora(file, ignore_text_encoder=True).keys() == {"image_in"}
