@@ -123,8 +123,9 @@ def bfl_config(shapes: Mapping[str, tuple[int, ...]], source: str) -> FluxConfig
         InputError: not a FLUX transformer, or one with more input than output channels (fill, depth, canny).
     """
     by_key = {key.removeprefix(BFL_PREFIX): shape for key, shape in shapes.items()}
-    if empty := next((key for key, shape in by_key.items() if 0 in shape), None):
-        raise InputError(f"{source}: {empty} has the shape {list(by_key[empty])}, so it holds nothing")
+    table = bfl_mapping(shapes)
+    if empty := next((key for key, shape in shapes.items() if 0 in shape and not table.ignores(key)), None):
+        raise InputError(f"{source}: {empty} has the shape {list(shapes[empty])}, so it holds nothing")
     try:
         width, in_channels = by_key["img_in.weight"]
         head = by_key["double_blocks.0.img_attn.norm.query_norm.scale"][0]

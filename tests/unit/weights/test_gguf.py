@@ -20,6 +20,7 @@ from rflow_jax.weights.flux import describe
 from rflow_jax.weights.gguf_io import GgufFiles, open_file
 from rflow_jax.weights.key_mapping import KeyMapping, plan
 from rflow_jax.weights.loading import load_into, parameter_values
+from rflow_jax.weights.mappings import text_encoders
 from rflow_jax.weights.mappings.flux import BFL
 from rflow_jax.weights.mappings.text_encoders import T5_GGUF, t5_mapping
 from rflow_jax.weights.model_folder import load_stored
@@ -88,9 +89,9 @@ def test_a_transformer_from_the_file_to_the_folder(tmp_path):
 def test_a_t5_encoder_in_the_names_of_llama_cpp(tmp_path):
     config = T5Config(vocab_size=48, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
     stored, want = quantized(T5Encoder, config, T5_GGUF)
-    names = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.T5ENCODER]
-    known = {gguf.TENSOR_NAMES[name].format(bid=block) for name in names for block in range(2)}
-    assert {key.removesuffix(".weight") for key in stored} <= known
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, config.num_layers)
+    for module in {path.rpartition(".")[0] for path in want}:
+        assert T5_GGUF.module(module)[1] == theirs.get_name(text_encoders.T5.module(module)[1])
     files = open_file(write(tmp_path / "t5.gguf", "t5encoder", stored))
     assert_same(load_into(T5.abstract(config), t5_mapping(files), files), want)
 
