@@ -62,8 +62,8 @@ _REFUSED = tuple(
         (r".*(lora_magnitude_vector|dora_scale).*", "a DoRA, whose magnitudes are not read"),
         (r".*lora_(B|up)(\.[^.]+)?\.bias", "a LoRA with a bias of its own"),
         (
-            r".*((query|key)_norm\.scale|norm_(added_)?[qk]\.weight)",
-            "a LoRA that also replaces norms, as Black Forest Labs' control LoRAs do",
+            r".*((query|key)_norm\.scale|norm_(added_)?[qk]\.weight|\.[wb]_norm)",
+            "a LoRA that also changes norms, as Black Forest Labs' control LoRAs do",
         ),
         (r".*\.(diff|diff_b|set_weight)", "a difference of whole tensors"),
         (r".*(emb_params|string_to_param).*", "an embedding (textual inversion)"),
@@ -134,7 +134,7 @@ def read_lora(
         raise InputError(f"{source}: has no adapter of the transformer, so it can have no effect")
     if (foreign := [key for key in files if is_text_encoder(key)]) and not ignore_text_encoder:
         log.warning(
-            "%s: left out %d tensors for a text encoder, such as %r: only the transformer takes a LoRA",
+            "%s: left out what is for a text encoder (%d tensors, such as %r): only the transformer takes a LoRA",
             *(source, len(foreign), foreign[0]),
         )
     return LoraFile(dict(sorted(adapters.items())), files.metadata, source)

@@ -42,7 +42,7 @@ from rflow_jax.weights.model_folder import (
 )
 from rflow_jax.weights.published import DEV
 from rflow_jax.weights.safetensors_io import TensorFiles
-from rflow_jax.weights.saving import PARTIAL, Conversion, write_safetensors
+from rflow_jax.weights.saving import PARTIAL, Conversion, save_tensors, write_safetensors
 from tests.kit.encoders import random_model
 
 BFL_TINY = FluxConfig(
@@ -179,6 +179,29 @@ def test_a_single_file(tmp_path, single_file):
     assert config == BFL_TINY
     got = load_stored(abstract_flux(config), tmp_path / "out" / "transformer")
     assert_same(parameter_values(got), parameter_values(random_model(FluxTransformer, BFL_TINY)))
+
+
+def test_a_single_file_in_scaled_float8(tmp_path, single_file):
+    """As ComfyUI's are named; the numbers are those of the same file in bfloat16."""
+    scaled, plain = {f"{BFL_PREFIX}scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}, {}
+    for key, value in TensorFiles.open(single_file).stream():
+        name, scale = BFL_PREFIX + key, np.float32(np.abs(value).max() / 448)
+        if value.ndim == 2:
+            scaled |= {
+                name: (value / scale).astype(ml_dtypes.float8_e4m3fn),
+                name.replace("weight", "scale_weight"): scale,
+            }
+            plain[key] = (scaled[name].astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+        else:
+            scaled[name] = plain[key] = value
+    for folder, tensors in (("scaled", scaled), ("plain", plain)):
+        save_tensors(tmp_path / f"{folder}.safetensors", {key: np.asarray(value) for key, value in tensors.items()})
+        convert_flux(tmp_path / f"{folder}.safetensors", tmp_path / folder)
+    got, want = (
+        parameter_values(load_stored(abstract_flux(BFL_TINY), tmp_path / folder / "transformer"))
+        for folder in ("scaled", "plain")
+    )
+    assert_same(got, want)
 
 
 def test_a_single_file_with_text_encoders(tmp_path, single_file, model):

@@ -252,7 +252,7 @@ class TestAlpha:
         ({"lora_unet_img_in.dora_scale": np.ones(3)}, "DoRA"),
         ({"transformer.x_embedder.lora_B.bias": np.ones(32)}, "a bias of its own"),
         ({"lora_unet_img_in.diff": np.ones((2, 2))}, "a difference of whole tensors"),
-        ({"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(16)}, "replaces norms"),
+        ({"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(16)}, "changes norms"),
         ({"lora_unet_img_in.diff_b": np.ones(2)}, "a difference of whole tensors"),
         ({"lora_unet_img_in.lokr_w1": np.ones((2, 2)), "a.dora_scale": np.ones(2)}, "a LoKr, as lora_unet_img_in"),
         ({"transformer.x_embedder.hada_w1_a": np.ones((2, 2))}, "a LoHa"),
@@ -286,7 +286,7 @@ def test_adapters_of_text_encoders_are_left_out_with_one_warning(write, caplog, 
     file = write(ONE | keyed(random_lora({"text_model.layers.0.q": (4, 4)}), prefix=prefix))
     assert read_lora(file).keys() == {"image_in"}
     (warning,) = caplog.messages
-    assert f"left out 2 tensors for a text encoder, such as '{prefix}text_model" in warning
+    assert f"left out what is for a text encoder (2 tensors, such as '{prefix}text_model" in warning
     assert "ignore" not in warning  # nothing is advised that only some commands have
     caplog.clear()
     assert read_lora(file, ignore_text_encoder=True).keys() == {"image_in"}
