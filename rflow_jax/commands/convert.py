@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,13 @@ class FluxConversion(NvilaConversion):
 
     Attributes:
         ae: for single files: ae.safetensors, or its Hub id (owner/name:ae.safetensors).
-        text: for single files: a diffusers folder with text encoders and tokenizers, or its Hub id.
+        text: for single files: a diffusers folder with text encoders and tokenizers, or files of the text encoders
+            (clip_l.safetensors, t5xxl_fp16.safetensors, in any order), also with a folder that has the tokenizers;
+            paths or Hub ids.
     """
 
     ae: str | None = None
-    text: str | None = None
+    text: str | list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class LoraConversion:
         src: what to read.
         dst: what to write; must not exist.
         alpha: where the file does not say it; the rank without this.
-        ignore_text_encoder: leave out what is for a text encoder.
+        ignore_text_encoder: leave out what is for a text encoder without a warning.
         allow_pickle: read PyTorch's .bin and .pth files, by torch with weights_only.
     """
 
@@ -110,20 +113,27 @@ def command(name: str, argv: Sequence[str]) -> Command:
 
 def flux(config: FluxConversion) -> None:
     """Converts a FLUX model."""
-    from rflow_jax.weights.convert import Options, convert_flux
+    from rflow_jax.weights.convert import TOKENIZERS, Options, convert_flux
     from rflow_jax.weights.hub import WANTED_TEXT, resolve
 
+    texts = [config.text] if isinstance(config.text, str) else config.text or ()
     options = Options(
         storage=config.format,
         dtype=_numpy_dtype(config.dtype),
         allow_pickle=config.allow_pickle,
         ae=resolve(config.ae) if config.ae else None,
-        text=resolve(config.text, WANTED_TEXT) if config.text else None,
+        text=tuple(resolve(one, WANTED_TEXT) for one in texts),
     )
     src = resolve(config.src)
     with _Progress() as progress:
         convert_flux(src, Path(config.dst), options, progress)
     print(f"{config.dst}: converted")
+    if options.text and (missing := [name for name in TOKENIZERS if not Path(config.dst, name).is_dir()]):
+        print(
+            f"{config.dst}: has no {' and no '.join(missing)}: before generating, copy these folders there from any "
+            "FLUX.1 folder in diffusers' layout",
+            file=sys.stderr,
+        )
 
 
 def nvila(config: NvilaConversion) -> None:

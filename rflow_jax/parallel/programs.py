@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 
 _turn = threading.RLock()
-_started: list[jax.Array] = []  # one output of each program that may still run
+_started: deque[jax.Array] = deque(maxlen=64)  # one output of each program that may still run; they run in order
 
 
 def turn() -> threading.RLock:
@@ -65,13 +66,11 @@ def _signature(args: Any, kwargs: Any) -> Hashable:
 def _note(output: Any) -> None:
     """Remembers that a program was started; its smallest output stands for it, so that no memory is kept."""
     arrays = [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
-    _started[:] = [one for one in _started if not (one.is_deleted() or one.is_ready())]
     _started.extend(sorted(arrays, key=lambda array: array.size)[:1])
 
 
 def _wait() -> None:
-    """Waits for all programs that were started; their own threads learn of their errors."""
-    for one in _started:
-        with suppress(Exception):
-            one.block_until_ready()
-    _started.clear()
+    """Waits for all programs that were started."""
+    while _started:
+        with suppress(Exception):  # it was donated, or its own thread learns of its error
+            _started.popleft().block_until_ready()

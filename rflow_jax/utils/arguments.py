@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -116,6 +116,7 @@ def prepare(argv: Sequence[str], command: Command) -> list[str]:
         _named_recipes,
         _spelled_out_switches,
         _numbers_in_lists,
+        _texts_in_lists,
         _named_words,
     )
     for step in steps:
@@ -182,6 +183,24 @@ def _numbers_in_lists(argv: Sequence[str], command: Command) -> list[str]:
             count = next((k for k, word in enumerate(words) if not word.isdecimal()), len(words))
             result.append(f"[{','.join(words[:count])}]")
             del words[:count]
+    return result
+
+
+def _texts_in_lists(argv: Sequence[str], command: Command) -> list[str]:
+    """``--text a b`` means ``--text ["a", "b"]``; words that the command needs without a flag are left to it."""
+    lists = {f"--{key}" for key, kind in keys(command.configs) if list[str] in get_args(kind)}
+    wanted = [name for name in command.words if not values_of(argv, f"--{name}")]
+    result: list[str] = []
+    words = list(argv)
+    while words:
+        result.append(words.pop(0))
+        if result[-1] in lists:
+            count = next((k for k, word in enumerate(words) if word.startswith("-")), len(words))
+            elsewhere = len(_bare_words(result)[0]) + len(_bare_words(words[count:])[0])
+            count -= max(0, len(wanted) - elsewhere)
+            if count > 1:
+                result.append(json.dumps(words[:count]))
+                del words[:count]
     return result
 
 

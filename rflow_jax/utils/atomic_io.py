@@ -148,11 +148,16 @@ def is_blank(content: bytes) -> bool:
     return not content.strip(b"\0 \t\r\n")
 
 
-def inside(folder: Path, name: object) -> Path:
-    """The path of a file that another file names, relative to its folder; raises InputError if it leaves the folder."""
+def inside(folder: Path, name: object, *, follow_links: bool = False) -> Path:
+    """The path of a file that another file names, relative to its folder; raises InputError if it leaves the folder.
+
+    Args:
+        follow_links: a link in the folder may lead elsewhere, as those of the Hub's cache do.
+    """
     if isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name):
-        root = os.path.realpath(folder)
-        if os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
+        resolve = os.path.normpath if follow_links else os.path.realpath
+        root = os.path.abspath(folder) if follow_links else os.path.realpath(folder)
+        if resolve(os.path.join(root, name)).startswith(os.path.join(root, "")):
             return folder / name
     raise InputError(f"{str(name)[:100]!r} is not a file in this folder")
 

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import require_text
+from rflow_jax.utils.file_kinds import stand_in
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -30,8 +31,9 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file; give a whole folder of such a model") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        what = stand_in(path) or f"cannot be read as JSON ({error})"
+        raise InputError(f"{path}: {what}") from error
 
 
 def check_types(config: type, content: Mapping[str, Any], path: Path) -> None:

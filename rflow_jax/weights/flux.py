@@ -25,11 +25,13 @@ from rflow_jax.models.text_encoders import ClipTextConfig
 from rflow_jax.parallel.sharding import put_by, sharding_for
 from rflow_jax.tokenizers.flux import CLIP_TOKENIZER, T5_TOKENIZER, Tokenizers
 from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.file_kinds import require_true_files
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.utils.progress import byte_progress
 from rflow_jax.weights import components
 from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, Component, read_schedule
 from rflow_jax.weights.defaults import SamplingDefaults
+from rflow_jax.weights.gguf_io import GgufFiles, open_file
 from rflow_jax.weights.hub import resolve, resolve_lora
 from rflow_jax.weights.key_mapping import KeyMapping
 from rflow_jax.weights.loading import ShardingFor, load_into
@@ -42,7 +44,7 @@ from rflow_jax.weights.saving import PARTIAL
 Kind = Literal["converted", "diffusers", "bfl"]
 EXPECTED = (
     f"expected a converted folder ({MODEL_FILE}), a folder in diffusers' layout (model_index.json) "
-    "or a single file of Black Forest Labs (flux1-dev.safetensors)"
+    "or a single file of Black Forest Labs' layout (flux1-dev.safetensors, flux1-dev-Q8_0.gguf)"
 )
 INDEX_FILE = "model_index.json"  # of diffusers; a converted folder keeps it
 TRANSFORMER_CLASS = "FluxTransformer2DModel"
@@ -75,8 +77,9 @@ def describe(path: Path) -> ModelPath:
         raise InputError(f"{path}: a conversion that was interrupted; convert again")
     if path.is_file():
         # A pickle's content is not looked at before it is known to be wanted.
-        if not is_pickle(path) and not is_bfl(TensorFiles.open(path)):
-            raise InputError(f"{path}: is not a FLUX transformer: {EXPECTED}")
+        if not is_pickle(path) and not is_bfl(files := open_file(path)):
+            kind = files.architecture if isinstance(files, GgufFiles) else ""
+            raise InputError(f"{path}: {f'a GGUF of {kind},' if kind else 'is'} not a FLUX transformer: {EXPECTED}")
         return ModelPath("bfl", path, {TRANSFORMER.folder: path})
     if (path / MODEL_FILE).is_file():
         info = read_object(path / MODEL_FILE)
@@ -94,7 +97,7 @@ def describe(path: Path) -> ModelPath:
     config = path / "config.json"
     if config.is_file() and read_object(config).get("_class_name") == TRANSFORMER_CLASS:
         return ModelPath("diffusers", path, {TRANSFORMER.folder: path})
-    single = sorted(path.glob("flux1-*.safetensors"))
+    single = sorted((*path.glob("flux1-*.safetensors"), *path.glob("flux1-*.gguf")))
     if len(single) == 1:
         ae = {"vae": path / "ae.safetensors"} if (path / "ae.safetensors").is_file() else {}
         return ModelPath("bfl", path, {TRANSFORMER.folder: single[0]} | ae)
@@ -238,6 +241,8 @@ def _component_paths(model: str, found: ModelPath) -> dict[str, Path]:
         raise InputError(f"{model}: has no {', '.join(missing)}; generating needs all four networks of a FLUX model")
     if missing := [name for name in (CLIP_TOKENIZER, T5_TOKENIZER) if not (found.path / name).is_dir()]:
         raise InputError(f"{model}: has no {', '.join(missing)}; fetch the whole folder")
+    for name in (CLIP_TOKENIZER, T5_TOKENIZER):
+        require_true_files(found.path / name)
     return found.components
 
 

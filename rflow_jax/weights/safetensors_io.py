@@ -9,56 +9,33 @@ no float8.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import inside
+from rflow_jax.utils.file_kinds import stand_in
+from rflow_jax.utils.json_files import naming, read_object
 from rflow_jax.weights.finite import require_finite
+from rflow_jax.weights.reduced_precision import as_read, find_scales, scaled
+from rflow_jax.weights.safetensors_header import TensorInfo, read_header
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 WINDOW = 2**28  # bytes of tensors on the host at once; a larger tensor is alone
 _PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
 _PIECES = 4  # threads of one such tensor
 _CHECKED = 2**20  # bytes that are checked together, while the processor still has them at hand
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Location and type of one tensor."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-    nbytes: int
-
-
 class TensorFiles(Mapping[str, TensorInfo]):
-    """The tensors of one safetensors file, or of a folder's files, by key.
+    """The tensors of one safetensors file, or of a folder's files, by key; those in float8 with scales as bfloat16.
 
     Attributes:
         metadata: the string pairs of the headers.
@@ -67,13 +44,23 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def __init__(self, files: Iterable[Path]):
         self.files: tuple[Path, ...] = tuple(files)
         self.metadata: dict[str, str] = {}
-        self._infos: dict[str, TensorInfo] = {}
+        self._stored: dict[str, TensorInfo] = {}
         for file in self.files:
-            infos, metadata = _read_header(file)
-            if twice := self._infos.keys() & infos.keys():
-                raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
-            self._infos |= infos
+            infos, metadata = read_header(file)
+            self._add(file, infos)
             self.metadata |= metadata
+        self._show()
+
+    def _add(self, file: Path, infos: Mapping[str, TensorInfo]) -> None:
+        """Adds a file's tensors; raises InputError for one that is in another file too."""
+        if twice := self._stored.keys() & infos.keys():
+            raise InputError(f"{file}: {min(twice)} is also in {self._stored[min(twice)].file.name}")
+        self._stored |= infos
+
+    def _show(self) -> None:
+        """Once all tensors are there: sets those that are given out."""
+        self._scales = find_scales(self._stored)
+        self._infos = as_read(self._stored, self._scales)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TensorFiles:
@@ -89,15 +76,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             raise InputError(f"{path}: no such file or folder")
         indexes = sorted(path.glob("*.safetensors.index.json"))
         if indexes:
-            index = indexes[0]
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
-            for name in names:
-                if not (path / name).is_file():
-                    raise InputError(f"{path / name}: missing, though {index.name} names it; fetch the whole folder")
-            return cls(path / name for name in names)
+            return cls(_shards(indexes[0]))
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
@@ -137,7 +116,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
         Raises:
             InputError: the file ended, or a number of the tensor is NaN or infinite.
         """
-        info = self._infos[key]
+        value = self._read_stored(key)
+        if key in self._scales:
+            value = scaled(value, self._read_stored(self._scales[key]))
+            require_finite(value, self._infos[key].file, key)
+        return value
+
+    def _read_stored(self, key: str) -> np.ndarray:
+        info = self._stored[key]
         buffer = np.empty(info.nbytes, np.uint8)
         view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
 
@@ -189,29 +175,22 @@ def _result(key: str, future: Future[np.ndarray]) -> tuple[str, np.ndarray]:
     return key, future.result()
 
 
-def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Location and type of each tensor, and the metadata."""
-    try:
-        with safe_open(file, framework="np") as opened:
-            metadata = opened.metadata() or {}
-            slices = {key: opened.get_slice(key) for key in opened.offset_keys()}
-            tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    except SafetensorError as error:
-        raise InputError(
-            f"{file}: not a safetensors file, or cut short ({error}); copy or download it again"
-        ) from error
-    infos: dict[str, TensorInfo] = {}
-    end = file.stat().st_size
-    for key, (name, shape) in reversed(tensors.items()):
-        if name not in DTYPES:
-            raise InputError(f"{file}: {key} is stored as {name}, which is not read; take a file in BF16 or F32")
-        nbytes = DTYPES[name].itemsize * math.prod(shape)
-        end -= nbytes  # a valid file has no gaps, and ends with its last tensor
-        infos[key] = TensorInfo(file, DTYPES[name], shape, end, nbytes)
-    return dict(reversed(infos.items())), metadata
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of shards names."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: not an index of safetensors shards: it has no weight_map of file names")
+    files: list[Path] = []
+    for name in sorted(set(weight_map.values())):
+        with naming(index):
+            files.append(inside(index.parent, name, follow_links=True))
+        if not files[-1].is_file():
+            raise InputError(f"{files[-1]}: missing, though {index.name} names it; fetch the whole folder")
+    return files
 
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+_NOT_OF_NUMPY = tuple(map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
 
 
 def is_pickle(path: Path) -> bool:
@@ -225,26 +204,31 @@ class PickledTensors(TensorFiles):
     def __init__(self, files: Iterable[Path]):
         self.files = tuple(files)
         self.metadata = {}
-        self._infos = {}
+        self._stored = {}
         self._tensors: dict[str, Any] = {}
         for file in self.files:
             tensors = _load_pickle(file)
-            if twice := self._infos.keys() & tensors.keys():
-                raise InputError(f"{file}: {min(twice)} is also in {self._infos[min(twice)].file.name}")
-            self._tensors |= tensors
+            infos: dict[str, TensorInfo] = {}
             for key, tensor in tensors.items():
                 name = str(tensor.dtype).removeprefix("torch.")
-                dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+                try:
+                    dtype = np.dtype(name)
+                except TypeError as error:
+                    raise InputError(f"{file}: {key} is stored as {name}, which is not read") from error
                 nbytes = dtype.itemsize * int(np.prod(tensor.shape, dtype=np.int64))
-                self._infos[key] = TensorInfo(file, dtype, tuple(tensor.shape), 0, nbytes)
+                infos[key] = TensorInfo(file, dtype, tuple(tensor.shape), 0, nbytes)
+            self._add(file, infos)
+            self._tensors |= tensors
+        self._show()
 
-    def read(self, key: str) -> np.ndarray:
+    def _read_stored(self, key: str) -> np.ndarray:
         tensor = self._tensors[key].detach().contiguous()
-        info = self._infos[key]
-        if info.dtype == ml_dtypes.bfloat16:
+        info = self._stored[key]
+        if info.dtype in _NOT_OF_NUMPY:
             import torch  # pyright: ignore[reportMissingImports] (an extra)
 
-            value = tensor.view(torch.int16).numpy().view(info.dtype)
+            same_bits = torch.int16 if info.dtype.itemsize == 2 else torch.uint8
+            value = tensor.view(same_bits).numpy().view(info.dtype)
         else:
             value = tensor.numpy()
         require_finite(value, info.file, key)
@@ -259,10 +243,13 @@ def open_pickle(*files: Path, allow: bool) -> PickledTensors:
     """
     if missing := [file for file in files if not file.is_file()]:
         raise InputError(f"{missing[0]}: no such file")
+    for file in files:
+        if found := stand_in(file):
+            raise InputError(f"{file}: {found}")
     if not allow:
         raise InputError(
-            f"{files[0]}: a PyTorch pickle, not read by default; add --allow_pickle (torch then reads it with "
-            "weights_only, which runs no code), or convert it to safetensors"
+            f"{files[0]}: a PyTorch pickle, not read by default; to rflow convert add --allow_pickle (torch then reads "
+            "it with weights_only, which runs no code), or convert it to safetensors"
         )
     if importlib.util.find_spec("torch") is None:
         raise InputError(f"{files[0]}: reading a PyTorch pickle needs torch: pip install torch")

@@ -23,7 +23,8 @@ from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import make_folder, sync_folder, sync_tree
 from rflow_jax.weights.key_mapping import KeyMapping, MappingPlan, plan
 from rflow_jax.weights.loading import parameter_shapes
-from rflow_jax.weights.safetensors_io import DTYPES, TensorFiles
+from rflow_jax.weights.safetensors_header import DTYPES
+from rflow_jax.weights.safetensors_io import TensorFiles
 
 PARTIAL = ".partial"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -107,6 +107,20 @@ def test_kohya_under_the_names_of_diffusers(tmp_path):
     assert_same(read_lora(written(tmp_path, tensors)).adapters, theirs(dict(tensors)))
 
 
+def test_xlabs(tmp_path, dev_modules):
+    """All that diffusers' converter knows; it takes a file for XLabs' by the word ``processor``."""
+    shapes = {
+        f"double_blocks.0.processor.{name}_lora{number}": dev_modules[f"double_blocks.0.{stream}_attn.{name}"]
+        for number, stream in ((1, "img"), (2, "txt"))
+        for name in ("qkv", "proj")
+    }
+    width = dev_modules["single_blocks.0.linear1"][0]
+    shapes["single_blocks.0.processor.qkv_lora"] = (width, 3 * width)
+    shapes["single_blocks.0.processor.proj_lora"] = dev_modules["single_blocks.0.linear2"]
+    tensors = keyed(random_lora(shapes, rank=1), a="down.weight", b="up.weight")
+    assert_same(read_lora(written(tmp_path, tensors)).adapters, theirs(dict(tensors)))
+
+
 def test_bfl_layout(tmp_path, dev_modules):
     # diffusers' converter wants all blocks, and of the rest the last layer alone.
     modules = all_blocks(dev_modules) | {"final_layer.linear": dev_modules["final_layer.linear"]}

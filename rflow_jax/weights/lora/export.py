@@ -15,7 +15,8 @@ from flax import nnx
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter, adapters_of
-from rflow_jax.weights.lora.read import LORA_FILE, METADATA_KEY, OUR_FILE
+from rflow_jax.weights.lora.metadata import METADATA_KEY
+from rflow_jax.weights.lora.read import LORA_FILE, OUR_FILE
 from rflow_jax.weights.mappings.flux import DIFFUSERS
 from rflow_jax.weights.saving import atomic_output, save_tensors
 

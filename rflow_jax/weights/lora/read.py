@@ -2,175 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from rflow_jax.errors import InputError
-from rflow_jax.models.flux.config import FluxConfig
-from rflow_jax.models.flux.transformer import FluxTransformer
-from rflow_jax.models.lora import Adapter, linears
-from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS
+from rflow_jax.models.lora import Adapter
+from rflow_jax.weights.lora.metadata import LoraAlpha, read_alpha
+from rflow_jax.weights.lora.names import bare, is_text_encoder, parts_of
 from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
 
-METADATA_KEY = "lora_adapter_metadata"  # diffusers >= 0.35
-CONFIG_FILE = "adapter_config.json"  # PEFT
-_COMPONENT = "transformer."
-
-
-@dataclass(frozen=True)
-class LoraAlpha:
-    """alpha of each module.
-
-    Attributes:
-        default: of modules that no pattern matches; None means the rank.
-        patterns: regular expression over a module's name (its end, as PEFT matches it) -> alpha.
-        rslora: scale by alpha / sqrt(rank).
-    """
-
-    default: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
-    rslora: bool = False
-
-    def alpha(self, module: str) -> float | None:
-        for pattern, alpha in self.patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return alpha
-        return self.default
-
-
-def read_alpha(files: TensorFiles, *, has_alpha_keys: bool, default: float | None) -> LoraAlpha:
-    """Reads the header's metadata (diffusers', kohya's) or PEFT's ``adapter_config.json`` beside the file.
-
-    Args:
-        has_alpha_keys: the file has ``.alpha`` tensors, so kohya's single number is ignored.
-        default: if the file does not give it.
-    """
-    source, config = str(files.files[0]), _peft_config(files)
-    if not config:
-        if not has_alpha_keys and (text := files.metadata.get("ss_network_alpha")) not in (None, "None", ""):
-            return LoraAlpha(_number(text, "ss_network_alpha", source))
-        return LoraAlpha(default)
-    for key in ("use_dora", "lora_bias"):
-        if config.get(key):
-            raise InputError(f"{source}: its configuration says {key}, which is not supported")
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    return LoraAlpha(
-        default if alpha is None else _number(alpha, "lora_alpha", source),
-        {pattern: _number(value, pattern, source) for pattern, value in patterns.items()},
-        bool(config.get("use_rslora")),
-    )
-
-
-def _peft_config(files: TensorFiles) -> dict[str, Any]:
-    """PEFT's configuration of the transformer's adapter; empty if not given."""
-    file = files.files[0]
-    beside = file.with_name(CONFIG_FILE)
-    try:
-        if METADATA_KEY in files.metadata:
-            everything = json.loads(files.metadata[METADATA_KEY])
-            own = {k.removeprefix(_COMPONENT): v for k, v in everything.items() if k.startswith(_COMPONENT)}
-            return own or {k: v for k, v in everything.items() if "." not in k}
-        if file.stem == "adapter_model" and beside.is_file():
-            return json.loads(beside.read_text())
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file}: the configuration of the LoRA does not parse ({error})") from error
-    return {}
-
-
-def _number(value: Any, name: str, source: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{source}: {name} is {value!r}, expected a number") from error
-
-
-# What tools put in front of a module's name; several may follow one another.
-PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "lora_unet_",
-    "lora_transformer_",
-)
-_TEXT_ENCODER = re.compile(
-    r"(base_model\.model\.)?(text_encoder(_\d)?\.|text_encoders\.|lora_te\d?_|lora_text_encoder)"
-)
-_BLOCK = re.compile(r"((?:double_|single_|transformer_|single_transformer_)blocks)_(\d+)_(.+)")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of our linears inside a module of a file.
-
-    Attributes:
-        path: our dotted path; ``#`` stands for the number of the block.
-        via: see :class:`rflow_jax.weights.key_mapping.Rule`.
-    """
-
-    path: str
-    via: str = ""
-
-
-def is_text_encoder(key: str) -> bool:
-    """Whether a file's key belongs to the LoRA of a text encoder."""
-    return _TEXT_ENCODER.match(key) is not None
-
-
-def bare(name: str) -> str:
-    """A module's name without the prefixes of tools."""
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def parts_of(name: str) -> tuple[Part, ...]:
-    """Our linears that a bare module name means, in row order; empty if the name is not known.
-
-    Understands diffusers' names, Black Forest Labs' and ours, with dots or, as kohya writes, underscores.
-    """
-    flat = name.replace(".", "_")
-    block = _BLOCK.fullmatch(flat)
-    if block is None:
-        return _index().get(flat, ())
-    kind, number, rest = block.groups()
-    parts = _index().get(f"{kind}_#_{rest}", ())
-    return tuple(Part(part.path.replace("#", str(int(number))), part.via) for part in parts)
-
-
-@cache
-def _index() -> dict[str, tuple[Part, ...]]:
-    """Flattened name in any naming -> our linears, with ``#`` for the number of a block."""
-    # One block of each kind; the paths do not depend on the widths.
-    config = FluxConfig(
-        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1, axes_dims_rope=(4, 2, 2)
-    )
-    found: dict[str, list[tuple[int, Part]]] = {}
-    for path in linears(nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0)))):
-        ours = _any_block(path)
-        found[_flat(path)] = [(0, Part(ours))]
-        for table in (DIFFUSERS, BFL):
-            order, theirs, via = table.module(path)
-            found.setdefault(_flat(theirs), []).append((order, Part(ours, via)))
-    return {name: tuple(part for _, part in sorted(parts, key=lambda p: p[0])) for name, parts in found.items()}
-
-
-def _any_block(name: str) -> str:
-    return re.sub(r"blocks\.0\.", "blocks.#.", name)
-
-
-def _flat(name: str) -> str:
-    return _any_block(name).replace(".", "_")
-
+log = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 PEFT_FILE = "adapter_model.safetensors"
@@ -179,10 +26,12 @@ OUR_FILE = "lora.safetensors"
 _A, _B, _ALPHA = "A", "B", "alpha"
 _KINDS = {
     "lora_A": _A,
+    "down": _A,
     "lora.down": _A,
     "lora_down": _A,
     "lora_a": _A,
     "lora_B": _B,
+    "up": _B,
     "lora.up": _B,
     "lora_up": _B,
     "lora_b": _B,
@@ -195,17 +44,29 @@ _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<leaf>lora_[AB]|lora\.(?:down|up)|lora_(?:down|up)|lora_[ab]|(?:lora\.|lora_A\.)?alpha)"
     r"(?:\.[A-Za-z0-9_-]+)??(?:\.weight)?"
 )
+_XLABS_KEY = re.compile(r"(?P<module>.+\.processor\.(?:qkv|proj)_lora\d?)\.(?P<leaf>down|up)(?:\.weight)?")
+# What a key says of its file; of several, the first counts.
 _REFUSED = tuple(
-    (re.compile(pattern), reason)
-    for pattern, reason in (
-        (r".*(lora_magnitude_vector|dora_scale).*", "a DoRA, whose magnitudes are not supported"),
-        (r".*lora_(B|up)(\.[^.]+)?\.bias", "an adapter with a bias of its own"),
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"(.*\.)?bundle_emb\..*", "OneTrainer's bundle of a LoRA with embeddings"),
+        (r".*lokr_.*", "a LoKr"),
+        (r".*hada_.*", "a LoHa"),
+        (r".*boft_.*", "a BOFT"),
+        (r".*oft_.*", "an OFT"),
+        (r".*ia3_.*|.*\.on_input", "an IA3"),
+        (r".*(glora|\.[ab][12]\.weight).*", "a GLoRA"),
+        (r".*vera_lambda_.*", "a VeRA"),
+        (r".*(lora_E|ranknum).*", "an AdaLoRA"),
+        (r".*lora_mid.*", "a LoCon with Tucker's decomposition"),
+        (r".*(lora_magnitude_vector|dora_scale).*", "a DoRA, whose magnitudes are not read"),
+        (r".*lora_(B|up)(\.[^.]+)?\.bias", "a LoRA with a bias of its own"),
         (
-            r".*((query|key)_norm\.scale|norm_(added_)?[qk]\.weight)",
-            "it also replaces norms, as Black Forest Labs' control LoRAs do",
+            r".*((query|key)_norm\.scale|norm_(added_)?[qk]\.weight|\.[wb]_norm)",
+            "a LoRA that also changes norms, as Black Forest Labs' control LoRAs do",
         ),
         (r".*\.(diff|diff_b|set_weight)", "a difference of whole tensors"),
-        (r".*(lokr_|hada_|oft_|lora_mid|boft_|glora|\.[ab][12]\.weight).*", "an adapter of another kind than LoRA"),
+        (r".*(emb_params|string_to_param).*", "an embedding (textual inversion)"),
     )
 )
 
@@ -248,7 +109,7 @@ def read_lora(
 
     Args:
         alpha: if the file does not give it; None means the rank.
-        ignore_text_encoder: leave out adapters of text encoders instead of refusing them.
+        ignore_text_encoder: leave out adapters of text encoders, as always, but without a warning.
         allow_pickle: read ``.bin``, ``.pt`` and the like, through ``torch.load(weights_only=True)``.
 
     Raises:
@@ -259,14 +120,10 @@ def read_lora(
         path = next((path / name for name in (OUR_FILE, LORA_FILE, PEFT_FILE) if (path / name).is_file()), path)
     files = open_pickle(path, allow=allow_pickle) if is_pickle(path) else TensorFiles.open(path)
     source = str(files.files[0])
-    keys = [key for key in files if not (is_text_encoder(key) and ignore_text_encoder)]
-    if foreign := [key for key in keys if is_text_encoder(key)]:
-        raise InputError(
-            f"{source}: {len(foreign)} tensors are for a text encoder, such as {foreign[0]}; only the "
-            "transformer takes a LoRA; leave them out with ignore_text_encoder"
-        )
-    modules = _group(keys, files, source)
-    strength = read_alpha(files, has_alpha_keys=any(_ALPHA in m for m in modules.values()), default=alpha)
+    keys = [key for key in files if not is_text_encoder(key)]
+    modules = _group(_require_lora(keys, files, source), files, source)
+    has_alpha_keys = any(_ALPHA in tensors for tensors in modules.values())
+    strength = read_alpha(files, modules, has_alpha_keys=has_alpha_keys, default=alpha)
     adapters: dict[str, Adapter] = {}
     for name, tensors in modules.items():
         for part, adapter in _split(name, _adapter(name, tensors, strength, source), source):
@@ -275,18 +132,30 @@ def read_lora(
             adapters[part] = adapter
     if not adapters:
         raise InputError(f"{source}: has no adapter of the transformer, so it can have no effect")
+    if (foreign := [key for key in files if is_text_encoder(key)]) and not ignore_text_encoder:
+        log.warning(
+            "%s: left out what is for a text encoder (%d tensors, such as %r): only the transformer takes a LoRA",
+            *(source, len(foreign), foreign[0]),
+        )
     return LoraFile(dict(sorted(adapters.items())), files.metadata, source)
+
+
+def _require_lora(keys: list[str], files: TensorFiles, source: str) -> list[str]:
+    """The keys of a LoRA's tensors; raises InputError, naming it, for another kind of adapter."""
+    # Zeros that some tools write too have no effect.
+    idle = {k for k in keys if k.endswith((".diff", ".diff_b")) and not files.read(k).astype(np.float32).any()}
+    keys = [key for key in keys if key not in idle]
+    for pattern, kind in _REFUSED:
+        if found := next((key for key in keys if pattern.fullmatch(key)), None):
+            raise InputError(f"{source}: {kind}, as {found} says; not supported, only a plain LoRA is")
+    return keys
 
 
 def _group(keys: list[str], files: TensorFiles, source: str) -> dict[str, dict[str, np.ndarray]]:
     """Bare module name -> its tensors by kind."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key in keys:
-        if reason := next((reason for pattern, reason in _REFUSED if pattern.fullmatch(key)), None):
-            if key.endswith((".diff", ".diff_b")) and not files.read(key).astype(np.float32).any():
-                continue  # zeros that some tools write too: no effect
-            raise InputError(f"{source}: {key}: {reason}; not supported")
-        match = _KEY.fullmatch(key)
+        match = _XLABS_KEY.fullmatch(key) or _KEY.fullmatch(key)
         name = bare(match["module"]) if match else ""
         if match is None or not parts_of(name):
             raise InputError(f"{source}: {key} is not a LoRA of a linear of the FLUX transformer")
@@ -294,6 +163,8 @@ def _group(keys: list[str], files: TensorFiles, source: str) -> dict[str, dict[s
         if kind in modules.setdefault(name, {}):
             raise InputError(f"{source}: {key} is the second {kind} of {name}")
         tensor = files.read(key)
+        if kind != _ALPHA and tensor.dtype.kind in "iub":
+            raise InputError(f"{source}: {key} is stored as {tensor.dtype}; expected floating-point numbers")
         # Ours are stored as the network has them, [in, r] and [r, out].
         modules[name][kind] = tensor.T if match["leaf"] in ("lora_a", "lora_b") else tensor
     return modules

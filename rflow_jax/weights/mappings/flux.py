@@ -81,6 +81,24 @@ BFL = KeyMapping(
     leaves=LEAVES | {"scale": "scale"},
 )
 
+# XLabs' LoRA files, under names of attention processors; they have no other modules.
+XLABS = (
+    *(
+        rule
+        for ours, number in (("image", 1), ("text", 2))
+        for rule in (
+            Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.q", rf"double_blocks.\1.processor.qkv_lora{number}"),
+            Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.k", rf"double_blocks.\1.processor.qkv_lora{number}"),
+            Rule(rf"double_blocks\.(\d+)\.{ours}\.qkv\.v", rf"double_blocks.\1.processor.qkv_lora{number}"),
+            Rule(rf"double_blocks\.(\d+)\.{ours}\.out", rf"double_blocks.\1.processor.proj_lora{number}"),
+        )
+    ),
+    Rule(r"single_blocks\.(\d+)\.qkv\.q", r"single_blocks.\1.processor.qkv_lora"),
+    Rule(r"single_blocks\.(\d+)\.qkv\.k", r"single_blocks.\1.processor.qkv_lora"),
+    Rule(r"single_blocks\.(\d+)\.qkv\.v", r"single_blocks.\1.processor.qkv_lora"),
+    Rule(r"single_blocks\.(\d+)\.out", r"single_blocks.\1.processor.proj_lora"),
+)
+
 # Files of a whole pipeline have this before the transformer's keys, and these other parts:
 BFL_PREFIX = "model.diffusion_model."
 OTHER_PARTS = (r"vae\..*", r"text_encoders\..*", r"first_stage_model\..*", r"cond_stage_model\..*")
@@ -105,6 +123,9 @@ def bfl_config(shapes: Mapping[str, tuple[int, ...]], source: str) -> FluxConfig
         InputError: not a FLUX transformer, or one with more input than output channels (fill, depth, canny).
     """
     by_key = {key.removeprefix(BFL_PREFIX): shape for key, shape in shapes.items()}
+    table = bfl_mapping(shapes)
+    if empty := next((key for key, shape in shapes.items() if 0 in shape and not table.ignores(key)), None):
+        raise InputError(f"{source}: {empty} has the shape {list(shapes[empty])}, so it holds nothing")
     try:
         width, in_channels = by_key["img_in.weight"]
         head = by_key["double_blocks.0.img_attn.norm.query_norm.scale"][0]
@@ -134,7 +155,10 @@ def bfl_config(shapes: Mapping[str, tuple[int, ...]], source: str) -> FluxConfig
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
-    return 1 + max((int(key.split(".")[1]) for key in shapes if key.startswith(f"{blocks}.")), default=-1)
+    numbers = {int(key.split(".")[1]) for key in shapes if key.startswith(f"{blocks}.")}
+    if missing := {*range(len(numbers))} - numbers:
+        raise ValueError(f"{blocks}.{min(missing)} is missing")
+    return len(numbers)
 
 
 def _rope_axes(head: int, source: str) -> tuple[int, ...]:

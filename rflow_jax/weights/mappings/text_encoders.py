@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from rflow_jax.errors import InputError
 from rflow_jax.weights.key_mapping import LEAVES, KeyMapping, Rule
 
 LOGIT_SCALE = "logit_scale"
@@ -27,8 +28,13 @@ CLIP_TEXT = KeyMapping(
         *_CLIP_LAYERS,
         Rule(r"final_norm", r"final_layer_norm"),
     ),
-    # 0, 1, 2 ... in old files; the projection to CLIP's image space, which FLUX does not use, in some.
-    ignore=(r"(text_model\.)?embeddings\.position_ids", r"text_projection\.weight"),
+    # 0, 1, 2 ... in old files; in some, the rest of the whole CLIP, which FLUX does not use.
+    ignore=(
+        r"(text_model\.)?embeddings\.position_ids",
+        r"(text_projection|visual_projection)\.weight",
+        LOGIT_SCALE,
+        r"vision_model\..*",
+    ),
     prefix="text_model.",
 )
 
@@ -95,7 +101,89 @@ T5 = KeyMapping(
 T5_UNSHARED = replace(T5, rules=(Rule(r"embed", r"encoder.embed_tokens"), *T5.rules[1:]), ignore=())
 
 
+# As llama.cpp names them in GGUF files.
+T5_GGUF = KeyMapping(
+    "T5 encoder (GGUF)",
+    (
+        Rule(r"embed", r"token_embd"),
+        Rule(r"position_bias", r"enc.blk.0.attn_rel_b"),
+        Rule(_BLOCK + r"attn_norm", r"enc.blk.\1.attn_norm"),
+        Rule(_BLOCK + r"attn\.([qkv])", r"enc.blk.\1.attn_\2"),
+        Rule(_BLOCK + r"attn\.out", r"enc.blk.\1.attn_o"),
+        Rule(_BLOCK + r"ff_norm", r"enc.blk.\1.ffn_norm"),
+        Rule(_BLOCK + r"ff\.(gate|up|down)", r"enc.blk.\1.ffn_\2"),
+        Rule(r"final_norm", r"enc.output_norm"),
+    ),
+)
+
+
 def t5_mapping(keys: Iterable[str]) -> KeyMapping:
     """The table of a checkpoint, detected by its keys."""
     names = set(keys)
+    if "token_embd.weight" in names:
+        return T5_GGUF
     return T5_UNSHARED if "shared.weight" not in names and "encoder.embed_tokens.weight" in names else T5
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+_CLIP_HEAD = 64  # numbers of a head, in every published CLIP; weights do not tell
+
+
+def clip_sizes(shapes: Shapes, source: str) -> dict[str, int]:
+    """What ``config.json`` says of a CLIP text model's sizes, from its tensors; raises InputError for another width."""
+    table = clip_mapping(shapes)
+    (vocabulary, width), (positions, _) = (_shape(table, shapes, name, source) for name in ("embed", "positions"))
+    if width % _CLIP_HEAD:
+        raise InputError(
+            f"{source}: a CLIP of width {width}, whose number of heads is not known; "
+            "name a folder with its text_encoder/config.json too"
+        )
+    return {
+        "hidden_size": width,
+        "intermediate_size": _shape(table, shapes, "blocks.0.ff.up", source)[0],
+        "max_position_embeddings": positions,
+        "num_attention_heads": width // _CLIP_HEAD,
+        "num_hidden_layers": _blocks(table, shapes, "blocks.{}.ff.up"),
+        "vocab_size": vocabulary,
+    }
+
+
+def t5_sizes(shapes: Shapes, source: str) -> dict[str, int]:
+    """What ``config.json`` says of a T5 v1.1 encoder's sizes, from its tensors; raises InputError if one is missing."""
+    table = t5_mapping(shapes)
+    (vocabulary, width), (buckets, heads) = (_shape(table, shapes, name, source) for name in ("embed", "position_bias"))
+    return {
+        "d_ff": _shape(table, shapes, "blocks.0.ff.gate", source)[0],
+        "d_kv": _shape(table, shapes, "blocks.0.attn.q", source)[0] // heads,
+        "d_model": width,
+        "num_heads": heads,
+        "num_layers": _blocks(table, shapes, "blocks.{}.attn.q"),
+        "relative_attention_num_buckets": buckets,
+        "vocab_size": vocabulary,
+    }
+
+
+def is_clip_text(shapes: Shapes) -> bool:
+    """Whether these are the tensors of a CLIP's text model, alone or in a whole CLIP."""
+    return _key(clip_mapping(shapes), "embed") in shapes
+
+
+def is_t5(shapes: Shapes) -> bool:
+    """Whether these are the tensors of a T5's encoder."""
+    return _key(t5_mapping(shapes), "blocks.0.attn.q") in shapes
+
+
+def _key(table: KeyMapping, module: str) -> str:
+    return f"{table.prefix}{table.module(module)[1]}.weight"
+
+
+def _shape(table: KeyMapping, shapes: Shapes, module: str, source: str) -> tuple[int, ...]:
+    """Rows and columns of a matrix."""
+    key = _key(table, module)
+    if len(shapes.get(key, ())) != 2 or not all(shapes[key]):
+        raise InputError(f"{source}: has no matrix {key}; is it a {table.name}?")
+    return shapes[key]
+
+
+def _blocks(table: KeyMapping, shapes: Shapes, module: str) -> int:
+    return next(k for k in range(len(shapes) + 1) if _key(table, module.format(k)) not in shapes)

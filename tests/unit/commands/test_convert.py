@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,16 @@ from convert_weights.__main__ import main
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
+from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
 from rflow_jax.utils.cli import run
-from rflow_jax.weights.components import COMPONENTS, TRANSFORMER, VAE, read_schedule
+from rflow_jax.weights.components import CLIP, COMPONENTS, T5, TRANSFORMER, VAE, read_schedule
 from rflow_jax.weights.convert import Options, convert_flux
-from rflow_jax.weights.flux import describe
+from rflow_jax.weights.flux import describe, load_flux
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import load_into, parameter_shapes, parameter_values
+from rflow_jax.weights.mappings import text_encoders
 from rflow_jax.weights.mappings.flux import BFL, BFL_PREFIX
+from rflow_jax.weights.mappings.text_encoders import CLIP_TEXT, T5_UNSHARED, clip_sizes
 from rflow_jax.weights.model_folder import (
     INDEX_FILE,
     MODEL_FILE,
@@ -36,8 +40,9 @@ from rflow_jax.weights.model_folder import (
     save_safetensors,
     stored_bytes,
 )
+from rflow_jax.weights.published import DEV
 from rflow_jax.weights.safetensors_io import TensorFiles
-from rflow_jax.weights.saving import PARTIAL, Conversion, write_safetensors
+from rflow_jax.weights.saving import PARTIAL, Conversion, save_tensors, write_safetensors
 from tests.kit.encoders import random_model
 
 BFL_TINY = FluxConfig(
@@ -176,15 +181,163 @@ def test_a_single_file(tmp_path, single_file):
     assert_same(parameter_values(got), parameter_values(random_model(FluxTransformer, BFL_TINY)))
 
 
+def test_a_single_file_in_scaled_float8(tmp_path, single_file):
+    """As ComfyUI's are named; the numbers are those of the same file in bfloat16."""
+    scaled, plain = {f"{BFL_PREFIX}scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}, {}
+    for key, value in TensorFiles.open(single_file).stream():
+        name, scale = BFL_PREFIX + key, np.float32(np.abs(value).max() / 448)
+        if value.ndim == 2:
+            scaled |= {
+                name: (value / scale).astype(ml_dtypes.float8_e4m3fn),
+                name.replace("weight", "scale_weight"): scale,
+            }
+            plain[key] = (scaled[name].astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+        else:
+            scaled[name] = plain[key] = value
+    for folder, tensors in (("scaled", scaled), ("plain", plain)):
+        save_tensors(tmp_path / f"{folder}.safetensors", {key: np.asarray(value) for key, value in tensors.items()})
+        convert_flux(tmp_path / f"{folder}.safetensors", tmp_path / folder)
+    got, want = (
+        parameter_values(load_stored(abstract_flux(BFL_TINY), tmp_path / folder / "transformer"))
+        for folder in ("scaled", "plain")
+    )
+    assert_same(got, want)
+
+
 def test_a_single_file_with_text_encoders(tmp_path, single_file, model):
     prefixed = {BFL_PREFIX + key: value for key, value in TensorFiles.open(single_file).stream()}
     (tmp_path / "in").mkdir()
     save_file(prefixed, tmp_path / "in" / "flux1-schnell.safetensors")
-    convert_flux(tmp_path / "in", tmp_path / "out", Options(text=model))
+    convert_flux(tmp_path / "in", tmp_path / "out", Options(text=[model]))
     assert set(describe(tmp_path / "out").components) == {"transformer", "text_encoder", "text_encoder_2"}
     assert (tmp_path / "out" / "tokenizer_2" / "tokenizer.json").is_file()
     schedule = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert schedule["use_dynamic_shifting"] is True
+
+
+@pytest.fixture(scope="module")
+def text_files(tmp_path_factory) -> dict[str, Path]:
+    """CLIP and T5 as ComfyUI publishes them, of sizes that suit :func:`single_file`, and the whole CLIP around one."""
+    folder = tmp_path_factory.mktemp("text")
+    clip = ClipTextConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        vocab_size=50,
+        max_position_embeddings=9,
+    )
+    t5 = T5Config(vocab_size=40, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    made = {"clip_l": (ClipTextEncoder, clip, CLIP_TEXT, {}), "t5xxl_fp16": (T5Encoder, t5, text_encoders.T5, {})}
+    made["clip_whole"] = (ClipTextEncoder, clip, CLIP_TEXT, {"logit_scale": np.ones(()), "vision_model.x": np.ones(2)})
+    made["t5xxl_unshared"] = (T5Encoder, t5, T5_UNSHARED, {})
+    files = {}
+    for name, (network, config, table, more) in made.items():
+        values = {
+            path: np.asarray(v)
+            for path, v in parameter_values(random_model(network, config, dtype=jnp.float16)).items()
+        }
+        the_plan = plan(table, {path: value.shape for path, value in values.items()})
+        tensors = {key: the_plan.join(key, values) for key in the_plan.entries}
+        files[name] = folder / f"{name}.safetensors"
+        save_file(tensors | more, files[name])
+    return files
+
+
+class TestTextEncodersAsFiles:
+    @pytest.fixture(scope="class")
+    def single(self, tmp_path_factory) -> Path:
+        """A transformer for these text encoders."""
+        config = FluxConfig(**vars(BFL_TINY) | {"pooled_projection_dim": 64})
+        values = {p: np.asarray(v) for p, v in parameter_values(random_model(FluxTransformer, config)).items()}
+        the_plan = plan(BFL, {path: value.shape for path, value in values.items()})
+        file = tmp_path_factory.mktemp("bfl") / "flux1-dev.safetensors"
+        save_file({key: the_plan.join(key, values) for key in the_plan.entries}, file)
+        return file
+
+    @pytest.mark.parametrize("names", [("clip_l", "t5xxl_fp16"), ("t5xxl_unshared", "clip_whole")])
+    def test_in_any_order(self, tmp_path, single, text_files, names, capsys):
+        paths = [str(text_files[name]) for name in names]
+        assert main(["flux", "--text", *paths, str(single), str(tmp_path / "out")]) == 0
+        done = capsys.readouterr()
+        assert done.out == f"{tmp_path / 'out'}: converted\n"
+        assert "has no tokenizer and no tokenizer_2: before generating, copy these folders" in done.err
+        for component, network in ((CLIP, ClipTextEncoder), (T5, T5Encoder)):
+            config = component.read_config(tmp_path / "out")
+            got = load_stored(component.abstract(config), tmp_path / "out" / component.folder)
+            want = random_model(network, config, dtype=jnp.float16)
+            assert_same(parameter_values(got), parameter_values(want))
+        config = json.loads((tmp_path / "out" / "text_encoder_2" / "config.json").read_text())
+        assert (config["num_heads"], config["relative_attention_num_buckets"], config["d_ff"]) == (2, 32, 32)
+
+    def test_with_a_folder_of_tokenizers(self, tmp_path, single, text_files, model, capsys):
+        """The folder's own networks are not taken, though its configurations would be."""
+        shutil.copytree(model, tmp_path / "folder", ignore=shutil.ignore_patterns("config.json"))
+        paths = [text_files["t5xxl_fp16"], tmp_path / "folder", text_files["clip_l"]]
+        assert main(["flux", str(single), str(tmp_path / "out"), "--text", *map(str, paths)]) == 0
+        assert "has no" not in capsys.readouterr().err
+        assert (tmp_path / "out" / "tokenizer_2" / "tokenizer.json").is_file()
+        assert T5.read_config(tmp_path / "out").d_model == 24
+
+    def test_the_configuration_beside_a_file(self, tmp_path, single, text_files):
+        shutil.copy(text_files["clip_l"], tmp_path / "model.safetensors")
+        config = DEV["text_encoder"] | vars(
+            CLIP.config_of(clip_sizes(TensorFiles.open(text_files["clip_l"]).shapes, ""), tmp_path)
+        )
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+        text = [tmp_path / "model.safetensors", text_files["t5xxl_fp16"]]
+        convert_flux(single, tmp_path / "out", Options(text=text))
+        assert CLIP.read_config(tmp_path / "out").num_attention_heads == 4
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["clip_l"], r"clip_l\.safetensors: has no text_encoder_2"),
+            (["clip_l", "clip_whole", "t5xxl_fp16"], r"clip_whole\.safetensors: a CLIP text model, as .*clip_l"),
+            (["clip_l", "flux1-dev"], r"flux1-dev\.safetensors: neither CLIP's text model nor T5's encoder"),
+            (["nowhere", "clip_l"], "nowhere: no such file or folder"),
+            (
+                ["clip_wide", "t5xxl_fp16"],
+                r"clip_wide\.safetensors: a CLIP text model of width 128; this .* takes one of 64",
+            ),
+            (
+                ["clip_odd", "t5xxl_fp16"],
+                r"clip_odd\.safetensors: a CLIP of width 40, whose number of heads is not known",
+            ),
+            (["t5_old", "clip_l"], r"t5_old\.safetensors: has no matrix .*wi_0\.weight; is it a T5 encoder"),
+        ],
+    )
+    def test_what_does_not_suit(self, tmp_path, single, text_files, names, message):
+        def other(name, files, change):
+            tensors = {change(key): value for key, value in TensorFiles.open(files).stream()}
+            save_file(tensors, tmp_path / f"{name}.safetensors")
+            return tmp_path / f"{name}.safetensors"
+
+        known = text_files | {"flux1-dev": single, "nowhere": tmp_path / "nowhere"}
+        known["t5_old"] = other("t5_old", text_files["t5xxl_fp16"], lambda key: key.replace("wi_0", "wi"))
+        for name, width in (("clip_wide", 128), ("clip_odd", 40)):
+            known[name] = tmp_path / f"{name}.safetensors"
+            files = TensorFiles.open(text_files["clip_l"])
+            shapes = {
+                key: tuple(width if size == 64 else size for size in shape) for key, shape in files.shapes.items()
+            }
+            save_file({key: np.zeros(shape, np.float16) for key, shape in shapes.items()}, known[name])
+        with pytest.raises(InputError, match=message):
+            convert_flux(single, tmp_path / "out", Options(text=[known[name] for name in names]))
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_pointer_among_the_tokenizers(tmp_path, model):
+    shutil.copytree(model, tmp_path / "in")
+    file = tmp_path / "in" / "tokenizer_2" / "tokenizer.json"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    for read in (
+        lambda: convert_flux(tmp_path / "in", tmp_path / "out"),
+        lambda: load_flux(str(tmp_path / "in"), lora=None, lora_alpha=None, dtype="float32", progress=False),
+    ):
+        with pytest.raises(InputError, match=rf"{file}: a Git LFS pointer, not the file itself"):
+            read()
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards(tmp_path, single_file):
@@ -222,6 +375,28 @@ class TestErrors:
         with pytest.raises(InputError, match="is not a FLUX transformer"):
             describe(tmp_path / "x.safetensors")
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"img_in.weight": (0, 64)}, r"img_in\.weight has the shape \[0, 64\], so it holds nothing"),
+            ({"double_blocks.0.img_attn.norm.query_norm.scale": (0,)}, r"query_norm\.scale has the shape \[0\]"),
+            ({"img_in.weight": (64,)}, "not a FLUX transformer of Black Forest Labs"),
+            ({"double_blocks.999999999.img_attn.qkv.weight": (1, 1)}, r"double_blocks\.2 is missing"),
+            ({"single_blocks.x.linear1.weight": (1, 1)}, "not a FLUX transformer of Black Forest Labs"),
+        ],
+    )
+    def test_tensors_that_give_no_sizes(self, tmp_path, single_file, change, message):
+        tensors = dict(TensorFiles.open(single_file).stream())
+        save_file(tensors | {key: np.ones(shape) for key, shape in change.items()}, tmp_path / "flux1-dev.safetensors")
+        with pytest.raises(InputError, match=rf"flux1-dev\.safetensors: .*{message}"):
+            convert_flux(tmp_path / "flux1-dev.safetensors", tmp_path / "out")
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path, single_file):
+        os.mkfifo(tmp_path / "pipe")
+        for options in (Options(ae=tmp_path / "pipe"), Options(text=[tmp_path / "pipe"])):
+            with pytest.raises(InputError, match="pipe: no such file or folder"):
+                convert_flux(single_file, tmp_path / "out", options)
+
     def test_nothing_is_written_before_the_checkpoint_is_checked(self, tmp_path, single_file):
         tensors = dict(TensorFiles.open(single_file).stream())
         tensors["more"] = np.zeros(1)
@@ -240,9 +415,9 @@ class TestErrors:
 
     def test_options_that_do_not_belong(self, tmp_path, model, single_file):
         with pytest.raises(InputError, match="leave out ae and text"):
-            convert_flux(model, tmp_path / "out", Options(text=model))
+            convert_flux(model, tmp_path / "out", Options(text=[model]))
         with pytest.raises(InputError, match="has no text_encoder, text_encoder_2"):
-            convert_flux(single_file, tmp_path / "out", Options(text=tmp_path))
+            convert_flux(single_file, tmp_path / "out", Options(text=[tmp_path]))
         convert_flux(single_file, tmp_path / "out")
         with pytest.raises(InputError, match="is a converted model already"):
             convert_flux(tmp_path / "out", tmp_path / "again")

@@ -20,6 +20,7 @@ from rflow_jax.models.flux.transformer import FluxTransformer, abstract_flux
 from rflow_jax.models.layers import ALL_ROWS, Linear
 from rflow_jax.models.lora import Adapter, attach, init_lora, linear_shapes, select
 from rflow_jax.models.options import CORRECTOR_TARGET_MODULES
+from rflow_jax.weights.lora import metadata as metadata_module
 from rflow_jax.weights.lora.export import export_lora, save_lora
 from rflow_jax.weights.lora.read import read_lora
 from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS
@@ -198,12 +199,36 @@ class TestAlpha:
         assert lora["text_in"].scale == pytest.approx(4 / 4**0.5)
 
     @pytest.mark.parametrize(
+        ("pattern", "matched"),
+        [
+            ("x_embedder", {"x_embedder"}),
+            (r"blocks.0.attn.to_q", set()),
+            (r"transformer_blocks\.\d+\.attn\.to_(q|k)", {"transformer_blocks.1.attn.to_q"}),
+            (r"^(?!.*single).*attn.*", {"transformer_blocks.1.attn.to_q"}),
+            (r".*(embedder|attn\..*)", {"x_embedder", "transformer_blocks.1.attn.to_q"}),
+        ],
+    )
+    def test_patterns_are_those_of_peft(self, pattern, matched):
+        modules = ["x_embedder", "transformer_blocks.1.attn.to_q", "context_embedder.other"]
+        assert set(metadata_module.match_patterns([pattern], modules, "file")[pattern]) == matched
+
+    @pytest.mark.parametrize("pattern", ["(.*)*x", "([a-z_]+)+$y", ".*" * 30 + "x"])
+    def test_a_pattern_that_would_never_end(self, monkeypatch, pattern):
+        monkeypatch.setattr(metadata_module, "_SECONDS", 0.3)
+        with pytest.raises(InputError, match="file: patterns of alpha_pattern take too long, such as"):
+            metadata_module.match_patterns([pattern], ["single_transformer_blocks.1.attn.to_q" * 2], "file")
+
+    @pytest.mark.parametrize(
         ("metadata", "message"),
         [
             ({"lora_adapter_metadata": "{"}, "does not parse"),
             ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "use_dora"),
             ({"lora_adapter_metadata": '{"transformer.lora_alpha": "x"}'}, "expected a number"),
             ({"ss_network_alpha": "x"}, "ss_network_alpha is 'x'"),
+            ({"lora_adapter_metadata": '{"transformer.peft_type": "LOKR"}'}, "peft_type LOKR; only LoRA"),
+            ({"lora_adapter_metadata": '{"transformer.alpha_pattern": [1]}'}, "alpha_pattern is .*expected an object"),
+            ({"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(": 1}}'}, r"cannot be used, such as '\('"),
+            ({"lora_adapter_metadata": "[" * 100_000}, "does not parse"),
         ],
     )
     def test_metadata_that_cannot_be_used(self, write, metadata, message):
@@ -227,8 +252,18 @@ class TestAlpha:
         ({"lora_unet_img_in.dora_scale": np.ones(3)}, "DoRA"),
         ({"transformer.x_embedder.lora_B.bias": np.ones(32)}, "a bias of its own"),
         ({"lora_unet_img_in.diff": np.ones((2, 2))}, "a difference of whole tensors"),
-        ({"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(16)}, "replaces norms"),
-        ({"lora_unet_img_in.lokr_w1": np.ones((2, 2))}, "another kind than LoRA"),
+        ({"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(16)}, "changes norms"),
+        ({"lora_unet_img_in.diff_b": np.ones(2)}, "a difference of whole tensors"),
+        ({"lora_unet_img_in.lokr_w1": np.ones((2, 2)), "a.dora_scale": np.ones(2)}, "a LoKr, as lora_unet_img_in"),
+        ({"transformer.x_embedder.hada_w1_a": np.ones((2, 2))}, "a LoHa"),
+        ({"base_model.model.x_embedder.oft_r": np.ones((2, 2))}, "an OFT"),
+        ({"lora_unet_img_in.oft_diag": np.ones((2, 2))}, "an OFT"),
+        ({"transformer.x_embedder.boft_R": np.ones((2, 2))}, "a BOFT"),
+        ({"base_model.model.x_embedder.ia3_l": np.ones(2)}, "an IA3"),
+        ({"lora_unet_img_in.lora_mid.weight": np.ones((2, 2))}, "a LoCon with Tucker"),
+        ({"bundle_emb.name.string_to_params": np.ones(2)}, "OneTrainer's bundle"),
+        ({"zzz.lokr_w2": np.ones((2, 2)), "aaa.not_known": np.ones(1)}, "a LoKr"),
+        ({A: np.ones((2, 64), np.int8)}, "stored as int8; expected floating-point numbers"),
         (keyed(random_lora({"single_blocks.0.linear1": (32, 90)})), "a LoRA for another network"),
         ({A: None, B: None}, "can have no effect"),
     ],
@@ -244,13 +279,73 @@ def test_differences_of_zero_are_left_out(write):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "text_encoders.clip_l."]
+    "prefix",
+    ["text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "text_encoders.clip_l.", "module.text_encoder."],
 )
-def test_text_encoders(write, prefix):
+def test_adapters_of_text_encoders_are_left_out_with_one_warning(write, caplog, prefix):
     file = write(ONE | keyed(random_lora({"text_model.layers.0.q": (4, 4)}), prefix=prefix))
-    with pytest.raises(InputError, match=rf"2 tensors are for a text encoder, such as {prefix}.*ignore_text_encoder"):
-        read_lora(file)
+    assert read_lora(file).keys() == {"image_in"}
+    (warning,) = caplog.messages
+    assert f"left out what is for a text encoder (2 tensors, such as '{prefix}text_model" in warning
+    assert "ignore" not in warning  # nothing is advised that only some commands have
+    caplog.clear()
     assert read_lora(file, ignore_text_encoder=True).keys() == {"image_in"}
+    assert not caplog.messages
+
+
+def test_a_lora_of_a_text_encoder_alone(write):
+    with pytest.raises(InputError, match="has no adapter of the transformer"):
+        read_lora(write(keyed(random_lora({"text_model.layers.0.q": (4, 4)}), prefix="lora_te1_")))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "flat", "change"),
+    [
+        ("_orig_mod.", False, lambda key: key),
+        ("module.", False, lambda key: key),
+        ("module._orig_mod.transformer.", False, lambda key: key),
+        ("base_model.model._orig_mod.", False, lambda key: key),
+        ("transformer.", False, lambda key: key.replace("blocks.0.", "blocks.0._orig_mod.")),
+        ("lora_unet_", True, lambda key: key.replace(".lora_", "_.lora_")),
+        ("lora_unet__", True, lambda key: key),
+        ("lycoris_", True, lambda key: key),
+    ],
+)
+def test_what_wrappers_add_to_names_changes_nothing(write, prefix, flat, change):
+    lora = random_lora(module_shapes(DIFFUSERS))
+    want = read_lora(write(keyed(lora, prefix="base_model.model."))).adapters
+    got = read_lora(write({change(key): value for key, value in keyed(lora, prefix=prefix, flat=flat).items()}))
+    assert got.keys() == want.keys()
+    for path, adapter in want.items():
+        np.testing.assert_array_equal(effect(got[path]), effect(adapter))
+
+
+XLABS = {
+    "double_blocks.1.processor.qkv_lora1": [f"transformer_blocks.1.attn.to_{part}" for part in "qkv"],
+    "double_blocks.1.processor.qkv_lora2": [f"transformer_blocks.1.attn.add_{part}_proj" for part in "qkv"],
+    "double_blocks.1.processor.proj_lora1": ["transformer_blocks.1.attn.to_out.0"],
+    "double_blocks.1.processor.proj_lora2": ["transformer_blocks.1.attn.to_add_out"],
+    "single_blocks.0.processor.qkv_lora": [f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"],
+    "single_blocks.0.processor.proj_lora": ["single_transformer_blocks.0.proj_out"],
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs(write, prefix):
+    """The same numbers under XLabs' names and in PEFT's layout have the same effect."""
+    shapes = module_shapes(DIFFUSERS)
+    lora = random_lora({name: (shapes[own[0]][0], len(own) * shapes[own[0]][1]) for name, own in XLABS.items()})
+    by_module = {
+        module: (a, rows)
+        for name, (a, b) in lora.items()
+        for module, rows in zip(XLABS[name], np.split(b, len(XLABS[name])), strict=True)
+    }
+    want = read_lora(write(keyed(by_module, prefix="base_model.model."))).adapters
+    got = read_lora(write(keyed(lora, prefix=prefix, a="down.weight", b="up.weight"))).adapters
+    lora_module.check_fit(got, LINEARS)
+    assert got.keys() == want.keys()
+    for path, adapter in want.items():
+        np.testing.assert_array_equal(effect(got[path]), effect(adapter))
 
 
 def test_nothing_to_export(tmp_path):

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.file_kinds import require_true_files
+from rflow_jax.utils.json_files import read_object
 from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
 from rflow_jax.weights.saving import PARTIAL, atomic_output, need_space, save_tensors, write_safetensors
 
@@ -94,7 +97,7 @@ def test_the_writer_wants_what_it_was_promised(tmp_path):
         lambda data: data + b"x",
         lambda data: data[:40],
         lambda data: b"",
-        lambda data: b"PK\x03\x04" + data,
+        lambda data: b"\xff" * 4 + data,
         lambda data: data[:8] + b"x" + data[9:],
         lambda data: struct.pack("<Q", 2**40) + data[8:],
         lambda data: data.replace(b'"F16"', b"[16] "),
@@ -102,6 +105,7 @@ def test_the_writer_wants_what_it_was_promised(tmp_path):
         lambda data: data.replace(b"[2,3]", b"[-2,-3]").replace(b"  ", b"", 1),
         lambda data: data.replace(b"[24,34]", b"[14,24]"),  # two tensors in one place
         lambda data: data.replace(b'"here"', b"999999"),
+        lambda data: data[:8] + b"[" * 10_000 + data[8:],
     ],
 )
 def test_damaged_files(file, damage):
@@ -110,6 +114,132 @@ def test_damaged_files(file, damage):
         TensorFiles.open(file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def entry(start, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def header_file(folder, header, nbytes):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * nbytes)
+    return folder / "x.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("header", "nbytes", "message"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "a and b overlap"),
+        ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "a and b overlap"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "between a and b is a gap"),
+        ({"a": entry(8, 16)}, 16, "between the header and a is a gap"),
+        ({"a": entry(-8, 0)}, 8, r"a has the range \[-8, 0\]"),
+        ({"a": entry(8, 0)}, 8, r"a has the range \[8, 0\]"),
+        ({"a": entry(0, 8.0)}, 8, r"a has the range \[0, 8\.0\]"),
+        ({"a": entry(0, True)}, 8, r"a has the range \[0, True\]"),
+        ({"a": entry(0, 8), "b": entry(8, 16)}, 12, "b ends at byte 16 of 12"),
+        ({"a": entry(0, 8)}, 12, "4 bytes after a belong to no tensor"),
+        ({"a": entry(0, 8, [3])}, 8, r"a has 8 bytes, but F32 \[3\] takes 12"),
+        ({"a": entry(0, 8, [-2])}, 8, r"a has the shape \[-2\]"),
+        ({"a": entry(0, 8, [2**64, 2**64])}, 8, "a has the shape"),
+        ({"a": entry(0, 8, [1] * 65)}, 8, "a has the shape"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, 8, "a has the range None"),
+        ({"a": 3}, 8, "a has no dtype"),
+        ({"a" * 3000: entry(0, 8)}, 8, "a name of 3000 letters"),
+        ({"a": entry(0, 8), "__metadata__": {"x": 1}}, 8, "__metadata__ is not an object of texts"),
+        (
+            f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(0, 8))}}}'.encode(),
+            8,
+            "a stands in the header twice",
+        ),
+        (b'{"a": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', 8, "shape stands in"),
+        (b'{"a\\u001b[2J": 3}', 8, r"a\?\[2J has no dtype"),
+        (b"[" + b"1" * 9 + b"]", 0, "no header"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", 0, "a header that does not parse"),
+    ],
+)
+def test_what_the_format_forbids(tmp_path, header, nbytes, message):
+    with pytest.raises(InputError, match=rf"x\.safetensors: not a safetensors file, or cut short \({message}") as error:
+        TensorFiles.open(header_file(tmp_path, header, nbytes))
+    assert len(str(error.value)) < 600
+
+
+def test_a_header_longer_than_the_format_allows(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 100_000_001) + b"{")
+        file.truncate(100_000_100)
+    with pytest.raises(InputError, match=r"a header of 100000001 bytes in .*; the format allows 100000000"):
+        TensorFiles.open(path)
+
+
+NUMBERS = st.integers(-1, 9) | st.sampled_from([2.0, None, 2**63, "4"])
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "U8", "F16"]),
+        "shape": st.lists(st.integers(0, 3), max_size=2) | st.lists(NUMBERS, max_size=2),
+        "data_offsets": st.tuples(st.sampled_from([0, 4, 8]), st.sampled_from([0, 4, 8]))
+        | st.lists(NUMBERS, max_size=3),
+    }
+)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from("abc"), ENTRIES, max_size=3), st.sampled_from([0, 4, 8]))
+def test_what_the_library_refuses_is_refused(tmp_path, header, nbytes):
+    path = header_file(tmp_path, header, nbytes)
+    try:
+        want = load_file(path)
+    except (SafetensorError, ValueError):
+        with pytest.raises(InputError):
+            TensorFiles.open(path)
+    else:
+        assert_equal(read_all(path), want)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS, "a Git LFS pointer, not the file itself; run git lfs pull"),
+        (b"<!DOCTYPE html><html><head></head></html>", "a web page"),
+        (b"\n<html lang='en'>", "a web page"),
+        (b"PK\x03\x04" + b"\0" * 600, "a PyTorch pickle under this name; take a safetensors file"),
+        (b"\x80\x02}q\x00X\x03\0\0\0abc", "a PyTorch pickle"),
+        (b"GGUF\x03\0\0\0" + b"\0" * 50, "a GGUF file"),
+        (b"\0" * 1000, "nothing but zeros"),
+        (b"Entry not found", "a text that begins with 'Entry not found'"),
+        (b'{"error": "Repository not found"}', "a text that begins with"),
+    ],
+)
+def test_other_files_under_this_name(tmp_path, content, message):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=rf"x\.safetensors: not a safetensors file, but {message}") as error:
+        TensorFiles.open(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x04034B50 % 2**16])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    text = json.dumps({"a": entry(0, 8)}).encode().ljust(length)
+    assert TensorFiles.open(header_file(tmp_path, text, 8)).shapes == {"a": (2,)}
+
+
+@pytest.mark.parametrize("content", [LFS, b"<html>"])
+def test_pointers_in_place_of_other_files(tmp_path, content):
+    for name, read in (
+        ("model.safetensors.index.json", lambda path: TensorFiles.open(path.parent)),
+        ("config.json", read_object),
+        ("vocab.json", lambda path: require_true_files(path.parent)),
+        ("x.pth", lambda path: open_pickle(path, allow=True)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path}: a (Git LFS pointer|web page)"):
+            read(path)
+        path.unlink()
 
 
 def test_a_type_that_is_not_read(file):
@@ -149,11 +279,28 @@ class TestFolders:
         with pytest.raises(InputError, match=r"a is also in 1\.safetensors"):
             TensorFiles([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["x"]}}'])
     def test_a_broken_index(self, tmp_path, text):
         (tmp_path / "x.safetensors.index.json").write_text(text)
-        with pytest.raises(InputError, match="not an index"):
+        with pytest.raises(InputError, match=r"index\.json: (not an index|cannot be read as JSON|holds a list)"):
             TensorFiles.open(tmp_path)
+
+    @pytest.mark.parametrize("name", ["../a.safetensors", "x/../../a.safetensors", "/etc/passwd", "{}/a.safetensors"])
+    def test_an_index_that_leaves_its_folder(self, tmp_path, name):
+        save_file({"a": TENSORS["a"]}, tmp_path / "a.safetensors")
+        (tmp_path / "in").mkdir()
+        name = name.format(tmp_path)
+        (tmp_path / "in" / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match=r"index\.json: '.*' is not a file in this folder"):
+            TensorFiles.open(tmp_path / "in")
+
+    def test_links_to_shards_are_followed(self, tmp_path):
+        """The Hub's cache has nothing else."""
+        (tmp_path / "in").mkdir()
+        self.shards(tmp_path / "in", a="1.safetensors", b="2.safetensors", c="1.safetensors")
+        (tmp_path / "in" / "1.safetensors").rename(tmp_path / "blob")
+        (tmp_path / "in" / "1.safetensors").symlink_to("../blob")
+        assert_equal(read_all(tmp_path / "in"), TENSORS)
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(InputError, match="found none"):
@@ -211,7 +358,7 @@ class TestWhole:
 class TestPickles:
     def test_only_on_request(self, tmp_path):
         (tmp_path / "x.pth").write_bytes(b"x")
-        with pytest.raises(InputError, match="add --allow_pickle"):
+        with pytest.raises(InputError, match="to rflow convert add --allow_pickle"):
             open_pickle(tmp_path / "x.pth", allow=False)
         with pytest.raises(InputError, match="no such file"):
             open_pickle(tmp_path / "y.pth", allow=True)
@@ -226,9 +373,11 @@ class TestPickles:
     def test_tensors(self, tmp_path):
         torch = pytest.importorskip("torch", reason="the parity extra is not installed")
         tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(5).to(torch.bfloat16)}
+        tensors["d"] = torch.arange(4.0).to(torch.float8_e4m3fn)
         torch.save({"state_dict": tensors}, tmp_path / "x.pth")
         files = open_pickle(tmp_path / "x.pth", allow=True)
-        assert_equal(dict(files.stream()), {"a": TENSORS["a"], "b": TENSORS["b"]})
+        eight_bits = np.arange(4).astype(ml_dtypes.float8_e4m3fn)
+        assert_equal(dict(files.stream()), {"a": TENSORS["a"], "b": TENSORS["b"], "d": eight_bits})
 
     @pytest.mark.parity
     @pytest.mark.parametrize("content", [[1, 2], {"a": 3}, print])
