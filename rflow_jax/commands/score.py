@@ -50,7 +50,7 @@ def score(config: ScoreConfig) -> int:
     if isinstance(config.verifier, EnsembleVerifierConfig):
         _Lines(targets).print(dict(enumerate(found)))
     unscored = sum(not one.verdict.scored for one in found)
-    print(_summary(found, unscored, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
+    print(_summary(found, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
     return 1 if unscored else 0
 
 
@@ -120,7 +120,8 @@ class _Lines:
             self._next += 1
 
 
-def _summary(found: Sequence[ImageResult], unscored: int, usage: Usage, seconds: float) -> str:
+def _summary(found: Sequence[ImageResult], usage: Usage, seconds: float) -> str:
+    missing = sum(one.verdict.missing for one in found)
     scored = [one.verdict for one in found if one.verdict.scored]
     counts = [f"{len(scored)} of {len(found)} images scored"]
     if scored:
@@ -129,8 +130,11 @@ def _summary(found: Sequence[ImageResult], unscored: int, usage: Usage, seconds:
         counts.append(f"{labels.count('yes') / len(labels):.0%} yes")
     if partly := sum(verdict.error is not None for verdict in scored):
         counts.append(f"{partly} not by all members")
-    if unscored:
+    if unscored := len(found) - len(scored) - missing:
         counts.append(f"{unscored} could not be scored (their lines say why)")
+    if missing:
+        words = "question" if missing == 1 else "questions"
+        counts.append(f"{missing} {words} of the verifier without an answer (the same command asks again)")
     if tokens := usage.prompt_tokens + usage.completion_tokens:
         cost = f" (${usage.cost:.4f})" if usage.cost else ""
         counts.append(f"{usage.calls} questions, {tokens:,} tokens{cost}")

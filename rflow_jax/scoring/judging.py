@@ -10,7 +10,7 @@ from typing import Any
 
 import PIL.Image
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, serving
 from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.scoring.results import ImageResult
 from rflow_jax.scoring.targets import Target
@@ -79,7 +79,8 @@ def _score(
             if ended.is_set():  # no one is waiting for these
                 return []
             items = [part[k][0].item for k in images]
-            verdicts = score_images(verifier, list(images.values()), items) if images else []
+            with serving("verifier"):
+                verdicts = score_images(verifier, list(images.values()), items) if images else []
         judged = dict(zip(images, map(normalize_verdict, verdicts), strict=True))
         for k, (target, sha256, reason) in part.items():
             found[k] = ImageResult(target, sha256, judged.get(k) or Verdict(None, error=str(reason)), verifier.name)

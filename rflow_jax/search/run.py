@@ -119,6 +119,9 @@ def _search(
         print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
+    if lacking := live.without_answer():
+        print(f"{lacking}; give the same command again, which asks them again", file=sys.stderr)
+        return 1
     return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
 
 

@@ -24,7 +24,7 @@ from rflow_jax.openai_client import (
 from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.openai_client.messages import encodable, only_object
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.verifiers.base import Verdict
+from rflow_jax.verifiers.base import MissingVerdict, Verdict
 from rflow_jax.verifiers.config import OpenAIVerifierConfig
 from rflow_jax.writers.prompt_template import read_prompt
 
@@ -102,7 +102,10 @@ class ChatVerifier:
         """One verdict an image, in order; an image without a usable answer is unscored with the reason."""
         answers = self._chat.ask_all([self.question(*pair) for pair in zip(images, items, strict=True)])
         return [
-            Verdict(score=None, error=str(answer)) if isinstance(answer, ChatError) else answer for answer in answers
+            (MissingVerdict if answer.missing else Verdict)(None, error=str(answer))
+            if isinstance(answer, ChatError)
+            else answer
+            for answer in answers
         ]
 
     def close(self) -> None:

@@ -50,10 +50,23 @@ class WriterInput:
 
 @dataclass(frozen=True)
 class WriterOutput:
-    """A text, or None with the reason why there is none."""
+    """A text, or None with the reason why there is none.
+
+    Attributes:
+        missing: whether a service failed, so that it is not known what it would have written (:class:`MissingOutput`).
+    """
+
+    missing: ClassVar[bool] = False
 
     text: str | None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class MissingOutput(WriterOutput):
+    """No text, for want of a service: it is recorded nowhere, and asked for again."""
+
+    missing: ClassVar[bool] = True
 
 
 @runtime_checkable
@@ -70,7 +83,10 @@ class TextGenerator(Protocol):
     """Cases that a call takes at once (1 over HTTP)."""
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
-        """One text a case, in the order of the cases; never raises for a single case."""
+        """One text a case, in the order of the cases; never raises for a single case.
+
+        Where a service gave no answer it is a :class:`MissingOutput`: the next run asks again.
+        """
         ...
 
     def close(self) -> None:

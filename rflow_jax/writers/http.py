@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rflow_jax.openai_client import Answer, Chat, ChatError, ChatRequest, UnusableAnswer, vision_messages
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.writers.base import HttpTextGeneratorConfig, WriterInput, WriterOutput
+from rflow_jax.writers.base import HttpTextGeneratorConfig, MissingOutput, WriterInput, WriterOutput
 from rflow_jax.writers.prompt_template import PromptFile, in_one_line
 
 
@@ -32,14 +32,17 @@ class HttpTextGenerator:
         for case in cases:
             *earlier, (text, image) = self._parts.messages(case)
             requests.append(ChatRequest(vision_messages(self._parts.instructions, text, image, earlier), _clean))
-        return [
-            WriterOutput(None, str(answer)) if isinstance(answer, ChatError) else WriterOutput(answer)
-            for answer in self._chat.ask_all(requests)
-        ]
+        return [_output(answer) for answer in self._chat.ask_all(requests)]
 
     def close(self) -> None:
         """Cancels pending calls; those cases have no text, with ``CLOSED`` as the reason."""
         self._chat.close()
+
+
+def _output(answer: str | ChatError) -> WriterOutput:
+    if isinstance(answer, ChatError):
+        return (MissingOutput if answer.missing else WriterOutput)(None, str(answer))
+    return WriterOutput(answer)
 
 
 def _clean(answer: Answer) -> str:
