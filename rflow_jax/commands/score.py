@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rflow_jax.errors import serving
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.parallel.xla_flags import disable_cuda_graphs
 from rflow_jax.scoring.judging import judge, scores_follow_from
@@ -83,7 +84,8 @@ def _judged(
 ) -> Iterator[tuple[int, ImageResult]]:
     rest = {k: target for k, target in todo.items() if target.error is None}
     disable_cuda_graphs()  # members of an ensemble run beside each other
-    verifier = make_verifier(config.verifier, meter) if rest else None
+    with serving("verifier"):
+        verifier = make_verifier(config.verifier, meter, probe=config.probe) if rest else None
     results.begin()  # only now: a verifier that cannot be made leaves no file
     for k in todo.keys() - rest.keys():
         yield k, ImageResult(todo[k], None, Verdict(None, error=todo[k].error))

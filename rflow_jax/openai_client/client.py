@@ -17,8 +17,10 @@ from rflow_jax.openai_client.retry import (
     LONGEST_PAUSE,
     backoff,
     is_away,
+    is_busy,
     is_missing,
     is_retryable,
+    is_unfit,
     reason,
     refuses_all,
     refuses_settings,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 300
 _REJECTIONS = 3  # so many at the beginning, and the settings are to blame
 _UNANSWERED = 3  # so many in a row, and it is not for the questions
+_PROBES, _PROBE_PAUSE = 3, 2.0  # attempts of a first question, and seconds between them at most
+_CONNECT = 15.0  # seconds for a connection
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +66,7 @@ class Chat:
         self._client = openai.AsyncOpenAI(
             api_key=key,
             base_url=address,
-            timeout=None,
+            timeout=openai.Timeout(None, connect=_CONNECT),
             max_retries=0,
             default_headers=headers,
             http_client=http_client(address),
@@ -99,6 +103,16 @@ class Chat:
                 return [ChatError(CLOSED) for _ in questions]
             answers = asyncio.run_coroutine_threadsafe(self._gather(questions), self._loop)
         return answers.result()
+
+    def probe(self, question: ChatRequest) -> None:
+        """Asks a first question, which waits for no one: whether the server is there and takes key, model and form.
+
+        An answer that cannot be used will do, and so will a server that is busy.
+
+        Raises:
+            ServiceError: there is no such server, or it refuses the question or does not answer it.
+        """
+        asyncio.run_coroutine_threadsafe(self._probe(question), self._loop).result()
 
     def close(self) -> None:
         """Cancels all waiting questions, of any thread; called when a run ends."""
@@ -158,6 +172,29 @@ class Chat:
             retry=tenacity.retry_if_exception(is_retryable),
             reraise=True,
         )
+
+    async def _probe(self, question: ChatRequest) -> None:
+        import openai
+        import tenacity
+
+        self._meter.add(Usage(calls=1))
+        attempts = min(self.endpoint.max_retries + 1, _PROBES)
+        retry = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_after_delay(self.endpoint.timeout),
+            wait=lambda state: min(backoff(state), _PROBE_PAUSE),
+            retry=tenacity.retry_if_exception(lambda error: is_unfit(error) and not is_busy(error)),
+            reraise=True,
+        )
+        try:
+            await retry(self._attempt, question)
+            return
+        except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
+            error = failure
+        if is_busy(error) or (isinstance(error, UnusableAnswer) and not is_unfit(error)):
+            return
+        text = self._reason(error, retry.statistics["attempt_number"])
+        hint = "start it or mend base_url, or wait for it with --no-probe" if is_missing(error) else "mend it"
+        raise ServiceError(f"{self.endpoint.model_name}: {text}; {hint}, and give the same command again")
 
     def _refuse(self, error: BaseException, text: str) -> None:
         """Raises ServiceError if the server would refuse every question, now and later."""

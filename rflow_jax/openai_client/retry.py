@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from rflow_jax.openai_client.endpoint import Endpoint
-from rflow_jax.openai_client.messages import UnusableAnswer
+from rflow_jax.openai_client.messages import UnfitReply, UnusableAnswer
 
 if TYPE_CHECKING:
     import openai
@@ -38,6 +38,18 @@ def is_retryable(error: BaseException) -> bool:
 def is_missing(error: BaseException) -> bool:
     """Whether no answer came, so that nothing is known of what was asked."""
     return is_retryable(error) and not isinstance(error, UnusableAnswer)
+
+
+def is_unfit(error: BaseException) -> bool:
+    """Whether no answer came, or one of no server of this kind."""
+    return is_missing(error) or isinstance(error, UnfitReply)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether a server asks to come back later."""
+    import openai
+
+    return isinstance(error, openai.APIStatusError) and error.status_code == 429 and not refuses_all(error)
 
 
 def is_away(error: BaseException) -> bool:

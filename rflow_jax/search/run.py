@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, serving
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.parallel.xla_flags import disable_cuda_graphs
 from rflow_jax.search.budget import Budget
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
@@ -17,11 +18,12 @@ from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
 from rflow_jax.search.prompt_folder import PromptFolder, check_entry, is_done
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
-from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
+from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.config import NoVerifierConfig
+from rflow_jax.verifiers.config import NoVerifierConfig, VerifierConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
+from rflow_jax.writers.base import TextGeneratorConfig
 
 Entries = Mapping[int, Mapping[str, Any]]
 
@@ -50,6 +52,13 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
     published = asdict(config) | asdict(run_config) | {"strategy": kind}
     published |= {role: public_section(getattr(config, role)) for role in MODELS}
     entries = slice_prompts(read_prompts(find_prompts(run_config.prompts)), run_config.start, run_config.end)
+    with left_without_folder(out):
+        return _start(kind, config, run_config, out, published, entries)
+
+
+def _start(
+    kind: Kind, config: SearchConfig, run_config: RunConfig, out: Path, published: Mapping[str, Any], entries: Entries
+) -> int:
     require_usable(out)
     require_same(out, published)
     process_index, processes = _process(run_config)
@@ -62,16 +71,36 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
         return 0
     given = given_images(Path(run_config.images), todo) if run_config.images else {}
     accounts = Budget(out, process_index, tuple(MODELS), config.budget)
-    meters, roles = accounts.meters, config.roles(kind)
-    models = Models(
-        make_verifier(config.verifier, meters["verifier"]),
-        make_text_generator(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if "reflector" in roles else None,
-        make_text_generator(config.refiner, REFINE_PROMPT, meters["refiner"]) if "refiner" in roles else None,
-    )
-    pipe = _load(kind, config)
+    probe = run_config.probe and not accounts.over_budget()
+    models = _make_models(config.roles(kind), accounts.meters, probe)
+    try:
+        pipe = _load(kind, config)
+    except BaseException:
+        models.close()
+        raise
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
     with claim(out, published, process_index):
         return _search(kind, config, out, pipe, models, accounts, todo, given)
+
+
+def _make_models(
+    roles: Mapping[str, VerifierConfig | TextGeneratorConfig], meters: Mapping[str, UsageTracker], probe: bool
+) -> Models:
+    """The models of these roles; those over HTTP first, so that they are asked before any weights are read."""
+    models = Models()
+    prompts = {"reflector": REFLECTION_PROMPT, "refiner": REFINE_PROMPT}
+    try:
+        for role, model in sorted(roles.items(), key=lambda one: not one[1].asks_endpoint):
+            with serving(role):
+                if isinstance(model, VerifierConfig):
+                    made = make_verifier(model, meters[role], probe=probe)
+                else:
+                    made = make_text_generator(model, prompts[role], meters[role], probe=probe)
+            models = replace(models, **{role: made})
+    except BaseException:
+        models.close()
+        raise
+    return models
 
 
 def _search(

@@ -64,6 +64,7 @@ class PluginOptions:
 
 
 C = TypeVar("C", bound=Component)
+T = TypeVar("T", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,21 @@ class Registry(Generic[C]):
                 members = (one for one in values[key])
                 values[key] = [self.results_follow_from(m) if isinstance(m, Mapping) else m for m in members]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def probed(made: T) -> T:
+    """The component, once its service has answered a first question, if it has a method ``probe`` that asks one.
+
+    Raises:
+        ServiceError: there is no such service, or it does not take the question; the component is closed then.
+    """
+    if callable(probe := getattr(made, "probe", None)):
+        try:
+            probe()
+        except BaseException:
+            made.close()
+            raise
+    return made
 
 
 def _names(kind: type) -> set[str]:

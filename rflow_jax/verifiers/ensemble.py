@@ -34,25 +34,35 @@ class EnsembleVerifier:
     Each member gets as many calls at once, with as many images each, as it takes; images of different calls of
     ``score`` share a member's batch.
 
+    Args:
+        probe: whether the members over HTTP ask a first question, before the others load their models.
+
     Raises:
         InputError: a member cannot be made.
+        ServiceError: a member's service did not take the first question.
     """
 
-    def __init__(self, config: EnsembleVerifierConfig, meter: UsageTracker | None = None) -> None:
+    def __init__(
+        self, config: EnsembleVerifierConfig, meter: UsageTracker | None = None, *, probe: bool = False
+    ) -> None:
         device = threading.Lock()
-        self._members: list[_Member] = []
+        made: dict[int, _Member] = {}
         try:
-            for index, (member, weight) in enumerate(zip(config.members, config.member_weights, strict=True)):
+            for index in sorted(range(len(config.members)), key=lambda k: not config.members[k].asks_endpoint):
+                member, place = config.members[index], f"members[{index}]"
                 try:
-                    verifier = make_verifier(member, meter)
+                    with serving(place):
+                        verifier = make_verifier(member, meter, probe=probe)
                 except InputError as error:
-                    raise InputError(f"members[{index}] of the ensemble: {error}") from error
+                    raise InputError(f"{place} of the ensemble: {error}") from error
                 assert verifier is not None
                 turn = nullcontext() if member.asks_endpoint or verifier.concurrency > 1 else device
-                self._members.append(_Member(f"members[{index}]", verifier, weight, turn))
+                made[index] = _Member(place, verifier, config.member_weights[index], turn)
         except BaseException:
+            self._members = list(made.values())
             self.close()
             raise
+        self._members = [made[index] for index in sorted(made)]
         verifiers = [member.verifier for member in self._members]
         names = [verifier.name for verifier in verifiers]
         # Equal names are numbered.

@@ -22,7 +22,7 @@ from rflow_jax.openai_client import (
     vision_messages,
 )
 from rflow_jax.openai_client.endpoint import Connection
-from rflow_jax.openai_client.messages import encodable, only_object
+from rflow_jax.openai_client.messages import PROBE_PROMPT, encodable, only_object, probe_picture
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.base import MissingVerdict, Verdict
 from rflow_jax.verifiers.config import OpenAIVerifierConfig
@@ -107,6 +107,10 @@ class ChatVerifier:
             else answer
             for answer in answers
         ]
+
+    def probe(self) -> None:
+        """Asks about a small picture; raises ServiceError if there is no such server, or it does not take that."""
+        self._chat.probe(self.question(probe_picture(), {"prompt": PROBE_PROMPT}))
 
     def close(self) -> None:
         """Cancels pending calls; those images are unscored, with ``CLOSED`` as the reason."""
