@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.registry import EXECUTION
+from rflow_jax.utils.registry import EXECUTION, LATER
 
 HIDDEN = "***"
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
@@ -84,12 +84,12 @@ class Connection:
     timeout: float = field(default=60.0, metadata=EXECUTION)
     concurrency: int = field(default=8, metadata=EXECUTION)
     max_retries: int = field(default=5, metadata=EXECUTION)
-    patience: float = field(default=600.0, metadata=EXECUTION)
+    patience: float = field(default=600.0, metadata=EXECUTION | LATER)
     price_input: float | None = field(default=None, metadata=EXECUTION)
     price_output: float | None = field(default=None, metadata=EXECUTION)
-    reasoning_effort: str | None = None
-    extra_body: dict[str, Any] = field(default_factory=dict, repr=False)
-    extra_headers: dict[str, str] = field(default_factory=dict, repr=False, metadata=EXECUTION)
+    reasoning_effort: str | None = field(default=None, metadata=LATER)
+    extra_body: dict[str, Any] = field(default_factory=dict, repr=False, metadata=LATER)
+    extra_headers: dict[str, str] = field(default_factory=dict, repr=False, metadata=EXECUTION | LATER)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):

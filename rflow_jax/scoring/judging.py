@@ -16,6 +16,7 @@ from rflow_jax.scoring.results import ImageResult
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.utils.images import image_in, picture_bytes
+from rflow_jax.utils.registry import later_fields
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers.base import Verdict, Verifier, normalize_verdict, score_images
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, RewardVerifierConfig, VerifierConfig
@@ -30,7 +31,6 @@ _OF_ENDPOINTS = {
     "template": "question",
     "options": {},
 }
-_LATER = ("reasoning_effort", "extra_body")  # which they did not have
 
 Chunk = list[tuple[int, Target]]
 Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
@@ -122,7 +122,8 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
     """
     found = VERIFIERS.results_follow_from(public_section(config))
     if isinstance(config, Connection):
-        return _OF_ENDPOINTS | {key: value for key, value in found.items() if value or key not in _LATER}
+        later = later_fields(type(config))
+        return _OF_ENDPOINTS | {key: value for key, value in found.items() if key not in later or value != later[key]}
     if isinstance(config, RewardVerifierConfig) and config.step is None:
         from rflow_jax.weights.hub import resolve_vlm  # these import JAX, for which --help need not wait
         from rflow_jax.weights.reward import find_step
