@@ -137,6 +137,8 @@ def _summary(found: Sequence[ImageResult], usage: Usage, seconds: float) -> str:
     if missing:
         words = "question" if missing == 1 else "questions"
         counts.append(f"{missing} {words} of the verifier without an answer (the same command asks again)")
+    if usage.converted:
+        counts.append(f"{usage.converted} answers converted")
     if tokens := usage.prompt_tokens + usage.completion_tokens:
         cost = f" (${usage.cost:.4f})" if usage.cost else ""
         counts.append(f"{usage.calls} questions, {tokens:,} tokens{cost}")

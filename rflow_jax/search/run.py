@@ -217,6 +217,8 @@ def _summary(prompts: int, live: SearchProgress, out: Path, accounts: Budget, ve
     if live.text_failures:
         counts.append(f"{live.text_failures} texts failed")
     usage = accounts.total()
+    if usage.converted:
+        counts.append(f"{usage.converted} answers converted")
     if usage.prompt_tokens or usage.completion_tokens:
         least = "at least " if usage.unmetered else ""
         cost = "" if not usage.cost else f" ({least}${usage.cost:.2f})"
