@@ -16,7 +16,7 @@ from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import PromptFolder, check_entry, is_done
+from rflow_jax.search.prompt_folder import PromptFolder, check_entry, folder_of, is_done, read_records
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
@@ -66,9 +66,11 @@ def _start(
         check_entry(out, index, entry)
     mine = {index: entries[index] for index in entries if index % processes == process_index}
     todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
+    unmade = sum(_unmade(out, index) for index in mine if index not in todo)
     if not todo:
-        print(f"{out}: all {len(mine)} prompts are done; nothing to do")
-        return 0
+        lacking = f", {unmade} of their images could not be made (their records say why)" if unmade else ""
+        print(f"{out}: all {len(mine)} prompts are done{lacking}; nothing to do")
+        return 1 if unmade else 0
     given = given_images(Path(run_config.images), todo) if run_config.images else {}
     accounts = Budget(out, process_index, tuple(MODELS), config.budget)
     probe = run_config.probe and not accounts.over_budget()
@@ -80,7 +82,7 @@ def _start(
         raise
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
     with claim(out, published, process_index):
-        return _search(kind, config, out, pipe, models, accounts, todo, given)
+        return _search(kind, config, out, pipe, models, accounts, todo, given, unmade)
 
 
 def _make_models(
@@ -112,7 +114,9 @@ def _search(
     accounts: Budget,
     todo: Entries,
     given: Mapping[int, list[Path]],
+    unmade: int,
 ) -> int:
+    """Searches the prompts that are left, beside others with ``unmade`` images that could not be made."""
     context = _context(config, pipe, models)
 
     def prompts() -> Iterator[PromptSearch]:
@@ -124,6 +128,7 @@ def _search(
     planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
     clock = BusyClock()
     live = SearchProgress(planned, clock, accounts.total)
+    live.unmade(unmade)
 
     def keep(now: bool = False) -> None:
         accounts.write(live.images, clock.fraction, now)
@@ -152,6 +157,11 @@ def _search(
         print(f"{lacking}; give the same command again, which asks them again", file=sys.stderr)
         return 1
     return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
+
+
+def _unmade(out: Path, index: int) -> int:
+    """Images of a finished prompt that could not be made."""
+    return sum(record.get("error") is not None for record in read_records(folder_of(out, index)))
 
 
 def _context(config: SearchConfig, pipe: Generator, models: Models) -> SearchContext:
