@@ -25,9 +25,9 @@ from rflow_jax.openai_client.retry import (
     refuses_all,
     refuses_settings,
 )
+from rflow_jax.openai_client.transport import http_client
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.batching import CLOSED
-from rflow_jax.utils.network import is_loopback, require_usable_network
 
 if TYPE_CHECKING:
     import tenacity
@@ -256,6 +256,10 @@ class Chat:
                 reply = await self._client.chat.completions.with_raw_response.create(
                     **fields, extra_body=self.endpoint.extra_body or None
                 )
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, UnusableAnswer):  # of a reply that is too long
+                raise error.__cause__ from None
+            raise
         finally:
             self._meter.add(Usage(in_flight=-1))
         body = read_body(reply.content)
@@ -273,16 +277,6 @@ class Chat:
         if len(text) > _LONGEST_REASON:
             text = text[: _LONGEST_REASON - 3] + "..."
         return f"{text} ({attempts} attempt{'s' if attempts > 1 else ''})"
-
-
-def http_client(address: str | None) -> Any:
-    """A client for an address; none of the environment's proxies is used for one of this machine."""
-    import openai
-
-    if address is None or not is_loopback(address):
-        require_usable_network()
-        return openai.DefaultAsyncHttpxClient()
-    return openai.DefaultAsyncHttpxClient(trust_env=False)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
