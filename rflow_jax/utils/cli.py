@@ -31,6 +31,7 @@ from rflow_jax.utils.arguments import (
 )
 from rflow_jax.utils.parser_messages import explain
 from rflow_jax.utils.registry import Registry
+from rflow_jax.utils.secrets import without_secrets
 
 __all__ = ["Command", "early_value", "run", "run_command"]
 
@@ -197,5 +198,5 @@ def _of_files(error: OSError) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {without_secrets(' '.join(message.split()))}", file=sys.stderr)
     return status

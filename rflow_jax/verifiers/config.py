@@ -11,6 +11,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.checks import require_dtype
 from rflow_jax.utils.registry import EXECUTION, Component, PluginOptions, Registry
+from rflow_jax.utils.secrets import require_no_secret
 from rflow_jax.vlm.config import CHECKPOINT, Quantization
 
 
@@ -227,7 +228,11 @@ class PluginVerifierConfig(Endpoint, PluginOptions, VerifierConfig):
     """
 
     name: str = field(kw_only=True)
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_no_secret(self.options, "options")
 
 
 VERIFIERS = Registry(

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.registry import Component, PluginOptions, Registry
+from rflow_jax.utils.secrets import require_no_secret
 from rflow_jax.vlm.config import QwenChatConfig
 
 
@@ -164,7 +165,11 @@ class PluginTextGeneratorConfig(Endpoint, PluginOptions, TextGeneratorConfig):
 
     name: str = field(kw_only=True)
     prompt_file: str | None = None
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_no_secret(self.options, "options")
 
 
 WRITERS = Registry(

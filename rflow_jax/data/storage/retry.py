@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import require_least, require_positive
+from rflow_jax.utils.secrets import public_addresses
 
 if TYPE_CHECKING:
     import tenacity
@@ -54,7 +55,7 @@ def is_http(url: str) -> bool:
 
 def public(url: str) -> str:
     """An address without what may be secret in it: user, password and query."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url.partition("?")[0]) if is_http(url) else url
+    return re.sub(r"(?<=://)[^/]*@", "", url.partition("?")[0]) if is_http(url) else public_addresses(url)
 
 
 def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:

@@ -168,7 +168,7 @@ def expand(
         raise InputError("no shards: name at least one file or pattern, such as folder/*.tar")
     for name in names:
         if name.startswith(PIPE) and not allow_shell:
-            raise InputError(f"{name}: runs a shell command; set allow_shell to true if it may")
+            raise InputError(f"{public(name)}: runs a shell command; set allow_shell to true if it may")
         if name.startswith(("http://", "https://")) and "*" in name:
             raise InputError(f"{public(name)}: no folder can be listed over HTTP; name the files with {{000..208}}")
     # One store of each kind for all threads, so that each folder is listed once.
@@ -187,7 +187,7 @@ def _braces(pattern: str) -> list[str]:
         # A backslash is part of a command, not an escape.
         return list(braceexpand(pattern, escape=not pattern.startswith(PIPE)))
     except ValueError as error:
-        raise InputError(f"{pattern}: braces do not match; a range is written {{000..208}}") from error
+        raise InputError(f"{public(pattern)}: braces do not match; a range is written {{000..208}}") from error
 
 
 def _in_store(name: str) -> bool:

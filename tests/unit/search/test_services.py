@@ -78,7 +78,9 @@ def whole(pipe, tmp_path):
     return results(tmp_path / "whole"), answered(server)
 
 
-@pytest.mark.parametrize(("role", "kind"), [*((role, "500") for role in ROLES), *(("verifier", kind) for kind in FAULTS)])
+@pytest.mark.parametrize(
+    ("role", "kind"), [*((role, "500") for role in ROLES), *(("verifier", kind) for kind in FAULTS)]
+)
 def test_what_a_service_left_unanswered_is_asked_by_the_next_run_and_nothing_else(whole, role, kind, tmp_path, capsys):
     out, expected, questions = tmp_path / "run", *whole
     fault = Fault(when=First(role, "picture 1"), **FAULTS[kind])
@@ -110,7 +112,9 @@ def test_an_answer_that_cannot_be_used_stays_a_finding(pipe, tmp_path):
 
 def test_an_ensemble_has_no_verdict_while_a_member_has_none(pipe, tmp_path, capsys):
     def ensemble(server):
-        members = [CONFIG["verifier"] | {"name": "openai", "model": model, "base_url": server.base_url} for model in "ab"]
+        members = [
+            CONFIG["verifier"] | {"name": "openai", "model": model, "base_url": server.base_url} for model in "ab"
+        ]
         return {"name": "ensemble", "members": members}
 
     fault = Fault("status", when=First("b", "picture 1"))
@@ -199,6 +203,7 @@ def test_score_asks_first_too_and_names_the_role(pipe, tmp_path, capsys):
 def test_scores_that_could_not_be_had_are_asked_for_again(pipe, tmp_path, capsys):
     with OpenAIServer() as server:
         assert search(tmp_path, server, tmp_path / "run", kind="noise") == 0
+
     def score(server, out):
         flags = ["--no-probe", "--verifier.max_retries=0", "--verifier.concurrency=1"]
         words = ["score", str(tmp_path / "run"), f"--out={tmp_path / out}", f"--verifier.base_url={server.base_url}"]

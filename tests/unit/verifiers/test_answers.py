@@ -54,7 +54,16 @@ def test_more_than_was_asked_for_is_put_up_with(parse):
 
 @pytest.mark.parametrize(
     ("score", "number"),
-    [("7", 7), ("7/10", 7), (" 7.5 / 10 ", 7.5), ("10", 10), ("10.0/10.0", 10), ("7 out of 10", 7), ([7], 7), (["7"], 7)],
+    [
+        ("7", 7),
+        ("7/10", 7),
+        (" 7.5 / 10 ", 7.5),
+        ("10", 10),
+        ("10.0/10.0", 10),
+        ("7 out of 10", 7),
+        ([7], 7),
+        (["7"], 7),
+    ],
 )
 def test_a_number_in_quotation_marks_is_a_number(parse, score, number):
     assert parse(json.dumps(GRADES | {"overall": {"reason": "x", "score": score}})).score == number
