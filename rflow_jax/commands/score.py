@@ -29,7 +29,7 @@ NONE = "-"  # stands for no score and no label
 
 def command(name: str, argv: Sequence[str]) -> Command:
     """The command, which takes the verifier from a search's YAML file."""
-    return Command((ScoreConfig,), score, ("images",), (SearchConfig, RunConfig), ("verifier",))
+    return Command((ScoreConfig,), score, ("images",), (SearchConfig, RunConfig), ("verifier", "probe"))
 
 
 def score(config: ScoreConfig) -> int:

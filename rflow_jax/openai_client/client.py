@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 300
 _REJECTIONS = 3  # so many at the beginning, and the settings are to blame
 _UNANSWERED = 3  # so many in a row, and it is not for the questions
-_PROBES, _PROBE_PAUSE = 3, 2.0  # attempts of a first question, and seconds between them at most
-_CONNECT = 15.0  # seconds for a connection
+# Of a first question: attempts, the seconds after which there is no other, and those between two at most.
+_PROBES, _PROBE_TIME, _PROBE_PAUSE = 3, 10.0, 2.0
+_CONNECT = 10.0  # seconds for a connection
 log = logging.getLogger(__name__)
 
 
@@ -180,7 +181,7 @@ class Chat:
         self._meter.add(Usage(calls=1))
         attempts = min(self.endpoint.max_retries + 1, _PROBES)
         retry = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_after_delay(self.endpoint.timeout),
+            stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_after_delay(_PROBE_TIME),
             wait=lambda state: min(backoff(state), _PROBE_PAUSE),
             retry=tenacity.retry_if_exception(lambda error: is_unfit(error) and not is_busy(error)),
             reraise=True,

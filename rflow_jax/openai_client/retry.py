@@ -1,15 +1,13 @@
 """Failed requests: whether to retry, when, and the reason in words."""
 
-import math
 import random
 import re
-import time
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from rflow_jax.openai_client.endpoint import Endpoint
 from rflow_jax.openai_client.messages import UnfitReply, UnusableAnswer
+from rflow_jax.utils.network import asked_pause, printable
 
 if TYPE_CHECKING:
     import openai
@@ -21,8 +19,6 @@ _TRANSIENT = {408, 409, 429}
 _AWAY = {429, 502, 503, 504, 529}
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx
 _REFUSALS = {401, 402, 404, 405, 410}
-_LONGEST_WORDS = 20_000
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])|\x9b[0-?]*[ -/]*[@-~]")
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
 
 
@@ -87,22 +83,8 @@ def backoff(state: "tenacity.RetryCallState") -> float:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, given as a number or date; 0 if absent or invalid."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * scale
-        except ValueError:
-            seconds = _until(headers.get(name, ""))
-        if math.isfinite(seconds) and seconds > 0:
-            return min(seconds, LONGEST_RETRY_AFTER)
-    return 0.0
-
-
-def _until(date: str) -> float:
-    try:
-        return parsedate_to_datetime(date).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    """Seconds that a server asks to wait, at most ``LONGEST_RETRY_AFTER``; 0 if absent or invalid."""
+    return asked_pause(headers, LONGEST_RETRY_AFTER)
 
 
 def refuses_form(error: "openai.APIStatusError") -> bool:
@@ -132,12 +114,6 @@ def reason(error: BaseException, endpoint: Endpoint) -> str:
     else:
         text = str(error) or type(error).__name__
     return printable(text)
-
-
-def printable(text: str) -> str:
-    """Foreign words in one line of bounded length, without escape sequences and control characters."""
-    text = _ESCAPES.sub("", text[:_LONGEST_WORDS])
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def said(error: "openai.APIStatusError") -> str:

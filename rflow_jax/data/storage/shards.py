@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rflow_jax.data.storage.http import http_range, probe_http
 from rflow_jax.data.storage.retry import SLOWEST, RetryPolicy, TransientError, is_http, public, with_retries
 from rflow_jax.errors import InputError
+from rflow_jax.utils.network import printable
 
 _MAGIC = frozenset("*?[")
 # Names that stores use for the tag that changes with a file's content, best first.
@@ -53,13 +54,13 @@ class Store:
             except FileNotFoundError:
                 return {}
             except PermissionError as error:
-                raise InputError(f"{url}: access is refused ({_line(error)})") from error
+                raise InputError(f"{public(url)}: access is refused ({_line(error)})") from error
             except Exception as error:  # each store has errors of its own, without a common base
                 raise TransientError(_line(error)) from error
 
         infos = {path: info for path, info in with_retries(look, url, retry).items() if info["type"] != "directory"}
         if not infos:
-            raise InputError(f"{url}: no shard matches")
+            raise InputError(f"{public(url)}: no shard matches")
         scheme = url.partition("://")[0]
         return [
             StoredFile(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())
@@ -84,7 +85,7 @@ def store_range(url: str, start: int, length: int, retry: RetryPolicy) -> bytes:
             else:
                 data = fs.cat_file(path, start=start, end=start + length)
         except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"{url}: {_line(error)}") from error
+            raise InputError(f"{public(url)}: {_line(error)}") from error
         except Exception as error:  # as above
             raise TransientError(_line(error)) from error
         if data is None or len(data) != length:
@@ -100,7 +101,7 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {_line(error)}") from error
+        raise InputError(f"{public(url)}: {_line(error)}") from error
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -108,7 +109,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 PIPE = "pipe:"

@@ -11,9 +11,9 @@ from rflow_jax.errors import InputError
 from rflow_jax.openai_client import ChatError, Endpoint, UnusableAnswer
 from rflow_jax.openai_client.answer_text import only_answer
 from rflow_jax.openai_client.protocol import read_answer, read_error
-from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, printable, retry_after
+from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, retry_after
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
-from rflow_jax.utils.network import is_loopback, require_usable_network
+from rflow_jax.utils.network import is_loopback, printable, require_usable_network
 from tests.kit.asking import ask, expected, question
 
 MOVE = "Move the cup."
