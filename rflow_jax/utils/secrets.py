@@ -53,7 +53,7 @@ def require_no_secret(value: Any, place: str, name: str = "") -> None:
         named = _NAME.search(name) and not _HOLDER.search(name)
         if value and (named or looks_secret(value)):
             raise InputError(
-                f"{place}: a key or password would stand in the run's files; put it into a variable of the environment, "
+                f"{place}: a key or password would stand in the run's files; put it into a variable of the environment "
                 "and name that in api_key_env, or here as $NAME for a class of your own to read"
             )
 

@@ -41,8 +41,8 @@ class Grades:
 def read_grades(aspects: Sequence[str], answer: Answer) -> Grades:
     """The marks of all aspects, and of ``OVERALL``.
 
-    Converted are scores such as ``"7"`` and ``"7/10"``, a mark that is a number alone or has no reason, names in another
-    case, lists of one element, and an object around the one that was asked for.
+    Converted are scores such as ``"7"`` and ``"7/10"``, a mark that is a number alone or has no reason, names in
+    another case, lists of one element, and an object around the one that was asked for.
 
     Raises:
         UnusableAnswer: one is missing, or it is not a number from 0 to 10.

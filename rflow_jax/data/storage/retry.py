@@ -84,7 +84,8 @@ def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
     except TransientError as error:
         attempts = retry.max_retries + 1
         raise InputError(
-            f"{public(url)}: {printable(str(error))} ({attempts} attempts); check the address and the network, or raise max_retries"
+            f"{public(url)}: {printable(str(error))} ({attempts} attempts); check the address and the network, "
+            "or raise max_retries"
         ) from error
 
 
