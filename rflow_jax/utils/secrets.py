@@ -31,7 +31,8 @@ def looks_secret(text: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A message of which keys, tokens and the secrets of the environment show their first characters only."""
+    """A message for all to see: its addresses are public, and of keys and tokens only the first characters are left."""
+    text = public_addresses(text)
     for name, value in os.environ.items():
         if _VARIABLE.search(name) and len(value) >= _LEAST:
             text = text.replace(value, value[:_SHOWN] + HIDDEN)

@@ -44,6 +44,7 @@ def test_a_key_in_place_of_a_model_is_refused_and_not_shown(key, monkeypatch, ca
 
 
 def test_values_of_the_environment_are_hidden_in_messages(monkeypatch):
+    assert without_secrets("https://me:pw@host/a?sig=1: no record") == "https://host/a no record"
     monkeypatch.setenv("TEAM_PASSWORD", "correct horse battery")
     assert without_secrets("no file correct horse battery/x") == "no file corr***/x"
 
