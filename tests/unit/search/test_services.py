@@ -11,7 +11,7 @@ import yaml
 
 from rflow_jax.commands.main import main
 from rflow_jax.search.prompt_folder import read_records
-from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
+from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer, score_of
 from rflow_jax.utils import cli
 from tests.kit.fake_pipeline import instead_of_loading
 from tests.kit.searching import files
@@ -113,6 +113,26 @@ def test_an_answer_that_cannot_be_used_stays_a_finding(pipe, tmp_path):
         assert search(tmp_path, server, tmp_path / "run") == 0
     errors = [record["verdict"]["error"] for record in read_records(tmp_path / "run/00001")]
     assert sum("the model refused" in (error or "") for error in errors) == 1
+
+
+def test_converted_answers_are_counted_at_the_end_and_in_the_usage(pipe, tmp_path, capsys):
+    class Texts(OpenAIServer):
+        def respond(self, call, faults):
+            reply = super().respond(call, faults)
+            message = reply["choices"][0]["message"]
+            grades = json.loads(message["content"])
+            message["content"] = json.dumps({name.upper(): f"{mark['score']}/10" for name, mark in grades.items()})
+            return reply
+
+    with Texts() as server:
+        assert search(tmp_path, server, tmp_path / "run", "--no-probe", kind="noise") == 0
+        images = {call.image: score_of(call.image) for call in server.calls}
+    assert "6 scored, 0 without a score, 6 answers converted" in capsys.readouterr().out
+    used = json.loads((tmp_path / "run/usage.json").read_text())["roles"]["verifier"]
+    assert (used["calls"], used["converted"]) == (6, 6)
+    records = [record for n in range(3) for record in read_records(tmp_path / f"run/0000{n}")]
+    assert sorted(record["verdict"]["score"] for record in records) == sorted(images.values())
+    assert all(record["verdict"]["raw"]["OVERALL"].endswith("/10") for record in records)
 
 
 def test_an_ensemble_has_no_verdict_while_a_member_has_none(pipe, tmp_path, capsys):
