@@ -75,10 +75,11 @@ class Chat:
         self._accepted = Accepted(0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured))
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._asking: set[asyncio.Task[Any]] = set()
-        # Since when the server has been away, whether it ever gave an answer, how many questions it rejected, and how
-        # many in a row it left without an answer.
+        # Since when the server has been away, the question that it answered last, how many it rejected, and how many in
+        # a row it left without an answer.
         self._away_since: float | None = None
-        self._answered, self._rejected, self._unanswered = False, 0, 0
+        self._answered: ChatRequest | None = None
+        self._rejected, self._unanswered = 0, 0
         self._refusal: str | None = None  # why no further question is asked
         self._loop = asyncio.new_event_loop()
         self._closing = threading.Lock()
@@ -157,7 +158,7 @@ class Chat:
             attempts += retry.statistics["attempt_number"]
             text = self._reason(error, attempts)
             self._unanswered += is_missing(error)
-            if is_away(error) or self._unanswered >= _UNANSWERED:
+            if is_away(error) or (self._unanswered >= _UNANSWERED and not await self._still_answers()):
                 await self._wait_for_service(text)
                 continue
             self._meter.add(Usage(failures=1))
@@ -200,9 +201,23 @@ class Chat:
     def _refuse(self, error: BaseException, text: str) -> None:
         """Raises ServiceError if the server would refuse every question, now and later."""
         self._rejected += refuses_settings(error)
-        if refuses_all(error) or (not self._answered and self._rejected >= _REJECTIONS):
+        if refuses_all(error) or (self._answered is None and self._rejected >= _REJECTIONS):
             self._refusal = f"{self.endpoint.model_name}: {text}; mend it and give the same command again"
             raise ServiceError(self._refusal)
+
+    async def _still_answers(self) -> bool:
+        """Whether the server answers what it has answered before: then it is for the questions that others get none."""
+        import openai
+
+        if self._answered is None:
+            return False
+        try:
+            await self._attempt(self._answered)
+        except (TimeoutError, openai.OpenAIError):
+            return False
+        except UnusableAnswer:
+            self._unanswered = 0
+        return True
 
     async def _wait_for_service(self, text: str) -> None:
         """Waits a little; raises ServiceError if the server has been away for too long."""
@@ -226,7 +241,7 @@ class Chat:
             body = await self._exchange(question)
         self._away_since, self._unanswered = None, 0
         answer = read_answer(body)
-        self._answered = True
+        self._answered = question
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
 
     async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:

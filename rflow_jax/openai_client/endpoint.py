@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.registry import EXECUTION, LATER
-from rflow_jax.utils.secrets import HIDDEN, looks_secret, require_no_secret
+from rflow_jax.utils.secrets import HIDDEN, looks_secret, public_addresses, require_no_secret
 
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
 _PART = 8  # this many consecutive characters of a key are no coincidence
@@ -44,7 +44,8 @@ class Secrets:
         Servers often repeat the refused key, with stars in its middle. A key of few characters is hidden where it is a
         word of its own, and a placeholder of one to three not at all.
         """
-        return "".join(HIDDEN if self._reveals(word) else word for word in re.split(r"(\s+)", text))
+        words = re.split(r"(\s+)", public_addresses(text))
+        return "".join(HIDDEN if self._reveals(word) else word for word in words)
 
     def _reveals(self, word: str) -> bool:
         for secret in self._secrets:

@@ -10,8 +10,8 @@ from rflow_jax.errors import InputError
 HIDDEN = "***"
 _SHOWN = 4  # characters of a secret that say which one it is
 _NAME = re.compile(
-    r"api[_-]?key|secret|passw(?:or)?d|passphrase|credential|authorization|(?:\A|[_-])(?:bearer|auth|token)\Z"
-    r"|\A(?:access|private)[_-]?key",
+    r"api[_-]?key|secret|passw(?:or)?d|passphrase|credential|authorization|\A(?:access|private)[_-]?key"
+    r"|\A(?:(?:access|api|auth|bearer|hf|id|refresh|session)[_-]?)?(?:bearer|auth|token)\Z",
     re.IGNORECASE,
 )
 _HOLDER = re.compile(r"(?:_|-)(?:env|file|path|name|variable)\Z", re.IGNORECASE)  # where it is, not what it is

@@ -68,6 +68,7 @@ OWN = {"name": "package.module:Class"}
         {"deep": {"list": [{"password": "abc"}]}},
         {"token": "abc"},
         {"client_secret": "abc"},
+        {"access_token": "abc"},
         {"anything": KEYS[0]},
     ],
 )
@@ -85,6 +86,7 @@ def test_options_that_hold_none_are_taken():
         "token": "$MINE",
         "max_tokens": 5,
         "tokenizer": "t5",
+        "eos_token": "</s>",
         "key": "value",
         "secret": None,
     }
