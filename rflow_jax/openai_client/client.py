@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from rflow_jax.openai_client.protocol import read_answer, read_body, read_error,
 from rflow_jax.openai_client.retry import (
     LONGEST_PAUSE,
     backoff,
+    is_absent,
     is_away,
     is_busy,
     is_missing,
@@ -73,13 +75,13 @@ class Chat:
             http_client=http_client(address),
         )
         self._accepted = Accepted(0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured))
-        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._slots, self._finding_out = asyncio.Semaphore(endpoint.concurrency), asyncio.Lock()
         self._asking: set[asyncio.Task[Any]] = set()
-        # Since when the server has been away, the question that it answered last, how many it rejected, and how many in
-        # a row it left without an answer.
+        # Since when the server has been away, the question that it answered last, and how many: replies, rejected
+        # questions, and those in a row without an answer.
         self._away_since: float | None = None
         self._answered: ChatRequest | None = None
-        self._rejected, self._unanswered = 0, 0
+        self._replies, self._rejected, self._unanswered = 0, 0, 0
         self._refusal: str | None = None  # why no further question is asked
         self._loop = asyncio.new_event_loop()
         self._closing = threading.Lock()
@@ -147,9 +149,9 @@ class Chat:
         import openai
 
         self._meter.add(Usage(calls=1))
-        attempts = 0
+        attempts, waited, back = 0, False, False
         while True:
-            retry = self._retrying()
+            retry, before = self._retrying(), self._replies
             try:
                 return await retry(self._attempt, question)
             except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
@@ -158,8 +160,12 @@ class Chat:
             attempts += retry.statistics["attempt_number"]
             text = self._reason(error, attempts)
             self._unanswered += is_missing(error)
-            if is_away(error) or (self._unanswered >= _UNANSWERED and not await self._still_answers()):
+            if await self._is_away(error, before, waited):
                 await self._wait_for_service(text)
+                waited = True
+                continue
+            if is_away(error) and not back:  # it may have come back just now
+                back = True
                 continue
             self._meter.add(Usage(failures=1))
             self._refuse(error, text)
@@ -205,19 +211,32 @@ class Chat:
             self._refusal = f"{self.endpoint.model_name}: {text}; mend it and give the same command again"
             raise ServiceError(self._refusal)
 
-    async def _still_answers(self) -> bool:
-        """Whether the server answers what it has answered before: then it is for the questions that others get none."""
+    async def _is_away(self, error: BaseException, before: int, waited: bool) -> bool:
+        """Whether a server fails at any question, and not at the one that it just left unanswered.
+
+        Args:
+            before: replies that had come before that was asked.
+            waited: whether it has been waited for on account of that question.
+        """
+        if is_absent(error) or (is_away(error) and not waited):
+            return True
+        if is_away(error) or self._unanswered >= _UNANSWERED:
+            return not await self._still_answers(before)
+        return False
+
+    async def _still_answers(self, before: int) -> bool:
+        """Whether further replies have come, or the server answers again what it has answered."""
         import openai
 
-        if self._answered is None:
-            return False
-        try:
-            await self._attempt(self._answered)
-        except (TimeoutError, openai.OpenAIError):
-            return False
-        except UnusableAnswer:
-            self._unanswered = 0
-        return True
+        async with self._finding_out:
+            if self._answered is None or self._replies > before:
+                return self._answered is not None
+            try:
+                with suppress(UnusableAnswer):  # an answer all the same
+                    await self._attempt(self._answered)
+            except (TimeoutError, openai.OpenAIError):
+                return False
+            return True
 
     async def _wait_for_service(self, text: str) -> None:
         """Waits a little; raises ServiceError if the server has been away for too long."""
@@ -240,6 +259,7 @@ class Chat:
                 raise ServiceError(self._refusal)
             body = await self._exchange(question)
         self._away_since, self._unanswered = None, 0
+        self._replies += 1
         answer = read_answer(body)
         self._answered = question
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LONGEST_RETRY_AFTER = 120.0
 _FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 _TRANSIENT = {408, 409, 429}
-_AWAY = {429, 502, 503, 504, 529}
+_AWAY = {502, 503, 504, 529}
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx
 _REFUSALS = {401, 402, 404, 405, 410}
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
@@ -48,13 +48,16 @@ def is_busy(error: BaseException) -> bool:
     return isinstance(error, openai.APIStatusError) and error.status_code == 429 and not refuses_all(error)
 
 
+def is_absent(error: BaseException) -> bool:
+    """Whether there is no server, or one that asks to come back later, whatever the question is."""
+    return is_busy(error) or type(error.__cause__).__name__ in _UNREACHABLE
+
+
 def is_away(error: BaseException) -> bool:
-    """Whether there is no server, or one that says it is busy, whatever the question is."""
+    """Whether there seems to be no server behind an address, or one that can answer nothing now."""
     import openai
 
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code in _AWAY
-    return type(error.__cause__).__name__ in _UNREACHABLE
+    return is_absent(error) or (isinstance(error, openai.APIStatusError) and error.status_code in _AWAY)
 
 
 def refuses_all(error: BaseException) -> bool:

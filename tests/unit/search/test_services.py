@@ -26,6 +26,7 @@ CONFIG = {
 } | {role: {"model": role, "max_retries": 1, "timeout": 0.4} for role in ROLES}
 FAULTS = {
     "500": {"kind": "status", "status": 500},
+    "503": {"kind": "status", "status": 503},
     "drop": {"kind": "drop"},
     "half body": {"kind": "half_body"},
     "late": {"kind": "delay", "seconds": 1.0},
@@ -50,6 +51,7 @@ class First:
 def pipe(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("rflow_jax.openai_client.retry._FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("rflow_jax.openai_client.client.LONGEST_PAUSE", 0.02)
     return instead_of_loading(monkeypatch)
 
 
@@ -95,7 +97,7 @@ def test_what_a_service_left_unanswered_is_asked_by_the_next_run_and_nothing_els
     said = capsys.readouterr()
     (line,) = [line for line in said.err.splitlines() if "without an answer" in line]
     assert line.startswith(f"questions without an answer: 1 of the {role} ({role}: ")
-    assert line.endswith("(2 attempts)); give the same command again, which asks them again")
+    assert line.endswith(f"({6 if kind == '503' else 2} attempts)); give the same command again, which asks them again")
     # Nothing of it is noted, the other image of its round is done, and no later round has begun.
     assert not (out / "00001/records.jsonl").exists()
     known = [json.loads(line) for line in (out / "00001/journal.jsonl").open()]
