@@ -1,5 +1,8 @@
 """The exceptions a user is meant to read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input: one line that says what, where and what to do.
@@ -18,3 +21,12 @@ class RunError(RuntimeError):
 
 class ServiceError(RunError):
     """A service that refuses every request, or has been away for too long: nothing is known of what was asked."""
+
+
+@contextmanager
+def serving(role: str) -> Iterator[None]:
+    """Names the role of a service, such as ``verifier``, at the beginning of each ServiceError's message."""
+    try:
+        yield
+    except ServiceError as error:
+        raise ServiceError(f"{role}: {error}") from None

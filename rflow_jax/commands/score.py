@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rflow_jax.errors import serving
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.scoring.judging import judge, scores_follow_from
 from rflow_jax.scoring.results import ImageResult, Results, shown
@@ -27,7 +28,7 @@ NONE = "-"  # stands for no score and no label
 
 def command(name: str, argv: Sequence[str]) -> Command:
     """The command, which takes the verifier from a search's YAML file."""
-    return Command((ScoreConfig,), score, ("images",), (SearchConfig, RunConfig), ("verifier",))
+    return Command((ScoreConfig,), score, ("images",), (SearchConfig, RunConfig), ("verifier", "probe"))
 
 
 def score(config: ScoreConfig) -> int:
@@ -49,7 +50,7 @@ def score(config: ScoreConfig) -> int:
     if isinstance(config.verifier, EnsembleVerifierConfig):
         _Lines(targets).print(dict(enumerate(found)))
     unscored = sum(not one.verdict.scored for one in found)
-    print(_summary(found, unscored, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
+    print(_summary(found, meter.snapshot(), time.monotonic() - began), file=sys.stderr)
     return 1 if unscored else 0
 
 
@@ -81,7 +82,8 @@ def _judged(
     config: ScoreConfig, todo: Mapping[int, Target], results: Results, meter: UsageTracker
 ) -> Iterator[tuple[int, ImageResult]]:
     rest = {k: target for k, target in todo.items() if target.error is None}
-    verifier = make_verifier(config.verifier, meter) if rest else None
+    with serving("verifier"):
+        verifier = make_verifier(config.verifier, meter, probe=config.probe) if rest else None
     results.begin()  # only now: a verifier that cannot be made leaves no file
     for k in todo.keys() - rest.keys():
         yield k, ImageResult(todo[k], None, Verdict(None, error=todo[k].error))
@@ -118,7 +120,8 @@ class _Lines:
             self._next += 1
 
 
-def _summary(found: Sequence[ImageResult], unscored: int, usage: Usage, seconds: float) -> str:
+def _summary(found: Sequence[ImageResult], usage: Usage, seconds: float) -> str:
+    missing = sum(one.verdict.missing for one in found)
     scored = [one.verdict for one in found if one.verdict.scored]
     counts = [f"{len(scored)} of {len(found)} images scored"]
     if scored:
@@ -127,8 +130,13 @@ def _summary(found: Sequence[ImageResult], unscored: int, usage: Usage, seconds:
         counts.append(f"{labels.count('yes') / len(labels):.0%} yes")
     if partly := sum(verdict.error is not None for verdict in scored):
         counts.append(f"{partly} not by all members")
-    if unscored:
+    if unscored := len(found) - len(scored) - missing:
         counts.append(f"{unscored} could not be scored (their lines say why)")
+    if missing:
+        words = "question" if missing == 1 else "questions"
+        counts.append(f"{missing} {words} of the verifier without an answer (the same command asks again)")
+    if usage.converted:
+        counts.append(f"{usage.converted} answers converted")
     if tokens := usage.prompt_tokens + usage.completion_tokens:
         cost = f" (${usage.cost:.4f})" if usage.cost else ""
         counts.append(f"{usage.calls} questions, {tokens:,} tokens{cost}")

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,19 @@ from rflow_jax.openai_client.protocol import read_answer, read_body, read_error,
 from rflow_jax.openai_client.retry import (
     LONGEST_PAUSE,
     backoff,
+    is_absent,
     is_away,
+    is_busy,
     is_missing,
     is_retryable,
+    is_unfit,
     reason,
     refuses_all,
     refuses_settings,
 )
+from rflow_jax.openai_client.transport import http_client
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.batching import CLOSED
-from rflow_jax.utils.network import is_loopback, require_usable_network
 
 if TYPE_CHECKING:
     import tenacity
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 300
 _REJECTIONS = 3  # so many at the beginning, and the settings are to blame
 _UNANSWERED = 3  # so many in a row, and it is not for the questions
+# Of a first question: attempts, the seconds after which there is no other, and those between two at most.
+_PROBES, _PROBE_TIME, _PROBE_PAUSE = 3, 10.0, 2.0
+_CONNECT = 10.0  # seconds for a connection
 log = logging.getLogger(__name__)
 
 
@@ -62,18 +69,19 @@ class Chat:
         self._client = openai.AsyncOpenAI(
             api_key=key,
             base_url=address,
-            timeout=None,
+            timeout=openai.Timeout(None, connect=_CONNECT),
             max_retries=0,
             default_headers=headers,
             http_client=http_client(address),
         )
         self._accepted = Accepted(0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured))
-        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._slots, self._finding_out = asyncio.Semaphore(endpoint.concurrency), asyncio.Lock()
         self._asking: set[asyncio.Task[Any]] = set()
-        # Since when the server has been away, whether it ever gave an answer, how many questions it rejected, and how
-        # many in a row it left without an answer.
+        # Since when the server has been away, the question that it answered last, and how many: replies, rejected
+        # questions, and those in a row without an answer.
         self._away_since: float | None = None
-        self._answered, self._rejected, self._unanswered = False, 0, 0
+        self._answered: ChatRequest | None = None
+        self._replies, self._rejected, self._unanswered = 0, 0, 0
         self._refusal: str | None = None  # why no further question is asked
         self._loop = asyncio.new_event_loop()
         self._closing = threading.Lock()
@@ -99,6 +107,16 @@ class Chat:
                 return [ChatError(CLOSED) for _ in questions]
             answers = asyncio.run_coroutine_threadsafe(self._gather(questions), self._loop)
         return answers.result()
+
+    def probe(self, question: ChatRequest) -> None:
+        """Asks a first question, which waits for no one: whether the server is there and takes key, model and form.
+
+        An answer that cannot be used will do, and so will a server that is busy.
+
+        Raises:
+            ServiceError: there is no such server, or it refuses the question or does not answer it.
+        """
+        asyncio.run_coroutine_threadsafe(self._probe(question), self._loop).result()
 
     def close(self) -> None:
         """Cancels all waiting questions, of any thread; called when a run ends."""
@@ -131,9 +149,9 @@ class Chat:
         import openai
 
         self._meter.add(Usage(calls=1))
-        attempts = 0
+        attempts, waited, back = 0, False, False
         while True:
-            retry = self._retrying()
+            retry, before = self._retrying(), self._replies
             try:
                 return await retry(self._attempt, question)
             except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
@@ -142,8 +160,12 @@ class Chat:
             attempts += retry.statistics["attempt_number"]
             text = self._reason(error, attempts)
             self._unanswered += is_missing(error)
-            if is_away(error) or self._unanswered >= _UNANSWERED:
+            if await self._is_away(error, before, waited):
                 await self._wait_for_service(text)
+                waited = True
+                continue
+            if is_away(error) and not back:  # it may have come back just now
+                back = True
                 continue
             self._meter.add(Usage(failures=1))
             self._refuse(error, text)
@@ -159,12 +181,62 @@ class Chat:
             reraise=True,
         )
 
+    async def _probe(self, question: ChatRequest) -> None:
+        import openai
+        import tenacity
+
+        self._meter.add(Usage(calls=1))
+        attempts = min(self.endpoint.max_retries + 1, _PROBES)
+        retry = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_after_delay(_PROBE_TIME),
+            wait=lambda state: min(backoff(state), _PROBE_PAUSE),
+            retry=tenacity.retry_if_exception(lambda error: is_unfit(error) and not is_busy(error)),
+            reraise=True,
+        )
+        try:
+            await retry(self._attempt, question)
+            return
+        except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
+            error = failure
+        if is_busy(error) or (isinstance(error, UnusableAnswer) and not is_unfit(error)):
+            return
+        text = self._reason(error, retry.statistics["attempt_number"])
+        hint = "start it or mend base_url, or wait for it with --no-probe" if is_missing(error) else "mend it"
+        raise ServiceError(f"{self.endpoint.model_name}: {text}; {hint}, and give the same command again")
+
     def _refuse(self, error: BaseException, text: str) -> None:
         """Raises ServiceError if the server would refuse every question, now and later."""
         self._rejected += refuses_settings(error)
-        if refuses_all(error) or (not self._answered and self._rejected >= _REJECTIONS):
+        if refuses_all(error) or (self._answered is None and self._rejected >= _REJECTIONS):
             self._refusal = f"{self.endpoint.model_name}: {text}; mend it and give the same command again"
             raise ServiceError(self._refusal)
+
+    async def _is_away(self, error: BaseException, before: int, waited: bool) -> bool:
+        """Whether a server fails at any question, and not at the one that it just left unanswered.
+
+        Args:
+            before: replies that had come before that was asked.
+            waited: whether it has been waited for on account of that question.
+        """
+        if is_absent(error) or (is_away(error) and not waited):
+            return True
+        if is_away(error) or self._unanswered >= _UNANSWERED:
+            return not await self._still_answers(before)
+        return False
+
+    async def _still_answers(self, before: int) -> bool:
+        """Whether further replies have come, or the server answers again what it has answered."""
+        import openai
+
+        async with self._finding_out:
+            if self._answered is None or self._replies > before:
+                return self._answered is not None
+            try:
+                with suppress(UnusableAnswer):  # an answer all the same
+                    await self._attempt(self._answered)
+            except (TimeoutError, openai.OpenAIError):
+                return False
+            return True
 
     async def _wait_for_service(self, text: str) -> None:
         """Waits a little; raises ServiceError if the server has been away for too long."""
@@ -187,8 +259,9 @@ class Chat:
                 raise ServiceError(self._refusal)
             body = await self._exchange(question)
         self._away_since, self._unanswered = None, 0
+        self._replies += 1
         answer = read_answer(body)
-        self._answered = True
+        self._answered = question
         return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
 
     async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:
@@ -219,6 +292,10 @@ class Chat:
                 reply = await self._client.chat.completions.with_raw_response.create(
                     **fields, extra_body=self.endpoint.extra_body or None
                 )
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, UnusableAnswer):  # of a reply that is too long
+                raise error.__cause__ from None
+            raise
         finally:
             self._meter.add(Usage(in_flight=-1))
         body = read_body(reply.content)
@@ -236,16 +313,6 @@ class Chat:
         if len(text) > _LONGEST_REASON:
             text = text[: _LONGEST_REASON - 3] + "..."
         return f"{text} ({attempts} attempt{'s' if attempts > 1 else ''})"
-
-
-def http_client(address: str | None) -> Any:
-    """A client for an address; none of the environment's proxies is used for one of this machine."""
-    import openai
-
-    if address is None or not is_loopback(address):
-        require_usable_network()
-        return openai.DefaultAsyncHttpxClient()
-    return openai.DefaultAsyncHttpxClient(trust_env=False)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.registry import EXECUTION
+from rflow_jax.utils.registry import EXECUTION, LATER
+from rflow_jax.utils.secrets import HIDDEN, looks_secret, public_addresses, require_no_secret
 
-HIDDEN = "***"
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
 _PART = 8  # this many consecutive characters of a key are no coincidence
 _MASKED_PART = 3
@@ -41,12 +41,18 @@ class Secrets:
     def hide(self, text: str) -> str:
         """An error's text with all words masked that contain a secret or a part of one.
 
-        Servers often repeat the refused key, with stars in its middle.
+        Servers often repeat the refused key, with stars in its middle. A key of few characters is hidden where it is a
+        word of its own, and a placeholder of one to three not at all.
         """
-        return "".join(HIDDEN if self._reveals(word) else word for word in re.split(r"(\s+)", text))
+        words = re.split(r"(\s+)", public_addresses(text))
+        return "".join(HIDDEN if self._reveals(word) else word for word in words)
 
     def _reveals(self, word: str) -> bool:
         for secret in self._secrets:
+            if len(secret) < _SHORTEST:
+                if len(secret) > _MASKED_PART and secret in re.split(r"[^\w-]+", word):
+                    return True
+                continue
             window = min(_MASKED_PART if _MASKED.search(word) else _PART, len(secret))
             if any(secret[start : start + window] in word for start in range(len(secret) - window + 1)):
                 return True
@@ -84,12 +90,12 @@ class Connection:
     timeout: float = field(default=60.0, metadata=EXECUTION)
     concurrency: int = field(default=8, metadata=EXECUTION)
     max_retries: int = field(default=5, metadata=EXECUTION)
-    patience: float = field(default=600.0, metadata=EXECUTION)
+    patience: float = field(default=600.0, metadata=EXECUTION | LATER)
     price_input: float | None = field(default=None, metadata=EXECUTION)
     price_output: float | None = field(default=None, metadata=EXECUTION)
-    reasoning_effort: str | None = None
-    extra_body: dict[str, Any] = field(default_factory=dict, repr=False)
-    extra_headers: dict[str, str] = field(default_factory=dict, repr=False, metadata=EXECUTION)
+    reasoning_effort: str | None = field(default=None, metadata=LATER)
+    extra_body: dict[str, Any] = field(default_factory=dict, repr=False, metadata=LATER)
+    extra_headers: dict[str, str] = field(default_factory=dict, repr=False, metadata=EXECUTION | LATER)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
@@ -97,12 +103,15 @@ class Connection:
             raise InputError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
         if self.base_url is not None:
             _require_address(self.base_url, "base_url")
+        _require_model(self.model or "", "model")
+        require_no_secret(self.extra_body, "extra_body")
         if not _between(self.timeout, 1e-3) or self.concurrency < 1 or self.max_retries < 0:
             raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
         if not _between(self.patience, 0.0):
             raise InputError(f"patience is {self.patience}: give seconds, 0 or more")
         for name, value in self.extra_headers.items():
-            if _OF_SECRETS.search(name) and not str(value).startswith("$"):  # it would stand in the run's files
+            secret = _OF_SECRETS.search(name) or looks_secret(str(value))
+            if secret and not str(value).startswith("$"):  # it would stand in the run's files
                 raise InputError(f"extra_headers.{name}: give $ and the name of an environment variable that holds it")
         if (self.price_input is None) != (self.price_output is None):
             raise InputError("give both price_input and price_output, or neither; 0 is a price")
@@ -112,7 +121,8 @@ class Connection:
     @property
     def model_name(self) -> str:
         """The model's name: from the config, else from the environment, else gpt-4o."""
-        return self.model or os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
+        named = os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
+        return self.model or _require_model(named, "the environment variable OPENAI_MODEL")
 
     def address(self) -> str | None:
         """The base URL: from the config, else from the environment, where it is checked; None is OpenAI's own."""
@@ -192,6 +202,12 @@ def public_url(url: str) -> str:
     """An address without its secret parts: user, password and query."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _require_model(name: str, what: str) -> str:
+    if looks_secret(name):  # a key in the wrong place, which messages and records would repeat
+        raise InputError(f"{what} looks like a key: give the name of a model; a key belongs into OPENAI_API_KEY")
+    return name
 
 
 def _require_address(url: str, what: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL.Image import Image
+from PIL.Image import Image, new
 
 from rflow_jax.utils.images import png_bytes
 
@@ -27,6 +27,10 @@ class ChatError(Exception):
 
 class UnusableAnswer(Exception):
     """An answer that arrived but cannot be used; asking again may help."""
+
+
+class UnfitReply(UnusableAnswer):
+    """A reply that no server of this kind gives, or that lacks what each must have: perhaps it is another one."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,14 @@ class ChatRequest:
     parse: Callable[[Answer], Any]
     form: ResponseSchema | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROBE_PROMPT = "a red square"
+
+
+def probe_picture() -> Image:
+    """A small picture for a first question, of a size that every model takes; it shows ``PROBE_PROMPT``."""
+    return new("RGB", (128, 128), "red")
 
 
 def encodable(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rflow_jax.openai_client.accepted import FORMATS, Accepted
 from rflow_jax.openai_client.endpoint import Endpoint
-from rflow_jax.openai_client.messages import Answer, ChatRequest, UnusableAnswer, encodable
+from rflow_jax.openai_client.messages import Answer, ChatRequest, UnfitReply, UnusableAnswer, encodable
 from rflow_jax.openai_client.usage import Usage
 
 
@@ -30,13 +30,13 @@ def request(endpoint: Endpoint, question: ChatRequest, accepted: Accepted) -> di
 
 
 def read_body(content: bytes) -> Mapping[str, Any]:
-    """The reply as an object; raises UnusableAnswer if it is not one."""
+    """The reply as an object; raises UnfitReply if it is not one."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UnusableAnswer(f"the server's reply is not a chat completion ({error})") from error
+        raise UnfitReply(f"the server's reply is not a chat completion ({error})") from error
     if not isinstance(body, dict):
-        raise UnusableAnswer("the server's reply is not a chat completion")
+        raise UnfitReply("the server's reply is not a chat completion")
     return body
 
 
@@ -74,11 +74,11 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
         message, ended = choice["message"], choice.get("finish_reason")
         text, refusal = _joined(message.get("content")), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UnusableAnswer("the server's reply is not a chat completion: it has no message") from error
+        raise UnfitReply("the server's reply is not a chat completion: it has no message") from error
     if refusal or ended == "content_filter":
         raise UnusableAnswer(f"the model refused: {refusal or 'its content filter struck'}")
     if not isinstance(text, str):
-        raise UnusableAnswer("the server's reply is not a chat completion: its content is not text")
+        raise UnfitReply("the server's reply is not a chat completion: its content is not text")
     tokens, cut = _first_tokens(choice), ended == "length"
     if not (text.strip() or tokens or cut):
         _require_no_other(message)

@@ -1,15 +1,13 @@
 """Failed requests: whether to retry, when, and the reason in words."""
 
-import math
 import random
 import re
-import time
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from rflow_jax.openai_client.endpoint import Endpoint
-from rflow_jax.openai_client.messages import UnusableAnswer
+from rflow_jax.openai_client.messages import UnfitReply, UnusableAnswer
+from rflow_jax.utils.network import asked_pause, printable
 
 if TYPE_CHECKING:
     import openai
@@ -18,11 +16,9 @@ if TYPE_CHECKING:
 LONGEST_RETRY_AFTER = 120.0
 _FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 _TRANSIENT = {408, 409, 429}
-_AWAY = {429, 502, 503, 504, 529}
+_AWAY = {502, 503, 504, 529}
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx
 _REFUSALS = {401, 402, 404, 405, 410}
-_LONGEST_WORDS = 20_000
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])|\x9b[0-?]*[ -/]*[@-~]")
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
 
 
@@ -40,13 +36,28 @@ def is_missing(error: BaseException) -> bool:
     return is_retryable(error) and not isinstance(error, UnusableAnswer)
 
 
-def is_away(error: BaseException) -> bool:
-    """Whether there is no server, or one that says it is busy, whatever the question is."""
+def is_unfit(error: BaseException) -> bool:
+    """Whether no answer came, or one of no server of this kind."""
+    return is_missing(error) or isinstance(error, UnfitReply)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether a server asks to come back later."""
     import openai
 
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code in _AWAY
-    return type(error.__cause__).__name__ in _UNREACHABLE
+    return isinstance(error, openai.APIStatusError) and error.status_code == 429 and not refuses_all(error)
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether there is no server, or one that asks to come back later, whatever the question is."""
+    return is_busy(error) or type(error.__cause__).__name__ in _UNREACHABLE
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether there seems to be no server behind an address, or one that can answer nothing now."""
+    import openai
+
+    return is_absent(error) or (isinstance(error, openai.APIStatusError) and error.status_code in _AWAY)
 
 
 def refuses_all(error: BaseException) -> bool:
@@ -75,22 +86,8 @@ def backoff(state: "tenacity.RetryCallState") -> float:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, given as a number or date; 0 if absent or invalid."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * scale
-        except ValueError:
-            seconds = _until(headers.get(name, ""))
-        if math.isfinite(seconds) and seconds > 0:
-            return min(seconds, LONGEST_RETRY_AFTER)
-    return 0.0
-
-
-def _until(date: str) -> float:
-    try:
-        return parsedate_to_datetime(date).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    """Seconds that a server asks to wait, at most ``LONGEST_RETRY_AFTER``; 0 if absent or invalid."""
+    return asked_pause(headers, LONGEST_RETRY_AFTER)
 
 
 def refuses_form(error: "openai.APIStatusError") -> bool:
@@ -120,12 +117,6 @@ def reason(error: BaseException, endpoint: Endpoint) -> str:
     else:
         text = str(error) or type(error).__name__
     return printable(text)
-
-
-def printable(text: str) -> str:
-    """Foreign words in one line of bounded length, without escape sequences and control characters."""
-    text = _ESCAPES.sub("", text[:_LONGEST_WORDS])
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def said(error: "openai.APIStatusError") -> str:

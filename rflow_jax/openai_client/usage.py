@@ -17,6 +17,7 @@ class Usage:
         completion_tokens: tokens written by the model, also in unusable answers.
         unmetered: answers without a count of tokens; the tokens and the cost lack them.
         cost: USD for the tokens; None: no price is known for some of them.
+        converted: answers in another form than was asked for that could be read all the same.
     """
 
     calls: int = 0
@@ -27,6 +28,7 @@ class Usage:
     completion_tokens: int = 0
     unmetered: int = 0
     cost: float | None = 0.0
+    converted: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         totals = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "cost"}

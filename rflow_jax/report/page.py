@@ -120,10 +120,16 @@ def _details(picture: Picture, folder: str) -> dict[str, Any]:
         "parent": picture.parent,
         "refined": picture.refined_prompt,
         "reflection": picture.reflection,
-        "problems": [*picture.text_errors, *([verdict.error] if verdict and verdict.error else [])],
+        "problems": _problems(picture),
         "explanation": verdict.explanation if verdict else None,
     }
     return {key: value for key, value in details.items() if value not in (None, "", [])}
+
+
+def _problems(picture: Picture) -> list[str]:
+    if picture.error is not None:  # the verdict says the same
+        return [*picture.text_errors, f"could not be made: {picture.error}"]
+    return [*picture.text_errors, *([picture.verdict.error] if picture.verdict and picture.verdict.error else [])]
 
 
 def _url(path: str) -> str:
@@ -142,6 +148,7 @@ def _facts(run: SearchRun) -> dict[str, Any]:
         "running": f"{run.running:,} of {names.count(begun, 'prompt')} still running" if run.running else "",
         "images": f"{run.images:,}",
         "unscored": f"{run.unscored:,}" if run.verified else "–",
+        "unmade": f"{run.unmade:,}" if run.unmade else "",
         "seconds": names.duration(run.usage["seconds"]) if "seconds" in run.usage else "",
         "cost": f"${run.usage['cost']:,.2f}" if "cost" in run.usage else "",
         "most": names.count(most, "image"),

@@ -29,6 +29,7 @@ _RECORD = {
     "reflection": _MAYBE_TEXT,
     "text_errors": (list, type(None)),
     "verdict": (dict, type(None)),
+    "error": _MAYBE_TEXT,
 }
 _VERDICT = {
     "score": (int, float, type(None)),
@@ -50,6 +51,7 @@ class Picture:
         stage: "noise", "prompt", "reflect", "neighbour" or "given".
         parent: position of the picture that it corrects.
         verdict: None if no verifier looked at it.
+        error: why it could not be made.
     """
 
     file: str
@@ -62,6 +64,7 @@ class Picture:
     reflection: str | None = None
     text_errors: tuple[str, ...] = ()
     verdict: Verdict | None = None
+    error: str | None = None
 
     @property
     def scored(self) -> bool:
@@ -122,6 +125,11 @@ class SearchRun:
         """Pictures that a verifier should have scored and did not."""
         unscored = sum(not picture.scored for prompt in self.prompts for picture in prompt.pictures)
         return unscored if self.verified else 0
+
+    @property
+    def unmade(self) -> int:
+        """Pictures that could not be made."""
+        return sum(picture.error is not None for prompt in self.prompts for picture in prompt.pictures)
 
     @property
     def most(self) -> int:
@@ -210,6 +218,7 @@ def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
         reflection=record.get("reflection"),
         text_errors=tuple(map(str, record.get("text_errors") or ())),
         verdict=None if verdict is None else _verdict(verdict),
+        error=record.get("error"),
     )
 
 

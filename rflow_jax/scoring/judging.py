@@ -10,12 +10,13 @@ from typing import Any
 
 import PIL.Image
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, serving
 from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.scoring.results import ImageResult
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.run_folder import public_section
 from rflow_jax.utils.images import image_in, picture_bytes
+from rflow_jax.utils.registry import later_fields
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers.base import Verdict, Verifier, normalize_verdict, score_images
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, RewardVerifierConfig, VerifierConfig
@@ -30,8 +31,6 @@ _OF_ENDPOINTS = {
     "template": "question",
     "options": {},
 }
-_LATER = ("reasoning_effort", "extra_body")  # which they did not have
-_LATER_OF_REWARD = ("token", "lora_alpha", "mean", "std")
 
 Chunk = list[tuple[int, Target]]
 Read = tuple[Target, str | None, PIL.Image.Image | str]  # (target, digest, image or why it could not be read)
@@ -80,7 +79,8 @@ def _score(
             if ended.is_set():  # no one is waiting for these
                 return []
             items = [part[k][0].item for k in images]
-            verdicts = score_images(verifier, list(images.values()), items) if images else []
+            with serving("verifier"):
+                verdicts = score_images(verifier, list(images.values()), items) if images else []
         judged = dict(zip(images, map(normalize_verdict, verdicts), strict=True))
         for k, (target, sha256, reason) in part.items():
             found[k] = ImageResult(target, sha256, judged.get(k) or Verdict(None, error=str(reason)), verifier.name)
@@ -120,11 +120,11 @@ def scores_follow_from(config: VerifierConfig) -> dict[str, Any]:
     Raises:
         InputError: a reward model's checkpoint is not there.
     """
+    later = later_fields(type(config))
     found = VERIFIERS.results_follow_from(public_section(config))
+    found = {key: value for key, value in found.items() if key not in later or value != later[key]}
     if isinstance(config, Connection):
-        return _OF_ENDPOINTS | {key: value for key, value in found.items() if value or key not in _LATER}
-    if isinstance(config, RewardVerifierConfig):
-        found = {key: value for key, value in found.items() if value is not None or key not in _LATER_OF_REWARD}
+        return _OF_ENDPOINTS | found
     if isinstance(config, RewardVerifierConfig) and config.step is None:
         from rflow_jax.weights.hub import resolve_reward  # these import JAX, for which --help need not wait
         from rflow_jax.weights.reward_config import find_step

@@ -116,17 +116,19 @@ class Results:
         return kept and ImageResult(target, sha256, *kept)
 
     def add(self, found: ImageResult) -> None:
-        """Appends a verdict, whole or not at all."""
+        """Appends a verdict, whole or not at all; one that is missing is asked for again, and not noted."""
         self.begin()
-        if self._path is not None:
+        if self._path is not None and not found.verdict.missing:
             append_line(self._path, json_line(self._line(found)), sync=self._group.due())
 
     def finish(self, all_found: Iterable[ImageResult]) -> None:
-        """Rewrites the file in order: its other lines, then one line for each of these images."""
+        """Rewrites the file in order: its other lines, then one line for each of these images that has a verdict."""
         self.begin()
         if self._path is None:
             return
         for found in all_found:
+            if found.verdict.missing:
+                continue
             line = self._line(found)
             key = _line_key(line)
             self._lines.pop(key, None)

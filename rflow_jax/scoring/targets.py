@@ -31,6 +31,7 @@ class ScoreConfig:
         out: JSON lines with the whole verdicts. Images whose scores it holds, of the same bytes, prompt and verifier,
             are not scored again.
         again: score all of them again.
+        probe: whether a service is asked a first question before anything is loaded; ``--no-probe`` leaves it out.
         verifier: who scores.
     """
 
@@ -40,6 +41,7 @@ class ScoreConfig:
     samples: str = "samples"
     out: str | None = None
     again: bool = False
+    probe: bool = True
     verifier: VerifierConfig = field(default_factory=OpenAIVerifierConfig, metadata={"registry": VERIFIERS})
 
     def __post_init__(self) -> None:

@@ -209,6 +209,7 @@ class RunConfig:
         process_count: number of processes that share a run and its folder.
         distributed: on a TPU pod: the processes find each other, and share the prompts.
         strategy: written by the command: which search this is.
+        probe: whether services are asked a first question before anything is loaded; ``--no-probe`` leaves it out.
     """
 
     prompts: str = field(metadata=EXECUTION)
@@ -220,6 +221,7 @@ class RunConfig:
     process_count: int = field(default=1, metadata=EXECUTION)
     distributed: DistributedConfig = field(default_factory=DistributedConfig, metadata=EXECUTION)
     strategy: Kind | None = None
+    probe: bool = field(default=True, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
         require_least(self, "", process_count=1)

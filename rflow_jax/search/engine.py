@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
+from rflow_jax.errors import serving
 from rflow_jax.generation.config import SamplingConfig
 from rflow_jax.generation.pipeline import Pending, Request
 from rflow_jax.search.progress import BusyClock, SearchProgress
@@ -27,6 +28,8 @@ from rflow_jax.verifiers.base import Verdict, Verifier, score_images
 from rflow_jax.writers.base import TextGenerator, WriterOutput
 
 SAVERS = 2  # threads that read, encode and write images
+UNSAVED = 64  # images in memory that wait to be written, and one batch; then the generator waits for the disk
+ROLES: dict[Step, str] = {"score": "verifier", "reflect": "reflector", "refine": "refiner"}
 PATIENCE = 0.5  # seconds between checks for changes that no thread announces
 
 
@@ -101,13 +104,9 @@ class Engine:
         """Searches all prompts, opened one by one; if the run ends early, ``stopped`` says why."""
         self._prompts = prompts
         models = self._models
-        steps: dict[Step, Any] = {"score": models.verifier, "reflect": models.reflector, "refine": models.refiner}
-        for step, model in steps.items():
-            if model is not None:
-                call, limits = (
-                    partial(_score if step == "score" else _write, model),
-                    (model.concurrency, model.batch_size),
-                )
+        for step, role in ROLES.items():
+            if (model := getattr(models, role)) is not None:
+                call, limits = partial(_ask, role, model), (model.concurrency, model.batch_size)
                 self._calls[step] = BatchingPool(step, call, *limits, self._done, self._fail)
         self._savers = ThreadPoolExecutor(SAVERS, "saver")
         try:
@@ -163,6 +162,9 @@ class Engine:
 
     def _submit_image(self, task: SearchTask, image: Image | None) -> None:
         with self._changed:
+            while image is not None and self._saving >= UNSAVED:
+                self._raise()
+                self._changed.wait(PATIENCE)
             self._saving += 1
         self._savers.submit(self._save, task, image)
 
@@ -180,6 +182,12 @@ class Engine:
                 self._changed.notify_all()
 
     def _done(self, task: SearchTask, result: Any) -> None:
+        if isinstance(result, Verdict | WriterOutput) and result.missing:
+            self._live.unanswered(ROLES[task.step], result.error or "no answer")
+            with self._changed:
+                task.run.park()
+                self._go_on(task.run)
+            return
         if isinstance(result, Verdict):
             self._live.judged(None if result.scored else result.error or "not a number")
             if result.scored and result.error:
@@ -190,12 +198,16 @@ class Engine:
             self._live.text_failed("reflection" if task.step == "reflect" else "refined prompt", result.error)
         with self._changed:
             self._dispatch(task.run.done(task, result))
-            if any(calls.waiting for calls in self._calls.values()):
-                self._may_ask()
-            if task.run.finished:
-                self._close_prompt(task.run)
-                self._open_prompts()
-            self._changed.notify_all()
+            self._go_on(task.run)
+
+    def _go_on(self, run: PromptSearch) -> None:
+        """What follows any result: perhaps no more calls, and another prompt in place of one that is over."""
+        if any(calls.waiting for calls in self._calls.values()):
+            self._may_ask()
+        if run.finished or run.stalled:
+            self._close_prompt(run)
+            self._open_prompts()
+        self._changed.notify_all()
 
     def _dispatch(self, tasks: Sequence[SearchTask]) -> None:
         for task in tasks:
@@ -229,7 +241,7 @@ class Engine:
     def _close_prompt(self, run: PromptSearch) -> None:
         self._active -= 1
         self._live.spared(run.strategy.images() - run.drawn)
-        self._live.missing(sum(sample.error is not None for sample in run.samples))
+        self._live.unmade(sum(sample.error is not None for sample in run.samples))
 
     def _wait(self) -> bool:
         """Waits until there is something to generate; false when there will be nothing more."""
@@ -251,6 +263,11 @@ class Engine:
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _ask(role: str, model: Any, tasks: Sequence[SearchTask]) -> Sequence[Verdict | WriterOutput]:
+    with serving(role):
+        return _score(model, tasks) if role == "verifier" else _write(model, tasks)
 
 
 def _score(verifier: Verifier, tasks: Sequence[SearchTask]) -> list[Verdict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 
@@ -78,6 +79,8 @@ class SearchProgress:
         self.images = self.scored = self.unscored = self.partly_scored = self.text_failures = 0
         self.without_image = 0
         self.first_failure: str | None = None
+        self.questions: Counter[str] = Counter()  # those that stayed without an answer, by their role
+        self.first_reason = ""
         self._total = images
         self._clock = clock
         self._usage = usage
@@ -109,8 +112,8 @@ class SearchProgress:
             self._remember("image", error)
         self._progress.update(self._task, advance=1)
 
-    def missing(self, images: int) -> None:
-        """Counts images of a finished prompt that could not be made, by this process or by an earlier one."""
+    def unmade(self, images: int) -> None:
+        """Counts images of a prompt that could not be made, by this process or by an earlier one."""
         with self._lock:
             self.without_image += images
 
@@ -139,6 +142,19 @@ class SearchProgress:
             self.text_failures += 1
             self._remember(what, error)
 
+    def unanswered(self, role: str, error: str) -> None:
+        """Counts a question that a service left without an answer."""
+        with self._lock:
+            self.first_reason = self.first_reason or f"{role}: {error}"
+            self.questions[role] += 1
+
+    def without_answer(self) -> str | None:
+        """How many questions of which role stayed without an answer; None if there are none."""
+        if not self.questions:
+            return None
+        counts = [f"{count} of the {role}" for role, count in sorted(self.questions.items())]
+        return f"questions without an answer: {', '.join(counts)} ({self.first_reason})"
+
     def _remember(self, what: str, error: str | None) -> None:
         if self.first_failure is None and error is not None:
             self.first_failure = f"{what}: {error}"
@@ -149,6 +165,7 @@ class SearchProgress:
         with self._lock:
             pace = self.images / max(time.monotonic() - self._began, 1e-9)
             failures = self.without_image + self.unscored + self.partly_scored + self.text_failures
+            failures += self.questions.total()
         words = [f"{pace:.2f} images/s"]
         if fraction is not None:
             words.append(f"generator {fraction:.0%} busy")

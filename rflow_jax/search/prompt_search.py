@@ -89,6 +89,7 @@ class PromptSearch:
         self.finished = False
         self.drawn = 0  # images made by this process
         self._open = 0  # images of the round that are not judged yet
+        self._parked = 0  # those of them that a service gave no answer about
 
     @property
     def index(self) -> int:
@@ -99,8 +100,17 @@ class PromptSearch:
     def prompt(self) -> str:
         return self.folder.entry["prompt"]
 
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing is left to do but what services gave no answer about; the next run asks again."""
+        return 0 < self._open == self._parked
+
     def begin(self) -> list[SearchTask]:
         return self._next_round()
+
+    def park(self) -> None:
+        """Takes a task as unanswered: nothing is noted, and the round of its image does not end in this run."""
+        self._parked += 1
 
     def done(self, task: SearchTask, result: WriterOutput | Verdict | NotMade | None) -> list[SearchTask]:
         """Takes a result, and returns the tasks that can follow.

@@ -8,18 +8,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, serving
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.budget import Budget
 from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import PromptFolder, check_entry, is_done
+from rflow_jax.search.prompt_folder import PromptFolder, check_entry, folder_of, is_done, read_records
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
-from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, require_usable
+from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.verifiers import make_verifier
+from rflow_jax.verifiers.config import VerifierConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
+from rflow_jax.writers.base import TextGeneratorConfig
 
 Entries = Mapping[int, Mapping[str, Any]]
 
@@ -46,6 +49,13 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
     published = asdict(config) | asdict(run_config) | {"strategy": kind}
     published |= {role: public_section(getattr(config, role)) for role in MODELS}
     entries = slice_prompts(read_prompts(find_prompts(run_config.prompts)), run_config.start, run_config.end)
+    with left_without_folder(out):
+        return _start(kind, config, run_config, out, published, entries)
+
+
+def _start(
+    kind: Kind, config: SearchConfig, run_config: RunConfig, out: Path, published: Mapping[str, Any], entries: Entries
+) -> int:
     require_usable(out)
     require_same(out, published)
     process_index, processes = _process(run_config)
@@ -53,21 +63,43 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
         check_entry(out, index, entry)
     mine = {index: entries[index] for index in entries if index % processes == process_index}
     todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
+    unmade = sum(_unmade(out, index) for index in mine if index not in todo)
     if not todo:
-        print(f"{out}: all {len(mine)} prompts are done; nothing to do")
-        return 0
+        lacking = f", {unmade} of their images could not be made (their records say why)" if unmade else ""
+        print(f"{out}: all {len(mine)} prompts are done{lacking}; nothing to do")
+        return 1 if unmade else 0
     given = given_images(Path(run_config.images), todo) if run_config.images else {}
     accounts = Budget(out, process_index, tuple(MODELS), config.budget)
-    meters, roles = accounts.meters, config.roles(kind)
-    models = Models(
-        make_verifier(config.verifier, meters["verifier"]),
-        make_text_generator(config.reflector, REFLECTION_PROMPT, meters["reflector"]) if "reflector" in roles else None,
-        make_text_generator(config.refiner, REFINE_PROMPT, meters["refiner"]) if "refiner" in roles else None,
-    )
-    pipe = _load(kind, config)
+    probe = run_config.probe and not accounts.over_budget()
+    models = _make_models(config.roles(kind), accounts.meters, probe)
+    try:
+        pipe = _load(kind, config)
+    except BaseException:
+        models.close()
+        raise
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
     with claim(out, published, process_index):
-        return _search(kind, config, out, pipe, models, accounts, todo, given)
+        return _search(kind, config, out, pipe, models, accounts, todo, given, unmade)
+
+
+def _make_models(
+    roles: Mapping[str, VerifierConfig | TextGeneratorConfig], meters: Mapping[str, UsageTracker], probe: bool
+) -> Models:
+    """The models of these roles; those over HTTP first, so that they are asked before any weights are read."""
+    models = Models()
+    prompts = {"reflector": REFLECTION_PROMPT, "refiner": REFINE_PROMPT}
+    try:
+        for role, model in sorted(roles.items(), key=lambda one: not one[1].asks_endpoint):
+            with serving(role):
+                if isinstance(model, VerifierConfig):
+                    made = make_verifier(model, meters[role], probe=probe)
+                else:
+                    made = make_text_generator(model, prompts[role], meters[role], probe=probe)
+            models = replace(models, **{role: made})
+    except BaseException:
+        models.close()
+        raise
+    return models
 
 
 def _search(
@@ -79,7 +111,9 @@ def _search(
     accounts: Budget,
     todo: Entries,
     given: Mapping[int, list[Path]],
+    unmade: int,
 ) -> int:
+    """Searches the prompts that are left, beside others with ``unmade`` images that could not be made."""
     context = _context(config, pipe, models)
 
     def prompts() -> Iterator[PromptSearch]:
@@ -91,6 +125,7 @@ def _search(
     planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
     clock = BusyClock()
     live = SearchProgress(planned, clock, accounts.total)
+    live.unmade(unmade)
 
     def keep(now: bool = False) -> None:
         accounts.write(live.images, clock.fraction, now)
@@ -115,7 +150,15 @@ def _search(
         print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
+    if lacking := live.without_answer():
+        print(f"{lacking}; give the same command again, which asks them again", file=sys.stderr)
+        return 1
     return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
+
+
+def _unmade(out: Path, index: int) -> int:
+    """Images of a finished prompt that could not be made."""
+    return sum(record.get("error") is not None for record in read_records(folder_of(out, index)))
 
 
 def _context(config: SearchConfig, pipe: Generator, models: Models) -> SearchContext:
@@ -181,6 +224,8 @@ def _summary(prompts: int, live: SearchProgress, out: Path, accounts: Budget, ve
     if live.text_failures:
         counts.append(f"{live.text_failures} texts failed")
     usage = accounts.total()
+    if usage.converted:
+        counts.append(f"{usage.converted} answers converted")
     if usage.prompt_tokens or usage.completion_tokens:
         least = "at least " if usage.unmetered else ""
         cost = "" if not usage.cost else f" ({least}${usage.cost:.2f})"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,19 @@ def require_usable(out: Path) -> None:
     taken = use_folder(out) and any(not _is_beginning(path.name) for path in out.iterdir())
     if taken and not (out / CONFIG).exists():
         raise InputError(f"{out}: contains files, but no search ({CONFIG} is missing); give another folder as --out")
+
+
+@contextmanager
+def left_without_folder(out: Path) -> Iterator[None]:
+    """Removes the folders that were made for a run, while nothing is in them, if the run cannot begin."""
+    new = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # of one that is not empty
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def require_same(out: Path, config: Mapping[str, Any]) -> None:
@@ -96,6 +110,7 @@ def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
     """
     path = out / CONFIG
     if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)  # another process of the run may have left it
         _write_first(path, _yaml(config))
     require_same(out, config)
     lock = out / f".{CONFIG}.{process_index}.lock" if process_index else None  # a file for each process of a run

@@ -26,6 +26,7 @@ from rflow_jax.training.task import Exporter
 from rflow_jax.training.train_state import TrainState
 from rflow_jax.utils.atomic_io import sync_folder, sync_tree, write_file
 from rflow_jax.utils.checks import current_key
+from rflow_jax.utils.secrets import public_addresses
 
 _BLOCK = 1 << 24  # bytes
 
@@ -389,7 +390,8 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 def _compare(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Raises InputError for settings that must not change, and logs other changes."""
-    changes, stored = [], {current_key(name): value for name, value in stored.items()}
+    stored = {current_key(name): public_addresses(value) for name, value in stored.items()}
+    changes = []
     # A setting that only one of them has came with another version, except those that users name.
     for name in [name for name in (stored | wanted) if name in stored.keys() & wanted or _is_one_of(name, NAMED)]:
         # Through JSON, as it was stored: tuples are lists there.

@@ -20,6 +20,7 @@ from rflow_jax.utils.checks import (
     require_positive,
     require_seed,
 )
+from rflow_jax.utils.secrets import public_addresses
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,12 @@ class CommonConfig:
         require_pattern("trainable_parameters", self.trainable_parameters)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name."""
-        return flatten(asdict(self))
+        """Every public setting by its dotted name."""
+        return flatten(self.public())
+
+    def public(self) -> dict[str, Any]:
+        """All settings, for files: without the passwords and signatures of addresses."""
+        return public_addresses(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

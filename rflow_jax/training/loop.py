@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +70,7 @@ def prepare(config: CommonConfig, stack: ExitStack) -> Run:
         loader = stack.enter_context(task.open_loader(start, position))
     validation = task.open_validation(out)
 
-    write_config(out, asdict(config))
+    write_config(out, config.public())
     numbers = {"steps": config.train.steps, "batch_size": config.train.batch_size, "flops": task.flops}
     writer = MetricWriter(out, config.logging, **numbers, resumed=start, dtype=config.train.dtype)
     watch = stack.enter_context(closing(writer))

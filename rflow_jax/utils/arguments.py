@@ -161,8 +161,13 @@ def _named_recipes(argv: Sequence[str], command: Command) -> list[str]:
 
 
 def _spelled_out_switches(argv: Sequence[str], command: Command) -> list[str]:
-    """``--latent_lora`` alone means ``--latent_lora true``, also in front of a word that goes by itself."""
+    """``--latent_lora`` alone means ``--latent_lora true``, also in front of a word that goes by itself.
+
+    ``--no_latent_lora`` means ``--latent_lora=false``.
+    """
     switches = {f"--{key}" for key, kind in keys(command.configs) if kind is bool}
+    off = {f"--no_{switch[2:]}": f"{switch}=false" for switch in switches}
+    argv = [off.get(word, word) for word in argv]
 
     def alone(after: str) -> bool:
         return after.startswith("--") or (command.words != () and after.lower() not in ("true", "false"))

@@ -29,8 +29,10 @@ from rflow_jax.utils.arguments import (
     settings,
     takes_own_recipe,
 )
+from rflow_jax.utils.network import printable
 from rflow_jax.utils.parser_messages import explain
 from rflow_jax.utils.registry import Registry
+from rflow_jax.utils.secrets import without_secrets
 
 __all__ = ["Command", "early_value", "run", "run_command"]
 
@@ -197,5 +199,5 @@ def _of_files(error: OSError) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {without_secrets(printable(message))}", file=sys.stderr)
     return status

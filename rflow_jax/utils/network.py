@@ -1,13 +1,20 @@
-"""Proxies and certificates that the environment names: checked before they are used."""
+"""What the environment and servers say about a connection: checked before it is used, waited for or printed."""
 
 import ipaddress
+import math
 import os
+import re
 import ssl
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from rflow_jax.errors import InputError
 
+_LONGEST_WORDS = 20_000
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])|\x9b[0-?]*[ -/]*[@-~]")
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
@@ -45,3 +52,28 @@ def is_loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def asked_pause(headers: Mapping[str, str], longest: float) -> float:
+    """Seconds that a server asks to wait, given as a number or date, at most ``longest``; 0 if absent or invalid."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * scale
+        except ValueError:
+            seconds = _until(headers.get(name, ""))
+        if math.isfinite(seconds) and seconds > 0:
+            return min(seconds, longest)
+    return 0.0
+
+
+def _until(date: str) -> float:
+    try:
+        return parsedate_to_datetime(date).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def printable(text: str) -> str:
+    """Foreign words in one line of bounded length, without escape sequences and control characters."""
+    text = _ESCAPES.sub("", text[:_LONGEST_WORDS])
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

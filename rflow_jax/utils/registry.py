@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import nearest, suggestion
 
-_LATER = {"patience", "reasoning_effort", "extra_body", "extra_headers"}  # settings that earlier versions did not write
 EXECUTION = {"execution": True}
 """Metadata of a field that says when, where or for how much, and changes no result: it may differ at a resume."""
+LATER = {"later": True}
+"""Metadata of a setting that sections of earlier versions lack; at its default it is the same as none."""
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -64,6 +65,7 @@ class PluginOptions:
 
 
 C = TypeVar("C", bound=Component)
+T = TypeVar("T", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Registry(Generic[C]):
         today = dict(section)
         if kind is not self.plugin and "options" not in section:
             return today
-        if _names(self.endpoint) - _LATER <= section.keys():  # as a run wrote it, with what this kind never used
+        if (
+            _names(self.endpoint) - later_fields(self.endpoint).keys() <= section.keys()
+        ):  # as a run wrote it, with what this kind never used
             own = _names(kind) if kind.asks_endpoint or kind is self.plugin else {"name", "model", "prompt_file"}
             remote = [self.endpoint, *(one for one, _ in self.kinds.values() if one.asks_endpoint)]
             unused = {name for one in remote for name in _names(one)} - own
@@ -255,6 +259,21 @@ class Registry(Generic[C]):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+def probed(made: T) -> T:
+    """The component, once its service has answered a first question, if it has a method ``probe`` that asks one.
+
+    Raises:
+        ServiceError: there is no such service, or it does not take the question; the component is closed then.
+    """
+    if callable(probe := getattr(made, "probe", None)):
+        try:
+            probe()
+        except BaseException:
+            made.close()
+            raise
+    return made
+
+
 def _names(kind: type) -> set[str]:
     return {one.name for one in fields(kind)}
 
@@ -262,6 +281,11 @@ def _names(kind: type) -> set[str]:
 def result_fields(kind: type) -> list[Field[Any]]:
     """The fields of a dataclass that results depend on."""
     return [one for one in fields(kind) if not one.metadata.get("execution")]
+
+
+def later_fields(kind: type) -> dict[str, Any]:
+    """The names of the fields of a dataclass that earlier versions lack, with their defaults."""
+    return {one.name: _default(one) for one in fields(kind) if one.metadata.get("later")}
 
 
 def _default(one: Field[Any]) -> Any:

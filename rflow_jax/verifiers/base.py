@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from PIL.Image import Image
 
@@ -28,7 +28,10 @@ class Verdict:
         explanation: the verifier's reasons in words, for the reflection generator.
         raw: the verifier's answer as it came, for the record.
         error: why there is no score.
+        missing: whether a service failed, so that nothing is known of the image (:class:`MissingVerdict`).
     """
+
+    missing: ClassVar[bool] = False
 
     score: float | None
     label: str | None = None
@@ -54,6 +57,13 @@ class Verdict:
             return "No evaluation of this image is available."
         label = f"{self.label}, " if self.label else ""
         return f"Overall: {label}{self.score:g}\n{self.explanation}".strip()
+
+
+@dataclass(frozen=True)
+class MissingVerdict(Verdict):
+    """No verdict, for want of a service: it is recorded nowhere, and the image is asked about again."""
+
+    missing: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,7 @@ class Verifier(Protocol):
     def score(self, images: Sequence[Image], items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict an image, in the order of the images; an image that cannot be scored has one with an error.
 
+        Where a service gave no answer it is a :class:`MissingVerdict`: the next run asks again.
         After an ``InputError`` (:func:`score_images`) each image of the call is asked about alone, and those that raise
         it again are unscored with its reason. Any other exception ends the run.
         """

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.checks import require_dtype
-from rflow_jax.utils.registry import EXECUTION, Component, PluginOptions, Registry
+from rflow_jax.utils.registry import EXECUTION, LATER, Component, PluginOptions, Registry
+from rflow_jax.utils.secrets import require_no_secret
 from rflow_jax.vlm.config import CHECKPOINT, Quantization
 
 
@@ -117,10 +118,10 @@ class RewardVerifierConfig(LocalVerifierConfig):
     max_pixels: int | None = None
     devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
     quantization: Quantization | None = None
-    token: Literal["last", "mean", "special"] | None = None
-    lora_alpha: float | None = None
-    mean: float | None = None
-    std: float | None = None
+    token: Literal["last", "mean", "special"] | None = field(default=None, metadata=LATER)
+    lora_alpha: float | None = field(default=None, metadata=LATER)
+    mean: float | None = field(default=None, metadata=LATER)
+    std: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         _require_batch(self.batch_size)
@@ -249,7 +250,11 @@ class PluginVerifierConfig(Endpoint, PluginOptions, VerifierConfig):
     """
 
     name: str = field(kw_only=True)
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_no_secret(self.options, "options")
 
 
 VERIFIERS = Registry(

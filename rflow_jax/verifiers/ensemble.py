@@ -11,12 +11,20 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, serving
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.utils.batching import CLOSED
 from rflow_jax.utils.worker_pool import BatchingPool, wait_for
 from rflow_jax.verifiers import make_verifier
-from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict, Verifier, normalize_verdict, score_images
+from rflow_jax.verifiers.base import (
+    EnsembleVerdict,
+    MemberVerdict,
+    MissingVerdict,
+    Verdict,
+    Verifier,
+    normalize_verdict,
+    score_images,
+)
 from rflow_jax.verifiers.config import EnsembleVerifierConfig
 
 
@@ -26,25 +34,35 @@ class EnsembleVerifier:
     Each member gets as many calls at once, with as many images each, as it takes; images of different calls of
     ``score`` share a member's batch.
 
+    Args:
+        probe: whether the members over HTTP ask a first question, before the others load their models.
+
     Raises:
         InputError: a member cannot be made.
+        ServiceError: a member's service did not take the first question.
     """
 
-    def __init__(self, config: EnsembleVerifierConfig, meter: UsageTracker | None = None) -> None:
+    def __init__(
+        self, config: EnsembleVerifierConfig, meter: UsageTracker | None = None, *, probe: bool = False
+    ) -> None:
         device = threading.Lock()
-        self._members: list[_Member] = []
+        made: dict[int, _Member] = {}
         try:
-            for index, (member, weight) in enumerate(zip(config.members, config.member_weights, strict=True)):
+            for index in sorted(range(len(config.members)), key=lambda k: not config.members[k].asks_endpoint):
+                member, place = config.members[index], f"members[{index}]"
                 try:
-                    verifier = make_verifier(member, meter)
+                    with serving(place):
+                        verifier = make_verifier(member, meter, probe=probe)
                 except InputError as error:
-                    raise InputError(f"members[{index}] of the ensemble: {error}") from error
+                    raise InputError(f"{place} of the ensemble: {error}") from error
                 assert verifier is not None
                 turn = nullcontext() if member.asks_endpoint or verifier.concurrency > 1 else device
-                self._members.append(_Member(verifier, weight, turn))
+                made[index] = _Member(place, verifier, config.member_weights[index], turn)
         except BaseException:
+            self._members = list(made.values())
             self.close()
             raise
+        self._members = [made[index] for index in sorted(made)]
         verifiers = [member.verifier for member in self._members]
         names = [verifier.name for verifier in verifiers]
         # Equal names are numbered.
@@ -68,7 +86,11 @@ class EnsembleVerifier:
             member.close()
         wait_for(*(member.calls for member in self._members))  # they may have waited for other members' turns
 
-    def _verdict(self, verdicts: Sequence[Verdict]) -> EnsembleVerdict:
+    def _verdict(self, verdicts: Sequence[Verdict]) -> Verdict:
+        """The verdicts of all members; missing as a whole if one is."""
+        missing = [f"{name}: {one.error}" for name, one in zip(self._names, verdicts, strict=True) if one.missing]
+        if missing:
+            return MissingVerdict(None, error="; ".join(missing))
         members = [
             MemberVerdict(name, member.weight, normalize_verdict(verdict))
             for name, member, verdict in zip(self._names, self._members, verdicts, strict=True)
@@ -96,11 +118,12 @@ class _Member:
     """One verifier of an ensemble, with threads of its own.
 
     Args:
+        place: in the configuration, for messages.
         turn: held during a call.
     """
 
-    def __init__(self, verifier: Verifier, weight: float, turn: AbstractContextManager[Any]) -> None:
-        self.verifier, self.weight = verifier, weight
+    def __init__(self, place: str, verifier: Verifier, weight: float, turn: AbstractContextManager[Any]) -> None:
+        self.place, self.verifier, self.weight = place, verifier, weight
         self._turn = turn
         self._lock = threading.Lock()
         self._waiting: set[Future[Verdict]] = set()
@@ -135,7 +158,8 @@ class _Member:
         with self._turn:
             if self._closed:  # while it waited for its turn
                 return [Verdict(None, error=CLOSED)] * len(tasks)
-            return score_images(self.verifier, [task.image for task in tasks], [task.item for task in tasks])
+            with serving(self.place):
+                return score_images(self.verifier, [task.image for task in tasks], [task.item for task in tasks])
 
     def _answer(self, task: _Task, verdict: Verdict) -> None:
         with suppress(InvalidStateError):

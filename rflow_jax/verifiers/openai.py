@@ -1,7 +1,6 @@
 """A verifier over HTTP that answers in JSON, and the base class of verifiers over HTTP."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from string import Template
 from typing import Any
 
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client import (
@@ -18,14 +17,14 @@ from rflow_jax.openai_client import (
     ChatError,
     ChatRequest,
     ResponseSchema,
-    UnusableAnswer,
     vision_messages,
 )
 from rflow_jax.openai_client.endpoint import Connection
-from rflow_jax.openai_client.messages import encodable, only_object
-from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.verifiers.base import Verdict
+from rflow_jax.openai_client.messages import PROBE_PROMPT, probe_picture
+from rflow_jax.openai_client.usage import Usage, UsageTracker
+from rflow_jax.verifiers.base import MissingVerdict, Verdict
 from rflow_jax.verifiers.config import OpenAIVerifierConfig
+from rflow_jax.verifiers.grades import OVERALL, read_grades
 from rflow_jax.writers.prompt_template import read_prompt
 
 
@@ -90,7 +89,8 @@ class ChatVerifier:
     batch_size = 1
 
     def __init__(self, kind: str, config: Connection, meter: UsageTracker | None) -> None:
-        self._chat = Chat(config.endpoint(), meter)
+        self._meter = meter or UsageTracker()
+        self._chat = Chat(config.endpoint(), self._meter)
         self.name = f"{kind} {config.model_name}"
         self.concurrency = config.concurrency
 
@@ -102,25 +102,19 @@ class ChatVerifier:
         """One verdict an image, in order; an image without a usable answer is unscored with the reason."""
         answers = self._chat.ask_all([self.question(*pair) for pair in zip(images, items, strict=True)])
         return [
-            Verdict(score=None, error=str(answer)) if isinstance(answer, ChatError) else answer for answer in answers
+            (MissingVerdict if answer.missing else Verdict)(None, error=str(answer))
+            if isinstance(answer, ChatError)
+            else answer
+            for answer in answers
         ]
+
+    def probe(self) -> None:
+        """Asks about a small picture; raises ServiceError if there is no such server, or it does not take that."""
+        self._chat.probe(self.question(probe_picture(), {"prompt": PROBE_PROMPT}))
 
     def close(self) -> None:
         """Cancels pending calls; those images are unscored, with ``CLOSED`` as the reason."""
         self._chat.close()
-
-
-_OVERALL = "overall"
-_NUMBER = re.compile(r"\s*([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*(?:/\s*10)?\s*")
-
-
-class Mark(BaseModel):
-    """One graded aspect of an answer."""
-
-    model_config = ConfigDict(strict=True)
-
-    reason: str
-    score: float = Field(ge=0, le=10, allow_inf_nan=False)
 
 
 class OpenAIVerifier(ChatVerifier):
@@ -142,8 +136,8 @@ class OpenAIVerifier(ChatVerifier):
             raise InputError(f"{path}: expected {{tag: {{aspect: meaning}}}} in JSON") from error
         if "default" not in self._aspects:
             raise InputError(f"{path}: a table 'default' is missing; it is used for tags without one of their own")
-        if any(_OVERALL in aspects for aspects in self._aspects.values()):
-            raise InputError(f"{path}: {_OVERALL!r} is always graded; rename that aspect")
+        if any(OVERALL in aspects for aspects in self._aspects.values()):
+            raise InputError(f"{path}: {OVERALL!r} is always graded; rename that aspect")
         super().__init__("openai", config, meter)
 
     def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
@@ -153,7 +147,7 @@ class OpenAIVerifier(ChatVerifier):
         aspects = self._aspects.get(tag or "default", self._aspects["default"])
         # The form of the answer in words, for servers that do not enforce a schema.
         mark = '{"reason": "<what can be seen>", "score": <number from 0 to 10>}'
-        lines = ",\n".join(f"  {json.dumps(name)}: {mark}" for name in (*aspects, _OVERALL))
+        lines = ",\n".join(f"  {json.dumps(name)}: {mark}" for name in (*aspects, OVERALL))
         system = self._judge.safe_substitute(
             aspects="\n".join(f"- {name}: {meaning}" for name, meaning in aspects.items()),
             form=f"Answer with one JSON object of this form and nothing else:\n{{\n{lines}\n}}",
@@ -165,34 +159,18 @@ class OpenAIVerifier(ChatVerifier):
             exclude=excluded(item),
         )
         form = ResponseSchema("grades", _schema(aspects))
-        return ChatRequest(vision_messages(system, text, image), partial(_verdict, aspects), form)
+        return ChatRequest(vision_messages(system, text, image), partial(self._verdict, aspects), form)
 
-
-def _verdict(aspects: Mapping[str, str], answer: Answer) -> Verdict:
-    found = only_object(answer.require_text())
-    if missing := [name for name in (*aspects, _OVERALL) if name not in found]:
-        raise UnusableAnswer(f"the answer lacks {', '.join(missing)}")
-    marks = {name: _mark(name, found[name]) for name in (*aspects, _OVERALL)}
-    explanation = "\n".join(f"{name} ({mark.score:g}/10): {mark.reason}" for name, mark in marks.items())
-    raw = {name: mark.model_dump() for name, mark in marks.items()}
-    return Verdict(score=marks[_OVERALL].score, explanation=explanation, raw=raw)
-
-
-def _mark(name: str, value: Any) -> Mark:
-    try:
-        mark = Mark.model_validate(_with_number(value))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join((name, *map(str, first["loc"])))
-        raise UnusableAnswer(f"the answer does not fit its schema: {field}: {first['msg']}") from error
-    return mark.model_copy(update={"reason": encodable(mark.reason)})
-
-
-def _with_number(value: Any) -> Any:
-    """A mark with a score such as "7" or "7/10" as the number that it means; anything else as it is."""
-    score = value.get("score") if isinstance(value, dict) else None
-    written = _NUMBER.fullmatch(score) if isinstance(score, str) else None
-    return value | {"score": float(written[1])} if written else value
+    def _verdict(self, aspects: Mapping[str, str], answer: Answer) -> Verdict:
+        grades = read_grades(tuple(aspects), answer)
+        if grades.converted:
+            self._meter.add(Usage(converted=1))
+        marks = grades.marks
+        explanation = "\n".join(
+            f"{name} ({mark.score:g}/10): {mark.reason}".removesuffix(": ") for name, mark in marks.items()
+        )
+        raw = grades.answer if grades.converted else {name: mark.model_dump() for name, mark in marks.items()}
+        return Verdict(score=marks[OVERALL].score, explanation=explanation, raw=raw)
 
 
 def _schema(aspects: Mapping[str, str]) -> dict[str, Any]:
@@ -203,7 +181,7 @@ def _schema(aspects: Mapping[str, str]) -> dict[str, Any]:
         return _strict({"reason": {"type": "string"}, "score": score}) | {"description": meaning}
 
     marks = {name: mark(meaning) for name, meaning in aspects.items()}
-    return _strict(marks | {_OVERALL: mark("How well the picture shows the prompt as a whole.")})
+    return _strict(marks | {OVERALL: mark("How well the picture shows the prompt as a whole.")})
 
 
 def _strict(properties: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL.Image import Image
 
 from rflow_jax.openai_client import Answer, ChatRequest, UnusableAnswer
-from rflow_jax.openai_client.messages import image_part, words
+from rflow_jax.openai_client.messages import UnfitReply, image_part, words
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import YesNoVerifierConfig
@@ -41,7 +41,7 @@ class YesNoVerifier(ChatVerifier):
 
 def _verdict(answer: Answer) -> Verdict:
     if not answer.tokens:
-        raise UnusableAnswer("the server gives no log-probabilities of the first token")
+        raise UnfitReply("the server gives no log-probabilities of the first token")
     label, score = decide(answer.tokens)
     explanation = (
         f"Asked whether the picture shows the prompt, a judge says {label} (probability {math.exp(score):.2f})."

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.registry import Component, PluginOptions, Registry
+from rflow_jax.utils.secrets import require_no_secret
 from rflow_jax.vlm.config import QwenChatConfig
 
 
@@ -50,10 +51,23 @@ class WriterInput:
 
 @dataclass(frozen=True)
 class WriterOutput:
-    """A text, or None with the reason why there is none."""
+    """A text, or None with the reason why there is none.
+
+    Attributes:
+        missing: whether a service failed, so that it is not known what it would have written (:class:`MissingOutput`).
+    """
+
+    missing: ClassVar[bool] = False
 
     text: str | None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class MissingOutput(WriterOutput):
+    """No text, for want of a service: it is recorded nowhere, and asked for again."""
+
+    missing: ClassVar[bool] = True
 
 
 @runtime_checkable
@@ -70,7 +84,10 @@ class TextGenerator(Protocol):
     """Cases that a call takes at once (1 over HTTP)."""
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
-        """One text a case, in the order of the cases; never raises for a single case."""
+        """One text a case, in the order of the cases; never raises for a single case.
+
+        Where a service gave no answer it is a :class:`MissingOutput`: the next run asks again.
+        """
         ...
 
     def close(self) -> None:
@@ -148,7 +165,11 @@ class PluginTextGeneratorConfig(Endpoint, PluginOptions, TextGeneratorConfig):
 
     name: str = field(kw_only=True)
     prompt_file: str | None = None
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # it may hold a password
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_no_secret(self.options, "options")
 
 
 WRITERS = Registry(

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rflow_jax.openai_client import Answer, Chat, ChatError, ChatRequest, UnusableAnswer, vision_messages
+from rflow_jax.openai_client.messages import PROBE_PROMPT, probe_picture
 from rflow_jax.openai_client.usage import UsageTracker
-from rflow_jax.writers.base import HttpTextGeneratorConfig, WriterInput, WriterOutput
+from rflow_jax.writers.base import HttpTextGeneratorConfig, MissingOutput, WriterInput, WriterOutput
 from rflow_jax.writers.prompt_template import PromptFile, in_one_line
 
 
@@ -28,18 +29,25 @@ class HttpTextGenerator:
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:
         """One text a case, in order; a case without a usable answer carries the reason."""
-        requests = []
-        for case in cases:
-            *earlier, last = self._parts.messages(case)
-            requests.append(ChatRequest(vision_messages(self._parts.instructions, *last, earlier), _clean))
-        return [
-            WriterOutput(None, str(answer)) if isinstance(answer, ChatError) else WriterOutput(answer)
-            for answer in self._chat.ask_all(requests)
-        ]
+        return [_output(answer) for answer in self._chat.ask_all([self._request(case) for case in cases])]
+
+    def probe(self) -> None:
+        """Asks about a small picture; raises ServiceError if there is no such server, or it does not take that."""
+        self._chat.probe(self._request(WriterInput(probe_picture(), PROBE_PROMPT, PROBE_PROMPT, "Overall: 10")))
 
     def close(self) -> None:
         """Cancels pending calls; those cases have no text, with ``CLOSED`` as the reason."""
         self._chat.close()
+
+    def _request(self, case: WriterInput) -> ChatRequest:
+        *earlier, last = self._parts.messages(case)
+        return ChatRequest(vision_messages(self._parts.instructions, *last, earlier), _clean)
+
+
+def _output(answer: str | ChatError) -> WriterOutput:
+    if isinstance(answer, ChatError):
+        return (MissingOutput if answer.missing else WriterOutput)(None, str(answer))
+    return WriterOutput(answer)
 
 
 def _clean(answer: Answer) -> str:

@@ -78,7 +78,7 @@ def test_a_bad_image_and_a_bad_prompt_change_no_other_score(run, tmp_path, name)
 
 def test_an_endpoint_grades_many_images_at_once(run, tmp_path):
     with OpenAIServer(delay=0.2) as server:
-        flags = ["--verifier.concurrency=6", "--verifier.price_input=1", "--verifier.price_output=1"]
+        flags = ["--no-probe", "--verifier.concurrency=6", "--verifier.price_input=1", "--verifier.price_output=1"]
         done = score(run, *flags, "--out", tmp_path / "o.jsonl", environment=server.environment)
         assert done.returncode == 0, done.stderr
         assert 3 <= server.most_at_once <= 6
@@ -114,7 +114,7 @@ def test_yes_and_no_are_shown(run):
 def test_a_killed_run_goes_on_with_what_is_left(run, tmp_path):
     out = tmp_path / "o.jsonl"
     with OpenAIServer(delay=0.4) as server:
-        argv = ["infer.py", "score", run, "--verifier.concurrency=1", "--out", out]
+        argv = ["infer.py", "score", run, "--no-probe", "--verifier.concurrency=1", "--out", out]
         process = Process(argv, server.environment)
         while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
             time.sleep(0.01)
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_with_what_is_left(run, tmp_path):
         before = out.read_text().splitlines()
         assert 3 <= len(before) < 12
         server.delay = 0.0
-        done = score(run, "--out", out, environment=server.environment)
+        done = score(run, "--no-probe", "--out", out, environment=server.environment)
         assert done.returncode == 0, done.stderr
         # The one that was under way is asked twice.
         assert 12 <= len(server.calls) <= 13
@@ -138,7 +138,7 @@ def test_an_ensemble_of_a_model_here_and_an_endpoint_ranks_each_prompts_images(r
         {"name": "clip", "model": model, "options": {"batch_size": 4, "dtype": "float32"}},
         {"name": "openai", "max_retries": 0},
     ]
-    flags = ["--verifier.name=ensemble", f"--verifier.options={json.dumps({'members': members})}"]
+    flags = ["--no-probe", "--verifier.name=ensemble", f"--verifier.options={json.dumps({'members': members})}"]
     out = tmp_path / "o.jsonl"
     with OpenAIServer([Fault("refusal", when=lambda call: "3 kites" in call.text)]) as server:
         done = score(run, *flags, "--out", out, environment=server.environment)

@@ -22,7 +22,7 @@ import numpy as np
 from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sampling import SHARD_ORDER, random_words
 from rflow_jax.data.sources.tar_index import SUBSET, DamagedTar, headers, open_tar, samples, subset_of
-from rflow_jax.data.storage.http import http_get
+from rflow_jax.data.storage.http import at_most, http_get
 from rflow_jax.data.storage.retry import RetryPolicy, TransientError, is_http, with_retries
 from rflow_jax.data.storage.shards import PIPE, RangeFile, Shard
 from rflow_jax.errors import InputError
@@ -241,7 +241,7 @@ def _open(shard: Shard, retry: RetryPolicy, stack: ExitStack) -> Any:
         response, chunks = stack.enter_context(http_get(shard.url, {}, retry))
         if response.status_code != 200:
             raise TransientError(f"status {response.status_code}")
-        return _Chunks(chunks)
+        return _Chunks(chunks if shard.size is None else at_most(shard.size, chunks, shard.url))
     if not shard.is_local:
         return RangeFile(shard, retry)
     try:

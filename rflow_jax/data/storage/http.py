@@ -9,21 +9,30 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from rflow_jax.data.storage.retry import RetryPolicy, TransientError, enforce_min_throughput, public, with_retries
+from rflow_jax.data.storage.retry import (
+    LONGEST_RETRY_AFTER,
+    RetryPolicy,
+    TransientError,
+    enforce_min_throughput,
+    public,
+    with_retries,
+)
 from rflow_jax.errors import InputError
+from rflow_jax.utils.network import asked_pause, is_loopback, printable, require_usable_network
 
 if TYPE_CHECKING:
     import httpx
 
 _MOVED_FOR = 600.0  # seconds; signed addresses of the Hub and of object stores hold for an hour
+_REDIRECTS = 10
 _BUSY = {408, 425, 429}
 _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18}|\*)")
 
 
 class NoRanges(InputError):
@@ -78,7 +87,7 @@ def http_range(url: str, start: int, length: int, size: int | None, retry: Retry
                 raise InputError(f"{public(url)}: {total} bytes, {size} when it was indexed; start again to index it")
             if (first, last) != (start, start + length - 1):
                 raise TransientError(f"bytes {first}-{last} came instead of {start}-{start + length - 1}")
-            data = b"".join(chunks)
+            data = b"".join(at_most(length, chunks, url))
         if len(data) != length:
             raise TransientError(f"{len(data)} bytes came instead of {length}")
         return data
@@ -101,33 +110,71 @@ def http_get(url: str, headers: dict[str, str], retry: RetryPolicy) -> Iterator[
     address, own = (known[0], {}) if known is not None and moved else _address(url)
     headers = {"Accept-Encoding": "identity", **own, **headers}
     try:
-        with _client().stream("GET", address, headers=headers, timeout=retry.timeout) as response:
+        with _opened(address, headers, retry, url) as (response, redirected):
             if response.status_code not in (200, 206, 416) and moved:
                 _moved.pop(url, None)
                 raise TransientError(f"status {response.status_code} where it was redirected to")
             _check_status(url, response)
-            if response.history and not moved:
+            if redirected and not moved:
                 _moved[url] = (str(response.url), time.monotonic() + _MOVED_FOR)
             yield response, enforce_min_throughput(response.iter_raw(), retry.timeout)
     except httpx.TransportError as error:
         raise TransientError(f"{error or 'no answer'} ({type(error).__name__})") from error
     except httpx.InvalidURL as error:
-        raise InputError(f"{public(url)}: not a valid address ({error})") from error
+        raise InputError(f"{public(url)}: not a valid address ({printable(str(error))})") from error
 
 
-_clients: dict[int, httpx.Client] = {}
+@contextmanager
+def _opened(
+    address: str, headers: dict[str, str], retry: RetryPolicy, url: str
+) -> Iterator[tuple[httpx.Response, bool]]:
+    """The response of an address, or of where it redirects to, and whether it does.
+
+    The bodies of redirections are not read.
+    """
+    request = _client(address).build_request("GET", address, headers=headers, timeout=retry.timeout)
+    for number in range(_REDIRECTS + 1):
+        response = _client(str(request.url)).send(request, stream=True, follow_redirects=False)
+        try:
+            if response.next_request is None:
+                yield response, number > 0
+                return
+            request = response.next_request
+        finally:
+            response.close()
+    raise InputError(f"{public(url)}: is redirected more than {_REDIRECTS} times; check the address")
+
+
+def at_most(limit: int, chunks: Iterable[bytes], url: str) -> Iterator[bytes]:
+    """The chunks of a body; raises InputError as soon as they are more than ``limit`` bytes."""
+    for chunk in chunks:
+        limit -= len(chunk)
+        if limit < 0:
+            raise InputError(f"{public(url)}: the server sends more bytes than were asked for; download the shards")
+        yield chunk
+
+
+_clients: dict[tuple[int, bool], httpx.Client] = {}
 _moved: dict[str, tuple[str, float]] = {}  # address -> where it redirects to, and until when that is believed
 
 
-def _client() -> httpx.Client:
+def _client(address: str) -> httpx.Client:
+    """The client for an address; no proxy of the environment is used for one of this machine.
+
+    Raises:
+        InputError: the environment names a proxy or certificates that cannot be used.
+    """
     import httpx
 
     # One per process: a forked child must not speak on its parent's connections.
-    if (client := _clients.get(os.getpid())) is None:
+    here = is_loopback(address)
+    if (client := _clients.get((os.getpid(), here))) is None:
+        if not here:
+            require_usable_network()
         # Its log lines name every request, with the signatures that are in the addresses.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        client = _clients.setdefault(os.getpid(), httpx.Client(follow_redirects=True, limits=limits))
+        client = _clients.setdefault((os.getpid(), here), httpx.Client(trust_env=not here, limits=limits))
     return client
 
 
@@ -149,8 +196,7 @@ def _address(url: str) -> tuple[str, dict[str, str]]:
 def _check_status(url: str, response: httpx.Response) -> None:
     status = response.status_code
     if status in _BUSY or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise TransientError(f"status {status}", float(wait) if wait.isdecimal() else 0.0)
+        raise TransientError(f"status {status}", asked_pause(response.headers, LONGEST_RETRY_AFTER))
     if status in (401, 403):
         hint = "set HF_TOKEN" if url.startswith("hf://") else "the address needs a password or a signature"
         raise InputError(f"{public(url)}: access is refused (status {status}); {hint}")

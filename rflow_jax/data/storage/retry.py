@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import require_least, require_positive
+from rflow_jax.utils.network import printable
+from rflow_jax.utils.secrets import public_addresses
 
 if TYPE_CHECKING:
     import tenacity
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SLOWEST = 64 * 1024  # bytes per second; a transfer slower than this for a whole time-out is retried
-_LONGEST_RETRY_AFTER = 300.0
+LONGEST_RETRY_AFTER = 300.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def is_http(url: str) -> bool:
 
 def public(url: str) -> str:
     """An address without what may be secret in it: user, password and query."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url.partition("?")[0]) if is_http(url) else url
+    return re.sub(r"(?<=://)[^/]*@", "", url.partition("?")[0]) if is_http(url) else public_addresses(url)
 
 
 def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
@@ -69,7 +71,7 @@ def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
 
     def pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        return max(jitter(state), min(getattr(error, "retry_after", 0.0), _LONGEST_RETRY_AFTER))
+        return max(jitter(state), min(getattr(error, "retry_after", 0.0), LONGEST_RETRY_AFTER))
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(retry.max_retries + 1),
@@ -82,7 +84,8 @@ def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
     except TransientError as error:
         attempts = retry.max_retries + 1
         raise InputError(
-            f"{public(url)}: {error} ({attempts} attempts); check the address and the network, or raise max_retries"
+            f"{public(url)}: {printable(str(error))} ({attempts} attempts); check the address and the network, "
+            "or raise max_retries"
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rflow_jax.data.storage.http import http_range, probe_http
 from rflow_jax.data.storage.retry import SLOWEST, RetryPolicy, TransientError, is_http, public, with_retries
 from rflow_jax.errors import InputError
+from rflow_jax.utils.network import printable
 
 _MAGIC = frozenset("*?[")
 # Names that stores use for the tag that changes with a file's content, best first.
@@ -53,13 +54,13 @@ class Store:
             except FileNotFoundError:
                 return {}
             except PermissionError as error:
-                raise InputError(f"{url}: access is refused ({_line(error)})") from error
+                raise InputError(f"{public(url)}: access is refused ({_line(error)})") from error
             except Exception as error:  # each store has errors of its own, without a common base
                 raise TransientError(_line(error)) from error
 
         infos = {path: info for path, info in with_retries(look, url, retry).items() if info["type"] != "directory"}
         if not infos:
-            raise InputError(f"{url}: no shard matches")
+            raise InputError(f"{public(url)}: no shard matches")
         scheme = url.partition("://")[0]
         return [
             StoredFile(f"{scheme}://{path}", info.get("size"), _version(info)) for path, info in sorted(infos.items())
@@ -84,7 +85,7 @@ def store_range(url: str, start: int, length: int, retry: RetryPolicy) -> bytes:
             else:
                 data = fs.cat_file(path, start=start, end=start + length)
         except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"{url}: {_line(error)}") from error
+            raise InputError(f"{public(url)}: {_line(error)}") from error
         except Exception as error:  # as above
             raise TransientError(_line(error)) from error
         if data is None or len(data) != length:
@@ -100,7 +101,7 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {_line(error)}") from error
+        raise InputError(f"{public(url)}: {_line(error)}") from error
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -108,7 +109,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 PIPE = "pipe:"
@@ -168,7 +169,7 @@ def expand(
         raise InputError("no shards: name at least one file or pattern, such as folder/*.tar")
     for name in names:
         if name.startswith(PIPE) and not allow_shell:
-            raise InputError(f"{name}: runs a shell command; set allow_shell to true if it may")
+            raise InputError(f"{public(name)}: runs a shell command; set allow_shell to true if it may")
         if name.startswith(("http://", "https://")) and "*" in name:
             raise InputError(f"{public(name)}: no folder can be listed over HTTP; name the files with {{000..208}}")
     # One store of each kind for all threads, so that each folder is listed once.
@@ -187,7 +188,7 @@ def _braces(pattern: str) -> list[str]:
         # A backslash is part of a command, not an escape.
         return list(braceexpand(pattern, escape=not pattern.startswith(PIPE)))
     except ValueError as error:
-        raise InputError(f"{pattern}: braces do not match; a range is written {{000..208}}") from error
+        raise InputError(f"{public(pattern)}: braces do not match; a range is written {{000..208}}") from error
 
 
 def _in_store(name: str) -> bool:

@@ -205,7 +205,7 @@ def test_another_model_in_the_environment_is_another_verifier(folder, tmp_path, 
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         for model, asked in (("one", 6), ("one", 6), ("two", 12)):
             monkeypatch.setenv("OPENAI_MODEL", model)
-            assert call(folder, "--out", out) == 0
+            assert call(folder, "--out", out, "--no-probe") == 0
             assert len(server.calls) == asked
 
 

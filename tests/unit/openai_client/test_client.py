@@ -136,6 +136,21 @@ def test_a_server_that_is_away_is_waited_for(name, monkeypatch, caplog):
     assert ["waiting up to" in message for message in caplog.messages] == [True]
 
 
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_server_that_answers_others_is_not_away_however_many_questions_have_no_answer(status, monkeypatch):
+    """One that was answered before is asked again to find out."""
+    monkeypatch.setattr("rflow_jax.openai_client.client.LONGEST_PAUSE", 0.02)
+    with OpenAIServer([Fault("status", status=status, when=lambda call: "question 0" not in call.text)]) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, max_retries=0, concurrency=1))
+        begin = time.monotonic()
+        assert chat.ask_all([question()]) == expected([0])
+        answers = chat.ask_all([question(n) for n in range(1, 9)])
+        chat.close()
+        assert time.monotonic() - begin < 5
+    assert all(answer.missing for answer in answers)
+    assert 2 <= sum("question 0" in call.text for call in server.calls) <= 5
+
+
 def test_a_server_that_is_away_for_too_long_ends_all(monkeypatch):
     monkeypatch.setattr("rflow_jax.openai_client.client.LONGEST_PAUSE", 0.02)
     with OpenAIServer([Fault("status", status=503, when=lambda call: call.number >= 2)]) as server:

@@ -1,14 +1,19 @@
 """Replies of servers in other forms, and what a model writes around its answer."""
 
+import contextlib
+import socket
+import threading
+import zlib
+
 import pytest
 
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client import ChatError, Endpoint, UnusableAnswer
 from rflow_jax.openai_client.answer_text import only_answer
 from rflow_jax.openai_client.protocol import read_answer, read_error
-from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, printable, retry_after
+from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, retry_after
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
-from rflow_jax.utils.network import is_loopback, require_usable_network
+from rflow_jax.utils.network import is_loopback, printable, require_usable_network
 from tests.kit.asking import ask, expected, question
 
 MOVE = "Move the cup."
@@ -168,3 +173,62 @@ def test_headers_come_from_the_environment(monkeypatch):
     with pytest.raises(InputError, match=r"extra_headers\.Authorization: give \$ and the name") as error:
         Endpoint(extra_headers={"Authorization": "Bearer abc"})
     assert "abc" not in str(error.value)
+
+
+@pytest.fixture
+def flood():
+    """Makes a server that answers with a status and a body without end; {"sent"} counts its bytes."""
+    listeners = []
+
+    def start(status, headers=b"", chunk=b" " * 2**16):
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        count = {"sent": 0}
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(2**20)
+                        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%s\r\n" % (status, 2**40, headers))
+                        while count["sent"] < 2**28:
+                            connection.sendall(chunk)
+                            count["sent"] += len(chunk)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return type("Server", (), {"base_url": f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "count": count})
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize(("status", "said"), [(200, "reply is longer than 16 MB"), (500, "HTTP 500")])
+def test_a_reply_without_end_is_cut_off(monkeypatch, flood, status, said):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = flood(status)
+    (answer,) = ask(server, [question()], max_retries=0)
+    assert said in str(answer)
+    assert server.count["sent"] < 2**25
+
+
+def test_a_packed_reply_without_end_is_cut_off(monkeypatch, flood):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    packed = zlib.compressobj(wbits=31)
+    block = packed.compress(b" " * 2**26) + packed.flush(zlib.Z_SYNC_FLUSH)
+    server = flood(200, b"Content-Encoding: gzip\r\n", block)
+    (answer,) = ask(server, [question()], max_retries=0)
+    assert "reply is longer than 16 MB" in str(answer)
+
+
+def test_redirects_are_followed_a_few_times_and_their_bodies_not_read(monkeypatch, flood):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with OpenAIServer() as server:
+        to = b"Location: %s/chat/completions\r\n" % server.base_url.encode()
+        first = flood(307, to)
+        assert ask(first, [question()], max_retries=0) == expected([0])
+        assert first.count["sent"] < 2**25
+    for_ever = flood(307, b"Location: /v1/chat/completions\r\n")
+    (answer,) = ask(for_ever, [question()], max_retries=0)
+    assert "HTTP 307" in str(answer)

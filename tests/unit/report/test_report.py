@@ -142,6 +142,17 @@ def test_texts_stay_texts(tmp_path):
     assert harmless["text"] == ENTRIES[1]["prompt"]
 
 
+@pytest.mark.parametrize("verified", [True, False])
+def test_images_that_could_not_be_made_say_why(tmp_path, verified):
+    folder = write_run(tmp_path / "run", ENTRIES[:2], Plan((1, 2), verified=verified))
+    verdict = {"score": None, "error": "its latents became NaN"} if verified else None
+    rewrite(folder / "00001/records.jsonl", error="its latents became NaN", verdict=verdict)
+    html = write_report([folder]).read_text()
+    assert "<dt>Not made</dt><dd>2</dd>" in html
+    [looks] = unpacked(Parsed(html).data["prompts"][1])
+    assert [one["problems"] for one in looks] == [["could not be made: its latents became NaN"]] * 2
+
+
 def test_pictures_are_found_from_the_page(tmp_path):
     runs = [write_run(tmp_path / name, ENTRIES[:2], Plan((1, 2))) for name in ("a #1 50% ü?", "javascript:b")]
     for out in (None, tmp_path / "else/where"):

@@ -1,8 +1,10 @@
 """Searches of several prompts with threads: whatever the timing, the same files, and no question twice."""
 
 import threading
+import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +23,7 @@ from rflow_jax.search.progress import BusyClock, SearchProgress
 from rflow_jax.testing.openai_server import score_of
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.verifiers.base import Verdict
+from tests.kit.asking import wait_until
 from tests.kit.fake_pipeline import FakePipeline
 from tests.kit.searching import (
     CONFIG,
@@ -162,6 +165,35 @@ def test_calls_of_one_model_do_not_wait_for_those_of_another(tmp_path):
 
     asked = Models(Verifier(concurrency=6), HashWriter(), Writer(name="refine"))
     assert search(tmp_path, replace(CONFIG, prompts_in_flight=3), asked=asked).live.scored == TOGETHER
+
+
+def test_while_a_service_is_away_the_images_of_the_prompts_in_flight_are_drawn_and_no_others(tmp_path, ran):
+    back = threading.Event()
+    asked = models(wait=lambda: back.wait(PATIENCE) or pytest.fail("never"))
+    with ThreadPoolExecutor(1) as beside:
+        pipe = beside.submit(FakePipeline).result()  # it is fed by the thread that made it
+        running = beside.submit(search, tmp_path, asked=asked, pipe=pipe)
+        wait_until(lambda: len(pipe.requests) == 8)  # two prompts of four images before the first verdict
+        time.sleep(0.3)
+        assert len(pipe.requests) == 8
+        back.set()
+        running.result(timeout=PATIENCE)
+    assert files(tmp_path) == files(ran.out)
+
+
+def test_images_that_a_slow_disk_has_not_taken_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "UNSAVED", 3)
+    most = [0]
+    submit, write = module.Engine._submit_image, module.PromptSearch.place
+
+    def counting(self, task, image):
+        submit(self, task, image)
+        most[0] = max(most[0], self._saving)
+
+    monkeypatch.setattr(module.Engine, "_submit_image", counting)
+    monkeypatch.setattr(module.PromptSearch, "place", lambda self, work: time.sleep(0.005) or write(self, work))
+    assert search(tmp_path, kind="noise").live.scored == 12
+    assert 0 < most[0] <= 3
 
 
 # ---- failures ----

@@ -133,3 +133,11 @@ def test_the_command_says_it_with_its_status(share, status, tmp_path, monkeypatc
     assert f"2 prompts, {made} images" in said.out
     assert (f"{24 - made} could not be made" in said.out) == bool(share)
     assert (f"the first failure was: image: {CAUSE}" in said.err) == bool(share)
+    # The folder is not complete either when the same command is given again.
+    assert run(lambda: main(argv)) == status
+    again = capsys.readouterr().out
+    lacking = f", {24 - made} of their images could not be made (their records say why)" if share else ""
+    assert again == f"{tmp_path / 'out'}: all 2 prompts are done{lacking}; nothing to do\n"
+    (tmp_path / "out/00001/records.jsonl").unlink()
+    assert run(lambda: main(argv)) == status
+    assert (f"{24 - made} could not be made" in capsys.readouterr().out) == bool(share)

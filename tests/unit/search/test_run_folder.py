@@ -3,16 +3,19 @@
 import errno
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rflow_jax.errors import InputError
+from rflow_jax.scoring.judging import scores_follow_from
 from rflow_jax.search import run_folder
 from rflow_jax.search.run_folder import claim, require_same, require_usable
 from rflow_jax.utils import atomic_io as files
 from rflow_jax.verifiers import VERIFIERS
+from rflow_jax.verifiers.config import OpenAIVerifierConfig
 
 ROOT = Path(__file__).parents[3]
 CONFIG = {
@@ -229,3 +232,48 @@ def test_what_changes_no_score_of_a_local_model_may_change():
         assert affecting("ensemble", members=[one]) == affecting("ensemble", members=[other])
     own = affecting("package.module:Class", options={"batch_size": 2, "devices": [1]})
     assert own["options"] == {"batch_size": 2, "devices": [1]}
+
+
+MAY_CHANGE = {
+    "base_url": "http://b/v1",
+    "api_key_env": "OTHER_KEY",
+    "timeout": 5.0,
+    "concurrency": 2,
+    "max_retries": 9,
+    "patience": 1.0,
+    "price_input": 1.0,
+    "price_output": 1.0,
+    "extra_headers": {"X-Team": "a"},
+}
+MAY_NOT = {
+    "model": "other",
+    "temperature": 0.5,
+    "max_tokens": 9,
+    "structured": "text",
+    "reasoning_effort": "low",
+    "extra_body": {"top_k": 20},
+    "prompts": "other/prompts",
+}
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(OpenAIVerifierConfig) if one.name != "name"])
+def test_what_may_change_between_runs_of_a_search_and_of_a_score_file(tmp_path, name):
+    price = {"price_input": 1.0, "price_output": 1.0} if name.startswith("price") else {}
+    config = VERIFIERS.parse({"model": "gpt", **price})
+    other = VERIFIERS.parse({"model": "gpt", **price} | {name: (MAY_CHANGE | MAY_NOT)[name]})
+    was, now = (changed(verifier=run_folder.public_section(one)) for one in (config, other))
+    claim(tmp_path, was, 0).close()
+    if name in MAY_CHANGE:
+        require_same(tmp_path, now)
+    else:
+        with pytest.raises(InputError, match=rf"verifier\.{name}(\.top_k)? is .* there and .* now"):
+            require_same(tmp_path, now)
+    assert (scores_follow_from(config) == scores_follow_from(other)) == (name in MAY_CHANGE)
+
+
+@pytest.mark.parametrize("later", ["patience", "reasoning_effort", "extra_body", "extra_headers"])
+def test_a_run_from_before_a_setting_goes_on_where_it_is_left_alone(tmp_path, later):
+    now = run_folder.public_section(VERIFIERS.parse({"model": "gpt"}))
+    assert later in now
+    claim(tmp_path, changed(verifier={key: value for key, value in now.items() if key != later}), 0).close()
+    require_same(tmp_path, changed(verifier=now))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rflow_jax.openai_client import Answer, UnusableAnswer
+from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.verifiers.config import OpenAIVerifierConfig
 from rflow_jax.verifiers.openai import OpenAIVerifier
 from tests.kit.asking import pictures, prompt_folder
@@ -19,10 +20,16 @@ GRADES = {"sharpness": MARK, "overall": {"reason": "on the whole", "score": 4}}
 def parse(tmp_path_factory):
     """What the verifier makes of an answer's text."""
     folder = prompt_folder(tmp_path_factory.mktemp("prompts"))
-    verifier = OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=folder))
+    meter = UsageTracker()
+    verifier = OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=folder), meter)
     asked = verifier.question(pictures(1)[0], {"prompt": "x"})
     verifier.close()
-    return lambda text: asked.parse(Answer(text))
+
+    def parsed(text):
+        return asked.parse(Answer(text))
+
+    parsed.meter = meter
+    return parsed
 
 
 @pytest.mark.parametrize(
@@ -45,9 +52,51 @@ def test_more_than_was_asked_for_is_put_up_with(parse):
     assert parse(json.dumps(GRADES | more)).raw == GRADES
 
 
-@pytest.mark.parametrize(("score", "number"), [("7", 7), ("7/10", 7), (" 7.5 / 10 ", 7.5), ("10", 10)])
+@pytest.mark.parametrize(
+    ("score", "number"),
+    [
+        ("7", 7),
+        ("7/10", 7),
+        (" 7.5 / 10 ", 7.5),
+        ("10", 10),
+        ("10.0/10.0", 10),
+        ("7 out of 10", 7),
+        ([7], 7),
+        (["7"], 7),
+    ],
+)
 def test_a_number_in_quotation_marks_is_a_number(parse, score, number):
     assert parse(json.dumps(GRADES | {"overall": {"reason": "x", "score": score}})).score == number
+
+
+SHARP = {"sharpness": MARK}
+CONVERTED = {
+    "a number": {**SHARP, "overall": 7},
+    "a text": {**SHARP, "overall": "7/10"},
+    "no reason": {**SHARP, "overall": {"score": 7}},
+    "null as reason": {**SHARP, "overall": {"reason": None, "score": 7}},
+    "another case": {"Sharpness": {"Reason": "so", "SCORE": 7.5}, "OVERALL": {"Score": 7}},
+    "lists of one": {"sharpness": [MARK], "overall": [{"reason": [""], "score": [7]}]},
+    "a list of one": [{**SHARP, "overall": {"reason": "", "score": 7}}],
+    "an object around it": {"grades": {**SHARP, "overall": {"reason": "", "score": 7.0}}},
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_can_only_mean_one_thing_is_converted_and_counted(parse, name):
+    before = parse.meter.snapshot().converted
+    verdict = parse(json.dumps(CONVERTED[name]))
+    assert verdict.score == 7
+    assert verdict.explanation == "sharpness (7.5/10): so\noverall (7/10)"
+    came = CONVERTED[name]
+    assert verdict.raw == (came[0] if isinstance(came, list) else came)
+    assert parse.meter.snapshot().converted == before + 1
+
+
+def test_what_was_asked_for_is_not_converted(parse):
+    before = parse.meter.snapshot().converted
+    parse(json.dumps(GRADES | {"overall": {"reason": "", "score": 7.0}}))
+    assert parse.meter.snapshot().converted == before
 
 
 REFUSED = {
@@ -62,9 +111,15 @@ REFUSED = {
     "braces before": "{x} " + json.dumps(GRADES),
     "lacks one": json.dumps({"overall": MARK}),
     "lacks the whole": json.dumps({"sharpness": MARK}),
-    "no reason": json.dumps(GRADES | {"sharpness": {"score": 3}}),
+    "a reason that is none": json.dumps(GRADES | {"sharpness": {"reason": 3, "score": 3}}),
+    "a score for all": json.dumps({"score": 7}),
+    "one name twice": json.dumps({"sharpness": MARK, "Overall": MARK, "OVERALL": MARK}),
+    "two numbers": json.dumps(GRADES | {"overall": [7, 8]}),
+    "two words": json.dumps(GRADES | {"overall": "seven or eight"}),
+    "two numbers in words": json.dumps(GRADES | {"overall": "7 or 8"}),
+    "of a smaller scale": json.dumps(GRADES | {"overall": "7/5"}),
+    "a share": json.dumps(GRADES | {"overall": "70%"}),
     "no score": json.dumps(GRADES | {"overall": {"reason": "x"}}),
-    "number alone": json.dumps(GRADES | {"overall": 7}),
     "too much": json.dumps(GRADES | {"overall": {"reason": "x", "score": 10.001}}),
     "too little": json.dumps(GRADES | {"sharpness": {"reason": "x", "score": -1}}),
     "a word": json.dumps(GRADES | {"overall": {"reason": "x", "score": "seven"}}),

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rflow_jax.errors import InputError, RunError
+from rflow_jax.errors import InputError, RunError, ServiceError
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
@@ -238,3 +238,14 @@ def test_a_members_mistake_is_told_with_its_place_and_members_of_one_name_by_the
     verifier.close()
     assert verifier.name == "ensemble of a 1, b, a 2"
     assert verdict.error == "a 1: gone"
+
+
+def test_services_are_asked_first_before_the_other_members_are_made():
+    MADE.clear()
+    away = {"name": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "max_retries": 0}
+    with pytest.raises(ServiceError, match=r"^members\[1\]: m: no connection, or it broke"):
+        make_verifier(config(own("a"), away), probe=True)
+    assert not MADE
+    verifier = make_verifier(config(own("a"), away), probe=False)
+    assert [member.verifier.name for member in verifier._members] == ["a", "openai m"]
+    verifier.close()

@@ -1,0 +1,52 @@
+"""The HTTP client below a chat: which proxies it uses, and how much it reads of a reply."""
+
+from typing import Any
+
+from rflow_jax.openai_client.messages import UnfitReply
+from rflow_jax.utils.network import is_loopback, require_usable_network
+
+LONGEST_REPLY, LONGEST_ERROR = 16 * 2**20, 64 * 2**10  # bytes, unpacked
+_REDIRECTS = 5
+
+
+def http_client(address: str | None) -> Any:
+    """A client for an address, whose replies are bounded; no proxy of the environment is used for this machine's own.
+
+    A longer reply ends in :class:`UnfitReply`, of a longer error the beginning is read.
+    """
+    import openai
+
+    class Bounded(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: Any, *, stream: bool = False, **how: Any) -> Any:
+            how["follow_redirects"] = False  # their bodies would be read whole
+            response = await super().send(request, stream=True, **how)
+            for _ in range(_REDIRECTS):
+                if response.next_request is None:
+                    break
+                await response.aclose()
+                response = await super().send(response.next_request, stream=True, **how)
+            try:
+                content = await _beginning(response, LONGEST_REPLY if response.is_success else LONGEST_ERROR)
+            finally:
+                await response.aclose()
+            # The content is unpacked, and as long as it is.
+            packed = ("content-encoding", "content-length", "transfer-encoding")
+            headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in packed]
+            return type(response)(response.status_code, headers=headers, content=content, request=response.request)
+
+    if address is None or not is_loopback(address):
+        require_usable_network()
+        return Bounded()
+    return Bounded(trust_env=False)
+
+
+async def _beginning(response: Any, limit: int) -> bytes:
+    """At most ``limit`` bytes of a reply's content; raises UnfitReply if a reply that is no error has more."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > limit:
+            if response.is_success:
+                raise UnfitReply(f"the server's reply is longer than {limit // 2**20} MB; the rest was not read")
+            break
+    return bytes(content[:limit])
