@@ -165,9 +165,9 @@ def others(folders, llama, golden, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "given", "words"),
     [
-        ("reward", "llama", "a reward model's folder holds model_config.json and checkpoint-N"),
-        ("reward", "clip", "a reward model's folder holds"),
-        ("reward", "qwen", "a reward model's folder holds"),
+        ("reward", "llama", "no folder checkpoint-N; is it the folder of a reward model?"),
+        ("reward", "clip", "no folder checkpoint-N"),
+        ("reward", "qwen", "no folder checkpoint-N"),
         ("reward", "reward of llama", "model_type 'llama' is not supported, only 'qwen2_5_vl'"),
         ("reward", "reward of clip", "model_type 'clip' is not supported, only 'qwen2_5_vl'"),
         ("nvila", "llama", "an NVILA checkpoint holds vision_tower, mm_projector, llm"),
