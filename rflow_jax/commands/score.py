@@ -17,6 +17,7 @@ from rflow_jax.scoring.results import ImageResult, Results, shown
 from rflow_jax.scoring.targets import ScoreConfig, Target, find_targets
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.images import picture_bytes
 from rflow_jax.utils.progress import count_progress
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
@@ -58,7 +59,7 @@ def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, me
     found: dict[int, ImageResult] = {}
     for k, target in enumerate(targets if results and not config.again else ()):
         try:
-            sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
+            sha256 = hashlib.sha256(picture_bytes(target.path)).hexdigest()
         except (OSError, ValueError):
             continue  # reported when it is scored
         if (known := results.known(target, sha256)) is not None:

@@ -26,6 +26,7 @@ from rflow_jax.utils.atomic_io import (
     try_lock,
     write_file,
 )
+from rflow_jax.utils.files import LARGEST_JOURNAL, read_bytes
 from rflow_jax.utils.json_files import parse_json_line
 from rflow_jax.verifiers.base import Verdict, read_verdict
 
@@ -145,7 +146,7 @@ class Results:
 
     def _read(self, path: Path) -> None:
         """Raises InputError for a file of another program, which stays as it is."""
-        content = path.read_bytes()
+        content = read_bytes(path, "file of scores", LARGEST_JOURNAL)
         end = content.rfind(b"\n") + 1
         torn, damaged = content[end:], []
         for number, text in enumerate(content[:end].split(b"\n")[:-1], 1):
@@ -165,7 +166,7 @@ class Results:
 
     def _take(self, text: bytes, source: str) -> None:
         """Raises one of several errors if the text is not a line of this file."""
-        line = parse_json_line(text.decode(), source)
+        line = parse_json_line(text, source)
         verdict, line_key = read_verdict(line["verdict"]), _line_key(line)
         key = _key(line["sha256"], line["settings"], line["item"])
         self._lines[line_key] = line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.json_files import read_object
 
 REFLECTION_MARK = "[Reflexion]"  # as in the training data of the corrector
 CLIP_TOKENIZER, T5_TOKENIZER = "tokenizer", "tokenizer_2"  # subfolders of a model
@@ -67,7 +67,7 @@ def load_tokenizer(folder: Path) -> Any:
         if not ready.is_file():
             return warm_up_tokenizer(AutoTokenizer.from_pretrained(folder))
         # As saved: Transformers would rebuild T5's from its sentencepiece model, with a warning each time.
-        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config = read_object(folder / "tokenizer_config.json")
         special = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
         # Some versions of Transformers write a token's properties along.
         special = {name: token if isinstance(token, str) else token["content"] for name, token in special.items()}

@@ -13,10 +13,12 @@ from rflow_jax.errors import InputError
 from rflow_jax.tokenizers.flux import require_plain, special_tokens, warm_up_tokenizer
 from rflow_jax.typing import Int
 from rflow_jax.utils.checks import require_text
+from rflow_jax.utils.files import read_text
 from rflow_jax.utils.json_files import read_object
 
 IMAGE, VISION_START = "<|image_pad|>", "<|vision_start|>"
 _SPECIAL = ("eos_token", "pad_token", "unk_token", "bos_token")
+LARGEST_TEMPLATE = 2**20  # bytes; the longest published ones have some thousands
 _CONFIG, _TEMPLATES = "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
 
 
@@ -138,10 +140,7 @@ def _template(folders: Sequence[Path]) -> tuple[str, Path]:
     for folder in folders:
         jinja, as_json = (folder / name for name in _TEMPLATES)
         if jinja.is_file():
-            try:
-                return jinja.read_text(encoding="utf-8"), jinja
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{jinja}: cannot be read ({error})") from error
+            return read_text(jinja, "chat template", LARGEST_TEMPLATE), jinja
         for path in (as_json, folder / _CONFIG):
             if path.is_file() and (template := read_object(path).get("chat_template")):
                 if not isinstance(template, str):

@@ -1,18 +1,17 @@
 """The words of a command line, made into what jsonargparse takes."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
-
-import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import flatten
 from rflow_jax.utils.parser_messages import unknown_key
 from rflow_jax.utils.recipes import CONFIGS, find_recipe
 from rflow_jax.utils.registry import Component, Registry, Word
+from rflow_jax.utils.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -267,20 +266,24 @@ def is_component(kind: Any) -> bool:
 
 
 def _yaml(file: str) -> dict[str, Any]:
-    """The keys of a YAML file; none where the parser had better say what is wrong with it."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not a text in UTF-8") from error
-    except (OSError, ValueError):
+    """The keys of a YAML file; none where there is no such file, which the parser will say, or no keys in it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not os.path.lexists(file):
         return {}
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    except ValueError as error:  # such as a date in month 13, or a number with thousands of digits
-        raise InputError(f"{file}: {error}") from error
+    content = read_yaml(file)
     return content if isinstance(content, dict) else {}
+
+
+def require_readable_sections(argv: Sequence[str], command: Command) -> None:
+    """Raises InputError where a section is a file that cannot be read, which jsonargparse would open as it is."""
+    every = [f"--{key}." for key, _ in keys(command.configs)]
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if any(key.startswith(f"{flag}.") and key != f"{flag}." for key in every):
+            _yaml(value if equals else after)
 
 
 def config_files(argv: Sequence[str]) -> str:

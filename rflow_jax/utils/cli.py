@@ -13,7 +13,8 @@ from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.utils.arguments import (
@@ -26,11 +27,13 @@ from rflow_jax.utils.arguments import (
     known_keys,
     prepare,
     registries_of,
+    require_readable_sections,
     settings,
     takes_own_recipe,
 )
 from rflow_jax.utils.parser_messages import explain
 from rflow_jax.utils.registry import Registry
+from rflow_jax.utils.yaml_files import parse_yaml
 
 __all__ = ["Command", "early_value", "run", "run_command"]
 
@@ -51,6 +54,18 @@ _OF_THE_USER = {
     errno.EROFS: "the disk is read-only; choose another path",
     errno.ENAMETOOLONG: "this name is too long",
 }
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_strictly(text: str) -> Any:
+    """jsonargparse's meaning of a YAML text, once it is known to be bounded."""
+    parse_yaml(text, "<unicode string>")  # as PyYAML calls it; the file's name takes its place
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_strictly, (InputError, yaml.YAMLError))
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -108,6 +123,7 @@ def run_command(
         if not {"-h", "--help"} & set(argv):
             components, argv = components_of(argv, registries)
         argv = known_keys(argv, command)
+        require_readable_sections(argv, command)
         namespace = parser.parse_args(argv)
         _require_values(namespace, command.configs)
     except ArgumentError as error:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import nearest, suggestion
+from rflow_jax.utils.yaml_files import parse_yaml
 
 _LATER = {"patience", "reasoning_effort", "extra_body", "extra_headers"}  # settings that earlier versions did not write
 EXECUTION = {"execution": True}
@@ -24,10 +25,8 @@ class Word(str):
 
     def loaded(self) -> Any:
         """What it means as YAML; the text where it is none."""
-        import yaml
-
-        with suppress(yaml.YAMLError, ValueError, RecursionError):
-            found = yaml.safe_load(self)
+        with suppress(InputError):
+            found = parse_yaml(self, "the value")
             return str(self) if isinstance(found, str) else found
         return str(self)
 

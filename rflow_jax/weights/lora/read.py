@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.models.lora import Adapter, linears
+from rflow_jax.utils.json_files import parse_json, read_object
 from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS
 from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
 
@@ -76,11 +76,11 @@ def _peft_config(files: TensorFiles) -> dict[str, Any]:
     beside = file.with_name(CONFIG_FILE)
     try:
         if METADATA_KEY in files.metadata:
-            everything = json.loads(files.metadata[METADATA_KEY])
+            everything = parse_json(files.metadata[METADATA_KEY], str(file))
             own = {k.removeprefix(_COMPONENT): v for k, v in everything.items() if k.startswith(_COMPONENT)}
             return own or {k: v for k, v in everything.items() if "." not in k}
         if file.stem == "adapter_model" and beside.is_file():
-            return json.loads(beside.read_text())
+            return read_object(beside)
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file}: the configuration of the LoRA does not parse ({error})") from error
     return {}
