@@ -1,4 +1,4 @@
-"""Indexes of GenRef's tars: members, grouped to samples the way WebDataset does."""
+"""Indexes of GenRef's tars: where the members of each sample lie."""
 
 from __future__ import annotations
 
@@ -6,151 +6,42 @@ import hashlib
 import json
 import logging
 import os
-import re
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tarfile import ReadError, TarFile, TarInfo
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from tarfile import TarFile
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from rflow_jax.data.records import SUBSETS, Record, RecordError
+from rflow_jax.data.records import SUBSETS
+from rflow_jax.data.sources.tar_members import (
+    LARGEST,
+    MEMBERS,
+    SUBSET,
+    DamagedTar,
+    MemberName,
+    headers,
+    open_tar,
+    samples,
+    subset_of,
+)
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import RangeFile, Shard
 from rflow_jax.errors import InputError
+from rflow_jax.utils.files import open_regular
+from rflow_jax.utils.json_files import parse_json
 from rflow_jax.utils.progress import count_progress
-
-T = TypeVar("T")
-
-MEMBERS = ("good_image", "bad_image", "prompt.txt", "reflection.txt", "subset.txt")
-GOOD, BAD, PROMPT, REFLECTION, SUBSET = range(len(MEMBERS))
-_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
-# The same split as webdataset.tariterators.base_plus_ext: the key ends at the first dot of the base name.
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-
-# A plain TarFile takes these for the end of the archive. They are missing in the type stubs.
-_BAD_HEADERS: tuple[type[Exception], ...] = tuple(
-    getattr(tarfile, name) for name in ("InvalidHeaderError", "TruncatedHeaderError", "EmptyHeaderError")
-)
-
-
-class DamagedTar(Exception):
-    """A tar that cannot be read further; says why."""
-
-
-@dataclass
-class TarSample(Generic[T]):
-    """Consecutive members with the same key.
-
-    Attributes:
-        found: the content of each of :data:`MEMBERS`, or None.
-        trouble: why it cannot be used; empty if it can.
-    """
-
-    key: str
-    found: list[T | None]
-    trouble: str = ""
-
-    def check(self) -> TarSample[T]:
-        """Itself, with ``trouble`` set if a member is missing."""
-        missing = [name for name, one in zip(MEMBERS, self.found, strict=True) if one is None]
-        if missing and not self.trouble:
-            self.trouble = f"has no {' and no '.join(missing)}"
-        return self
-
-
-class _Header(TarInfo):
-    """A header that raises when it is damaged or truncated, instead of ending the tar."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile: TarFile) -> TarInfo:
-        try:
-            return super().fromtarfile(tarfile)
-        except _BAD_HEADERS as error:
-            raise ReadError(f"{error or 'no end mark'} at byte {vars(tarfile)['offset']}") from None
-
-
-def open_tar(file: Any, *, stream: bool) -> TarFile:
-    """A tar whose damage raises an error; a stream need not be seekable, and may be compressed.
-
-    Raises:
-        DamagedTar: it does not begin like a tar.
-    """
-    try:
-        return tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_Header)
-    except tarfile.TarError as error:
-        raise DamagedTar(f"not a tar file ({error})") from error
-
-
-def headers(tar: TarFile) -> Iterator[TarInfo]:
-    """The regular files of a tar, in constant memory; raises DamagedTar where it is damaged or truncated."""
-    try:
-        while (header := tar.next()) is not None:
-            vars(tar)["members"] = []  # it would keep them all
-            if header.isreg() and not header.issparse():
-                yield header
-    except (tarfile.TarError, EOFError) as error:
-        raise DamagedTar(str(error)) from error
-
-
-def samples(members: Iterable[tuple[str, T]]) -> Iterator[TarSample[T]]:
-    """Groups consecutive (name, content) members; those of other data sets and lone files are left out."""
-    current: TarSample[T] | None = None
-    for name, content in members:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            continue
-        key, rest = match[1], match[2].lower()
-        stem, _, extension = rest.rpartition(".")
-        name = stem if extension in _EXTENSIONS else rest
-        if current is not None and key != current.key:
-            yield current.check()
-            current = None
-        if name not in MEMBERS:
-            continue
-        member = MEMBERS.index(name)
-        if current is None:
-            current = TarSample(key, [None] * len(MEMBERS))
-        if current.found[member] is not None:
-            current.trouble = f"has two of {MEMBERS[member]}"
-        current.found[member] = content
-    if current is not None:
-        yield current.check()
-
-
-def subset_of(text: bytes) -> int | None:
-    """The index in :data:`~rflow_jax.data.records.SUBSETS` of the content of a ``subset.txt``; None if unknown."""
-    name = text.decode("utf-8", "replace").strip()
-    return SUBSETS.index(name) if name in SUBSETS else None
-
-
-def make_record(key: str, subset: str, members: list[bytes]) -> Record:
-    """A record from the contents of its members.
-
-    Raises:
-        RecordError: a text is not UTF-8, or an image is empty.
-    """
-    for member in (GOOD, BAD):
-        if not members[member]:
-            raise RecordError(f"{key}: {MEMBERS[member]} is empty")
-    try:
-        prompt, reflection = members[PROMPT].decode(), members[REFLECTION].decode()
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{key}: a text is not UTF-8 ({error})") from error
-    return Record(key, subset, prompt, reflection, members[GOOD], members[BAD])
-
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_LONGEST_SUBSET = 64
 _NAMED = 5  # unusable samples to name
 _BUFFER = 8192
+_LARGEST_INDEX = 2**32  # bytes; a sample has about 130
 
 
 @dataclass
@@ -227,7 +118,7 @@ def index_shards(
                 raise InputError(f"{shard.shown}: a pipe cannot be indexed; stream it")
             identity = json.dumps([_FORMAT, shard.url, shard.size, shard.version])
             file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-            found = _load(file)
+            found = _load(file, shard)
             if found is None:
                 found = build_index(shard, retry)
                 _save(file, found)
@@ -286,32 +177,65 @@ def _open(shard: Shard, retry: RetryPolicy) -> _File:
     return file
 
 
-def _extents(tar: tarfile.TarFile, file: _File, troubles: Troubles) -> Iterator[tuple[str, _Extent]]:
-    """Name and byte extent of each member, up to where the tar is damaged."""
+def _extents(tar: TarFile, file: _File, troubles: Troubles) -> Iterator[tuple[MemberName, _Extent, str]]:
+    """Name and byte extent of each member, and what is wrong with it, up to where the tar is damaged."""
     total = file.seek(0, os.SEEK_END)
     try:
         for header in headers(tar):
             if header.offset_data + header.size > total:
                 raise DamagedTar(f"cut at byte {total}")
+            if (name := MemberName.of(header.name)) is None:
+                continue
             subset = None
-            if header.name.lower().endswith(MEMBERS[SUBSET]) and header.size <= _LONGEST_SUBSET:
+            if name.member == SUBSET and header.size <= LARGEST[SUBSET]:
                 file.seek(header.offset_data)
                 subset = subset_of(file.read(header.size))
-            yield header.name, _Extent(header.offset_data, header.size, subset)
+            yield name, _Extent(header.offset_data, header.size, subset), name.excess(header.size)
     except DamagedTar as error:
         troubles.damage = str(error)
 
 
-def _load(file: Path) -> ShardIndex | None:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            troubles = Troubles(**json.loads(arrays["troubles"].tobytes()))
-            return ShardIndex(**{name: arrays[name] for name in arrays.files if name != "troubles"}, troubles=troubles)
-    except FileNotFoundError:
+def _load(file: Path, shard: Shard) -> ShardIndex | None:
+    if not file.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    try:
+        with open_regular(file, "index", _LARGEST_INDEX) as content:
+            with zipfile.ZipFile(content) as archive:  # which may unpack to any size
+                if sum(member.file_size for member in archive.infolist()) > _LARGEST_INDEX:
+                    raise InputError(f"more than {_LARGEST_INDEX:,} bytes when unpacked")
+            content.seek(0)
+            with np.load(content, allow_pickle=False) as arrays:
+                troubles = Troubles(**parse_json(arrays["troubles"].tobytes(), "troubles"))
+                named = {name: arrays[name] for name in arrays.files if name != "troubles"}
+        index = ShardIndex(**named, troubles=troubles)
+        _require_fit(index, shard)
+        return index
+    except (ValueError, KeyError, TypeError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
         log.warning("%s: damaged, so the shard is indexed again (%s)", file, error)
         return None
+
+
+def _require_fit(index: ShardIndex, shard: Shard) -> None:
+    """Raises ValueError for arrays that are not an index of this shard."""
+    rows, troubles = len(index.subsets), index.troubles
+    shapes = index.key_ends.shape, index.offsets.shape, index.sizes.shape, index.subsets.shape
+    if shapes != ((rows,), (rows, len(MEMBERS)), (rows, len(MEMBERS)), (rows,)) or index.keys.ndim != 1:
+        raise ValueError("arrays of other shapes")
+    if not all(array.dtype == np.int64 for array in (index.key_ends, index.offsets, index.sizes)):
+        raise ValueError("arrays of other types")
+    if index.keys.dtype != np.uint8 or index.subsets.dtype != np.uint8:
+        raise ValueError("arrays of other types")
+    kinds = type(troubles.samples), type(troubles.named), type(troubles.damage)
+    if kinds != (int, list, str) or not all(isinstance(one, str) for one in troubles.named):
+        raise ValueError("troubles of other types")
+    if not rows:
+        return
+    largest = np.asarray(LARGEST)
+    fits = index.offsets.min() >= 0 and index.sizes.min() >= 0 and (index.sizes <= largest).all()
+    fits = fits and (shard.size is None or (index.offsets <= shard.size - index.sizes).all())
+    ends = np.diff(index.key_ends, prepend=0)
+    if not (fits and index.subsets.max() < len(SUBSETS) and ends.min() >= 0 and index.key_ends[-1] == len(index.keys)):
+        raise ValueError("numbers that do not fit the shard")
 
 
 def _save(file: Path, index: ShardIndex) -> None:
