@@ -24,6 +24,7 @@ from rflow_jax.utils.files import is_file, read_text
 from rflow_jax.utils.images import png_bytes, read_image, side_by_side
 from rflow_jax.utils.json_files import parse_json, parse_json_lines
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.shown import one_line
 
 # What to change, by the names that data sets give it; the first that is there counts.
 REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_list")
@@ -146,7 +147,7 @@ def _corrected(
         )
     except NotFiniteError as error:
         for place, reason in error.failed.items():
-            print(f"left out: pair {ready[place][0].number}: {reason}", file=sys.stderr)
+            print(one_line(f"left out: pair {ready[place][0].number}: {reason}"), file=sys.stderr)
     return images
 
 
@@ -206,7 +207,7 @@ def _readable(
             record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *files)
             good, bad = pictures(record, sizes, *position)
         except (InputError, RecordError) as error:
-            print(f"left out: pair {pair.number}: {error}", file=sys.stderr)
+            print(one_line(f"left out: pair {pair.number}: {error}"), file=sys.stderr)
             continue
         yield pair, fromarray(bad), fromarray(good)
 

@@ -19,6 +19,7 @@ from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.cli import Command
 from rflow_jax.utils.images import picture_bytes
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.shown import one_line
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import EnsembleVerifierConfig
@@ -116,7 +117,7 @@ class _Lines:
             target, verdict = found[self._next].target, found[self._next].verdict
             columns = [f"{verdict.score:.6g}" if verdict.scored else NONE, verdict.label or NONE, shown(target.path)]
             if verdict.error:
-                columns.append(" ".join(verdict.error.split()))
+                columns.append(one_line(verdict.error))
             print("\t".join(columns), file=self._out, flush=True)
             self._next += 1
 

@@ -188,7 +188,7 @@ class Results:
 def shown(path: Path) -> str:
     """A path as one line of text, whatever bytes it consists of."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:

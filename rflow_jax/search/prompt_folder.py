@@ -7,6 +7,7 @@ in another way are set aside, and what is missing is done again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ from rflow_jax.utils.atomic_io import (
     append_line,
     inside,
     is_blank,
+    naming_file,
     remove_beginnings,
     set_aside_and_say,
     sync_folder,
@@ -54,7 +56,10 @@ JOURNAL = "journal.jsonl"
 
 def json_line(value: Mapping[str, Any]) -> str:
     """One line of JSON, readable in any script; only ``\\n`` ends it, since a text may hold other separators."""
-    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair is \\ud800 in JSON too
 
 
@@ -64,6 +69,19 @@ def _plain(value: Any) -> Any:
         if callable(method := getattr(value, convert, None)):
             return method()
     return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for numbers that are none in JSON; keys become texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _finite(_plain(value))
 
 
 class Journal:
@@ -313,7 +331,8 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
-        sync_tree(temporary)
+        with naming_file(target):
+            shutil.copyfile(source, temporary)
+            sync_tree(temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # replacing a name by another of the same file leaves both

@@ -15,7 +15,7 @@ import yaml
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, public_url
 from rflow_jax.search.config import RunConfig, SearchConfig
-from rflow_jax.utils.atomic_io import is_blank, sync_folder, try_lock, use_folder
+from rflow_jax.utils.atomic_io import is_blank, naming_file, sync_folder, try_lock, use_folder
 from rflow_jax.utils.checks import current_key, flatten
 from rflow_jax.utils.files import read_bytes
 from rflow_jax.utils.yaml_files import read_yaml
@@ -106,18 +106,24 @@ def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
     if held is None:
         raise InputError(f"{out}: another process is using this folder; wait for it, or give another")
     if is_blank(read_bytes(path, "configuration")):  # after a power cut; in place, since this file is locked
-        path.write_text(_yaml(config), encoding="utf-8")
-        os.fsync(held.fileno())
+        with naming_file(path):
+            path.write_text(_yaml(config), encoding="utf-8")
+            os.fsync(held.fileno())
     return Claim(held, lock)
 
 
 def _write_first(path: Path, content: str) -> None:
     """Writes a new file; of several processes the first one wins, as the claims lock that file."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(own, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with naming_file(path):
+        try:
+            with open(own, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            own.unlink(missing_ok=True)
+            raise
     try:
         os.link(own, path)
     except FileExistsError:

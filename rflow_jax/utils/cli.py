@@ -5,6 +5,7 @@ device is one line too, and a bug a traceback.
 """
 
 import errno
+import logging
 import os
 import sys
 from argparse import SUPPRESS, ArgumentError, HelpFormatter
@@ -33,16 +34,21 @@ from rflow_jax.utils.arguments import (
 )
 from rflow_jax.utils.parser_messages import explain
 from rflow_jax.utils.registry import Registry
+from rflow_jax.utils.shown import one_line
 from rflow_jax.utils.yaml_files import parse_yaml
 
 __all__ = ["Command", "early_value", "run", "run_command"]
 
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "std::bad_alloc", "Cannot allocate memory")
 
 _OF_THE_MACHINE = {
     errno.ENOSPC: "the disk is full; free some space or choose another path",
     errno.EDQUOT: "your share of the disk is used up; free some space or choose another path",
     errno.EIO: "the device reports an error; check the disk, or copy the file again",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files; end other programs",
+    errno.ENOMEM: "out of memory; end other programs, or lower batch_size and workers",
+    errno.EFBIG: "the file is larger than its disk or your limit (ulimit -f) allows; choose another path",
 }
 _OF_THE_USER = {
     errno.ENOENT: "no such file or folder",
@@ -53,6 +59,8 @@ _OF_THE_USER = {
     errno.EPERM: "not permitted; change its rights or choose another path",
     errno.EROFS: "the disk is read-only; choose another path",
     errno.ENAMETOOLONG: "this name is too long",
+    errno.ELOOP: "links that lead in a circle",
+    errno.ENXIO: "a pipe or device, where a file is expected",
 }
 
 
@@ -77,6 +85,8 @@ def run(main: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # a path need not fit the terminal's encoding
+    if logging.lastResort is not None:  # which prints warnings where no one has set logging up
+        logging.lastResort.setFormatter(_OneLine())
     try:
         return main() or 0
     except InputError as error:
@@ -89,13 +99,15 @@ def run(main: Callable[[], int | None]) -> int:
         # Whoever read the output has seen enough; Python must not try to write the rest of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:
+        return _fail("out of memory: lower batch_size, height and width, or workers, or end other programs", 1)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE | _OF_THE_USER.keys():
+        if error.errno not in _OF_THE_MACHINE | _OF_THE_USER.keys() and error.filename is None:
             raise
-        return _fail(_of_files(error), 1 if error.errno in _OF_THE_MACHINE else 2)
+        return _fail(_of_files(error), 2 if error.errno in _OF_THE_USER else 1)
     except Exception as error:
         # JAX has no exception class of its own for this, only the status in the text.
-        if _OUT_OF_MEMORY not in str(error):
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         return _fail("out of accelerator memory: lower batch_size, height and width, or condition_size", 1)
 
@@ -207,11 +219,18 @@ def _require_values(namespace: Namespace, configs: Iterable[Any], prefix: str = 
 
 
 def _of_files(error: OSError) -> str:
-    what = (_OF_THE_USER | _OF_THE_MACHINE)[error.errno or 0]
+    what = (_OF_THE_USER | _OF_THE_MACHINE).get(error.errno or 0, error.strerror)
     where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{where or 'a file'}: {what}"
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return status
+
+
+class _OneLine(logging.Formatter):
+    """A warning on one line; a traceback, which only a bug has, follows it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
