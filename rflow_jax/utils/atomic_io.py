@@ -178,6 +178,13 @@ def inside(folder: Path, name: object) -> Path:
     raise InputError(f"{str(name)[:100]!r} is not a file in this folder")
 
 
+def beneath(folder: Path, name: object) -> Path:
+    """As :func:`inside`, by the name alone: in the Hub's cache a model's files are links to another folder."""
+    if isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name) and ".." not in name.split("/"):
+        return folder / name
+    raise InputError(f"{str(name)[:100]!r} is not a file in this folder")
+
+
 class SyncGroup:
     """Says when lines that were appended to a file should be put on disk: at once, then every :data:`SYNC_EVERY`."""
 

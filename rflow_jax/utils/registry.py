@@ -241,6 +241,8 @@ class Registry(Generic[C]):
         Sections of earlier versions and of today compare equal if they mean the same.
         """
         name = section.get("name", self.default)
+        if not isinstance(name, str):
+            return dict(section)
         kind = self.kinds[name][0] if name in self.kinds else self.plugin
         try:
             section = self._upgraded(kind, {**section, "name": name})

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.atomic_io import inside
+from rflow_jax.utils.atomic_io import beneath
 from rflow_jax.utils.cache import cache_folder
 from rflow_jax.utils.files import sha256_of
 from rflow_jax.utils.json_files import naming, read_object
@@ -85,7 +85,7 @@ def unpacked(folder: Path) -> Path:
         raise InputError(f"{folder / MANIFEST}: no files; install or copy the folder again")
     for relative, wanted in sums.items():
         with naming(folder / MANIFEST):
-            file = inside(folder, relative)
+            file = beneath(folder, relative)
         if not file.is_file() or _sum(file) != wanted:
             raise InputError(f"{file}: missing or damaged: its sum is not the recorded one; install or copy it again")
     found.parent.mkdir(parents=True, exist_ok=True)

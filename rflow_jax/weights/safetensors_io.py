@@ -9,7 +9,6 @@ no float8.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 from collections import deque
@@ -24,6 +23,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import beneath
+from rflow_jax.utils.files import is_file
+from rflow_jax.utils.json_files import naming, read_object
 from rflow_jax.weights.finite import require_finite
 
 DTYPES = {
@@ -91,11 +93,16 @@ class TensorFiles(Mapping[str, TensorInfo]):
         if indexes:
             index = indexes[0]
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = sorted(set(read_object(index)["weight_map"].values()))
+                for name in names:
+                    with naming(index):
+                        beneath(path, name)
+            except InputError:
+                raise
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
             for name in names:
-                if not (path / name).is_file():
+                if not is_file(path / name):
                     raise InputError(f"{path / name}: missing, though {index.name} names it; fetch the whole folder")
             return cls(path / name for name in names)
         found = sorted(path.glob("*.safetensors"))

@@ -148,7 +148,9 @@ class LatentSource:
         if not (folder / COMPLETE).exists():
             raise InputError(f"{folder}: not all records are encoded yet; give the same precompute command again")
         counts = _read_json(folder / COMPLETE)
-        self.counts: Mapping[str, int] = {name: int(counts.get(name, 0)) for name in SUBSETS}
+        self.counts: Mapping[str, int] = {name: counts.get(name, 0) for name in SUBSETS}
+        if wrong := [name for name, count in self.counts.items() if type(count) is not int or count < 0]:
+            raise InputError(f"{folder / COMPLETE}: {wrong[0]} is {counts[wrong[0]]!r}; expected a number of records")
         shared = TensorFiles.open(folder / SHARED)
         self._black = (shared.read("black_mean"), shared.read("black_logvar"))
         self._empty_text = shared.read("empty_text")

@@ -6,8 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -32,7 +35,7 @@ from rflow_jax.data.sources.tar_members import (
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import RangeFile, Shard
 from rflow_jax.errors import InputError
-from rflow_jax.utils.files import open_regular
+from rflow_jax.utils.files import OF_THE_MACHINE, open_regular
 from rflow_jax.utils.json_files import parse_json
 from rflow_jax.utils.progress import count_progress
 
@@ -41,6 +44,10 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 _NAMED = 5  # unusable samples to name
 _BUFFER = 8192
+_NO_INDEX = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, tokenize.TokenError),  # NumPy's headers are Python
+)
 _LARGEST_INDEX = 2**32  # bytes; a sample has about 130
 
 
@@ -210,7 +217,9 @@ def _load(file: Path, shard: Shard) -> ShardIndex | None:
         index = ShardIndex(**named, troubles=troubles)
         _require_fit(index, shard)
         return index
-    except (ValueError, KeyError, TypeError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
+    except _NO_INDEX as error:
+        if getattr(error, "errno", None) in OF_THE_MACHINE:
+            raise
         log.warning("%s: damaged, so the shard is indexed again (%s)", file, error)
         return None
 

@@ -63,6 +63,8 @@ def read_alpha(files: TensorFiles, *, has_alpha_keys: bool, default: float | Non
         if config.get(key):
             raise InputError(f"{source}: its configuration says {key}, which is not supported")
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{source}: alpha_pattern is {patterns!r}; expected keys with numbers")
     return LoraAlpha(
         default if alpha is None else _number(alpha, "lora_alpha", source),
         {pattern: _number(value, pattern, source) for pattern, value in patterns.items()},
