@@ -240,10 +240,23 @@ def known_keys(argv: Sequence[str], command: Command) -> list[str]:
     for k, file in values_of(argv, "--config"):
         content = _yaml(file)
         require_known(content, f"{file}: ")
+        _require_sections(content, known, f"{file}: ")
         if content.keys() & (others - own):
             kept = {key: value for key, value in content.items() if key in command.shared or key not in others}
             result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(kept, default=str)}"
     return result
+
+
+def _require_sections(content: Mapping[str, Any], known: Sequence[str], place: str, prefix: str = "") -> None:
+    """Raises InputError for a section without keys; a text may be the name of a file with them."""
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if path not in known and any(one.startswith(f"{path}.") for one in known):
+            if isinstance(value, Mapping):
+                _require_sections(value, known, place, f"{path}.")
+            elif not isinstance(value, str):
+                shown = "null" if value is None else repr(value)
+                raise InputError(f"{place}{path} is {shown}: give keys with values, or leave it out")
 
 
 def keys(configs: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,7 +103,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _deeper(value: Any) -> bool:
     """Whether containers are nested more than :data:`DEEPEST` deep."""
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
         level = [one for members in inner for one in members]
     return any(isinstance(one, dict | list) for one in level)
