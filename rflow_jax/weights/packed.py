@@ -20,7 +20,7 @@ import numpy as np
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import beneath
 from rflow_jax.utils.cache import cache_folder
-from rflow_jax.utils.files import sha256_of
+from rflow_jax.utils.files import is_file, sha256_of
 from rflow_jax.utils.json_files import naming, read_object
 from rflow_jax.weights.model_folder import write_json
 from rflow_jax.weights.safetensors_io import TensorFiles
@@ -86,7 +86,7 @@ def unpacked(folder: Path) -> Path:
     for relative, wanted in sums.items():
         with naming(folder / MANIFEST):
             file = beneath(folder, relative)
-        if not file.is_file() or _sum(file) != wanted:
+        if not is_file(file) or _sum(file) != wanted:
             raise InputError(f"{file}: missing or damaged: its sum is not the recorded one; install or copy it again")
     found.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=found.parent, prefix=".unpacking-", ignore_cleanup_errors=True) as partial:

@@ -139,8 +139,9 @@ class Buffers:
         elif (items := self._items.get(raw.subset)) is not None:
             self._seen[raw.subset] += 1
             self._without[raw.subset] = 0
+            before = self._bytes[raw.subset]
             self._bytes[raw.subset] += raw.nbytes
-            if (len(items) < self._size and self._bytes[raw.subset] <= self._size * _LARGEST_MEAN) or not items:
+            if len(items) < self._size and before < self._size * _LARGEST_MEAN:
                 items.append(BufferedSample(*found))
             else:
                 word = int(random_words(self._seed, REPLACEMENT, (epoch << 32 | shard, 1 + sample), 1)[0])

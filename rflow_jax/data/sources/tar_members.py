@@ -131,7 +131,7 @@ class _Header(TarInfo):
 
     def _proc_sparse(self, tarfile: TarFile) -> TarInfo:
         """A sparse member of GNU tar, which is left out; the blocks of its map follow the header."""
-        _, more, size = vars(self).pop("_sparse_structs")
+        _, more, size = getattr(self, "_sparse_structs")  # noqa: B009 (missing in the type stubs)
         for _ in range(_MOST_SPARSE):
             if not more:
                 break

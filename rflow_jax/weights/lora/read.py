@@ -17,6 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.models.lora import Adapter, linears
+from rflow_jax.utils.checks import require_pattern
 from rflow_jax.utils.json_files import parse_json, read_object
 from rflow_jax.weights.mappings.flux import BFL, DIFFUSERS
 from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
@@ -65,6 +66,8 @@ def read_alpha(files: TensorFiles, *, has_alpha_keys: bool, default: float | Non
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise InputError(f"{source}: alpha_pattern is {patterns!r}; expected keys with numbers")
+    for pattern in patterns:
+        require_pattern(f"{source}: alpha_pattern {pattern}", pattern)
     return LoraAlpha(
         default if alpha is None else _number(alpha, "lora_alpha", source),
         {pattern: _number(value, pattern, source) for pattern, value in patterns.items()},

@@ -1,4 +1,4 @@
-"""Tars that declare or deliver too much: one sample or the rest of the shard is left out, in bounded memory and time."""
+"""Tars that declare or deliver too much: a sample or the rest of the shard is left out, in bounded memory and time."""
 
 import gzip
 import io
@@ -179,7 +179,7 @@ def test_a_buffer_of_large_records_holds_fewer(tmp_path, monkeypatch):
     buffers = Buffers(RecordStream(route, RetryPolicy()), route, ["general"], 40, 0)
     drawn = [buffers.draw("general", number) for number in range(60)]
     held = max(sum(one.raw.nbytes for one in job.spares) for job in drawn)
-    assert 0 < held <= 40 * 300
+    assert 40 * 200 < held < 40 * 300 + 3000
     again = Buffers(RecordStream(route, RetryPolicy()), route, ["general"], 40, 0)
     assert [again.draw("general", number).raw for number in range(60)] == [job.raw for job in drawn]
 

@@ -86,4 +86,4 @@ def test_templates_as_models_have_them_are_rendered():
         "{{ 'abc'|replace('b', 'd') }}{{ ['a', 'b']|join(', ') }}{% if add_generation_prompt %}A{% endif %}"
     )
     rendered = ChatTemplate(text).render(MESSAGES, add_generation_prompt=True)
-    assert rendered == 'user:hi\n1{"a": "é"}adca, bA'
+    assert rendered == 'user:hi1{"a": "é"}adca, bA'
