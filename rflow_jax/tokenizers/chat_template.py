@@ -17,10 +17,11 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.compiler import CodeGenerator
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_replace
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST = 2**24  # characters of a chat
 _BUDGET = 2**28  # characters of all results, and of what lies in variables at each line, with _A_LINE for the line

@@ -97,8 +97,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 for name in names:
                     with naming(index):
                         beneath(path, name)
-            except InputError:
-                raise
+            except InputError as error:
+                raise InputError(f"{error}; so this is not an index of safetensors shards") from error
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
             for name in names:

@@ -277,7 +277,7 @@ def settings_text(settings: LatentMetadata) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise InputError(f"{path}: no such file; rflow data precompute writes it")
+        raise InputError(f"{path}: cannot be read (no such file); rflow data precompute writes it")
     return read_object(path)
 
 
