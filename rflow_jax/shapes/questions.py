@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -161,7 +160,9 @@ def write_questions(config: QuestionsConfig) -> tuple[int, int]:
     sync_tree(out)
     order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
     training = [_chat(asked[number], _picture_name(number)) for number in order[config.held_out :]]
-    tests = [line for number in order[: config.held_out] for line in _single_chats(asked[number], _picture_name(number))]
+    tests = [
+        line for number in order[: config.held_out] for line in _single_chats(asked[number], _picture_name(number))
+    ]
     write_file(out / "chats.jsonl", "".join(training))
     write_file(out / "held_out.jsonl", "".join(tests))
     return len(training), len(tests)
