@@ -1,6 +1,5 @@
 """``rflow generate``: images of one prompt, each with a record of how it was made."""
 
-import hashlib
 import json
 import logging
 import re
@@ -18,7 +17,9 @@ from rflow_jax.search.config import RECIPE, RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import use_folder, write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command, early_value
+from rflow_jax.utils.files import sha256_of
 from rflow_jax.utils.images import png_bytes, read_image
+from rflow_jax.utils.json_files import read_object
 from rflow_jax.utils.progress import count_progress
 
 Seed = int | tuple[int, ...]
@@ -154,7 +155,7 @@ def _seeds(config: GenerateConfig) -> list[Seed]:
 def _record(config: GenerateConfig, seed: Seed) -> dict[str, Any]:
     digest = None
     if config.condition is not None:
-        digest = hashlib.sha256(Path(config.condition).read_bytes()).hexdigest()
+        digest = sha256_of(Path(config.condition), "condition")
     return {
         "prompt": config.prompt,
         "refined_prompt": config.refined_prompt or None,
@@ -175,7 +176,7 @@ def _require_free(path: Path, record: Mapping[str, Any]) -> None:
     if not path.exists() and not path.with_suffix(".json").exists():
         return
     try:
-        made = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        made = read_object(path.with_suffix(".json"))
         other = [key for key in record if key not in ("settings", "condition") and made[key] != record[key]]
         for key, value in record["settings"].items():
             if value is not None and made["settings"][key] != value:  # None: the model decides

@@ -20,9 +20,11 @@ from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.files import is_file, read_text
 from rflow_jax.utils.images import png_bytes, read_image, side_by_side
-from rflow_jax.utils.json_files import parse_json_lines, read_text
+from rflow_jax.utils.json_files import parse_json, parse_json_lines
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.shown import one_line
 
 # What to change, by the names that data sets give it; the first that is there counts.
 REFLECTIONS = ("reflection_prompt", "instruction", "reflection", "edited_prompt_list")
@@ -145,7 +147,7 @@ def _corrected(
         )
     except NotFiniteError as error:
         for place, reason in error.failed.items():
-            print(f"left out: pair {ready[place][0].number}: {reason}", file=sys.stderr)
+            print(one_line(f"left out: pair {ready[place][0].number}: {reason}"), file=sys.stderr)
     return images
 
 
@@ -163,10 +165,7 @@ def read_pairs(path: Path) -> list[CorrectionPair]:
     """
     text = read_text(path, "list of pairs")
     if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+        entries = parse_json(text, str(path))
     else:
         entries = (entry for _, entry in parse_json_lines(text, path))
     found = [_pair(entry, number, path) for number, entry in enumerate(entries)]
@@ -181,7 +180,7 @@ def _pair(entry: Any, number: int, path: Path) -> CorrectionPair:
         raise InputError(f"{source}: expected an object with bad_image, good_image, prompt and reflection")
     reflection = next((entry[key] for key in REFLECTIONS if entry.get(key)), None)
     if isinstance(reflection, list):  # a history of prompts: the last one says what is wanted
-        reflection = reflection[-1]
+        reflection = reflection[-1] if reflection else None
     texts = {"bad_image": entry.get("bad_image"), "good_image": entry.get("good_image"), "prompt": entry.get("prompt")}
     for key, value in {**texts, "reflection": reflection}.items():
         if not isinstance(value, str) or not value.strip():
@@ -189,7 +188,7 @@ def _pair(entry: Any, number: int, path: Path) -> CorrectionPair:
         require_text(value, f"{source}: {key}")
     bad, good = (path.parent / entry[key] for key in ("bad_image", "good_image"))
     for file in (bad, good):
-        if not file.is_file():
+        if not is_file(file):
             raise InputError(f"{source}: {file}: no such file")
     assert isinstance(reflection, str)
     return CorrectionPair(number, bad, good, entry["prompt"], reflection, entry.get("image_id"))
@@ -208,7 +207,7 @@ def _readable(
             record = Record(f"pair {pair.number}", "general", pair.prompt, pair.reflection, *files)
             good, bad = pictures(record, sizes, *position)
         except (InputError, RecordError) as error:
-            print(f"left out: pair {pair.number}: {error}", file=sys.stderr)
+            print(one_line(f"left out: pair {pair.number}: {error}"), file=sys.stderr)
             continue
         yield pair, fromarray(bad), fromarray(good)
 

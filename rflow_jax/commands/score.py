@@ -17,7 +17,9 @@ from rflow_jax.scoring.results import ImageResult, Results, shown
 from rflow_jax.scoring.targets import ScoreConfig, Target, find_targets
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.images import picture_bytes
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.shown import one_line
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.verifiers.config import EnsembleVerifierConfig
@@ -58,7 +60,7 @@ def _scored(config: ScoreConfig, targets: Sequence[Target], results: Results, me
     found: dict[int, ImageResult] = {}
     for k, target in enumerate(targets if results and not config.again else ()):
         try:
-            sha256 = hashlib.sha256(target.path.read_bytes()).hexdigest()
+            sha256 = hashlib.sha256(picture_bytes(target.path)).hexdigest()
         except (OSError, ValueError):
             continue  # reported when it is scored
         if (known := results.known(target, sha256)) is not None:
@@ -115,7 +117,7 @@ class _Lines:
             target, verdict = found[self._next].target, found[self._next].verdict
             columns = [f"{verdict.score:.6g}" if verdict.scored else NONE, verdict.label or NONE, shown(target.path)]
             if verdict.error:
-                columns.append(" ".join(verdict.error.split()))
+                columns.append(one_line(verdict.error))
             print("\t".join(columns), file=self._out, flush=True)
             self._next += 1
 

@@ -38,7 +38,7 @@ class DataConfig:
         cache: folder of the shards' indexes; null: ~/.cache/rflow_jax/genref.
         allow_shell: whether ``pipe:`` shards may run shell commands.
         shuffle_buffer_size: records of each subset held in memory to be shuffled, in every process (``stream`` alone);
-            of GenRef about 1.6 MB each.
+            of GenRef about 1.6 MB each; fewer of records above 2 MiB.
         retry: timeouts and retries of servers.
     """
 

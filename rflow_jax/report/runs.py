@@ -1,18 +1,17 @@
 """Reads the folder of a search: its images in the order in which they were made."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import inside
 from rflow_jax.utils.images import PictureError, size_in
-from rflow_jax.utils.json_files import parse_json_lines, read_text
+from rflow_jax.utils.json_files import read_json, read_records
+from rflow_jax.utils.yaml_files import read_yaml
 from rflow_jax.verifiers.base import EnsembleVerdict, MemberVerdict, Verdict
 from rflow_jax.verifiers.ranking import best_first, with_ensemble_scores
 
@@ -158,28 +157,22 @@ def read_run(folder: Path) -> SearchRun:
     finished = [prompt for path in begun if (prompt := _read_prompt(path))]
     if not finished:
         raise InputError(f"{folder}: no prompt is finished yet ({len(begun)} begun); report on it later")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_bytes())
-    except yaml.YAMLError as error:
-        raise InputError(f"{folder / 'config.yaml'}: not YAML ({error})") from error
+    config = read_yaml(folder / "config.yaml", "configuration")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.yaml'}: expected keys with values")
-    try:
-        usage = json.loads((folder / "usage.json").read_bytes()) if (folder / "usage.json").is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{folder / 'usage.json'}: not JSON ({error})") from error
+    usage = read_json(folder / "usage.json") if (folder / "usage.json").exists() else {}
     known = usage.items() if isinstance(usage, dict) else ()
-    usage = {key: float(value) for key, value in known if isinstance(value, int | float)}
+    usage = {key: float(value) for key, value in known if type(value) in (int, float)}
     return SearchRun(folder, config, usage, tuple(finished), len(begun) - len(finished))
 
 
 def _read_prompt(folder: Path) -> Prompt | None:
     """None for a prompt that is not finished."""
     records = folder / "records.jsonl"
-    if not records.is_file():
+    if not records.exists():
         return None
     text, pictures = "", []
-    for source, record in parse_json_lines(read_text(records, "records"), records):
+    for source, record in read_records(records, "records"):
         try:
             pictures.append(_picture(record, folder, len(pictures)))
         except ValueError as error:
@@ -190,7 +183,7 @@ def _read_prompt(folder: Path) -> Prompt | None:
     verdicts = with_ensemble_scores([picture.verdict for picture in pictures])
     pictures = [replace(picture, verdict=verdict) for picture, verdict in zip(pictures, verdicts, strict=True)]
     metadata = folder / "metadata.jsonl"
-    entries = parse_json_lines(read_text(metadata, "prompt"), metadata) if metadata.is_file() else iter(())
+    entries = read_records(metadata, "prompt") if metadata.exists() else iter(())
     _, entry = next(entries, ("", {}))
     tag = entry.get("tag")
     return Prompt(folder.name, text, tag if isinstance(tag, str) and tag else None, tuple(pictures))
@@ -198,13 +191,11 @@ def _read_prompt(folder: Path) -> Prompt | None:
 
 def _picture(record: Mapping[str, Any], folder: Path, position: int) -> Picture:
     _check(record, _RECORD)
-    file, parent, verdict = PurePosixPath(record["file"]), record.get("parent"), record.get("verdict")
-    if file.is_absolute() or ".." in file.parts:
-        raise ValueError(f"file is {record['file']!r}, outside the prompt's folder")
+    file, parent, verdict = inside(folder, record["file"]), record.get("parent"), record.get("verdict")
     if parent is not None and not 0 <= parent < position:
         raise ValueError(f"parent is {parent}, which is not an earlier record")
     try:
-        size = size_in(folder / file)
+        size = size_in(file)
     except PictureError:
         size = None
     return Picture(

@@ -26,6 +26,7 @@ from rflow_jax.utils.atomic_io import (
     try_lock,
     write_file,
 )
+from rflow_jax.utils.files import LARGEST_JOURNAL, read_bytes
 from rflow_jax.utils.json_files import parse_json_line
 from rflow_jax.verifiers.base import Verdict, read_verdict
 
@@ -147,7 +148,7 @@ class Results:
 
     def _read(self, path: Path) -> None:
         """Raises InputError for a file of another program, which stays as it is."""
-        content = path.read_bytes()
+        content = read_bytes(path, "file of scores", LARGEST_JOURNAL)
         end = content.rfind(b"\n") + 1
         torn, damaged = content[end:], []
         for number, text in enumerate(content[:end].split(b"\n")[:-1], 1):
@@ -167,7 +168,7 @@ class Results:
 
     def _take(self, text: bytes, source: str) -> None:
         """Raises one of several errors if the text is not a line of this file."""
-        line = parse_json_line(text.decode(), source)
+        line = parse_json_line(text, source)
         verdict, line_key = read_verdict(line["verdict"]), _line_key(line)
         key = _key(line["sha256"], line["settings"], line["item"])
         self._lines[line_key] = line
@@ -189,7 +190,7 @@ class Results:
 def shown(path: Path) -> str:
     """A path as one line of text, whatever bytes it consists of."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from rflow_jax.errors import InputError
 from rflow_jax.search.inputs import image_files
 from rflow_jax.search.prompt_folder import METADATA
 from rflow_jax.utils.checks import require_text
-from rflow_jax.utils.json_files import read_json_lines
+from rflow_jax.utils.files import read_bytes
+from rflow_jax.utils.json_files import parse_json, read_json_lines
 from rflow_jax.verifiers.config import VERIFIERS, NoVerifierConfig, OpenAIVerifierConfig, VerifierConfig
 
 
@@ -107,20 +108,16 @@ def _under(path: Path, config: ScoreConfig) -> Iterator[Target]:
             continue
         metadata = folder / METADATA
         try:
-            item, error = _checked(_parsed(metadata.read_text(encoding="utf-8"), str(metadata)), str(metadata))
-        except OSError as reason:
-            item, error = {}, f"no prompt: {metadata}: {reason.strerror}"
+            item, error = _checked(_parsed(metadata), str(metadata))
         except InputError as reason:
             item, error = {}, f"no prompt: {reason}"
-        except (ValueError, RecursionError):
-            item, error = {}, f"no prompt: {metadata} is not JSON"
         yield from (Target(file, item, error) for file in files)
 
 
-def _parsed(text: str, source: str) -> Any:
-    """The JSON value; raises InputError where UTF-8 cannot represent it."""
-    found = json.loads(text)
-    require_text(json.dumps(found, ensure_ascii=False), source)
+def _parsed(path: Path) -> Any:
+    """The JSON value in a file; raises InputError also where UTF-8 cannot represent it."""
+    found = parse_json(read_bytes(path, "prompt"), str(path))
+    require_text(json.dumps(found, ensure_ascii=False), str(path))
     return found
 
 

@@ -9,8 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rflow_jax.errors import InputError
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.atomic_io import remove_beginnings, write_file
+from rflow_jax.utils.json_files import read_json
 
 EVERY = 10.0  # seconds between writes
 
@@ -26,8 +28,8 @@ class Budget:
         self._path = out / (f"usage_{process_index}.json" if process_index else "usage.json")
         self._budget = budget
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_json(self._path) if self._path.exists() else None
+        except InputError:
             content = None
         before = content if isinstance(content, dict) else {}
         self._seconds = float(_number(before.get("seconds")))

@@ -7,9 +7,9 @@ in another way are set aside, and what is missing is done again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import stat
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,7 @@ from rflow_jax.utils.atomic_io import (
     append_line,
     inside,
     is_blank,
+    naming_file,
     remove_beginnings,
     set_aside_and_say,
     sync_folder,
@@ -42,8 +43,10 @@ from rflow_jax.utils.atomic_io import (
     temporary_path,
     write_file,
 )
-from rflow_jax.utils.images import png_bytes, read_image
-from rflow_jax.utils.json_files import parse_json_line, parse_json_lines, read_text
+from rflow_jax.utils.files import LARGEST_JOURNAL, is_file, open_regular, read_bytes
+from rflow_jax.utils.images import MAX_BYTES, png_bytes, read_image
+from rflow_jax.utils.json_files import parse_json_line, read_json
+from rflow_jax.utils.json_files import read_records as read_lines
 from rflow_jax.verifiers.base import read_verdict
 from rflow_jax.verifiers.ranking import with_ensemble_scores
 from rflow_jax.writers.base import WriterOutput
@@ -53,7 +56,10 @@ JOURNAL = "journal.jsonl"
 
 def json_line(value: Mapping[str, Any]) -> str:
     """One line of JSON, readable in any script; only ``\\n`` ends it, since a text may hold other separators."""
-    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair is \\ud800 in JSON too
 
 
@@ -63,6 +69,19 @@ def _plain(value: Any) -> Any:
         if callable(method := getattr(value, convert, None)):
             return method()
     return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for numbers that are none in JSON; keys become texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _finite(_plain(value))
 
 
 class Journal:
@@ -76,7 +95,7 @@ class Journal:
         self._path = path
         self._known: dict[int, dict[str, Any]] = {}
         self._group = SyncGroup()
-        self._read(path.read_bytes() if path.exists() else b"")
+        self._read(read_bytes(path, "journal", LARGEST_JOURNAL) if path.exists() else b"")
 
     def known(self, position: int, what: str) -> Any:
         """The entry of an image, or None."""
@@ -113,7 +132,7 @@ class Journal:
 
 def _journal_entry(text: bytes, source: str) -> dict[str, Any]:
     """A line of the journal; raises one of several errors if it is none."""
-    entry = parse_json_line(text.decode(), source)
+    entry = parse_json_line(text, source)
     if type(entry["id"]) is not int:
         raise TypeError("id")
     for what, value in entry.items():
@@ -241,22 +260,18 @@ def _damage(folder: Path) -> str | None:
 
 def has_end(path: Path) -> bool:
     """Whether a PNG file is there to its last byte."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(_PNG_END), os.SEEK_END)
-            return file.read() == _PNG_END
-    except OSError:
+    if not is_file(path) or path.stat().st_size < len(_PNG_END):
         return False
+    with open_regular(path) as file:
+        file.seek(-len(_PNG_END), os.SEEK_END)
+        return file.read() == _PNG_END
 
 
 def _is_whole_png(path: Path) -> bool:
     """Whether all checksums in a PNG file are right; a link is none, since it may lead anywhere."""
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode) or not has_end(path):
-            return False
-        content = memoryview(path.read_bytes())
-    except OSError:
+    if path.is_symlink() or not has_end(path):
         return False
+    content = memoryview(read_bytes(path, "image", MAX_BYTES))
     place = len(_PNG)
     while content[:place] and place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
@@ -267,10 +282,7 @@ def _is_whole_png(path: Path) -> bool:
 
 
 def _has_content(path: Path) -> bool:
-    try:
-        return not is_blank(path.read_bytes())
-    except FileNotFoundError:
-        return False
+    return path.exists() and not is_blank(read_bytes(path, "prompt"))
 
 
 def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
@@ -283,8 +295,8 @@ def check_entry(out: Path, index: int, entry: Mapping[str, Any]) -> None:
     if not _has_content(path):
         return
     try:
-        same = json.loads(path.read_text(encoding="utf-8")) == dict(entry)
-    except ValueError:
+        same = read_json(path) == dict(entry)
+    except InputError:
         same = False
     if not same:
         raise InputError(f"{path}: another prompt than number {index} of the prompt file; give another --out")
@@ -298,7 +310,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / RECORDS
     records = []
-    for source, record in parse_json_lines(read_text(path, "records"), path):
+    for source, record in read_lines(path, "records"):
         try:
             inside(folder, record["file"])
             if (verdict := record.get("verdict")) is not None:
@@ -319,7 +331,8 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
-        sync_tree(temporary)
+        with naming_file(target):
+            shutil.copyfile(source, temporary)
+            sync_tree(temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # replacing a name by another of the same file leaves both

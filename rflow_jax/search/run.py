@@ -19,6 +19,7 @@ from rflow_jax.search.prompt_folder import PromptFolder, check_entry, folder_of,
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
 from rflow_jax.utils.recipes import find_prompts
+from rflow_jax.utils.shown import one_line
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.config import VerifierConfig
 from rflow_jax.writers import REFINE_PROMPT, REFLECTION_PROMPT, make_text_generator
@@ -147,7 +148,8 @@ def _search(
         keep(now=True)
     print(_summary(len(todo), live, out, accounts, verified=context.verified))
     if live.first_failure:
-        print(f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl", file=sys.stderr)
+        said = f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl"
+        print(one_line(said), file=sys.stderr)
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
     if lacking := live.without_answer():

@@ -16,8 +16,10 @@ import yaml
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, public_url
 from rflow_jax.search.config import RunConfig, SearchConfig
-from rflow_jax.utils.atomic_io import is_blank, sync_folder, try_lock, use_folder
+from rflow_jax.utils.atomic_io import is_blank, naming_file, sync_folder, try_lock, use_folder
 from rflow_jax.utils.checks import current_key, flatten
+from rflow_jax.utils.files import read_bytes
+from rflow_jax.utils.yaml_files import read_yaml
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, VerifierConfig
 from rflow_jax.writers.base import WRITERS, TextGeneratorConfig
 
@@ -56,13 +58,14 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         InputError: a setting that changes results differs now; names it.
     """
     path = out / CONFIG
-    if not path.exists() or is_blank(path.read_bytes()):
+    if not path.exists() or is_blank(read_bytes(path, "configuration")):
         return
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        assert isinstance(before, dict)
-    except (ValueError, AssertionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read; give another folder as --out") from error
+        before = read_yaml(path, "configuration")
+        if not isinstance(before, dict):
+            raise InputError(f"{path}: expected keys with values")
+    except InputError as error:
+        raise InputError(f"{error}; give another folder as --out") from error
     was, now = flatten(_fingerprint(before)), flatten(_fingerprint(config))
     was = {current_key(key): value for key, value in was.items()}
     other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
@@ -117,19 +120,25 @@ def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
     held = try_lock(lock or path)
     if held is None:
         raise InputError(f"{out}: another process is using this folder; wait for it, or give another")
-    if is_blank(path.read_bytes()):  # after a power cut; in place, since this file is locked
-        path.write_text(_yaml(config), encoding="utf-8")
-        os.fsync(held.fileno())
+    if is_blank(read_bytes(path, "configuration")):  # after a power cut; in place, since this file is locked
+        with naming_file(path):
+            path.write_text(_yaml(config), encoding="utf-8")
+            os.fsync(held.fileno())
     return Claim(held, lock)
 
 
 def _write_first(path: Path, content: str) -> None:
     """Writes a new file; of several processes the first one wins, as the claims lock that file."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(own, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with naming_file(path):
+        try:
+            with open(own, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            own.unlink(missing_ok=True)
+            raise
     try:
         os.link(own, path)
     except FileExistsError:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.files import LARGEST_TEXT, require_regular
+from rflow_jax.utils.json_files import read_object
 
 REFLECTION_MARK = "[Reflexion]"  # as in the training data of the corrector
 CLIP_TOKENIZER, T5_TOKENIZER = "tokenizer", "tokenizer_2"  # subfolders of a model
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+    *("vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 log = logging.getLogger(__name__)
 
@@ -63,17 +69,47 @@ def load_tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, so no tokenizer; fetch the whole model folder")
     ready = folder / "tokenizer.json"
-    try:
+    require_tokenizer_files(folder)
+    with tokenizer_errors(folder):
         if not ready.is_file():
-            return warm_up_tokenizer(AutoTokenizer.from_pretrained(folder))
+            _require_no_code(folder)
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return warm_up_tokenizer(found)
         # As saved: Transformers would rebuild T5's from its sentencepiece model, with a warning each time.
-        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config = read_object(folder / "tokenizer_config.json")
         special = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
         # Some versions of Transformers write a token's properties along.
         special = {name: token if isinstance(token, str) else token["content"] for name, token in special.items()}
         return warm_up_tokenizer(PreTrainedTokenizerFast(tokenizer_file=str(ready), **special))
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def require_tokenizer_files(folder: Path) -> None:
+    """Raises InputError for a tokenizer's files that are no files or too large; libraries open them as they are."""
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(path := folder / name):
+            require_regular(path, "file of the tokenizer", LARGEST_TEXT)
+
+
+@contextmanager
+def tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Turns what the tokenizers library raises, panics of its Rust code among it, into an InputError."""
+    try:
+        yield
+    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder}: not a tokenizer ({reason})") from error
+
+
+def _require_no_code(folder: Path) -> None:
+    """Raises InputError where Transformers would run Python that came with the model, or ask whether it may."""
+    for path in (folder / "tokenizer_config.json", folder / "config.json"):
+        if path.exists() and "auto_map" in read_object(path):
+            raise InputError(
+                f"{path}: auto_map names Python code of the model's own, which is never run; take a folder with a "
+                "tokenizer.json"
+            )
 
 
 def warm_up_tokenizer(tokenizer: Any) -> Any:

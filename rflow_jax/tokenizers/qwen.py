@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rflow_jax.errors import InputError
-from rflow_jax.tokenizers.flux import require_plain, special_tokens, warm_up_tokenizer
+from rflow_jax.tokenizers.chat_template import ChatTemplate
+from rflow_jax.tokenizers.flux import (
+    load_tokenizer,
+    require_plain,
+    require_tokenizer_files,
+    special_tokens,
+    tokenizer_errors,
+    warm_up_tokenizer,
+)
 from rflow_jax.typing import Int
 from rflow_jax.utils.checks import require_text
+from rflow_jax.utils.files import read_text
 from rflow_jax.utils.json_files import read_object
 
 IMAGE, VISION_START = "<|image_pad|>", "<|vision_start|>"
 _SPECIAL = ("eos_token", "pad_token", "unk_token", "bos_token")
+LARGEST_TEMPLATE = 2**18  # bytes; the longest published ones have some thousands
 _CONFIG, _TEMPLATES = "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
 
 
@@ -36,26 +47,26 @@ class QwenTokenizer:
     def __init__(self, folder: Path, *, template_from: Path | None = None, added: Sequence[str] = ()):
         # Otherwise Transformers advises to install PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
+        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
         self.folder = folder
+        require_tokenizer_files(folder)
         config = read_object(folder / _CONFIG)
         special = {name: _text(name, config[name], folder / _CONFIG) for name in _SPECIAL if config.get(name)}
-        ready = folder / "tokenizer.json"
-        try:
-            if ready.is_file() or not (folder / "vocab.json").is_file():
+        with tokenizer_errors(folder):
+            if (ready := folder / "tokenizer.json").is_file() or not (folder / "vocab.json").is_file():
                 self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(ready), **special)
             else:
-                self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # the tokenizers library raises bare exceptions
-            raise InputError(f"{folder}: not a tokenizer ({str(error).splitlines()[0]})") from error
-        if added:
-            self._tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
-        warm_up_tokenizer(self._tokenizer)
+                self._tokenizer = load_tokenizer(folder)
+            if added:
+                self._tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+            warm_up_tokenizer(self._tokenizer)
         if self._tokenizer.pad_token_id is None:
             raise InputError(f"{folder / _CONFIG}: no pad_token; a batch cannot be padded without one")
         self._marks = special_tokens(self._tokenizer)
-        self._template, self._template_file = _template([folder, *([template_from] if template_from else [])])
+        text, self._template_file = _template([folder, *([template_from] if template_from else [])])
+        with self._template_errors():
+            self._template = ChatTemplate(text)
         self.chat(question("", None))  # so that a broken template is reported before weights are read
 
     def __len__(self) -> int:
@@ -101,10 +112,14 @@ class QwenTokenizer:
         Raises:
             InputError: the template fails.
         """
+        with self._template_errors():
+            special = self._tokenizer.special_tokens_map
+            return self._template.render(list(messages), add_generation_prompt=answer, **special)
+
+    @contextmanager
+    def _template_errors(self) -> Iterator[None]:
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=answer
-            )
+            yield
         except Exception as error:  # Jinja raises errors of its own, and those of the template's expressions
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{self._template_file}: the chat template does not work ({reason})") from error
@@ -141,13 +156,10 @@ def _template(folders: Sequence[Path]) -> tuple[str, Path]:
     """The chat template of the first folder that has one, and its file."""
     for folder in folders:
         jinja, as_json = (folder / name for name in _TEMPLATES)
-        if jinja.is_file():
-            try:
-                return jinja.read_text(encoding="utf-8"), jinja
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{jinja}: cannot be read ({error})") from error
+        if jinja.exists():
+            return read_text(jinja, "chat template", LARGEST_TEMPLATE), jinja
         for path in (as_json, folder / _CONFIG):
-            if path.is_file() and (template := read_object(path).get("chat_template")):
+            if path.exists() and (template := read_object(path).get("chat_template")):
                 if not isinstance(template, str):
                     raise InputError(f"{path}: chat_template is a {type(template).__name__}; expected a text")
                 return template, path

@@ -26,6 +26,7 @@ from rflow_jax.training.task import Exporter
 from rflow_jax.training.train_state import TrainState
 from rflow_jax.utils.atomic_io import sync_folder, sync_tree, write_file
 from rflow_jax.utils.checks import current_key
+from rflow_jax.utils.json_files import read_object
 from rflow_jax.utils.secrets import public_addresses
 
 _BLOCK = 1 << 24  # bytes
@@ -77,8 +78,8 @@ class ChecksumStore:
         if not file.exists():  # the newest of a killed run: complete, but without checksums yet
             return CheckResult(False, "")
         try:
-            noted = json.loads(file.read_text())
-        except ValueError:  # the checksums are damaged, which says nothing about the checkpoint
+            noted = read_object(file)
+        except InputError:  # the checksums are damaged, which says nothing about the checkpoint
             return CheckResult(False, "")
         found = _checksums(self._checkpoints / str(step))
         wrong = sorted(name for name in noted if noted[name] != found.get(name))

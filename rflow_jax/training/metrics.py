@@ -20,6 +20,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.parallel.distributed import allgather_strings
 from rflow_jax.training.config import LoggingConfig
 from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.files import LARGEST_JOURNAL, read_bytes, read_text
 from rflow_jax.utils.json_files import parse_json_line
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
@@ -104,7 +105,8 @@ class MetricWriter:
             id_file = out / WANDB_ID  # a resumed run continues the same run of wandb
             if not id_file.exists():
                 write_file(id_file, uuid.uuid4().hex)
-            self._wandb.init(project=config.wandb, dir=str(out), resume="allow", id=id_file.read_text().strip())
+            name = read_text(id_file, "name of the run").strip()
+            self._wandb.init(project=config.wandb, dir=str(out), resume="allow", id=name)
 
     def step(
         self, step: int, report: Any, batch: Any, drawn: Mapping[str, int], metrics: Mapping[str, float] | None = None
@@ -216,13 +218,13 @@ def _keep_until(file: Path, step: int) -> set[int]:
     if not file.exists():
         return set()
     kept, tried = [], set()
-    for text in file.read_text().splitlines():
+    for text in read_bytes(file, "metrics", LARGEST_JOURNAL).split(b"\n"):
         try:
-            line = parse_json_line(text, str(file))
+            line = parse_json_line(text, str(file), nan=True)
         except InputError:
             continue
-        if line.get("step", 0) <= step:
-            kept.append(text + "\n")
-            tried |= set() if "loss" in line else {line.get("step", 0)}
-    write_file(file, "".join(kept))
+        if isinstance(at := line.get("step", 0), int) and at <= step:
+            kept.append(text + b"\n")
+            tried |= set() if "loss" in line else {at}
+    write_file(file, b"".join(kept))
     return tried

@@ -1,18 +1,17 @@
 """The words of a command line, made into what jsonargparse takes."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
-
-import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import flatten
 from rflow_jax.utils.parser_messages import unknown_key
 from rflow_jax.utils.recipes import CONFIGS, find_recipe
 from rflow_jax.utils.registry import Component, Registry, Word
+from rflow_jax.utils.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -265,10 +264,23 @@ def known_keys(argv: Sequence[str], command: Command) -> list[str]:
     for k, file in values_of(argv, "--config"):
         content = _yaml(file)
         require_known(content, f"{file}: ")
+        _require_sections(content, known, f"{file}: ")
         if content.keys() & (others - own):
             kept = {key: value for key, value in content.items() if key in command.shared or key not in others}
             result[k] = f"{'--config=' * result[k].startswith('--')}{json.dumps(kept, default=str)}"
     return result
+
+
+def _require_sections(content: Mapping[str, Any], known: Sequence[str], place: str, prefix: str = "") -> None:
+    """Raises InputError for a section without keys; a text may be the name of a file with them."""
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if path not in known and any(one.startswith(f"{path}.") for one in known):
+            if isinstance(value, Mapping):
+                _require_sections(value, known, place, f"{path}.")
+            elif not isinstance(value, str):
+                shown = "null" if value is None else repr(value)
+                raise InputError(f"{place}{path} is {shown}: give keys with values, or leave it out")
 
 
 def keys(configs: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -291,20 +303,24 @@ def is_component(kind: Any) -> bool:
 
 
 def _yaml(file: str) -> dict[str, Any]:
-    """The keys of a YAML file; none where the parser had better say what is wrong with it."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not a text in UTF-8") from error
-    except (OSError, ValueError):
+    """The keys of a YAML file; none where there is no such file, which the parser will say, or no keys in it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not os.path.lexists(file):
         return {}
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    except ValueError as error:  # such as a date in month 13, or a number with thousands of digits
-        raise InputError(f"{file}: {error}") from error
+    content = read_yaml(file)
     return content if isinstance(content, dict) else {}
+
+
+def require_readable_sections(argv: Sequence[str], command: Command) -> None:
+    """Raises InputError where a section is a file that cannot be read, which jsonargparse would open as it is."""
+    every = [f"--{key}." for key, _ in keys(command.configs)]
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if any(key.startswith(f"{flag}.") and key != f"{flag}." for key in every):
+            _yaml(value if equals else after)
 
 
 def config_files(argv: Sequence[str]) -> str:

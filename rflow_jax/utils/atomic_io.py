@@ -10,10 +10,13 @@ import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.shown import one_line
 
 SYNC_EVERY = 2.0  # seconds between syncs of a file that lines are appended to
 
@@ -81,12 +84,28 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Writes a file atomically, even if the process is killed or the power fails; it is on disk on return."""
     make_folder(path.parent)
     temporary = temporary_path(path)
-    with open(temporary, "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with naming_file(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it takes space that a full disk has not
+            raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Gives an OSError within the path of the file that was meant: those of a full disk come without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def make_folder(path: Path) -> None:
@@ -120,7 +139,8 @@ def sync_tree(path: Path) -> None:
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
+        with naming_file(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
             raise
@@ -140,7 +160,8 @@ def set_aside(path: Path) -> Path:
 def set_aside_and_say(path: Path, where: str) -> None:
     """Sets a damaged file aside, and says on stderr where the damage is and that what is missing is done again."""
     aside = set_aside(path)
-    print(f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again", file=sys.stderr)
+    said = f"{path}: damaged ({where}); kept as {aside.name}, and what is missing is done again"
+    print(one_line(said), file=sys.stderr)
 
 
 def is_blank(content: bytes) -> bool:
@@ -148,17 +169,19 @@ def is_blank(content: bytes) -> bool:
     return not content.strip(b"\0 \t\r\n")
 
 
-def inside(folder: Path, name: object, *, follow_links: bool = False) -> Path:
-    """The path of a file that another file names, relative to its folder; raises InputError if it leaves the folder.
-
-    Args:
-        follow_links: a link in the folder may lead elsewhere, as those of the Hub's cache do.
-    """
+def inside(folder: Path, name: object) -> Path:
+    """The path of a file that another file names, relative to its folder; raises InputError if it leaves the folder."""
     if isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name):
-        resolve = os.path.normpath if follow_links else os.path.realpath
-        root = os.path.abspath(folder) if follow_links else os.path.realpath(folder)
-        if resolve(os.path.join(root, name)).startswith(os.path.join(root, "")):
+        root = os.path.realpath(folder)
+        if os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
             return folder / name
+    raise InputError(f"{str(name)[:100]!r} is not a file in this folder")
+
+
+def beneath(folder: Path, name: object) -> Path:
+    """As :func:`inside`, by the name alone: in the Hub's cache a model's files are links to another folder."""
+    if isinstance(name, str) and name and "\0" not in name and not os.path.isabs(name) and ".." not in name.split("/"):
+        return folder / name
     raise InputError(f"{str(name)[:100]!r} is not a file in this folder")
 
 
@@ -184,7 +207,7 @@ def append_line(path: Path, line: str, sync: bool = False) -> None:
     """
     new = sync and not path.exists()
     content = line.encode()
-    with open(path, "ab", buffering=0) as file:  # in one unbuffered call
+    with naming_file(path), open(path, "ab", buffering=0) as file:  # in one unbuffered call
         if file.write(content) < len(content):  # unbuffered, a full disk is not an error but a short write
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if sync:

@@ -5,6 +5,7 @@ device is one line too, and a bug a traceback.
 """
 
 import errno
+import logging
 import os
 import sys
 from argparse import SUPPRESS, ArgumentError, HelpFormatter
@@ -13,7 +14,8 @@ from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from rflow_jax.errors import InputError, RunError
 from rflow_jax.utils.arguments import (
@@ -26,22 +28,28 @@ from rflow_jax.utils.arguments import (
     known_keys,
     prepare,
     registries_of,
+    require_readable_sections,
     settings,
     takes_own_recipe,
 )
-from rflow_jax.utils.network import printable
 from rflow_jax.utils.parser_messages import explain
 from rflow_jax.utils.registry import Registry
 from rflow_jax.utils.secrets import without_secrets
+from rflow_jax.utils.shown import one_line
+from rflow_jax.utils.yaml_files import parse_yaml
 
 __all__ = ["Command", "early_value", "run", "run_command"]
 
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "std::bad_alloc", "Cannot allocate memory")
 
 _OF_THE_MACHINE = {
     errno.ENOSPC: "the disk is full; free some space or choose another path",
     errno.EDQUOT: "your share of the disk is used up; free some space or choose another path",
     errno.EIO: "the device reports an error; check the disk, or copy the file again",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files; end other programs",
+    errno.ENOMEM: "out of memory; end other programs, or lower batch_size and workers",
+    errno.EFBIG: "the file is larger than its disk or your limit (ulimit -f) allows; choose another path",
 }
 _OF_THE_USER = {
     errno.ENOENT: "no such file or folder",
@@ -52,7 +60,21 @@ _OF_THE_USER = {
     errno.EPERM: "not permitted; change its rights or choose another path",
     errno.EROFS: "the disk is read-only; choose another path",
     errno.ENAMETOOLONG: "this name is too long",
+    errno.ELOOP: "links that lead in a circle",
+    errno.ENXIO: "a pipe or device, where a file is expected",
 }
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_strictly(text: str) -> Any:
+    """jsonargparse's meaning of a YAML text, once it is known to be bounded."""
+    parse_yaml(text, "<unicode string>")  # as PyYAML calls it; the file's name takes its place
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_strictly, (InputError, yaml.YAMLError))
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -64,6 +86,8 @@ def run(main: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")  # a path need not fit the terminal's encoding
+    if logging.lastResort is not None:  # which prints warnings where no one has set logging up
+        logging.lastResort.setFormatter(_OneLine())
     try:
         return main() or 0
     except InputError as error:
@@ -76,13 +100,15 @@ def run(main: Callable[[], int | None]) -> int:
         # Whoever read the output has seen enough; Python must not try to write the rest of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:
+        return _fail("out of memory: lower batch_size, height and width, or workers, or end other programs", 1)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE | _OF_THE_USER.keys():
+        if error.errno not in _OF_THE_MACHINE | _OF_THE_USER.keys() and error.filename is None:
             raise
-        return _fail(_of_files(error), 1 if error.errno in _OF_THE_MACHINE else 2)
+        return _fail(_of_files(error), 2 if error.errno in _OF_THE_USER else 1)
     except Exception as error:
         # JAX has no exception class of its own for this, only the status in the text.
-        if _OUT_OF_MEMORY not in str(error):
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         return _fail("out of accelerator memory: lower batch_size, height and width, or condition_size", 1)
 
@@ -110,6 +136,7 @@ def run_command(
         if not {"-h", "--help"} & set(argv):
             components, argv = components_of(argv, registries)
         argv = known_keys(argv, command)
+        require_readable_sections(argv, command)
         namespace = parser.parse_args(argv)
         _require_values(namespace, command.configs)
     except ArgumentError as error:
@@ -193,11 +220,18 @@ def _require_values(namespace: Namespace, configs: Iterable[Any], prefix: str = 
 
 
 def _of_files(error: OSError) -> str:
-    what = (_OF_THE_USER | _OF_THE_MACHINE)[error.errno or 0]
+    what = (_OF_THE_USER | _OF_THE_MACHINE).get(error.errno or 0, error.strerror)
     where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{where or 'a file'}: {what}"
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"error: {without_secrets(printable(message))}", file=sys.stderr)
+    print(f"error: {without_secrets(one_line(message))}", file=sys.stderr)
     return status
+
+
+class _OneLine(logging.Formatter):
+    """A warning on one line; a traceback, which only a bug has, follows it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.files import is_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # of Pillow's many, one of which starts Ghostscript
 MAX_PIXELS = 2**27  # 400 MB in RGB
@@ -182,7 +183,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     """An open picture within the limits; all that Pillow raises while it is open becomes a PictureError."""
     if isinstance(source, bytes) and len(source) > MAX_BYTES:
         raise PictureError(f"{len(source):,} bytes; {MAX_BYTES:,} are read at most")
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not is_file(source):
         raise PictureError("no such file")
     what = "cannot read this image"
     try:

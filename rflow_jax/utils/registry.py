@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import nearest, suggestion
+from rflow_jax.utils.yaml_files import parse_yaml
 
 EXECUTION = {"execution": True}
 """Metadata of a field that says when, where or for how much, and changes no result: it may differ at a resume."""
@@ -25,10 +26,8 @@ class Word(str):
 
     def loaded(self) -> Any:
         """What it means as YAML; the text where it is none."""
-        import yaml
-
-        with suppress(yaml.YAMLError, ValueError, RecursionError):
-            found = yaml.safe_load(self)
+        with suppress(InputError):
+            found = parse_yaml(self, "the value")
             return str(self) if isinstance(found, str) else found
         return str(self)
 
@@ -246,6 +245,8 @@ class Registry(Generic[C]):
         Sections of earlier versions and of today compare equal if they mean the same.
         """
         name = section.get("name", self.default)
+        if not isinstance(name, str):
+            return dict(section)
         kind = self.kinds[name][0] if name in self.kinds else self.plugin
         try:
             section = self._upgraded(kind, {**section, "name": name})

@@ -179,7 +179,7 @@ def _ours(folder: Path, dtype: Dtype, levels: np.ndarray) -> Scores:
 def _theirs(flax_model: Any, folder: Path, dtype: Dtype, levels: np.ndarray) -> Scores:
     check_clip_model(folder)  # Transformers would only warn about missing weights, and initialise them at random
     try:
-        model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype)
+        model = flax_model.from_pretrained(folder, from_pt=True, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: Transformers cannot read it ({reason}); implementation own may") from error

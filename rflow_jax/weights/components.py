@@ -91,8 +91,9 @@ class Component:
 
     def config_of(self, content: dict[str, Any], path: Path) -> Any:
         """The sizes in the content of the file ``path``; raises InputError if they are not this network's."""
-        check_types(self.config, content, path)
-        return self.config.from_json(content)
+        with naming(path):
+            check_types(self.config, content, path)
+            return self.config.from_json(content)
 
     def abstract(self, config: Any, dtype: Dtype = jnp.float32) -> Any:
         """The network without weights."""
@@ -115,5 +116,6 @@ def read_schedule(root: Path) -> Schedule:
     """The schedule of a model folder; raises InputError if it is missing or of another kind."""
     path = root / "scheduler" / "scheduler_config.json"
     content = read_object(path)
-    check_types(Schedule, content, path)
-    return Schedule.from_json(content)
+    with naming(path):
+        check_types(Schedule, content, path)
+        return Schedule.from_json(content)

@@ -18,8 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.atomic_io import beneath
 from rflow_jax.utils.cache import cache_folder
-from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.files import is_file, sha256_of
+from rflow_jax.utils.json_files import naming, read_object
 from rflow_jax.weights.model_folder import write_json
 from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import atomic_output, save_tensors
@@ -78,13 +80,17 @@ def unpacked(folder: Path) -> Path:
     found = cache_folder("models") / f"{folder.name}-{name}"
     if found.is_dir():
         return found
-    for relative, wanted in manifest["files"].items():
-        file = folder / relative
-        if not file.is_file() or _sum(file) != wanted:
+    sums = manifest.get("files")
+    if not isinstance(sums, dict):
+        raise InputError(f"{folder / MANIFEST}: no files; install or copy the folder again")
+    for relative, wanted in sums.items():
+        with naming(folder / MANIFEST):
+            file = beneath(folder, relative)
+        if not is_file(file) or _sum(file) != wanted:
             raise InputError(f"{file}: missing or damaged: its sum is not the recorded one; install or copy it again")
     found.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=found.parent, prefix=".unpacking-", ignore_cleanup_errors=True) as partial:
-        for relative in manifest["files"]:
+        for relative in sums:
             target = Path(partial, relative)
             target.parent.mkdir(parents=True, exist_ok=True)
             _unpack(folder / relative, target)
@@ -138,4 +144,4 @@ def _column(scale: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def _sum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return sha256_of(file)

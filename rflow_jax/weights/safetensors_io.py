@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.atomic_io import inside
+from rflow_jax.utils.atomic_io import beneath
 from rflow_jax.utils.file_kinds import stand_in
+from rflow_jax.utils.files import is_file
 from rflow_jax.utils.json_files import naming, read_object
 from rflow_jax.weights.finite import require_finite
 from rflow_jax.weights.reduced_precision import as_read, find_scales, scaled
@@ -183,8 +184,8 @@ def _shards(index: Path) -> list[Path]:
     files: list[Path] = []
     for name in sorted(set(weight_map.values())):
         with naming(index):
-            files.append(inside(index.parent, name, follow_links=True))
-        if not files[-1].is_file():
+            files.append(beneath(index.parent, name))
+        if not is_file(files[-1]):
             raise InputError(f"{files[-1]}: missing, though {index.name} names it; fetch the whole folder")
     return files
 

@@ -12,7 +12,10 @@ from string import Template
 from PIL.Image import Image
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.files import read_text
 from rflow_jax.writers.base import WriterInput
+
+LARGEST_PROMPT = 2**20  # bytes; it is sent with every question
 
 
 def read_prompt(path: Path) -> str:
@@ -21,12 +24,7 @@ def read_prompt(path: Path) -> str:
     Raises:
         InputError: the file is missing or not text.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this prompt file ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: this prompt file is not in UTF-8") from error
+    return read_text(path, "prompt file", LARGEST_PROMPT)
 
 
 IMAGE = "$image"

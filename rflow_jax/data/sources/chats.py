@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from rflow_jax.data.records import read_image
 from rflow_jax.errors import InputError
-from rflow_jax.utils.json_files import fingerprint_of, read_json_lines
+from rflow_jax.utils.files import fingerprint_of
+from rflow_jax.utils.json_files import read_json_lines
 
 PICTURE = "<image>"  # placeholder of the next image in a message
 ROLES = ("system", "user", "assistant")

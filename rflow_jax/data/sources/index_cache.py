@@ -6,9 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import tempfile
 import threading
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
@@ -17,13 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
+from rflow_jax.data.records import SUBSETS
+from rflow_jax.data.sources.tar_members import LARGEST, MEMBERS
 from rflow_jax.data.storage.shards import Shard
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import try_lock
+from rflow_jax.utils.files import OF_THE_MACHINE, open_regular
+from rflow_jax.utils.json_files import parse_json
 
 # Of a cached index. In the first, members that lie apart were missing.
 _FORMATS = (2, 1)
 _LOOK_AGAIN = 0.2  # seconds
+_NO_INDEX = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, tokenize.TokenError),  # NumPy's headers are Python
+)
+_LARGEST_INDEX = 2**32  # bytes; a sample has about 130
 log = logging.getLogger(__name__)
 
 
@@ -102,22 +114,55 @@ def claimed(shard: Shard, cache: Path, ended: threading.Event) -> Iterator[None]
 def load_index(shard: Shard, cache: Path) -> ShardIndex | None:
     """A shard's index from the cache, or None; one of the first format only if it has all samples."""
     for format in _FORMATS:
-        found = _load(_file(shard, cache, format))
+        found = _load(_file(shard, cache, format), shard)
         if found is not None and (format == _FORMATS[0] or not found.troubles.samples):
             return found
     return None
 
 
-def _load(file: Path) -> ShardIndex | None:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            troubles = Troubles(**json.loads(arrays["troubles"].tobytes()))
-            return ShardIndex(**{name: arrays[name] for name in arrays.files if name != "troubles"}, troubles=troubles)
-    except FileNotFoundError:
+def _load(file: Path, shard: Shard) -> ShardIndex | None:
+    if not file.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    try:
+        with open_regular(file, "index", _LARGEST_INDEX) as content:
+            with zipfile.ZipFile(content) as archive:  # which may unpack to any size
+                if sum(member.file_size for member in archive.infolist()) > _LARGEST_INDEX:
+                    raise InputError(f"more than {_LARGEST_INDEX:,} bytes when unpacked")
+            content.seek(0)
+            with np.load(content, allow_pickle=False) as arrays:
+                troubles = Troubles(**parse_json(arrays["troubles"].tobytes(), "troubles"))
+                named = {name: arrays[name] for name in arrays.files if name != "troubles"}
+        index = ShardIndex(**named, troubles=troubles)
+        _require_fit(index, shard)
+        return index
+    except _NO_INDEX as error:
+        if getattr(error, "errno", None) in OF_THE_MACHINE:
+            raise
         log.warning("%s: damaged, so the shard is indexed again (%s)", file, error)
         return None
+
+
+def _require_fit(index: ShardIndex, shard: Shard) -> None:
+    """Raises ValueError for arrays that are not an index of this shard."""
+    rows, troubles = len(index.subsets), index.troubles
+    shapes = index.key_ends.shape, index.offsets.shape, index.sizes.shape, index.subsets.shape
+    if shapes != ((rows,), (rows, len(MEMBERS)), (rows, len(MEMBERS)), (rows,)) or index.keys.ndim != 1:
+        raise ValueError("arrays of other shapes")
+    if not all(array.dtype == np.int64 for array in (index.key_ends, index.offsets, index.sizes)):
+        raise ValueError("arrays of other types")
+    if index.keys.dtype != np.uint8 or index.subsets.dtype != np.uint8:
+        raise ValueError("arrays of other types")
+    kinds = type(troubles.samples), type(troubles.named), type(troubles.damage)
+    if kinds != (int, list, str) or not all(isinstance(one, str) for one in troubles.named):
+        raise ValueError("troubles of other types")
+    if not rows:
+        return
+    largest = np.asarray(LARGEST)
+    fits = index.offsets.min() >= 0 and index.sizes.min() >= 0 and (index.sizes <= largest).all()
+    fits = fits and (shard.size is None or (index.offsets <= shard.size - index.sizes).all())
+    ends = np.diff(index.key_ends, prepend=0)
+    if not (fits and index.subsets.max() < len(SUBSETS) and ends.min() >= 0 and index.key_ends[-1] == len(index.keys)):
+        raise ValueError("numbers that do not fit the shard")
 
 
 def save_index(index: ShardIndex, shard: Shard, cache: Path) -> None:

@@ -27,6 +27,7 @@ from rflow_jax.data.sampling import SampleRef
 from rflow_jax.data.transforms import SHORTEST_REFLECTION, Drops, draw_drops, t5_text
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.json_files import parse_json, read_object
 from rflow_jax.weights.safetensors_io import TensorFiles
 
 SETTINGS, SHARED, COMPLETE = "settings.json", "shared.safetensors", "complete.json"
@@ -147,7 +148,9 @@ class LatentSource:
         if not (folder / COMPLETE).exists():
             raise InputError(f"{folder}: not all records are encoded yet; give the same precompute command again")
         counts = _read_json(folder / COMPLETE)
-        self.counts: Mapping[str, int] = {name: int(counts.get(name, 0)) for name in SUBSETS}
+        self.counts: Mapping[str, int] = {name: counts.get(name, 0) for name in SUBSETS}
+        if wrong := [name for name, count in self.counts.items() if type(count) is not int or count < 0]:
+            raise InputError(f"{folder / COMPLETE}: {wrong[0]} is {counts[wrong[0]]!r}; expected a number of records")
         shared = TensorFiles.open(folder / SHARED)
         self._black = (shared.read("black_mean"), shared.read("black_logvar"))
         self._empty_text = shared.read("empty_text")
@@ -273,24 +276,26 @@ def settings_text(settings: LatentMetadata) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); rflow data precompute writes it") from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged (not an object)")
-    return content
+    if not path.exists():
+        raise InputError(f"{path}: cannot be read (no such file); rflow data precompute writes it")
+    return read_object(path)
 
 
 @lru_cache(_KEPT_HEADERS)
 def _open_file(path: Path) -> tuple[TensorFiles, list[LatentEntry]]:
     files = TensorFiles.open(path)
     try:
-        return files, [LatentEntry(*entry) for entry in json.loads(files.metadata["entries"])]
+        return files, [_entry(*entry) for entry in parse_json(files.metadata["entries"], str(path))]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error!r}); remove it and precompute again") from error
+
+
+def _entry(*fields: Any) -> LatentEntry:
+    """Raises TypeError for fields of other types."""
+    entry = LatentEntry(*fields)
+    if not all(isinstance(text, str) for text in (entry.key, entry.prompt, entry.reflection, entry.trouble)):
+        raise TypeError("a text is none")
+    return entry
 
 
 def _stack_pairs(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

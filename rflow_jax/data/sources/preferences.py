@@ -13,7 +13,8 @@ from rflow_jax.data.config import DataConfig
 from rflow_jax.data.records import RecordSource, read_image
 from rflow_jax.data.sources.open import open_source
 from rflow_jax.errors import InputError
-from rflow_jax.utils.json_files import fingerprint_of, read_json_lines, text_of
+from rflow_jax.utils.files import fingerprint_of
+from rflow_jax.utils.json_files import read_json_lines, text_of
 
 # The original's label numbers.
 A, B, TIE, INVALID = 1, -1, 0, 22

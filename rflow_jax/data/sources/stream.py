@@ -27,11 +27,12 @@ from rflow_jax.data.sources.stream_shards import (
     ShardAssignment,
     StreamPosition,
 )
-from rflow_jax.data.sources.tar_index import make_record
+from rflow_jax.data.sources.tar_members import make_record
 from rflow_jax.data.storage.shards import expand
 from rflow_jax.data.transforms import make_example
 from rflow_jax.errors import InputError
 
+_LARGEST_MEAN = 2**21  # bytes of a record; a buffer of larger ones holds fewer, so that its memory stays bounded
 _FIRST_FILL = 16  # records of a subset to read before its first sample is drawn; later ones need more
 
 
@@ -75,6 +76,7 @@ class Buffers:
     def __init__(self, stream: RecordStream, route: ShardAssignment, wanted: Sequence[str], size: int, seed: int):
         self._stream, self._route, self._size, self._seed = stream, route, size, seed
         self._items: dict[str, list[BufferedSample]] = {name: [] for name in wanted}
+        self._bytes = dict.fromkeys(wanted, 0)
         self._drawn = dict.fromkeys(wanted, 0)
         self._seen = dict.fromkeys(wanted, 0)  # in this epoch
         self._in_epoch: dict[str, int] | None = None  # in the one before
@@ -87,11 +89,13 @@ class Buffers:
         while True:
             # More and more, so that the first sample does not wait for a full buffer.
             most = self._size if self._in_epoch is None else min(self._size, self._in_epoch[subset])
-            if len(items) >= max(1, min(most, _FIRST_FILL + self._drawn[subset])):
+            enough = max(1, min(most, _FIRST_FILL + self._drawn[subset]))
+            if len(items) >= enough or self._bytes[subset] >= enough * _LARGEST_MEAN:
                 break
             self._read_on(subset)
         word = int(random_words(self._seed, BUFFER, (number, 0), 1)[0])
         chosen = items.pop(word % len(items))
+        self._bytes[subset] -= chosen.raw.nbytes
         self._drawn[subset] += 1
         return StreamJob(number, chosen.raw, tuple(items))
 
@@ -120,6 +124,7 @@ class Buffers:
             raise InputError(f"the checkpoint's data position is not one of these subsets' stream ({error})") from error
         found = self._stream.items([position for positions in kept.values() for position in positions])
         self._items = {name: [found[position] for position in positions] for name, positions in kept.items()}
+        self._bytes = {name: sum(item.raw.nbytes for item in items) for name, items in self._items.items()}
 
     def _read_on(self, wanted: str) -> None:
         """Reads one more sample into its buffer."""
@@ -134,10 +139,13 @@ class Buffers:
         elif (items := self._items.get(raw.subset)) is not None:
             self._seen[raw.subset] += 1
             self._without[raw.subset] = 0
-            if len(items) < self._size:
+            before = self._bytes[raw.subset]
+            self._bytes[raw.subset] += raw.nbytes
+            if len(items) < self._size and before < self._size * _LARGEST_MEAN:
                 items.append(BufferedSample(*found))
             else:
                 word = int(random_words(self._seed, REPLACEMENT, (epoch << 32 | shard, 1 + sample), 1)[0])
+                self._bytes[raw.subset] -= items[word % len(items)].raw.nbytes
                 items[word % len(items)] = BufferedSample(*found)
 
     def _end_shard(self, subset: str) -> None:

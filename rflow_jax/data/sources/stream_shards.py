@@ -21,7 +21,17 @@ import numpy as np
 
 from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sampling import SHARD_ORDER, random_words
-from rflow_jax.data.sources.tar_index import SUBSET, DamagedTar, headers, open_tar, samples, subset_of
+from rflow_jax.data.sources.tar_members import (
+    LARGEST,
+    LARGEST_SKIPPED,
+    SUBSET,
+    DamagedTar,
+    MemberName,
+    headers,
+    open_tar,
+    samples,
+    subset_of,
+)
 from rflow_jax.data.storage.http import at_most, http_get
 from rflow_jax.data.storage.retry import RetryPolicy, TransientError, is_http, with_retries
 from rflow_jax.data.storage.shards import PIPE, RangeFile, Shard
@@ -168,6 +178,11 @@ class RawSample(NamedTuple):
     members: list[bytes]
     trouble: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its members."""
+        return sum(map(len, self.members))
+
 
 def read_shard(shard: Shard, retry: RetryPolicy) -> Iterator[RawSample]:
     """The samples of a shard.
@@ -219,16 +234,27 @@ def _read_once(shard: Shard, retry: RetryPolicy, skip: int) -> Iterator[RawSampl
         yield RawSample("", "", [], f"{shard.shown}: {damage[0]}; {number} samples before it")
 
 
-def _members(file: Any, damage: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each member, up to where the tar is damaged."""
+def _members(file: Any, damage: list[str]) -> Iterator[tuple[MemberName, bytes, str]]:
+    """Name and content of each member, and what is wrong with it, up to where the tar is damaged.
+
+    Only what a sample may consist of is read.
+    """
     try:
         with closing(open_tar(file, stream=True)) as tar:
             for header in headers(tar):
-                opened = tar.extractfile(header)
-                content = b"" if opened is None else opened.read()
-                if len(content) != header.size:
-                    raise DamagedTar(f"cut in {header.name}")
-                yield header.name, content
+                if header.size > LARGEST_SKIPPED:
+                    raise DamagedTar(
+                        f"{header.name[:100]} has {header.size:,} bytes; {LARGEST_SKIPPED:,} are passed over at most"
+                    )
+                if (name := MemberName.of(header.name)) is None:
+                    continue
+                content = b""
+                if name.member is not None and header.size <= LARGEST[name.member]:
+                    opened = tar.extractfile(header)
+                    content = b"" if opened is None else opened.read()
+                    if len(content) != header.size:
+                        raise DamagedTar(f"cut in {header.name[:100]}")
+                yield name, content, name.excess(header.size)
     except (DamagedTar, *_DAMAGE) as error:
         damage.append(str(error) or type(error).__name__)
 

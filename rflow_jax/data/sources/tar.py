@@ -12,7 +12,8 @@ import numpy as np
 
 from rflow_jax.data.records import SUBSETS, Record
 from rflow_jax.data.sources.index_cache import ShardIndex
-from rflow_jax.data.sources.tar_index import MEMBERS, index_shards, make_record
+from rflow_jax.data.sources.tar_index import index_shards
+from rflow_jax.data.sources.tar_members import MEMBERS, make_record
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import Shard, expand, read_range
 from rflow_jax.errors import InputError

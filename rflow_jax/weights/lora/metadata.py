@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.json_files import parse_json, read_object
 from rflow_jax.weights.safetensors_io import TensorFiles
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers >= 0.35
@@ -118,10 +118,10 @@ def _peft_config(files: TensorFiles) -> dict[str, Any]:
     beside = file.with_name(CONFIG_FILE)
     if METADATA_KEY in files.metadata:
         try:
-            everything = json.loads(files.metadata[METADATA_KEY])
+            everything = parse_json(files.metadata[METADATA_KEY], str(file))
             own = {k.removeprefix(COMPONENT): v for k, v in everything.items() if k.startswith(COMPONENT)}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file}: the configuration of the LoRA does not parse ({error})") from error
+        except AttributeError as error:
+            raise InputError(f"{file}: the configuration of the LoRA is not an object") from error
         return own or {k: v for k, v in everything.items() if "." not in k}
     return read_object(beside) if file.stem == "adapter_model" and beside.is_file() else {}
 

@@ -81,7 +81,7 @@ def test_text_with_separators_is_one_line(folder):
     [
         ("", "contains no pairs"),
         ("[]", "contains no pairs"),
-        ("[{]", "pairs.json:1: not JSON"),
+        ("[{]", "pairs.json:1: cannot be read as JSON"),
         ("{}\n{half", "pair 0: bad_image must be a text"),
         ('["a"]', "pair 0: expected an object with bad_image"),
         ('[{"bad_image": "bad0.png", "good_image": "good0.png", "prompt": "x"}]', "pair 0: reflection must be a text"),

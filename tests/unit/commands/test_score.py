@@ -140,7 +140,7 @@ def test_what_cannot_be_scored_is_said_and_the_others_keep_their_scores(folder, 
     assert found.pop(str(text))[3] == "cannot read this image (not a PNG, JPEG, WebP, GIF, TIFF or BMP file)"
     for number in range(2):
         why = found.pop(str(folder / f"00002/samples/0000{number}.png"))[3]
-        assert why == f"no prompt: {folder}/00002/metadata.jsonl: No such file or directory"
+        assert why == f"no prompt: {folder}/00002/metadata.jsonl: cannot read the prompt (No such file or directory)"
     assert {path: float(line[0]) for path, line in found.items()} == {path: whole[path] for path in found}
     assert len(found) == 2
     assert said.err.startswith("2 of 6 images scored, mean ")

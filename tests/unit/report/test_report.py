@@ -78,8 +78,8 @@ def test_bad_folders_are_one_line(tmp_path, folder):
         ({"round": "one"}, "round is 'one'"),
         ({"verdict": {"score": "high"}}, "score is 'high'"),
         ({"parent": 2}, "parent is 2, which is not an earlier record"),
-        ({"file": "../../x.png"}, "outside the prompt's folder"),
-        ({"file": "/etc/x.png"}, "outside the prompt's folder"),
+        ({"file": "../../x.png"}, "is not a file in this folder"),
+        ({"file": "/etc/x.png"}, "is not a file in this folder"),
     ],
 )
 def test_an_unreadable_record_is_named_by_file_and_line(folder, line, why):

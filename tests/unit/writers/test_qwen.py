@@ -204,7 +204,7 @@ def test_what_is_not_usable(tmp_path, greedy, config):
     (tmp_path / "prompt.md").write_text("no divider")
     with pytest.raises(InputError, match="a line --- must divide"):
         QwenTextGenerator(greedy, REFLECTION, tmp_path / "prompt.md")
-    with pytest.raises(InputError, match="cannot read this prompt file"):
+    with pytest.raises(InputError, match="cannot read the prompt file"):
         QwenTextGenerator(greedy, REFLECTION, tmp_path / "none.md")
     with pytest.raises(InputError, match=r"config\.json: no such file"):
         QwenChat(replace(config, model=str(tmp_path)))

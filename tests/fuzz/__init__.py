@@ -1,0 +1,1 @@
+"""Damaged and hostile versions of every file that is read."""
