@@ -1,8 +1,8 @@
 """How verdicts are compared: plain ones by their own rank, those of an ensemble by rank aggregation."""
 
 import json
-import re
 import math
+import re
 from dataclasses import asdict, replace
 from itertools import pairwise
 
