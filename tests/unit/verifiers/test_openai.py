@@ -204,7 +204,7 @@ def test_unusable_aspects_are_one_line(tmp_path, content):
     with pytest.raises(InputError, match=r"judge\.md: cannot read"):
         OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=str(tmp_path / "none")))
     (tmp_path / "judge.md").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"judge\.md: .* not in UTF-8"):
+    with pytest.raises(InputError, match=r"judge\.md: .* not UTF-8"):
         OpenAIVerifier(OpenAIVerifierConfig(base_url="http://localhost", prompts=str(tmp_path)))
 
 

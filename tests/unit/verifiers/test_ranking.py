@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from itertools import pairwise
 
@@ -197,7 +198,8 @@ def test_verdicts_are_read_again_from_what_is_stored(drawn):
     images = ensembles(drawn)
     for image in with_ensemble_scores(images):
         back = read_verdict(json.loads(json_line(asdict(image))))
-        assert repr(back) == repr(image)  # NaN is not itself
+        # A number that JSON has not is stored as null: neither is a score.
+        assert repr(back) == re.sub(r"score=(nan|inf|-inf)", "score=None", repr(image))
 
 
 def test_what_is_no_verdict():

@@ -209,7 +209,7 @@ def test_errors_name_the_file_that_holds_the_tensor(folder, golden, tmp_path, ch
         ("model_config", "output_dim", 0, "output_dim is 0"),
         ("peft_lora_config", "lora_r", 0, "lora_r is 0"),
         ("inference_config", "VQ_std", 0, "VQ_std is 0.0; expected a number above 0"),
-        ("inference_config", "VQ_mean", float("nan"), "VQ_mean is nan; expected a number"),
+        ("inference_config", "VQ_mean", float("nan"), "cannot be read as JSON (NaN is no number in JSON)"),
     ],
 )
 def test_configurations_that_are_none(golden, tmp_path, part, key, value, message):
