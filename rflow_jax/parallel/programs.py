@@ -35,7 +35,7 @@ class SharedProgram:
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         functools.update_wrapper(self, function)
         self._jitted = jax.jit(function, **options)
-        self.lower = self._jitted.lower
+        self.lower, self.trace = self._jitted.lower, self._jitted.trace
         self._known: set[Hashable] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -40,8 +40,12 @@ class ChatTemplate:
     """A compiled template; raises Jinja's errors if it is none."""
 
     def __init__(self, text: str) -> None:
+        self._text = text
         with _bounded():
             self._template = _Environment().from_string(text)
+
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str]]:
+        return ChatTemplate, (self._text,)  # Jinja's own objects do not go to worker processes
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of a chat; raises whatever the template does, and SecurityError where it goes on for too long."""

@@ -115,12 +115,12 @@ def test_what_lies_apart_is_not_mixed_with_whole_samples(tmp_path, caplog):
 
 
 def test_an_index_of_the_first_format_serves_if_nothing_is_missing(tmp_path, monkeypatch):
-    from rflow_jax.data.sources import index_cache, tar_index
+    from rflow_jax.data.sources import index_cache, tar_index, tar_members
 
     (tmp_path / "a.tar").write_bytes(tar_bytes(apart(keys_of(0, 4), sorted(members("k", "rule")))))
     write_shards(tmp_path, 1, 4)
     monkeypatch.setattr(index_cache, "_FORMATS", (1,))
-    monkeypatch.setattr(tar_index, "gathered", lambda found: (list(tar_index.samples(found)), None))
+    monkeypatch.setattr(tar_index, "gathered", lambda found: (list(tar_members.samples(found)), None))
     assert opened(tmp_path).unusable == 20
     monkeypatch.undo()
     built = []

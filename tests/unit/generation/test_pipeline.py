@@ -311,7 +311,7 @@ def test_special_tokens_with_their_properties(golden, tmp_path):
 
 def test_errors_name_what_to_do(golden, tmp_path):
     for model, message in (
-        ("nowhere/at/all", "not a Hub id"),
+        ("./nowhere/at/all", "not a Hub id"),
         ("../none", "not a Hub id"),
         (str(tmp_path), "is not a model"),
         (str(golden / "pipeline" / "transformer" / "config.json"), "is not a FLUX transformer|not a safetensors file"),

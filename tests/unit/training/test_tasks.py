@@ -64,9 +64,9 @@ def test_a_word_where_a_section_belongs(argv, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: null", "train: expected keys with values, got None"),
+        ("train: null", "{file}: train is null: give keys with values, or leave it out"),
         ("optimizer: adamw", "optimizer: expected keys with values, got 'adamw'"),
-        ("data: {path: s, retry: 5}", "data.retry: expected keys with values, got 5"),
+        ("data: {path: s, retry: 5}", "{file}: data.retry is 5: give keys with values, or leave it out"),
     ],
 )
 def test_a_value_where_a_file_should_hold_a_section(tmp_path, text, message):
@@ -74,7 +74,7 @@ def test_a_value_where_a_file_should_hold_a_section(tmp_path, text, message):
     argv = ["--data.path=s", "--config", str(tmp_path / "wrong.yaml"), "--model=m", "--out=o"]
     with pytest.raises(InputError) as caught:
         cli.run_command(cli.Command((CorrectorRunConfig,), print), argv)
-    assert str(caught.value) == message
+    assert str(caught.value) == message.replace("{file}", str(tmp_path / "wrong.yaml"))
 
 
 def test_the_task_of_a_command_line(tmp_path):
@@ -91,8 +91,10 @@ def test_the_task_of_a_command_line(tmp_path):
     assert task("--task=sft", "--config", files[4]) == "sft"
     assert task("--config", files[0], "--config", files[4]) == "reward"
     assert task("--config", files[4], "--config", files[1]) == "reward"
-    for file in (files[2], files[3], "/nowhere.yaml"):
+    for file in (files[2], "/nowhere.yaml"):
         assert task("--config", file) == "corrector"
+    with pytest.raises(InputError, match=r"3\.yaml:1: not YAML"):
+        task("--config", files[3])
 
 
 def test_every_task_has_settings_of_its_own():

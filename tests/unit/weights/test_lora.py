@@ -221,14 +221,14 @@ class TestAlpha:
     @pytest.mark.parametrize(
         ("metadata", "message"),
         [
-            ({"lora_adapter_metadata": "{"}, "does not parse"),
+            ({"lora_adapter_metadata": "{"}, "cannot be read as JSON"),
             ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "use_dora"),
             ({"lora_adapter_metadata": '{"transformer.lora_alpha": "x"}'}, "expected a number"),
             ({"ss_network_alpha": "x"}, "ss_network_alpha is 'x'"),
             ({"lora_adapter_metadata": '{"transformer.peft_type": "LOKR"}'}, "peft_type LOKR; only LoRA"),
             ({"lora_adapter_metadata": '{"transformer.alpha_pattern": [1]}'}, "alpha_pattern is .*expected an object"),
             ({"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(": 1}}'}, r"cannot be used, such as '\('"),
-            ({"lora_adapter_metadata": "[" * 100_000}, "does not parse"),
+            ({"lora_adapter_metadata": "[" * 100_000}, "cannot be read as JSON"),
         ],
     )
     def test_metadata_that_cannot_be_used(self, write, metadata, message):
