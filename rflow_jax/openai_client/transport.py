@@ -3,7 +3,7 @@
 from typing import Any
 
 from rflow_jax.openai_client.messages import UnfitReply
-from rflow_jax.utils.network import is_loopback, require_usable_network
+from rflow_jax.utils.network import uses_environment
 
 LONGEST_REPLY, LONGEST_ERROR = 16 * 2**20, 64 * 2**10  # bytes, unpacked
 _REDIRECTS = 5
@@ -34,10 +34,7 @@ def http_client(address: str | None) -> Any:
             headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in packed]
             return type(response)(response.status_code, headers=headers, content=content, request=response.request)
 
-    if address is None or not is_loopback(address):
-        require_usable_network()
-        return Bounded()
-    return Bounded(trust_env=False)
+    return Bounded(trust_env=uses_environment(address))
 
 
 async def _beginning(response: Any, limit: int) -> bytes:

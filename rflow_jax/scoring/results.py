@@ -28,6 +28,7 @@ from rflow_jax.utils.atomic_io import (
 )
 from rflow_jax.utils.files import LARGEST_JOURNAL, read_bytes
 from rflow_jax.utils.json_files import parse_json_line
+from rflow_jax.utils.shown import escaped
 from rflow_jax.verifiers.base import Verdict, read_verdict
 
 # A line of this file to any of its characters; a list of images and prompts begins alike.
@@ -189,8 +190,7 @@ class Results:
 
 def shown(path: Path) -> str:
     """A path as one line of text, whatever bytes it consists of."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return escaped(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def _key(sha256: str | None, settings: str, item: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -99,12 +99,17 @@ def _no_constant(name: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    if (twice := key_given_twice(pairs)) is not None:
         raise ValueError(f"the key {twice[:40]!r} stands there twice")
-    return found
+    return dict(pairs)
+
+
+def key_given_twice(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key of an object that an earlier pair has too; None if there is none."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    seen: set[str] = set()
+    return next(key for key, _ in pairs if key in seen or seen.add(key))
 
 
 def _deeper(value: Any) -> bool:

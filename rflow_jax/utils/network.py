@@ -54,6 +54,21 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def uses_environment(url: str | None) -> bool:
+    """Whether proxies and certificates of the environment count for an address: for all but this machine's own.
+
+    Args:
+        url: None for one elsewhere.
+
+    Raises:
+        InputError: they count, and cannot be used.
+    """
+    if url is not None and is_loopback(url):
+        return False
+    require_usable_network()
+    return True
+
+
 def asked_pause(headers: Mapping[str, str], longest: float) -> float:
     """Seconds that a server asks to wait, given as a number or date, at most ``longest``; 0 if absent or invalid."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):

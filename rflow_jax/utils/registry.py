@@ -145,9 +145,8 @@ class Registry(Generic[C]):
         today = dict(section)
         if kind is not self.plugin and "options" not in section:
             return today
-        if (
-            _names(self.endpoint) - later_fields(self.endpoint).keys() <= section.keys()
-        ):  # as a run wrote it, with what this kind never used
+        always = _names(self.endpoint) - later_fields(self.endpoint).keys()
+        if always <= section.keys():  # as a run wrote it, with what this kind never used
             own = _names(kind) if kind.asks_endpoint or kind is self.plugin else {"name", "model", "prompt_file"}
             remote = [self.endpoint, *(one for one, _ in self.kinds.values() if one.asks_endpoint)]
             unused = {name for one in remote for name in _names(one)} - own

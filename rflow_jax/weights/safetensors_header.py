@@ -14,6 +14,7 @@ import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.file_kinds import mistaken_for_weights
+from rflow_jax.utils.json_files import key_given_twice
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -118,12 +119,9 @@ def _content(file: Path) -> tuple[dict[str, Any], int]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON whose keys are distinct."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    if (twice := key_given_twice(pairs)) is not None:
         raise _Fault(f"{twice} stands in the header twice")
-    return content
+    return dict(pairs)
 
 
 def _range(key: str, entry: Any) -> tuple[int, int]:

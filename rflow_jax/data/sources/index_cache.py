@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-import os
 import struct
-import tempfile
 import threading
 import tokenize
 import zipfile
@@ -24,7 +23,7 @@ from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sources.tar_members import LARGEST, MEMBERS
 from rflow_jax.data.storage.shards import Shard
 from rflow_jax.errors import InputError
-from rflow_jax.utils.atomic_io import try_lock
+from rflow_jax.utils.atomic_io import try_lock, write_file
 from rflow_jax.utils.files import OF_THE_MACHINE, open_regular
 from rflow_jax.utils.json_files import parse_json
 
@@ -170,16 +169,9 @@ def save_index(index: ShardIndex, shard: Shard, cache: Path) -> None:
     file = _file(shard, cache, _FORMATS[0])
     arrays = {name: value for name, value in vars(index).items() if name != "troubles"}
     arrays["troubles"] = np.frombuffer(json.dumps(asdict(index.troubles)).encode(), np.uint8)
-    temporary = None
+    content = io.BytesIO()
+    np.savez(content, **arrays)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as out:
-            temporary = out.name
-            np.savez(out, **arrays)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
+        write_file(file, content.getvalue())
     except OSError as error:  # a full or read-only disk only costs time at the next start
         log.warning("%s: the index is not kept (%s)", file, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from rflow_jax.data.storage.retry import (
     with_retries,
 )
 from rflow_jax.errors import InputError
-from rflow_jax.utils.network import asked_pause, is_loopback, printable, require_usable_network
+from rflow_jax.utils.network import asked_pause, is_loopback, printable, uses_environment
 
 if TYPE_CHECKING:
     import httpx
@@ -169,12 +169,12 @@ def _client(address: str) -> httpx.Client:
     # One per process: a forked child must not speak on its parent's connections.
     here = is_loopback(address)
     if (client := _clients.get((os.getpid(), here))) is None:
-        if not here:
-            require_usable_network()
         # Its log lines name every request, with the signatures that are in the addresses.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        client = _clients.setdefault((os.getpid(), here), httpx.Client(trust_env=not here, limits=limits))
+        client = _clients.setdefault(
+            (os.getpid(), here), httpx.Client(trust_env=uses_environment(address), limits=limits)
+        )
     return client
 
 
