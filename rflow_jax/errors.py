@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class InputError(ValueError):
@@ -23,10 +24,29 @@ class ServiceError(RunError):
     """A service that refuses every request, or has been away for too long: nothing is known of what was asked."""
 
 
+_ROLE: ContextVar[str] = ContextVar("role", default="a service")
+
+
+def served_role() -> str:
+    """The role of the service that is being asked or made, such as ``verifier``."""
+    return _ROLE.get()
+
+
 @contextmanager
-def serving(role: str) -> Iterator[None]:
-    """Names the role of a service, such as ``verifier``, at the beginning of each ServiceError's message."""
+def serving(role: str, *, settings: bool = False) -> Iterator[None]:
+    """Names the role of a service, such as ``verifier``, at the beginning of each ServiceError's message.
+
+    Args:
+        settings: also of each InputError's, while the service is made from its settings.
+    """
+    before = _ROLE.set(role)
     try:
         yield
     except ServiceError as error:
         raise ServiceError(f"{role}: {error}") from None
+    except InputError as error:
+        if settings and not str(error).startswith(role):
+            raise InputError(f"{role}: {error}") from error
+        raise
+    finally:
+        _ROLE.reset(before)

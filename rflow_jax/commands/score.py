@@ -84,7 +84,7 @@ def _judged(
     config: ScoreConfig, todo: Mapping[int, Target], results: Results, meter: UsageTracker
 ) -> Iterator[tuple[int, ImageResult]]:
     rest = {k: target for k, target in todo.items() if target.error is None}
-    with serving("verifier"):
+    with serving("verifier", settings=True):
         verifier = make_verifier(config.verifier, meter, probe=config.probe) if rest else None
     results.begin()  # only now: a verifier that cannot be made leaves no file
     for k in todo.keys() - rest.keys():

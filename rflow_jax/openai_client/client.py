@@ -2,18 +2,16 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rflow_jax.errors import ServiceError
-from rflow_jax.openai_client.accepted import FORMATS, Accepted
-from rflow_jax.openai_client.endpoint import Endpoint, Secrets
-from rflow_jax.openai_client.messages import ChatError, ChatRequest, UnusableAnswer
-from rflow_jax.openai_client.protocol import read_answer, read_body, read_error, read_usage, request
+from rflow_jax.errors import ServiceError, served_role
+from rflow_jax.openai_client.endpoint import Endpoint
+from rflow_jax.openai_client.messages import PLAIN_QUESTION, ChatError, ChatRequest, UnfitReply, UnusableAnswer
+from rflow_jax.openai_client.requester import Requester
 from rflow_jax.openai_client.retry import (
     LONGEST_PAUSE,
     backoff,
@@ -22,24 +20,19 @@ from rflow_jax.openai_client.retry import (
     is_busy,
     is_missing,
     is_retryable,
-    is_unfit,
-    reason,
     refuses_all,
-    refuses_settings,
 )
-from rflow_jax.openai_client.transport import http_client
 from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.utils.batching import CLOSED
 
 if TYPE_CHECKING:
     import tenacity
 
-_LONGEST_REASON = 300
-_REJECTIONS = 3  # so many at the beginning, and the settings are to blame
-_UNANSWERED = 3  # so many in a row, and it is not for the questions
+_IN_A_ROW = 3  # so many without an answer, or without a usable one, and it is not for the questions
+_ASKED_AGAIN = 3  # attempts, at least, of a question that was answered before
 # Of a first question: attempts, the seconds after which there is no other, and those between two at most.
 _PROBES, _PROBE_TIME, _PROBE_PAUSE = 3, 10.0, 2.0
-_CONNECT = 10.0  # seconds for a connection
+_BUSY_TIME = 60.0  # seconds for which a busy server is asked a first question
 log = logging.getLogger(__name__)
 
 
@@ -50,38 +43,34 @@ class Chat:
     408, 409, 429 and 5xx, and unusable answers. ``Retry-After`` is honoured. A server that is away for all is waited
     for, for the seconds of ``patience``.
 
+    A refusal may be for one question or for all. So one that was answered before is asked again: only if that is
+    answered, the refusal is of its question.
+
     Args:
         meter: counts the usage.
+        first: a question that the server should be able to answer.
 
     Raises:
-        InputError: no key for OpenAI's own address, or no usable address.
+        InputError: no key for OpenAI's own address, or no usable address or header.
     """
 
-    def __init__(self, endpoint: Endpoint, meter: UsageTracker | None = None) -> None:
-        import openai
-
+    def __init__(
+        self, endpoint: Endpoint, meter: UsageTracker | None = None, first: ChatRequest = PLAIN_QUESTION
+    ) -> None:
         self.endpoint = endpoint
         self._meter = meter or UsageTracker()
-        key, address = endpoint.api_key(), endpoint.address()
-        headers = endpoint.headers()
-        self._secrets = Secrets(key, address, (value for value in headers.values() if len(value) >= 8))
-        # Retries and time limits are handled here, because unusable answers count as well.
-        self._client = openai.AsyncOpenAI(
-            api_key=key,
-            base_url=address,
-            timeout=openai.Timeout(None, connect=_CONNECT),
-            max_retries=0,
-            default_headers=headers,
-            http_client=http_client(address),
-        )
-        self._accepted = Accepted(0 if endpoint.structured == "auto" else FORMATS.index(endpoint.structured))
+        self._requester = Requester(endpoint, self._meter)
+        self._name = self._requester.name
         self._slots, self._finding_out = asyncio.Semaphore(endpoint.concurrency), asyncio.Lock()
         self._asking: set[asyncio.Task[Any]] = set()
-        # Since when the server has been away, the question that it answered last, and how many: replies, rejected
-        # questions, and those in a row without an answer.
+        # Since when the server has been away, and how many replies there were.
         self._away_since: float | None = None
-        self._answered: ChatRequest | None = None
-        self._replies, self._rejected, self._unanswered = 0, 0, 0
+        self._replies = 0
+        # Those in a row without an answer, and without a usable one.
+        self._unanswered, self._unusable = 0, 0
+        # The question that had the last usable answer, and when the latest of such questions was sent.
+        self._first = self._answered = first
+        self._answered_sent = -math.inf
         self._refusal: str | None = None  # why no further question is asked
         self._loop = asyncio.new_event_loop()
         self._closing = threading.Lock()
@@ -89,9 +78,6 @@ class Chat:
         # A daemon, so that an interrupted process does not wait for answers.
         self._thread = threading.Thread(target=_serve, args=(self._loop,), name="chat", daemon=True)
         self._thread.start()
-        # The client's own log lines name every request; a run of thousands has a progress bar instead.
-        for name in ("httpx", "httpx2"):
-            logging.getLogger(name).setLevel(logging.WARNING)
 
     def ask_all(self, questions: Sequence[ChatRequest]) -> list[Any]:
         """The parsed answers in the order of the questions; a ``ChatError`` in place of an unusable one.
@@ -108,15 +94,15 @@ class Chat:
             answers = asyncio.run_coroutine_threadsafe(self._gather(questions), self._loop)
         return answers.result()
 
-    def probe(self, question: ChatRequest) -> None:
-        """Asks a first question, which waits for no one: whether the server is there and takes key, model and form.
+    def probe(self) -> None:
+        """Asks the first question: whether the server is there, takes key, model and form, and gives a usable answer.
 
-        An answer that cannot be used will do, and so will a server that is busy.
+        A busy server is asked again for a minute at most.
 
         Raises:
-            ServiceError: there is no such server, or it refuses the question or does not answer it.
+            ServiceError: there is no such server, or it refuses the question or gives no usable answer.
         """
-        asyncio.run_coroutine_threadsafe(self._probe(question), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
 
     def close(self) -> None:
         """Cancels all waiting questions, of any thread; called when a run ends."""
@@ -143,7 +129,7 @@ class Chat:
         # The gathering tasks must finish first, so that they can return the answers.
         waiting = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*waiting, return_exceptions=True)
-        await self._client.close()
+        await self._requester.close()
 
     async def _ask(self, question: ChatRequest) -> Any:
         import openai
@@ -158,7 +144,7 @@ class Chat:
                 error = failure
             # Here, so that nothing raised below has the client's error, and the key in its headers, as its context.
             attempts += retry.statistics["attempt_number"]
-            text = self._reason(error, attempts)
+            failed, text = time.monotonic(), self._requester.reason(error, attempts)
             self._unanswered += is_missing(error)
             if await self._is_away(error, before, waited):
                 await self._wait_for_service(text)
@@ -168,48 +154,106 @@ class Chat:
                 back = True
                 continue
             self._meter.add(Usage(failures=1))
-            self._refuse(error, text)
-            return ChatError(text, missing=is_missing(error))
+            if await self._is_of_question(error, failed, text):
+                return ChatError(text)
+            return ChatError(f"{self._name}: {text}", missing=True)
 
-    def _retrying(self) -> "tenacity.AsyncRetrying":
+    def _retrying(self, least: int = 1) -> "tenacity.AsyncRetrying":
+        """The retries of a question.
+
+        Args:
+            least: attempts, at least.
+        """
         import tenacity
 
         return tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.endpoint.max_retries + 1),
+            stop=tenacity.stop_after_attempt(max(self.endpoint.max_retries + 1, least)),
             wait=backoff,
             retry=tenacity.retry_if_exception(is_retryable),
             reraise=True,
         )
 
-    async def _probe(self, question: ChatRequest) -> None:
+    async def _probe(self) -> None:
         import openai
         import tenacity
 
+        def pause(state: tenacity.RetryCallState) -> float:
+            wanted = backoff(state)
+            return wanted if _was_busy(state) else min(wanted, _PROBE_PAUSE)
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            passed = state.seconds_since_start or 0.0
+            if _was_busy(state):
+                return passed + state.upcoming_sleep > min(_BUSY_TIME, self.endpoint.patience)
+            attempts = min(self.endpoint.max_retries + 1, _PROBES)
+            return state.attempt_number >= attempts or passed > _PROBE_TIME
+
+        def say(state: tenacity.RetryCallState) -> None:
+            if _was_busy(state) and state.attempt_number == 1:
+                log.warning(
+                    "%s: %s is busy; asking it again in %.0f s", served_role(), self._name, state.upcoming_sleep
+                )
+
         self._meter.add(Usage(calls=1))
-        attempts = min(self.endpoint.max_retries + 1, _PROBES)
-        retry = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_after_delay(_PROBE_TIME),
-            wait=lambda state: min(backoff(state), _PROBE_PAUSE),
-            retry=tenacity.retry_if_exception(lambda error: is_unfit(error) and not is_busy(error)),
-            reraise=True,
-        )
+        again = tenacity.retry_if_exception(is_retryable)
+        retry = tenacity.AsyncRetrying(stop=stop, wait=pause, retry=again, before_sleep=say, reraise=True)
         try:
-            await retry(self._attempt, question)
+            await retry(self._attempt, self._first)
             return
         except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
             error = failure
-        if is_busy(error) or (isinstance(error, UnusableAnswer) and not is_unfit(error)):
-            return
-        text = self._reason(error, retry.statistics["attempt_number"])
-        hint = "start it or mend base_url, or wait for it with --no-probe" if is_missing(error) else "mend it"
-        raise ServiceError(f"{self.endpoint.model_name}: {text}; {hint}, and give the same command again")
+        self._meter.add(Usage(failures=1))
+        text = self._requester.reason(error, retry.statistics["attempt_number"])
+        if isinstance(error, UnusableAnswer) and (error.said or not isinstance(error, UnfitReply)):
+            text += f"; expected {self._first.expected}, and it answered {self._requester.words_of(error)}"
+            hint = "mend it or take another model"
+        elif is_busy(error):
+            hint = "wait"
+        else:
+            hint = "start it or mend base_url, or wait for it with --no-probe" if is_missing(error) else "mend it"
+        raise ServiceError(f"{self._name}: {text}; {hint}, and give the same command again")
 
-    def _refuse(self, error: BaseException, text: str) -> None:
-        """Raises ServiceError if the server would refuse every question, now and later."""
-        self._rejected += refuses_settings(error)
-        if refuses_all(error) or (self._answered is None and self._rejected >= _REJECTIONS):
-            self._refusal = f"{self.endpoint.model_name}: {text}; mend it and give the same command again"
-            raise ServiceError(self._refusal)
+    async def _is_of_question(self, error: BaseException, failed: float, text: str) -> bool:
+        """Whether a failure is of what was asked, since others are answered; if not, no answer came.
+
+        Args:
+            failed: when it came.
+            text: its reason.
+
+        Raises:
+            ServiceError: the server would refuse every question, now and later.
+        """
+        if refuses_all(error):
+            raise self._refuse(text)
+        if is_missing(error):
+            return False
+        if isinstance(error, UnusableAnswer) and not isinstance(error, UnfitReply):
+            self._unusable += 1
+            if self._unusable < _IN_A_ROW:
+                return True
+        other = await self._failure_of_another(failed)
+        if other is not None and not is_missing(other):
+            before = self._answered_sent > -math.inf
+            raise self._refuse(f"{text}, also to a question that was answered before" if before else text)
+        return other is None and not isinstance(error, UnfitReply)
+
+    def _refuse(self, text: str) -> ServiceError:
+        """The error that ends all questions."""
+        self._refusal = f"{self._name}: {text}; mend it and give the same command again"
+        return ServiceError(self._refusal)
+
+    async def _failure_of_another(self, failed: float) -> BaseException | None:
+        """Why a question that was answered before is not any more; None if it is, or if one sent later was."""
+        import openai
+
+        async with self._finding_out:
+            if self._answered_sent > failed:
+                return None
+            try:
+                await self._retrying(_ASKED_AGAIN)(self._attempt, self._answered)
+            except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
+                return failure
+            return None
 
     async def _is_away(self, error: BaseException, before: int, waited: bool) -> bool:
         """Whether a server fails at any question, and not at the one that it just left unanswered.
@@ -220,7 +264,7 @@ class Chat:
         """
         if is_absent(error) or (is_away(error) and not waited):
             return True
-        if is_away(error) or self._unanswered >= _UNANSWERED:
+        if is_away(error) or self._unanswered >= _IN_A_ROW:
             return not await self._still_answers(before)
         return False
 
@@ -229,11 +273,14 @@ class Chat:
         import openai
 
         async with self._finding_out:
-            if self._answered is None or self._replies > before:
-                return self._answered is not None
+            if self._replies > before:
+                return True
             try:
-                with suppress(UnusableAnswer):  # an answer all the same
-                    await self._attempt(self._answered)
+                await self._attempt(self._answered)
+            except UnfitReply:
+                return False
+            except UnusableAnswer:  # an answer all the same
+                return True
             except (TimeoutError, openai.OpenAIError):
                 return False
             return True
@@ -243,13 +290,13 @@ class Chat:
         now = time.monotonic()
         if self._away_since is None:
             self._away_since = now
-            seconds, name = self.endpoint.patience, self.endpoint.model_name
-            log.warning("waiting up to %.0f s for the server of %s: %s", seconds, name, text)
+            seconds, role = self.endpoint.patience, served_role()
+            log.warning("waiting up to %.0f s for %s: %s: %s", seconds, role, self._name, text)
         away = now - self._away_since
         left = self.endpoint.patience - away
         if left <= 0:
-            name, again = self.endpoint.model_name, "give the same command again when it is back"
-            self._refusal = f"{name}: {text}; no answer for {away:.0f} s; {again}"
+            again = "give the same command again when it is back"
+            self._refusal = f"{self._name}: {text}; no answer for {away:.0f} s; {again}"
             raise ServiceError(self._refusal)
         await asyncio.sleep(min(LONGEST_PAUSE, left))
 
@@ -257,62 +304,26 @@ class Chat:
         async with self._slots:
             if self._refusal is not None:
                 raise ServiceError(self._refusal)
-            body = await self._exchange(question)
+            sent = time.monotonic()
+            body = await self._requester.reply(question)
+        try:
+            value = self._requester.parsed(question, body)
+        except UnusableAnswer as error:
+            if not isinstance(error, UnfitReply):
+                self._count_reply()
+            raise
+        self._count_reply()
+        self._unusable, self._answered, self._answered_sent = 0, question, max(self._answered_sent, sent)
+        return value
+
+    def _count_reply(self) -> None:
         self._away_since, self._unanswered = None, 0
         self._replies += 1
-        answer = read_answer(body)
-        self._answered = question
-        return question.parse(replace(answer, text=self._secrets.blank(answer.text)))
 
-    async def _exchange(self, question: ChatRequest) -> Mapping[str, Any]:
-        """The reply to a question; what the server refuses in its form is asked in another one."""
-        import openai
 
-        accepted = self._accepted
-        while True:
-            fields = request(self.endpoint, question, accepted)
-            try:
-                body = await self._send(fields)
-                break
-            except openai.APIStatusError as error:
-                other = accepted.after(error, fields, auto=self.endpoint.structured == "auto")
-                if other is None:
-                    raise
-                accepted = other
-        # Remembered only now: a rejection for another reason must not change later questions.
-        self._accepted = self._accepted.with_all(accepted)
-        return body
-
-    async def _send(self, fields: dict[str, Any]) -> Mapping[str, Any]:
-        import openai
-
-        self._meter.add(Usage(attempts=1, in_flight=1))
-        try:
-            async with asyncio.timeout(self.endpoint.timeout):
-                reply = await self._client.chat.completions.with_raw_response.create(
-                    **fields, extra_body=self.endpoint.extra_body or None
-                )
-        except openai.APIConnectionError as error:
-            if isinstance(error.__cause__, UnusableAnswer):  # of a reply that is too long
-                raise error.__cause__ from None
-            raise
-        finally:
-            self._meter.add(Usage(in_flight=-1))
-        body = read_body(reply.content)
-        self._meter.add(read_usage(body, self.endpoint))
-        if failed := read_error(body):
-            status, words = failed
-            error = openai.APIStatusError(str(words.get("message")), response=reply.http_response, body=words)
-            error.status_code = status
-            raise error
-        return body
-
-    def _reason(self, error: BaseException, attempts: int) -> str:
-        # Hidden before truncation: a truncated key is not recognised.
-        text = self._secrets.hide(reason(error, self.endpoint))
-        if len(text) > _LONGEST_REASON:
-            text = text[: _LONGEST_REASON - 3] + "..."
-        return f"{text} ({attempts} attempt{'s' if attempts > 1 else ''})"
+def _was_busy(state: "tenacity.RetryCallState") -> bool:
+    error = state.outcome.exception() if state.outcome else None
+    return error is not None and is_busy(error)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
+from rflow_jax.openai_client.extras import require_body, require_headers, resolved_headers
 from rflow_jax.utils.registry import EXECUTION, LATER
-from rflow_jax.utils.secrets import HIDDEN, looks_secret, public_addresses, require_no_secret
+from rflow_jax.utils.secrets import HIDDEN, looks_secret, public_addresses
 
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
 _PART = 8  # this many consecutive characters of a key are no coincidence
 _MASKED_PART = 3
-_OF_SECRETS = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 _SHORTEST = 8  # a shorter key is no protection, and words of an answer may look like it
 
 
@@ -25,10 +25,13 @@ class Secrets:
 
     def __init__(self, key: str, address: str | None, more: Iterable[str] = ()) -> None:
         parts = urlsplit(address or "")
-        inside = {parts.password or parts.username or "", *re.split("[&=]", parts.query)}
+        pairs = (pair.partition("=") for pair in parts.query.split("&"))
+        inside = {parts.password or parts.username or "", *(value or name for name, _, value in pairs)}
+        inside |= {unquote(part) for part in inside}
+        inside |= {quote(part, safe="") for part in inside}
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"  # as it is sent
         basic = base64.b64encode(login.encode()).decode("ascii") if parts.username or parts.password else ""
-        held = {key, *more, *inside, *map(unquote, inside), basic} - {"", NO_KEY}
+        held = {key, *more, *inside, basic} - {"", NO_KEY}
         self._secrets = sorted(held, key=len, reverse=True)
 
     def blank(self, text: str) -> str:
@@ -60,6 +63,7 @@ class Secrets:
 
 
 DEFAULT_MODEL = "gpt-4o"
+OPENAI = "https://api.openai.com/v1"
 NO_KEY = "none"  # for a server without a key; the client library insists on one
 STRUCTURED = ("auto", "json_schema", "json_object", "text")
 
@@ -104,15 +108,12 @@ class Connection:
         if self.base_url is not None:
             _require_address(self.base_url, "base_url")
         _require_model(self.model or "", "model")
-        require_no_secret(self.extra_body, "extra_body")
+        require_body(self.extra_body, {one.name for one in fields(self)})
+        require_headers(self.extra_headers)
         if not _between(self.timeout, 1e-3) or self.concurrency < 1 or self.max_retries < 0:
             raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
         if not _between(self.patience, 0.0):
             raise InputError(f"patience is {self.patience}: give seconds, 0 or more")
-        for name, value in self.extra_headers.items():
-            secret = _OF_SECRETS.search(name) or looks_secret(str(value))
-            if secret and not str(value).startswith("$"):  # it would stand in the run's files
-                raise InputError(f"extra_headers.{name}: give $ and the name of an environment variable that holds it")
         if (self.price_input is None) != (self.price_output is None):
             raise InputError("give both price_input and price_output, or neither; 0 is a price")
         if not all(price is None or _between(price, 0.0) for price in (self.price_input, self.price_output)):
@@ -144,7 +145,7 @@ class Connection:
             raise InputError(f"the environment variable {self.api_key_env} contains characters that no key has")
         if key:
             return key
-        if self.address():
+        if self.address() or any(name.lower() == "authorization" for name in self.extra_headers):
             return NO_KEY
         raise InputError(f"no API key: set the environment variable {self.api_key_env}, or base_url to a local server")
 
@@ -152,14 +153,10 @@ class Connection:
         """The further HTTP headers, with the values that the environment holds.
 
         Raises:
-            InputError: a variable is not set, or a value cannot be a header.
+            InputError: a variable is not set or cannot be a header, or the API key is sent as one of them.
         """
-        found = {}
-        for name, value in self.extra_headers.items():
-            found[name] = os.environ.get(value[1:], "") if value.startswith("$") else value
-            if not re.fullmatch(r"[!-~][ -~]*", found[name]) or not re.fullmatch(r"[\w-]+", name, re.ASCII):
-                raise InputError(f"extra_headers.{name!r}: not a header, or its environment variable is not set")
-        return found
+        key = os.environ.get(self.api_key_env, "").strip() or None
+        return resolved_headers(self.extra_headers, self.api_key_env, key)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """USD for these tokens read and written; None if the prices are unknown."""
@@ -196,6 +193,12 @@ class Endpoint(Connection):
             raise InputError(f"max_tokens is {self.max_tokens}: give at least 1, or null")
         if self.structured not in STRUCTURED:
             raise InputError(f"structured is {self.structured!r}: give one of {', '.join(STRUCTURED)}")
+
+
+def without_query(url: str) -> tuple[str, dict[str, str]]:
+    """An address, and its query apart, which belongs behind the path of a request; the fragment is left out."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, "", "")), dict(parse_qsl(parts.query, True))
 
 
 def public_url(url: str) -> str:

@@ -26,7 +26,13 @@ class ChatError(Exception):
 
 
 class UnusableAnswer(Exception):
-    """An answer that arrived but cannot be used; asking again may help."""
+    """An answer that arrived but cannot be used; asking again may help.
+
+    Attributes:
+        said: what the model wrote, where that is known.
+    """
+
+    said: str = ""
 
 
 class UnfitReply(UnusableAnswer):
@@ -78,12 +84,14 @@ class ChatRequest:
         parse: turns the answer into a value, or raises ``UnusableAnswer``.
         form: the schema of the answer.
         options: further fields of the request; they override the endpoint's settings.
+        expected: what the answer must be, in words.
     """
 
     messages: Sequence[Mapping[str, Any]]
     parse: Callable[[Answer], Any]
     form: ResponseSchema | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    expected: str = "a text"
 
 
 PROBE_PROMPT = "a red square"
@@ -92,6 +100,10 @@ PROBE_PROMPT = "a red square"
 def probe_picture() -> Image:
     """A small picture for a first question, of a size that every model takes; it shows ``PROBE_PROMPT``."""
     return new("RGB", (128, 128), "red")
+
+
+PLAIN_QUESTION = ChatRequest([{"role": "user", "content": "Answer with the word yes."}], Answer.require_text)
+"""A question that every chat model can answer."""
 
 
 def encodable(text: str) -> str:

@@ -9,6 +9,9 @@ from rflow_jax.openai_client.accepted import FORMATS, Accepted
 from rflow_jax.openai_client.endpoint import Endpoint
 from rflow_jax.openai_client.messages import Answer, ChatRequest, UnfitReply, UnusableAnswer, encodable
 from rflow_jax.openai_client.usage import Usage
+from rflow_jax.utils.file_kinds import web_page
+
+_MOST_TOKENS = 2**40  # of one answer; more is nonsense
 
 
 def request(endpoint: Endpoint, question: ChatRequest, accepted: Accepted) -> dict[str, Any]:
@@ -34,7 +37,12 @@ def read_body(content: bytes) -> Mapping[str, Any]:
     try:
         body = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UnfitReply(f"the server's reply is not a chat completion ({error})") from error
+        if page := web_page(content):
+            raise UnfitReply(
+                f"the server's reply is {page}, not a chat completion: of a login, a proxy, or a wrong base_url"
+            ) from error
+        why = error if content.strip() else "it is empty"
+        raise UnfitReply(f"the server's reply is not a chat completion ({why})") from error
     if not isinstance(body, dict):
         raise UnfitReply("the server's reply is not a chat completion")
     return body
@@ -45,7 +53,7 @@ def read_usage(body: Mapping[str, Any], endpoint: Endpoint) -> Usage:
     counts = body.get("usage")
     counts = counts if isinstance(counts, dict) else {}
     read, written = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    if not (isinstance(read, int) and isinstance(written, int) and read >= 0 and written >= 0):
+    if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in (read, written)):
         return Usage(unmetered=1)
     return Usage(prompt_tokens=read, completion_tokens=written, cost=endpoint.cost(read, written))
 

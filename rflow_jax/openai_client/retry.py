@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rflow_jax.openai_client.endpoint import Endpoint
-from rflow_jax.openai_client.messages import UnfitReply, UnusableAnswer
+from rflow_jax.openai_client.messages import UnusableAnswer
+from rflow_jax.utils.file_kinds import web_page
 from rflow_jax.utils.network import asked_pause, printable
 
 if TYPE_CHECKING:
@@ -19,6 +20,18 @@ _TRANSIENT = {408, 409, 429}
 _AWAY = {502, 503, 504, 529}
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx
 _REFUSALS = {401, 402, 404, 405, 410}
+# What servers call an account that may ask nothing more, under statuses from 200 to 529.
+_ENDED = {
+    *("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"),
+    *("account_deactivated", "invalid_api_key", "insufficient_user_quota", "insufficient_balance"),
+}
+_ABOUT_ACCOUNT = re.compile(
+    r"insufficient[ _](?:\w+[ _])?(?:quota|credits?|balance|funds)|balance (?:is )?(?:too low|not enough)"
+    r"|billing[ _](?:hard[ _]limit|limit|is not active|not[ _]active)"
+    r"|access[ _](?:is |has been |was )?terminated|(?:account|key)[ _](?:is |has been |was )?"
+    r"(?:deactivated|disabled|suspended|terminated|revoked|expired|banned)|out of credits?|no credits? left|arrears",
+    re.IGNORECASE,
+)
 _ABOUT_FORM = re.compile(r"response_format|json|schema|grammar|guided|structured", re.IGNORECASE)
 
 
@@ -27,7 +40,7 @@ def is_retryable(error: BaseException) -> bool:
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        return (error.status_code in _TRANSIENT or error.status_code >= 500) and not refuses_all(error)
+        return (error.status_code in _TRANSIENT or error.status_code >= 500) and not _is_about_account(error)
     return isinstance(error, UnusableAnswer | TimeoutError | openai.APIConnectionError)
 
 
@@ -36,16 +49,11 @@ def is_missing(error: BaseException) -> bool:
     return is_retryable(error) and not isinstance(error, UnusableAnswer)
 
 
-def is_unfit(error: BaseException) -> bool:
-    """Whether no answer came, or one of no server of this kind."""
-    return is_missing(error) or isinstance(error, UnfitReply)
-
-
 def is_busy(error: BaseException) -> bool:
     """Whether a server asks to come back later."""
     import openai
 
-    return isinstance(error, openai.APIStatusError) and error.status_code == 429 and not refuses_all(error)
+    return isinstance(error, openai.APIStatusError) and error.status_code == 429 and is_retryable(error)
 
 
 def is_absent(error: BaseException) -> bool:
@@ -57,7 +65,8 @@ def is_away(error: BaseException) -> bool:
     """Whether there seems to be no server behind an address, or one that can answer nothing now."""
     import openai
 
-    return is_absent(error) or (isinstance(error, openai.APIStatusError) and error.status_code in _AWAY)
+    away = isinstance(error, openai.APIStatusError) and error.status_code in _AWAY and is_retryable(error)
+    return away or is_absent(error)
 
 
 def refuses_all(error: BaseException) -> bool:
@@ -66,14 +75,15 @@ def refuses_all(error: BaseException) -> bool:
 
     if not isinstance(error, openai.APIStatusError):
         return False
-    return error.status_code in _REFUSALS or (error.status_code == 429 and error.code == "insufficient_quota")
+    return error.status_code in _REFUSALS or bool({str(error.code), str(error.type)} & _ENDED)
 
 
-def refuses_settings(error: BaseException) -> bool:
-    """Whether a server rejects the form of a request, which may be for its settings or for what it asks."""
-    import openai
+def _is_about_account(error: "openai.APIStatusError") -> bool:
+    """Whether a server's words are about a key or an account, so that waiting will not help.
 
-    return isinstance(error, openai.APIStatusError) and error.status_code in (400, 403, 422)
+    They may be a question's own, repeated: only another question can tell.
+    """
+    return refuses_all(error) or bool(_ABOUT_ACCOUNT.search(said(error)))
 
 
 def backoff(state: "tenacity.RetryCallState") -> float:
@@ -120,8 +130,10 @@ def reason(error: BaseException, endpoint: Endpoint) -> str:
 
 
 def said(error: "openai.APIStatusError") -> str:
-    """The server's message: {error: {message}}, {message}, {error}, {detail} or plain text."""
+    """The server's message: {error: {message}}, {message}, {error}, {detail} or plain text; the title of a web page."""
     body: Any = error.body
     if isinstance(body, Mapping):
         body = body.get("message") or body.get("detail") or body
+    elif isinstance(body, str):
+        body = web_page(body.encode()) or body
     return str(body) if body else ""

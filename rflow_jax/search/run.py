@@ -91,7 +91,7 @@ def _make_models(
     prompts = {"reflector": REFLECTION_PROMPT, "refiner": REFINE_PROMPT}
     try:
         for role, model in sorted(roles.items(), key=lambda one: not one[1].asks_endpoint):
-            with serving(role):
+            with serving(role, settings=True):
                 if isinstance(model, VerifierConfig):
                     made = make_verifier(model, meters[role], probe=probe)
                 else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rflow_jax.errors import InputError
 
 _LOOKED_AT = 512  # bytes
+_PAGE_HEAD = 4096
+_TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 _LFS = b"version https://git-lfs"
 _WEB_PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
@@ -33,6 +36,16 @@ def mistaken_for_weights(path: Path) -> str | None:
         first = start.strip().splitlines()[0][:60].decode("ascii")
         return f"a text that begins with {first!r}; download the file again"
     return None
+
+
+def web_page(content: bytes) -> str | None:
+    """What to call a content that is a web page, with its title; else None."""
+    start = content[:_PAGE_HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start.startswith(_WEB_PAGE) and not (start.startswith(b"<") and b"<html" in start):
+        return None
+    title = _TITLE.search(content[:_PAGE_HEAD])
+    words = " ".join(title[1].decode("utf-8", "replace").split())[:80] if title else ""
+    return f"a web page ({words!r})" if words else "a web page"
 
 
 def require_true_files(folder: Path) -> None:

@@ -82,6 +82,8 @@ def yes_no_template(template: str) -> Template:
 class ChatVerifier:
     """Asks one question an image; a subclass says which, and parses the answer to a ``Verdict``.
 
+    ``question`` is called here already, for a first question.
+
     Args:
         kind: first word of the name.
     """
@@ -90,7 +92,7 @@ class ChatVerifier:
 
     def __init__(self, kind: str, config: Connection, meter: UsageTracker | None) -> None:
         self._meter = meter or UsageTracker()
-        self._chat = Chat(config.endpoint(), self._meter)
+        self._chat = Chat(config.endpoint(), self._meter, self.question(probe_picture(), {"prompt": PROBE_PROMPT}))
         self.name = f"{kind} {config.model_name}"
         self.concurrency = config.concurrency
 
@@ -109,8 +111,8 @@ class ChatVerifier:
         ]
 
     def probe(self) -> None:
-        """Asks about a small picture; raises ServiceError if there is no such server, or it does not take that."""
-        self._chat.probe(self.question(probe_picture(), {"prompt": PROBE_PROMPT}))
+        """Asks about a small picture; raises ServiceError if there is no such server, or no usable answer."""
+        self._chat.probe()
 
     def close(self) -> None:
         """Cancels pending calls; those images are unscored, with ``CLOSED`` as the reason."""
@@ -159,7 +161,10 @@ class OpenAIVerifier(ChatVerifier):
             exclude=excluded(item),
         )
         form = ResponseSchema("grades", _schema(aspects))
-        return ChatRequest(vision_messages(system, text, image), partial(self._verdict, aspects), form)
+        expected = f"JSON with a score from 0 to 10 for {', '.join((*aspects, OVERALL))}"
+        return ChatRequest(
+            vision_messages(system, text, image), partial(self._verdict, aspects), form, expected=expected
+        )
 
     def _verdict(self, aspects: Mapping[str, str], answer: Answer) -> Verdict:
         grades = read_grades(tuple(aspects), answer)

@@ -36,7 +36,8 @@ class YesNoVerifier(ChatVerifier):
     def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:
         """The image and the prompt, without instructions: what such models were trained with."""
         parts = [image_part(image), words(self._template.safe_substitute(prompt=item["prompt"]))]
-        return ChatRequest([{"role": "user", "content": parts}], _verdict, options=_OPTIONS)
+        expected = "yes or no as the first word, with its log-probability"
+        return ChatRequest([{"role": "user", "content": parts}], _verdict, options=_OPTIONS, expected=expected)
 
 
 def _verdict(answer: Answer) -> Verdict:

@@ -117,7 +117,8 @@ class HttpTextGeneratorConfig(Connection, TextGeneratorConfig):
     asks_endpoint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.endpoint()  # checks all of them
+        super().__post_init__()
+        self.endpoint()  # checks the others
 
 
 @dataclass(frozen=True)

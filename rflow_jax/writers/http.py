@@ -23,7 +23,8 @@ class HttpTextGenerator:
         self, config: HttpTextGeneratorConfig, default_prompt: Path, meter: UsageTracker | None = None
     ) -> None:
         self._parts = PromptFile.of(config.prompt_file, default_prompt)
-        self._chat = Chat(config.endpoint(), meter)
+        first = self._request(WriterInput(probe_picture(), PROBE_PROMPT, PROBE_PROMPT, "Overall: 10"))
+        self._chat = Chat(config.endpoint(), meter, first)
         self.name = f"http {config.model_name}"
         self.concurrency = config.concurrency
 
@@ -32,8 +33,8 @@ class HttpTextGenerator:
         return [_output(answer) for answer in self._chat.ask_all([self._request(case) for case in cases])]
 
     def probe(self) -> None:
-        """Asks about a small picture; raises ServiceError if there is no such server, or it does not take that."""
-        self._chat.probe(self._request(WriterInput(probe_picture(), PROBE_PROMPT, PROBE_PROMPT, "Overall: 10")))
+        """Asks about a small picture; raises ServiceError if there is no such server, or no usable answer."""
+        self._chat.probe()
 
     def close(self) -> None:
         """Cancels pending calls; those cases have no text, with ``CLOSED`` as the reason."""
