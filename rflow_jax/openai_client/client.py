@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rflow_jax.errors import ServiceError, served_role
@@ -150,7 +151,7 @@ class Chat:
                 await self._wait_for_service(text)
                 waited = True
                 continue
-            if is_away(error) and not back:  # it may have come back just now
+            if (waited or is_away(error)) and not back:  # it may have come back just now
                 back = True
                 continue
             self._meter.add(Usage(failures=1))
@@ -243,14 +244,17 @@ class Chat:
         return ServiceError(self._refusal)
 
     async def _failure_of_another(self, failed: float) -> BaseException | None:
-        """Why a question that was answered before is not any more; None if it is, or if one sent later was."""
+        """Why a question that was answered before is not any more; None if it is, or if one sent later was.
+
+        It is asked at once, beside the ``concurrency`` others.
+        """
         import openai
 
         async with self._finding_out:
             if self._answered_sent > failed:
                 return None
             try:
-                await self._retrying(_ASKED_AGAIN)(self._attempt, self._answered)
+                await self._retrying(_ASKED_AGAIN)(self._attempt, self._answered, nullcontext())
             except (UnusableAnswer, TimeoutError, openai.OpenAIError) as failure:
                 return failure
             return None
@@ -276,7 +280,7 @@ class Chat:
             if self._replies > before:
                 return True
             try:
-                await self._attempt(self._answered)
+                await self._attempt(self._answered, nullcontext())
             except UnfitReply:
                 return False
             except UnusableAnswer:  # an answer all the same
@@ -300,8 +304,9 @@ class Chat:
             raise ServiceError(self._refusal)
         await asyncio.sleep(min(LONGEST_PAUSE, left))
 
-    async def _attempt(self, question: ChatRequest) -> Any:
-        async with self._slots:
+    async def _attempt(self, question: ChatRequest, slots: AbstractAsyncContextManager[Any] | None = None) -> Any:
+        """The answer to a question, asked once, when it is its turn (``slots``)."""
+        async with slots or self._slots:
             if self._refusal is not None:
                 raise ServiceError(self._refusal)
             sent = time.monotonic()

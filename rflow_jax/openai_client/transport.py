@@ -12,8 +12,8 @@ _REDIRECTS = 5
 def http_client(address: str | None) -> Any:
     """A client for an address, whose replies are bounded; no proxy of the environment is used for this machine's own.
 
-    A longer reply ends in :class:`UnfitReply`, and so does a redirection to another host; of a longer error the beginning
-    is read.
+    A longer reply ends in :class:`UnfitReply`, and so does a redirection to another host; of a longer error, the
+    beginning is read.
     """
     import openai
 
@@ -27,9 +27,7 @@ def http_client(address: str | None) -> Any:
                 await response.aclose()
                 # Keys may be in any header, and pictures are in the body.
                 if (other := response.next_request.url.host) != request.url.host:
-                    raise UnfitReply(
-                        f"the server redirects to another one, {other!r}; give that one's base_url, or sign in"
-                    )
+                    raise UnfitReply(f"the server redirects to another host, {other!r}: a login, or another base_url")
                 response = await super().send(response.next_request, stream=True, **how)
             try:
                 content = await _beginning(response, LONGEST_REPLY if response.is_success else LONGEST_ERROR)

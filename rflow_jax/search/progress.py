@@ -155,6 +155,11 @@ class SearchProgress:
         counts = [f"{count} of the {role}" for role, count in sorted(self.questions.items())]
         return f"questions without an answer: {', '.join(counts)} ({self.first_reason})"
 
+    @property
+    def lacking(self) -> int:
+        """Images, scores, texts and answers that were asked for and are not there."""
+        return self.without_image + self.unscored + self.text_failures + self.questions.total()
+
     def _remember(self, what: str, error: str | None) -> None:
         if self.first_failure is None and error is not None:
             self.first_failure = f"{what}: {error}"
@@ -164,8 +169,7 @@ class SearchProgress:
         usage, fraction = self._usage(), self._clock.fraction
         with self._lock:
             pace = self.images / max(time.monotonic() - self._began, 1e-9)
-            failures = self.without_image + self.unscored + self.partly_scored + self.text_failures
-            failures += self.questions.total()
+            failures = self.lacking + self.partly_scored
         words = [f"{pace:.2f} images/s"]
         if fraction is not None:
             words.append(f"generator {fraction:.0%} busy")

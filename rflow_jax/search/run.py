@@ -15,10 +15,12 @@ from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import PromptFolder, check_entry, folder_of, is_done, read_records
+from rflow_jax.search.prompt_folder import RECORDS, PromptFolder, check_entry, folder_of, is_done
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
 from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
+from rflow_jax.search.summary import Lacking, summary
 from rflow_jax.utils.recipes import find_prompts
+from rflow_jax.utils.secrets import without_secrets
 from rflow_jax.utils.shown import one_line
 from rflow_jax.verifiers import make_verifier
 from rflow_jax.verifiers.config import VerifierConfig
@@ -64,11 +66,11 @@ def _start(
         check_entry(out, index, entry)
     mine = {index: entries[index] for index in entries if index % processes == process_index}
     todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
-    unmade = sum(_unmade(out, index) for index in mine if index not in todo)
+    before = Lacking.of(out, [index for index in mine if index not in todo])
     if not todo:
-        lacking = f", {unmade} of their images could not be made (their records say why)" if unmade else ""
+        lacking = f", {before.in_words()} (their records say why)" if before else ""
         print(f"{out}: all {len(mine)} prompts are done{lacking}; nothing to do")
-        return 1 if unmade else 0
+        return 1 if before else 0
     given = given_images(Path(run_config.images), todo) if run_config.images else {}
     accounts = Budget(out, process_index, tuple(MODELS), config.budget)
     probe = run_config.probe and not accounts.over_budget()
@@ -80,7 +82,7 @@ def _start(
         raise
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
     with claim(out, published, process_index):
-        return _search(kind, config, out, pipe, models, accounts, todo, given, unmade)
+        return _search(kind, config, out, pipe, models, accounts, todo, given, before)
 
 
 def _make_models(
@@ -112,9 +114,16 @@ def _search(
     accounts: Budget,
     todo: Entries,
     given: Mapping[int, list[Path]],
-    unmade: int,
+    before: Lacking,
 ) -> int:
-    """Searches the prompts that are left, beside others with ``unmade`` images that could not be made."""
+    """Searches the prompts that are left.
+
+    Args:
+        before: what the others lack.
+
+    Returns:
+        The exit status: 1 if an image, a score or a text that was asked for is not there.
+    """
     context = _context(config, pipe, models)
 
     def prompts() -> Iterator[PromptSearch]:
@@ -126,7 +135,7 @@ def _search(
     planned = sum(config.strategy(kind, len(given[i]) if i in given else None).images() for i in todo)
     clock = BusyClock()
     live = SearchProgress(planned, clock, accounts.total)
-    live.unmade(unmade)
+    live.unmade(before.images)
 
     def keep(now: bool = False) -> None:
         accounts.write(live.images, clock.fraction, now)
@@ -146,21 +155,16 @@ def _search(
             engine.run(prompts())
     finally:
         keep(now=True)
-    print(_summary(len(todo), live, out, accounts, verified=context.verified))
+    undecided = [index for index in todo if not (folder_of(out, index) / RECORDS).exists()]
+    print(summary(len(todo), undecided, live, accounts.total(), out, verified=context.verified))
     if live.first_failure:
         said = f"the first failure was: {live.first_failure}; all are in {out}/*/records.jsonl"
         print(one_line(said), file=sys.stderr)
     if engine.stopped:
         print(f"stopped: {engine.stopped}; the same command with a larger budget continues", file=sys.stderr)
     if lacking := live.without_answer():
-        print(f"{lacking}; give the same command again, which asks them again", file=sys.stderr)
-        return 1
-    return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
-
-
-def _unmade(out: Path, index: int) -> int:
-    """Images of a finished prompt that could not be made."""
-    return sum(record.get("error") is not None for record in read_records(folder_of(out, index)))
+        print(f"{without_secrets(lacking)}; give the same command again, which asks them again", file=sys.stderr)
+    return 1 if undecided or before or live.lacking else 0
 
 
 def _context(config: SearchConfig, pipe: Generator, models: Models) -> SearchContext:
@@ -213,24 +217,3 @@ def _process(run_config: RunConfig) -> tuple[int, int]:
 
     start_processes(run_config.distributed)
     return jax.process_index(), jax.process_count()
-
-
-def _summary(prompts: int, live: SearchProgress, out: Path, accounts: Budget, verified: bool) -> str:
-    counts = [f"{prompts} prompt{'s' if prompts > 1 else ''}", f"{live.images} images"]
-    if verified:
-        counts += [f"{live.scored} scored", f"{live.unscored} without a score"]
-    if live.without_image:
-        counts.append(f"{live.without_image} could not be made")
-    if live.partly_scored:
-        counts.append(f"{live.partly_scored} of them not by all members of the ensemble")
-    if live.text_failures:
-        counts.append(f"{live.text_failures} texts failed")
-    usage = accounts.total()
-    if usage.converted:
-        counts.append(f"{usage.converted} answers converted")
-    if usage.prompt_tokens or usage.completion_tokens:
-        least = "at least " if usage.unmetered else ""
-        cost = "" if not usage.cost else f" ({least}${usage.cost:.2f})"
-        counts.append(f"{usage.prompt_tokens + usage.completion_tokens:,} tokens{cost}")
-    best = f"the best are in {out}/*/samples_best" if live.scored else f"the images are in {out}/*/samples"
-    return f"{', '.join(counts)}; {best}"

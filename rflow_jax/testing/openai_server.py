@@ -140,6 +140,10 @@ class OpenAIServer:
             del reply["usage"]
         return reply
 
+    def refusal(self, call: Call) -> dict[str, Any] | None:
+        """An error in place of the answer: its status, and its fields or a whole page; for subclasses."""
+        return None
+
     def wait_for(self, call: Call, faults: Mapping[str, Fault]) -> None:
         """Takes the time that an answer is to take."""
         seconds = self.delay + self.spread * int(call.digest[:4], 16) / 0xFFFF
@@ -172,6 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, call: Call) -> None:
         if call.format in self.kit.refuse:
             return self._fail(400, f"response_format: {call.format} is not supported")
+        if refusal := self.kit.refusal(call):
+            status, page = refusal.pop("status"), refusal.pop("page", None)
+            return self._send(status, page.encode() if page else json.dumps({"error": refusal}).encode())
         faults = self.kit.faults_for(call)
         self.kit.wait_for(call, faults)
         if "drop" in faults:

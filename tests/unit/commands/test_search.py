@@ -119,7 +119,7 @@ def test_usage_is_kept_over_starts_and_a_budget_stops_and_goes_on(pipe, given, t
     assert found["cost"] == pytest.approx(questions * PRICE)
     assert found["images"] == 5 * PER_PROMPT
     capsys.readouterr()
-    assert call("reflect", given, out, "--budget=0.2") == 0
+    assert call("reflect", given, out, "--budget=0.2") == 1
     stopped = capsys.readouterr()
     assert "stopped: the budget of $0.2 is spent ($0.2" in stopped.err
     assert "the same command with a larger budget continues" in stopped.err

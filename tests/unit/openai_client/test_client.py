@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -76,23 +77,102 @@ LASTING = {
 def test_a_lasting_fault_is_an_error_of_its_own_question_and_says_how_often_it_was_tried(name):
     with OpenAIServer([Fault(when=lambda call: "question 1" in call.text, **PASSING[name])]) as server:
         first, second, third = ask(server, [question(n) for n in range(3)], max_retries=1, timeout=0.3)
-        assert len(server.calls) == 4
+        assert len(server.calls) == 4 + (name == "cut body")  # then another is asked again
     assert [first, third] == expected([0, 2])
     assert isinstance(second, ChatError)
-    assert str(second).startswith(LASTING[name])
+    assert second.missing == (name not in ("cut answer", "refusal", "empty"))
+    service = f"gpt-4o at {server.base_url}: " if second.missing else ""
+    assert str(second).startswith(service + LASTING[name])
     assert str(second).endswith(" (2 attempts)")
     assert "\n" not in str(second)
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
-def test_a_question_that_is_rejected_is_asked_once_and_the_others_are_answered(status):
+@pytest.mark.parametrize("status", [400, 403, 413, 422, 451])
+def test_a_question_that_is_refused_is_a_finding_if_another_is_answered_again(status):
     reasons = {403: "the key in OPENAI_API_KEY may not do this: "}
-    with OpenAIServer([Fault("status", status=status, when=lambda call: "question 1" in call.text)]) as server:
-        first, second, third = ask(server, [question(n) for n in range(3)])
-        assert len(server.calls) == 3
+    fault = Fault("status", status=status, when=lambda call: "question 1" in call.text, message="content_filter")
+    with OpenAIServer([fault]) as server:
+        first, second, third = ask(server, [question(n) for n in range(3)], concurrency=1)
+        assert fault.struck == 1
+        assert len(server.calls) == 4
     assert [first, third] == expected([0, 2])
-    assert str(second) == f"HTTP {status}: {reasons.get(status, '')}out of order, key *** (1 attempt)"
+    assert str(second) == f"HTTP {status}: {reasons.get(status, '')}content_filter (1 attempt)"
     assert not second.missing
+
+
+ENDED = {
+    "400": {"status": 400, "message": "Your credit balance is too low to access the API."},
+    "403": {"status": 403, "message": "Your access was terminated for a violation of our content policy."},
+    "418": {"status": 418, "message": "no"},
+    "quota": {"status": 429, "message": "no quota", "code": "insufficient_quota"},
+    "type": {"status": 400, "message": "limit", "code": None, "type": "billing_hard_limit_reached"},
+    "words": {"status": 429, "message": "Insufficient balance on this account"},
+    "503": {"status": 503, "message": "this account is suspended", "code": "error"},
+    "key": {"status": 400, "message": "API key expired"},
+    "inside": {"status": 200, "message": "Your credit balance is too low"},
+    "unfit": {"status": 200, "page": "<!DOCTYPE html><html><title>Sign in</title>"},
+}
+
+
+class Ending(OpenAIServer):
+    """A server that refuses all questions from the fourth on."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.ended = ENDED[name]
+
+    def refusal(self, call):
+        return dict(self.ended) if call.number >= 3 else None
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_refusals_that_begin_in_the_middle_end_all_and_are_no_findings(name):
+    with Ending(name) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, concurrency=1, max_retries=1))
+        assert chat.ask_all([question(n) for n in range(3)]) == expected(range(3))
+        begin = time.monotonic()
+        for n in range(3, 6):
+            with pytest.raises(ServiceError, match=f"^gpt-4o at {server.base_url}: ") as caught:
+                chat.ask_all([question(n)])
+        chat.close()
+        assert time.monotonic() - begin < 5
+    assert ENDED[name].get("message", "a web page ('Sign in')") in str(caught.value)
+    assert len(server.calls) <= 8
+
+
+def test_of_many_refused_at_once_none_is_a_finding_and_few_are_asked_again():
+    with OpenAIServer([Fault("status", status=403, when=lambda call: call.number >= 8)], delay=0.05) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, concurrency=8))
+        assert chat.ask_all([question(n) for n in range(8)]) == expected(range(8))
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(chat.ask_all, [question(n)]) for n in range(8, 16)]
+            assert {type(one.exception()) for one in asked} == {ServiceError}
+        chat.close()
+    assert len(server.calls) == 8 + 8 + 1
+
+
+def test_a_refused_question_is_asked_about_again_if_another_has_no_answer_now():
+    """Nothing is known: the question is neither a finding, nor is the service to blame."""
+    faults = [Fault("status", status=400, when=lambda call: "question 1" in call.text)]
+    with OpenAIServer(faults) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, max_retries=0))
+        chat.ask_all([question(0)])
+        faults = [Fault("status", status=500, when=lambda call: "question 0" in call.text)]
+        server.faults += faults
+        (answer,) = chat.ask_all([question(1)])
+        chat.close()
+    assert answer.missing
+    assert faults[0].struck == 3
+
+
+def test_answers_that_become_unusable_for_all_end_all():
+    with OpenAIServer([Fault("empty", when=lambda call: call.number >= 2)]) as server:
+        chat = Chat(Endpoint(base_url=server.base_url, concurrency=1, max_retries=0))
+        answers = [chat.ask_all([question(n)])[0] for n in range(4)]
+        with pytest.raises(ServiceError, match=r"the answer is empty .*, also to a question that was answered before"):
+            chat.ask_all([question(4)])
+        chat.close()
+    assert [type(answer) for answer in answers] == [str, str, ChatError, ChatError]
 
 
 REFUSED = {
@@ -120,7 +200,7 @@ def test_settings_that_are_refused_from_the_beginning_end_all(status):
     with OpenAIServer([Fault("status", status=status)]) as server:
         with pytest.raises(ServiceError, match=f"HTTP {status}"):
             ask(server, [question(n) for n in range(8)], concurrency=1)
-        assert len(server.calls) == 3
+        assert len(server.calls) <= 4
 
 
 @pytest.mark.parametrize("name", ["429", "503", "500", "drop"])
@@ -217,7 +297,7 @@ def test_a_server_that_dribbles_is_given_up_in_time():
         server = type("Server", (), {"base_url": f"http://127.0.0.1:{listener.getsockname()[1]}/v1"})
         begin = time.monotonic()
         (answer,) = ask(server, [question()], max_retries=0, timeout=0.4)
-        assert str(answer) == "no answer within 0.4 s (1 attempt)"
+        assert str(answer) == f"gpt-4o at {server.base_url}: no answer within 0.4 s (1 attempt)"
         assert time.monotonic() - begin < 2
 
 

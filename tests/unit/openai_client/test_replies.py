@@ -7,8 +7,8 @@ import zlib
 
 import pytest
 
-from rflow_jax.errors import InputError
-from rflow_jax.openai_client import ChatError, Endpoint, UnusableAnswer
+from rflow_jax.errors import InputError, ServiceError
+from rflow_jax.openai_client import Endpoint, UnusableAnswer
 from rflow_jax.openai_client.answer_text import only_answer
 from rflow_jax.openai_client.protocol import read_answer, read_error
 from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, retry_after
@@ -132,10 +132,9 @@ def test_words_of_a_server_are_printable(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert printable("a\x1b[31mred\x1b[0m\x07 \x1b]0;title\x07b\u202e") == "ared b"
     with OpenAIServer([Fault("status", status=413, message="\x1b[2Jbig" * 10_000)]) as server:
-        (answer,) = ask(server, [question()])
-    assert isinstance(answer, ChatError)
-    assert "\x1b" not in str(answer)
-    assert len(str(answer)) < 400
+        said = why(server)
+    assert "\x1b" not in said
+    assert len(said) < 450
 
 
 @pytest.mark.parametrize("value", ["Fri, 01 Jan 2099 00:00:00 GMT", "-5", "9" * 1000, "1e9"])
@@ -204,13 +203,21 @@ def flood():
         listener.close()
 
 
+def why(server):
+    """Why a server that answers nothing else gives no answer."""
+    try:
+        (answer,) = ask(server, [question()], max_retries=0)
+    except ServiceError as error:
+        return str(error)
+    return str(answer)
+
+
 @pytest.mark.parametrize(("status", "said"), [(200, "reply is longer than 16 MB"), (500, "HTTP 500")])
 def test_a_reply_without_end_is_cut_off(monkeypatch, flood, status, said):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = flood(status)
-    (answer,) = ask(server, [question()], max_retries=0)
-    assert said in str(answer)
-    assert server.count["sent"] < 2**25
+    assert said in why(server)
+    assert server.count["sent"] < 2**27  # a question that every server answers is asked three times
 
 
 def test_a_packed_reply_without_end_is_cut_off(monkeypatch, flood):
@@ -218,8 +225,7 @@ def test_a_packed_reply_without_end_is_cut_off(monkeypatch, flood):
     packed = zlib.compressobj(wbits=31)
     block = packed.compress(b" " * 2**26) + packed.flush(zlib.Z_SYNC_FLUSH)
     server = flood(200, b"Content-Encoding: gzip\r\n", block)
-    (answer,) = ask(server, [question()], max_retries=0)
-    assert "reply is longer than 16 MB" in str(answer)
+    assert "reply is longer than 16 MB" in why(server)
 
 
 def test_redirects_are_followed_a_few_times_and_their_bodies_not_read(monkeypatch, flood):
@@ -230,5 +236,6 @@ def test_redirects_are_followed_a_few_times_and_their_bodies_not_read(monkeypatc
         assert ask(first, [question()], max_retries=0) == expected([0])
         assert first.count["sent"] < 2**25
     for_ever = flood(307, b"Location: /v1/chat/completions\r\n")
-    (answer,) = ask(for_ever, [question()], max_retries=0)
-    assert "HTTP 307" in str(answer)
+    assert "HTTP 307" in why(for_ever)
+    elsewhere = flood(307, b"Location: http://localhost:1/v1/chat/completions\r\n")
+    assert "redirects to another host, 'localhost'" in why(elsewhere)

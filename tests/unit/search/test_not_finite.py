@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from rflow_jax.commands.main import main
-from rflow_jax.search.budget import Budget
+from rflow_jax.openai_client.usage import Usage
 from rflow_jax.search.config import NoiseStage
 from rflow_jax.search.prompt_search import NotMade
-from rflow_jax.search.run import _summary
+from rflow_jax.search.summary import summary
 from rflow_jax.utils.cli import run
 from rflow_jax.verifiers.base import Verdict
 from tests.kit.fake_pipeline import FakePipeline, instead_of_loading
@@ -115,7 +115,7 @@ def test_unverified_searches_have_them_too(tmp_path):
 def test_the_summary_says_it(tmp_path):
     done = search(tmp_path, kind="noise", pipe=failing(0.4, {False}))
 
-    words = _summary(len(ENTRIES), done.live, tmp_path, Budget(tmp_path, 0, (), None), verified=True)
+    words = summary(len(ENTRIES), [], done.live, Usage(), tmp_path, verified=True)
     assert f"{done.live.without_image} could not be made" in words
 
 

@@ -1,6 +1,7 @@
 """Searches by the command line with a real server that fails: nothing that could not be had is recorded."""
 
 import json
+import re
 import socket
 import time
 from collections import Counter
@@ -110,9 +111,11 @@ def test_what_a_service_left_unanswered_is_asked_by_the_next_run_and_nothing_els
     assert first + answered(server) == questions
 
 
-def test_an_answer_that_cannot_be_used_stays_a_finding(pipe, tmp_path):
+def test_an_answer_that_cannot_be_used_stays_a_finding(pipe, tmp_path, capsys):
     with OpenAIServer([Fault("refusal", when=First("verifier", "picture 1"))]) as server:
-        assert search(tmp_path, server, tmp_path / "run") == 0
+        assert search(tmp_path, server, tmp_path / "run") == 1
+        assert search(tmp_path, server, tmp_path / "run") == 1
+    assert "all 3 prompts are done, 1 have no score" in capsys.readouterr().out
     errors = [record["verdict"]["error"] for record in read_records(tmp_path / "run/00001")]
     assert sum("the model refused" in (error or "") for error in errors) == 1
 
@@ -149,7 +152,7 @@ def test_an_ensemble_has_no_verdict_while_a_member_has_none(pipe, tmp_path, caps
         assert search(tmp_path, server, tmp_path / "whole", kind="noise", verifier=ensemble(server)) == 0
     with OpenAIServer([fault]) as server:
         assert search(tmp_path, server, tmp_path / "run", "--no-probe", kind="noise", verifier=ensemble(server)) == 1
-    assert "1 of the verifier (verifier: openai b: HTTP 500" in capsys.readouterr().err
+    assert f"1 of the verifier (verifier: openai b: b at {server.base_url}: HTTP 500" in capsys.readouterr().err
     with OpenAIServer() as server:
         assert search(tmp_path, server, tmp_path / "run", "--no-probe", kind="noise", verifier=ensemble(server)) == 0
         assert sorted(call.model for call in server.calls) == ["a", "b"]
@@ -167,7 +170,7 @@ def test_a_service_that_fails_is_said_before_anything_is_loaded(pipe, role, stat
     with OpenAIServer([Fault("status", status=status, when=lambda call: call.model == role)]) as server:
         assert search(tmp_path, server, tmp_path / "new/run") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {role}: {role}: HTTP {status}")
+    assert line.startswith(f"error: {role}: {role} at {server.base_url}: HTTP {status}")
     assert not (tmp_path / "new").exists()
 
 
@@ -179,7 +182,7 @@ def test_no_server_at_all_is_said_within_seconds(pipe, tmp_path, capsys):
     assert search(tmp_path, server, tmp_path / "run") == 1
     assert time.monotonic() - begin < 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: verifier: verifier: no connection, or it broke")
+    assert line.startswith(f"error: verifier: verifier at {server.base_url}: no connection, or it broke")
     assert "--no-probe" in line
 
 
@@ -190,7 +193,8 @@ def test_a_page_in_place_of_an_api_is_said(pipe, tmp_path, capsys):
 
     with Page() as server:
         assert search(tmp_path, server, tmp_path / "run") == 1
-    assert "error: refiner: refiner: the server's reply is not a chat completion" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: refiner: refiner at {server.base_url}: the server's reply is not a chat completion")
 
 
 def test_the_first_question_settles_the_form_and_is_counted(pipe, tmp_path):
@@ -205,14 +209,82 @@ def test_the_first_question_settles_the_form_and_is_counted(pipe, tmp_path):
     assert (used["calls"], used["attempts"]) == (7, 8)
 
 
-@pytest.mark.parametrize("kind", ["refusal", "empty", "off_schema", "truncated"])
-def test_a_first_answer_that_cannot_be_used_and_a_busy_server_will_do(pipe, kind, tmp_path):
-    faults = [
-        Fault(kind, when=lambda call: "a red square" in call.text),
-        Fault("status", status=429, retry_after=60, when=lambda call: "a red square" in call.text, times=1),
-    ]
-    with OpenAIServer(faults) as server:
-        assert search(tmp_path, server, tmp_path / "run", kind="noise") == 0
+UNUSABLE = {
+    "refusal": "the model refused: I cannot help with that.",
+    "empty": "the answer is empty",
+    "off_schema": "the answer lacks",
+    "truncated": "the answer is not valid JSON|the answer was cut",
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_first_answer_is_judged_like_any_other(pipe, kind, tmp_path, capsys):
+    with OpenAIServer([Fault(kind)]) as server:
+        assert search(tmp_path, server, tmp_path / "run", kind="noise") == 1
+        assert len(server.calls) == 2  # with one further attempt
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: verifier: verifier at {server.base_url}: ")
+    assert re.search(UNUSABLE[kind], line)
+    assert "; expected JSON with a score from 0 to 10 for" in line
+    assert ("and it answered '{}'" in line) == (kind == "off_schema")
+    assert ("and it answered nothing" in line) == (kind in ("refusal", "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("times", "pause", "status"), [(3, 0.01, 0), (None, 0.01, 1), (1, 90, 1)])
+def test_a_busy_server_is_asked_first_for_a_while_and_no_run_begins_without(
+    pipe, times, pause, status, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr("rflow_jax.openai_client.client._BUSY_TIME", 0.3)
+    with OpenAIServer([Fault("status", status=429, retry_after=pause, times=times)]) as server:
+        begin = time.monotonic()
+        assert search(tmp_path, server, tmp_path / "run", "--verifier.max_retries=0", kind="noise") == status
+        assert time.monotonic() - begin < 5
+    if status:
+        assert "HTTP 429: too many requests" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    if pause < 1:
+        assert any("is busy; asking it again" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_what_ends_in_the_middle_ends_the_run_and_is_no_finding(pipe, whole, role, tmp_path, capsys):
+    """The account's end comes with a status that a refused picture may have as well."""
+    ended = Fault(
+        "status", status=403, message="access terminated", when=lambda call: call.model == role and call.number >= 8
+    )
+    with OpenAIServer([ended]) as server:
+        begin = time.monotonic()
+        assert search(tmp_path, server, tmp_path / "run") == 1
+        assert time.monotonic() - begin < 10
+    said = capsys.readouterr().err
+    assert f"error: {role}: {role} at {server.base_url}: HTTP 403: " in said
+    assert "access terminated (1 attempt), also to a question that was answered before" in said
+    with OpenAIServer() as server:
+        assert search(tmp_path, server, tmp_path / "run") == 0
+    assert results(tmp_path / "run") == whole[0]
+
+
+def test_refusals_of_one_picture_are_findings_beside_a_service_that_answers(pipe, tmp_path):
+    victim = First("verifier", "picture 1")
+    with OpenAIServer([Fault("status", status=400, message="content policy violation", when=victim)]) as server:
+        assert search(tmp_path, server, tmp_path / "run", kind="noise") == 1
+    records = [record for n in range(3) for record in read_records(tmp_path / f"run/0000{n}")]
+    errors = [record["verdict"]["error"] for record in records if record["verdict"]["error"]]
+    assert errors == ["HTTP 400: content policy violation (1 attempt)"]
+
+
+def test_the_summary_names_prompts_that_are_not_decided(pipe, tmp_path, capsys):
+    lost = Fault("status", status=500, when=lambda call: call.model == "verifier" and "picture 1" in call.text)
+    with OpenAIServer([lost]) as server:
+        assert search(tmp_path, server, tmp_path / "run", kind="noise") == 1
+    said = capsys.readouterr().out
+    assert "1 of the prompts not decided yet (00001): the same command goes on" in said
+    assert "; the best of the others are in " in said
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "picture 1"}\n')
+    with OpenAIServer([lost]) as server:
+        assert search(tmp_path, server, tmp_path / "other", "--end=2", "--start=1", kind="noise") == 1
+    assert "are in" not in capsys.readouterr().out
 
 
 def test_score_asks_first_too_and_names_the_role(pipe, tmp_path, capsys):
@@ -223,7 +295,7 @@ def test_score_asks_first_too_and_names_the_role(pipe, tmp_path, capsys):
     with OpenAIServer([Fault("status", status=401)]) as server:
         assert cli.run(lambda: main([*words, f"--verifier.base_url={server.base_url}"])) == 1
         assert len(server.calls) == 1
-    assert capsys.readouterr().err.startswith("error: verifier: gpt-4o: HTTP 401")
+    assert capsys.readouterr().err.startswith(f"error: verifier: gpt-4o at {server.base_url}: HTTP 401")
     assert not (tmp_path / "o.jsonl").exists()
 
 

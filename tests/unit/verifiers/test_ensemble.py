@@ -6,6 +6,7 @@ import time
 import pytest
 
 from rflow_jax.errors import InputError, RunError, ServiceError
+from rflow_jax.openai_client.messages import probe_picture
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.search.config import SearchConfig
 from rflow_jax.search.run_folder import public_section
@@ -210,7 +211,9 @@ def test_an_ensemble_in_a_search_needs_prices_for_a_budget_and_no_score_to_stop_
 
 
 def test_members_over_http_are_asked_at_the_same_time(monkeypatch):
-    with OpenAIServer([Fault("status", status=413, when=lambda call: call.model == "bad")], delay=0.3) as server:
+    first = png_bytes(probe_picture())
+    fault = Fault("status", status=413, when=lambda call: call.model == "bad" and call.image != first)
+    with OpenAIServer([fault], delay=0.3) as server:
         member = {"base_url": server.base_url, "max_retries": 0}
         verifier = EnsembleVerifier(
             config(member | {"name": "openai", "model": "x"}, member | {"name": "yesno", "model": "y"},
@@ -243,7 +246,7 @@ def test_a_members_mistake_is_told_with_its_place_and_members_of_one_name_by_the
 def test_services_are_asked_first_before_the_other_members_are_made():
     MADE.clear()
     away = {"name": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "max_retries": 0}
-    with pytest.raises(ServiceError, match=r"^members\[1\]: m: no connection, or it broke"):
+    with pytest.raises(ServiceError, match=r"^members\[1\]: m at http://127\.0\.0\.1:9/v1: no connection, or it broke"):
         make_verifier(config(own("a"), away), probe=True)
     assert not MADE
     verifier = make_verifier(config(own("a"), away), probe=False)

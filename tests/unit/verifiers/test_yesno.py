@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rflow_jax.errors import InputError
+from rflow_jax.errors import InputError, ServiceError
 from rflow_jax.openai_client import UnusableAnswer
 from rflow_jax.openai_client.usage import UsageTracker
 from rflow_jax.testing.openai_server import Chaos, Fault, OpenAIServer, decision_of, score_of
@@ -89,7 +89,6 @@ def test_the_evaluation_is_words():
     ("kind", "reason"),
     [
         ("off_schema", "neither yes nor no is among the likeliest first tokens (2 attempts)"),
-        ("no_logprobs", "the server gives no log-probabilities of the first token (2 attempts)"),
         ("refusal", "the model refused: I cannot help with that. (2 attempts)"),
     ],
 )
@@ -189,12 +188,22 @@ def test_odd_log_probabilities_are_an_error_of_one_image(logprobs):
     class Odd(OpenAIServer):
         def respond(self, call, faults):
             reply = super().respond(call, faults)
-            reply["choices"][0]["logprobs"] = logprobs
+            if call.number == 0:
+                reply["choices"][0]["logprobs"] = logprobs
             return reply
 
     with Odd() as server:
         (verdict,) = score(server, pictures(1), max_retries=0)
-    assert verdict.error == "the server gives no log-probabilities of the first token (1 attempt)"
+    assert verdict.missing
+    assert verdict.error.endswith(": the server gives no log-probabilities of the first token (1 attempt)")
+
+
+def test_a_server_without_log_probabilities_is_no_finding_about_its_images():
+    with (
+        OpenAIServer([Fault("no_logprobs")]) as server,
+        pytest.raises(ServiceError, match="gives no log-probabilities"),
+    ):
+        score(server, pictures(3), max_retries=0)
 
 
 def test_the_chosen_token_counts_where_the_likeliest_are_not_listed():
