@@ -22,12 +22,14 @@ class Call:
         body: the fields of the request.
         authorization: that header.
         attempt: how often a request with the same body came before it.
+        query: of the address.
     """
 
     number: int
     body: Mapping[str, Any] = field(repr=False)
     authorization: str
     attempt: int = 0
+    query: str = ""
 
     @property
     def model(self) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from rflow_jax.testing.openai_answers import (
     Call,
@@ -165,9 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = json.loads(sent)
-        if not self.path.endswith("/chat/completions"):
+        address = urlsplit(self.path)
+        if not address.path.endswith("/chat/completions"):
             return self._send(404, b'{"error": {"message": "no such path"}}')
-        call = self.kit.log(Call(-1, body, self.headers.get("Authorization", "")))
+        call = self.kit.log(Call(-1, body, self.headers.get("Authorization", ""), query=address.query))
         try:
             self._answer(call)
         finally:

@@ -234,4 +234,4 @@ class _OneLine(logging.Formatter):
     """A warning on one line; a traceback, which only a bug has, follows it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
+        return without_secrets(one_line(super().formatMessage(record)))

@@ -16,13 +16,22 @@ _WEB_PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 def stand_in(path: Path) -> str | None:
     """What a file is instead of the one of its name, and what to do: of a Git LFS pointer or a web page; else None."""
-    return _stand_in(_beginning(path))
+    return stand_in_of(_beginning(path))
+
+
+def stand_in_of(start: bytes) -> str | None:
+    """As :func:`stand_in`, of a file with this beginning."""
+    if start.startswith(_LFS):
+        return "a Git LFS pointer, not the file itself; run git lfs pull there, or download the file"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_WEB_PAGE):
+        return "a web page, not the file itself; download it again, signed in if the site asks for it"
+    return None
 
 
 def mistaken_for_weights(path: Path) -> str | None:
     """As :func:`stand_in`, also of a GGUF file, a pickle, zeros or a text in place of a safetensors file."""
     start = _beginning(path)
-    if found := _stand_in(start):
+    if found := stand_in_of(start):
         return found
     if start.startswith(b"GGUF"):
         return "a GGUF file, which only rflow convert flux reads, for transformers and T5"
@@ -53,14 +62,6 @@ def require_true_files(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and (found := stand_in(path)):
             raise InputError(f"{path}: {found}")
-
-
-def _stand_in(start: bytes) -> str | None:
-    if start.startswith(_LFS):
-        return "a Git LFS pointer, not the file itself; run git lfs pull there, or download the file"
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_WEB_PAGE):
-        return "a web page, not the file itself; download it again, signed in if the site asks for it"
-    return None
 
 
 def _beginning(path: Path) -> bytes:

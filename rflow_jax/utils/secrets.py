@@ -22,7 +22,11 @@ _LOOK = re.compile(
 )
 _VARIABLE = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)\Z")
 _LEAST = 12  # characters; a shorter value of the environment may be any word
-_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/\s'\"]*@)?([^\s'\"?]*)(\?[^\s'\"]*)?", re.IGNORECASE)
+# Quotation marks end an address, unless it goes on behind them.
+_INSIDE = r"(?:[^\s'\"]|['\"](?=[\w%&=~+-]))*"
+_ADDRESS = re.compile(
+    rf"\b([a-z][a-z0-9+.-]*://)(?:[^/\s]*@)?([^\s'\"?#]*)((?:\?{_INSIDE})?)(#{_INSIDE})?", re.IGNORECASE
+)
 
 
 def looks_secret(text: str) -> bool:
@@ -69,5 +73,5 @@ def public_addresses(value: Any) -> Any:
 
 
 def _public(found: re.Match[str]) -> str:
-    scheme, rest, query = found.groups("")
-    return scheme + rest + ("" if scheme.lower() in ("http://", "https://") else query)
+    scheme, rest, query, fragment = found.groups("")
+    return scheme + rest + ("" if scheme.lower() in ("http://", "https://") else query + fragment)

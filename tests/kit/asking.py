@@ -39,7 +39,7 @@ def expected(numbers: Iterable[int]) -> list[str]:
 
 def ask(server: Any, questions: list[ChatRequest], meter: UsageTracker | None = None, **more: Any) -> list[Any]:
     """The answers of a chat of its own."""
-    chat = Chat(Endpoint(base_url=server.base_url, **({"max_retries": 3, "timeout": 10.0} | more)), meter)
+    chat = Chat(Endpoint(**({"base_url": server.base_url, "max_retries": 3, "timeout": 10.0} | more)), meter)
     try:
         return chat.ask_all(questions)
     finally:

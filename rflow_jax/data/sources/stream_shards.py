@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from tarfile import TarError
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from rflow_jax.data.storage.http import at_most, http_get
 from rflow_jax.data.storage.retry import RetryPolicy, TransientError, is_http, with_retries
 from rflow_jax.data.storage.shards import PIPE, RangeFile, Shard
 from rflow_jax.errors import InputError
+from rflow_jax.utils.file_kinds import stand_in
 
 
 class StreamPosition(NamedTuple):
@@ -231,7 +233,8 @@ def _read_once(shard: Shard, retry: RetryPolicy, skip: int) -> Iterator[RawSampl
                 else:
                     yield RawSample(sample.key, SUBSETS[subset], [content or b"" for content in sample.found])
     if damage and number >= skip:
-        yield RawSample("", "", [], f"{shard.shown}: {damage[0]}; {number} samples before it")
+        what = stand_in(Path(shard.url)) if shard.is_local and not number else None
+        yield RawSample("", "", [], f"{shard.shown}: {what or f'{damage[0]}; {number} samples before it'}")
 
 
 def _members(file: Any, damage: list[str]) -> Iterator[tuple[MemberName, bytes, str]]:

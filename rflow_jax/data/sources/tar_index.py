@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tarfile import TarFile
+from tarfile import BLOCKSIZE, TarFile
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from rflow_jax.data.sources.tar_members import (
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.data.storage.shards import LARGE_BLOCK, RangeFile, Shard
 from rflow_jax.errors import InputError
+from rflow_jax.utils.file_kinds import stand_in_of
 from rflow_jax.utils.progress import count_progress
 
 _NAMED = 5  # unusable samples to name
@@ -105,7 +106,9 @@ def build_index(shard: Shard, retry: RetryPolicy = RetryPolicy()) -> ShardIndex:
         try:
             tar = open_tar(file, stream=False)
         except DamagedTar as error:
-            raise InputError(f"{shard.shown}: {error}; fetch it again, or stream it if it is compressed") from error
+            file.seek(0)
+            what = stand_in_of(file.read(BLOCKSIZE)) or f"{error}; fetch it again, or stream it if it is compressed"
+            raise InputError(f"{shard.shown}: {what}") from error
         troubles = Troubles()
         keys, offsets, sizes, subsets = [], [], [], []
         found, last = gathered(_extents(tar, file, troubles))

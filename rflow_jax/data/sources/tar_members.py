@@ -13,6 +13,7 @@ from tarfile import BLOCKSIZE, ReadError, TarFile, TarInfo
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from rflow_jax.data.records import SUBSETS, Record, RecordError
+from rflow_jax.errors import InputError
 
 T = TypeVar("T")
 
@@ -115,6 +116,8 @@ class _Header(TarInfo):
             if header.size < 0 or state["offset"] <= at:
                 raise ReadError("a size below 0")
             return header
+        except InputError:  # of the server behind the file, and not about what it holds
+            raise
         except _BAD_HEADERS as error:
             raise ReadError(f"{error or 'no end mark'} at byte {at}") from None
         except (ValueError, LookupError, AttributeError, OverflowError) as error:

@@ -23,7 +23,9 @@ from rflow_jax.data.storage.retry import (
     with_retries,
 )
 from rflow_jax.errors import InputError
+from rflow_jax.utils.file_kinds import web_page
 from rflow_jax.utils.network import asked_pause, is_loopback, printable, uses_environment
+from rflow_jax.utils.shown import one_line
 
 if TYPE_CHECKING:
     import httpx
@@ -55,9 +57,10 @@ def probe_http(url: str, retry: RetryPolicy) -> Probe:
     """
 
     def attempt() -> Probe:
-        with http_get(url, {"Range": "bytes=0-0"}, retry) as (response, _):
+        with http_get(url, {"Range": "bytes=0-0"}, retry) as (response, chunks):
             version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
             if response.status_code == 200:
+                next(chunks, b"")  # so that a web page is seen
                 length = response.headers.get("Content-Length")
                 return Probe(int(length) if length else None, version, False)
             return Probe(_content_range(response)[2], version, True)
@@ -79,8 +82,10 @@ def http_range(url: str, start: int, length: int, size: int | None, retry: Retry
     def attempt() -> bytes:
         with http_get(url, {"Range": f"bytes={start}-{start + length - 1}"}, retry) as (response, chunks):
             if response.status_code == 200:
+                next(chunks, b"")  # as above
                 raise NoRanges(
-                    f"{public(url)}: the server does not serve byte ranges; download the shards or stream them"
+                    f"{public(url)}: the server does not serve byte ranges; stream the shards (data.format: stream) "
+                    "or download them"
                 )
             first, last, total = _content_range(response)
             if size is not None and total is not None and total != size:
@@ -117,7 +122,8 @@ def http_get(url: str, headers: dict[str, str], retry: RetryPolicy) -> Iterator[
             _check_status(url, response)
             if redirected and not moved:
                 _moved[url] = (str(response.url), time.monotonic() + _MOVED_FOR)
-            yield response, enforce_min_throughput(response.iter_raw(), retry.timeout)
+            chunks = enforce_min_throughput(response.iter_raw(), retry.timeout)
+            yield response, _of_a_file(chunks, response, url) if response.status_code == 200 else chunks
     except httpx.TransportError as error:
         raise TransientError(f"{error or 'no answer'} ({type(error).__name__})") from error
     except httpx.InvalidURL as error:
@@ -143,6 +149,22 @@ def _opened(
         finally:
             response.close()
     raise InputError(f"{public(url)}: is redirected more than {_REDIRECTS} times; check the address")
+
+
+def _of_a_file(chunks: Iterator[bytes], response: httpx.Response, url: str) -> Iterator[bytes]:
+    """The chunks of a body; raises InputError if they are a web page or JSON, which come in place of files."""
+    first = next(chunks, b"")
+    what = web_page(first)
+    if what is None and "json" in response.headers.get("Content-Type", "") and first.lstrip()[:1] in (b"{", b"["):
+        what = f"JSON ({one_line(printable(first[:200].decode('utf-8', 'replace')), 80)})"
+    if what:
+        where = public(str(response.url))
+        moved = "" if where == public(url) else f" from {where}"
+        raise InputError(
+            f"{public(url)}: the server sends {what}{moved}, not the file; sign in, or check address and network"
+        )
+    yield first
+    yield from chunks
 
 
 def at_most(limit: int, chunks: Iterable[bytes], url: str) -> Iterator[bytes]:

@@ -56,7 +56,7 @@ def is_http(url: str) -> bool:
 
 def public(url: str) -> str:
     """An address without what may be secret in it: user, password and query."""
-    return re.sub(r"(?<=://)[^/]*@", "", url.partition("?")[0]) if is_http(url) else public_addresses(url)
+    return re.sub(r"(?<=://)[^/]*@", "", re.split("[?#]", url)[0]) if is_http(url) else public_addresses(url)
 
 
 def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
@@ -82,11 +82,8 @@ def with_retries(attempt: Callable[[], T], url: str, retry: RetryPolicy) -> T:
     try:
         return retrying(attempt)
     except TransientError as error:
-        attempts = retry.max_retries + 1
-        raise InputError(
-            f"{public(url)}: {printable(str(error))} ({attempts} attempts); check the address and the network, "
-            "or raise max_retries"
-        ) from error
+        reason = f"{public_addresses(printable(str(error)))} ({retry.max_retries + 1} attempts)"
+        raise InputError(f"{public(url)}: {reason}; check the address and the network, or raise max_retries") from error
 
 
 def enforce_min_throughput(chunks: Iterable[bytes], timeout: float) -> Iterator[bytes]:

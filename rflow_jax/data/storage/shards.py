@@ -16,6 +16,7 @@ from rflow_jax.data.storage.http import http_range, probe_http
 from rflow_jax.data.storage.retry import SLOWEST, RetryPolicy, TransientError, is_http, public, with_retries
 from rflow_jax.errors import InputError
 from rflow_jax.utils.network import printable
+from rflow_jax.utils.secrets import public_addresses
 
 _MAGIC = frozenset("*?[")
 # Names that stores use for the tag that changes with a file's content, best first.
@@ -109,7 +110,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return printable(str(error)) or type(error).__name__
+    return public_addresses(printable(str(error))) or type(error).__name__
 
 
 PIPE = "pipe:"

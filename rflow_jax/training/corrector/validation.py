@@ -33,6 +33,7 @@ from rflow_jax.training.partition import PartitionedModel
 from rflow_jax.training.run_folder import fresh
 from rflow_jax.typing import Array
 from rflow_jax.utils.images import side_by_side
+from rflow_jax.utils.secrets import public_addresses
 
 FOLDER = "validation"
 log = logging.getLogger(__name__)
@@ -172,5 +173,5 @@ def read_held_out(config: ValidationConfig, data: DataConfig) -> list[tuple[Reco
     for subset in SUBSETS:
         found += first_held_out(partial(prepare, subset=subset), source.counts.get(subset, 0), config.records)[0]
     if not found:
-        raise InputError(f"validation.path: {config.path} contains no usable record")
+        raise InputError(f"validation.path: {public_addresses(config.path)} contains no usable record")
     return found

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
+from rflow_jax.data.sources.stream_shards import read_shard
 from rflow_jax.data.storage import http
 from rflow_jax.data.storage.http import http_range, probe_http
 from rflow_jax.data.storage.retry import LONGEST_RETRY_AFTER, RetryPolicy, TransientError, with_retries
-from rflow_jax.data.storage.shards import expand
+from rflow_jax.data.storage.shards import Shard, expand
 from rflow_jax.errors import InputError
 from rflow_jax.utils.network import asked_pause
 
@@ -81,6 +82,28 @@ def test_nonsense_is_one_line_without_escape_sequences(server, head):
         http_range(url, 0, 1, 1000, QUICK)
     assert str(caught.value).isprintable()
     assert "a.tar: " in str(caught.value)
+
+
+IN_PLACE = {
+    "page": (b"text/html", b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", r"a web page \('Sign in'\)"),
+    "bare": (b"application/octet-stream", b"  <HTML><body>no", "a web page"),
+    "comment": (b"text/html", b"<!-- portal --><html lang=en>", "a web page"),
+    "json": (b"application/json", b'{"error": "no\x1b[2J such token"}', r"JSON \(.*no such token.*\)"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_page_in_place_of_a_shard_is_named(server, kind):
+    type_, body, what = IN_PLACE[kind]
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (type_, len(body), body)
+    url, _ = server(head, endless=False)
+    words = rf"a\.tar: the server sends {what}, not the file; sign in"
+    with pytest.raises(InputError, match=words):
+        expand(url + "?token=hidden", retry=QUICK)
+    with pytest.raises(InputError, match=words):
+        http_range(url, 0, 1, 1000, QUICK)
+    (sample,) = read_shard(Shard(url, None, ""), QUICK)
+    assert "the server sends" in sample.trouble
 
 
 def test_words_of_a_server_are_printable():

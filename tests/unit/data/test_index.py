@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.data.sources.tar import TarSource, open_tars
-from rflow_jax.data.sources.tar_index import build_index
+from rflow_jax.data.sources.tar_index import build_index, index_shards
 from rflow_jax.data.storage.retry import RetryPolicy
-from rflow_jax.data.storage.shards import expand
+from rflow_jax.data.storage.shards import RangeFile, expand
 from rflow_jax.errors import InputError
 from rflow_jax.utils.cache import cache_folder
 from tests.kit.file_server import Faults, FileServer
@@ -320,11 +320,35 @@ def test_a_server_without_ranges_is_an_error_and_never_wrong_bytes(tmp_path):
         server.faults = Faults(ranges=False)
         with pytest.raises(InputError, match="does not serve byte ranges"):
             source.read("rule", 1)
-        with pytest.raises(InputError, match="does not serve byte ranges"):
+        with pytest.raises(InputError, match=r"/000\.tar: the server does not serve byte ranges; stream the shards"):
             open_tars(server.url + "/000.tar?x", cache=tmp_path / "other", retry=QUICK, show=False)
         server.faults = Faults(shift=3)
         with pytest.raises(InputError, match="came instead of"):
             source.read("rule", 1)
+
+
+def test_a_server_that_goes_away_is_no_damage_of_the_shard(tmp_path, monkeypatch):
+    """Else the samples behind would be missing for good: the index is kept."""
+    write_shards(tmp_path, 1, 200)
+    with FileServer(tmp_path) as server:
+        monkeypatch.setattr("rflow_jax.data.storage.shards.LARGE_BLOCK", 2**14)
+        shard = expand(server.url + "/000.tar")[0]
+        read = RangeFile.read
+
+        def late(file, size=-1):
+            server.faults.dead = 99 if file.tell() > 2**15 else 0
+            return read(file, size)
+
+        monkeypatch.setattr(RangeFile, "read", late)
+        with pytest.raises(InputError, match=r"000\.tar: .*\(2 attempts\); check the address"):
+            index_shards([shard], tmp_path / "cache", retry=RetryPolicy(0.5, 1, 0.01), show=False)
+    assert not list((tmp_path / "cache").glob("*.npz"))
+
+
+def test_a_pointer_in_place_of_a_shard_is_named(tmp_path):
+    (tmp_path / "a.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(InputError, match=r"a\.tar: a Git LFS pointer"):
+        opened(tmp_path)
 
 
 def test_a_pipe_cannot_be_indexed(tmp_path):

@@ -69,8 +69,9 @@ def results(out):
 
 
 def answered(server, fault=None):
-    """How often each question was answered."""
-    return Counter(call.digest for call in server.calls if fault is None or call.digest != fault.when.digest)
+    """How often each question was answered, beside the first of each role."""
+    calls = [call for call in server.calls if "a red square" not in call.text]
+    return Counter(call.digest for call in calls if fault is None or call.digest != fault.when.digest)
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +321,29 @@ def test_scores_that_could_not_be_had_are_asked_for_again(pipe, tmp_path, capsys
         assert score(server, "some") == 0
         assert len(server.calls) == 1
     assert (tmp_path / "some").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_secrets_of_a_members_address_are_in_no_file_and_no_message(pipe, tmp_path, capsys, caplog):
+    def verifier(server, **more):
+        url = server.base_url.replace("//", "//me:hidden-pw@") + "?token=hidden-token"
+        members = [CONFIG["verifier"] | {"name": name, "base_url": url} | more for name in ("openai", "yesno")]
+        return {"name": "ensemble", "members": members}
+
+    out = tmp_path / "run"
+    lost = Fault("status", status=503, when=First("verifier", "picture 1"), message="me:hidden-pw hidden-token")
+    with OpenAIServer([lost]) as server:
+        assert search(tmp_path, server, out, kind="noise", verifier=verifier(server)) == 1
+    with OpenAIServer([Fault("status", status=401)]) as server:
+        assert search(tmp_path, server, out, kind="noise", verifier=verifier(server)) == 1
+    with OpenAIServer() as server:
+        assert search(tmp_path, server, out, kind="noise", verifier=verifier(server)) == 0
+        (tmp_path / "score.yaml").write_text(yaml.safe_dump({"verifier": verifier(server)}))
+        words = ["score", str(out), f"--config={tmp_path / 'score.yaml'}", f"--out={tmp_path / 'run/scores.jsonl'}"]
+        assert cli.run(lambda: main(words)) == 0
+    said = capsys.readouterr()
+    written = b"".join(file.read_bytes() for file in out.rglob("*") if file.is_file())
+    assert "127.0.0.1" in said.err
+    assert b"127.0.0.1" in written
+    for secret in ("hidden-pw", "hidden-token"):
+        assert secret not in said.out + said.err + caplog.text
+        assert secret.encode() not in written

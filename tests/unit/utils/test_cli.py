@@ -400,8 +400,8 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     out = tmp_path / "run"
     with OpenAIServer([Fault("status", status=413, when=lambda call: "picture 2" in call.text)]) as server:
-        url = server.base_url.replace("//", "//user:hidden@")
-        assert call(*reflect_argv(prompts, out, url, "--start=1", "--end=3")) == 0
+        url = server.base_url.replace("//", "//user:hidden@") + "?token=hidden&X-Amz-Signature=hidden-too"
+        assert call(*reflect_argv(prompts, out, url, "--start=1", "--end=3")) == 1
     said = capsys.readouterr()
     assert re.fullmatch(
         r"2 prompts, 12 images, 6 scored, 6 without a score, 8 texts failed, [\d,]+ tokens; "
@@ -411,6 +411,7 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
     assert said.err.startswith("the first failure was: score: HTTP 413: out of order, key Basic ***")
     assert said.err.endswith(f"; all are in {out}/*/records.jsonl\n")
     assert KEY not in said.err
+    assert "hidden" not in said.err + said.out
     assert sorted(child.name for child in out.iterdir()) == ["00001", "00002", "config.yaml", "usage.json"]
     for file in out.rglob("*"):
         assert file.is_dir() or not any(word in file.read_bytes() for word in (KEY.encode(), b"hidden"))
@@ -428,7 +429,7 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
 
 def test_the_run_fails_if_nothing_could_be_scored(pipe, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with OpenAIServer([Fault("refusal")]) as server:
+    with OpenAIServer([Fault("refusal", when=lambda call: "a red square" not in call.text)]) as server:
         assert call(*reflect_argv(prompts, tmp_path / "run", server.base_url)) == 1
     assert len(list((tmp_path / "run").glob("*/midimg/*.png"))) == 4 * 6
 

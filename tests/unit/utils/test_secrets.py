@@ -1,11 +1,14 @@
 """Secrets in the wrong place are refused or hidden, and words that are none stay."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from rflow_jax.data.config import DataConfig
-from rflow_jax.data.storage.retry import public
+from rflow_jax.data.records import SUBSETS
+from rflow_jax.data.sources.open import open_loader
+from rflow_jax.data.storage.retry import RetryPolicy, public
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Endpoint, Secrets
 from rflow_jax.training.checkpoints import _compare
@@ -14,6 +17,8 @@ from rflow_jax.utils import cli
 from rflow_jax.utils.secrets import public_addresses, without_secrets
 from rflow_jax.verifiers.config import VERIFIERS
 from rflow_jax.writers.base import WRITERS
+from tests.kit.file_server import FileServer
+from tests.kit.genref_tars import write_shards
 
 KEYS = [
     "sk-proj-abcdEFGH1234567890xyz",
@@ -109,6 +114,8 @@ ADDRESSES = {
     "https://me:p%40ss@host/a/{000..208}.tar": "https://host/a/{000..208}.tar",
     "https://me:p@ss@host/a.tar": "https://host/a.tar",
     "https://host/a.tar?X-Amz-Signature=abc&x=1": "https://host/a.tar",
+    "https://host/a.tar#token=abc": "https://host/a.tar",
+    "https://me:p'w@host/a.tar": "https://host/a.tar",
     "s3://key:secret@bucket/a?.tar": "s3://bucket/a?.tar",
     "hf://datasets/owner/name@main/a.tar": "hf://datasets/owner/name@main/a.tar",
     "folder/me@home?.tar": "folder/me@home?.tar",
@@ -119,6 +126,46 @@ ADDRESSES = {
 def test_addresses_lose_what_may_be_secret(address):
     assert public(address) == public_addresses(address) == ADDRESSES[address]
     assert public_addresses({"data": {"path": [address]}}) == {"data": {"path": [ADDRESSES[address]]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("https://me:p'w@host/a.tar", "https://host/a.tar"),
+        ('at "https://me:p"w@host/a": no', 'at "https://host/a": no'),
+        ("https://host/a?sig=a'b&x=1 and more", "https://host/a and more"),
+        ("('https://host/a?sig=1', 2)", "('https://host/a', 2)"),
+        ("https://host/a.tar#access_token=abc", "https://host/a.tar"),
+        ("HTTPS://me:pw@host/a?b", "HTTPS://host/a"),
+    ],
+)
+def test_odd_addresses_lose_it_too(text, left):
+    assert public_addresses(text) == left
+
+
+@pytest.mark.parametrize("format", ["tar", "stream"])
+def test_secrets_of_training_data_are_in_no_position_index_or_message(format, tmp_path, caplog, capsys):
+    write_shards(tmp_path / "shards", 1, 8)
+    damaged = (tmp_path / "shards/000.tar").read_bytes()
+    (tmp_path / "shards/001.tar").write_bytes(damaged[: len(damaged) // 2])
+    with FileServer(tmp_path / "shards") as server:
+        url = server.url.replace("//", "//me:hidden-pw@") + "/{000..001}.tar?X-Amz-Signature=hidden-signature"
+        equal = {name: [1.0, 1.0] for name in SUBSETS}
+        sizes = {"target_size": 16, "condition_size": 8, "workers": 0, "skip_limit": 9}
+        retry = RetryPolicy(timeout=1.0, max_retries=0, max_backoff=0.01)
+        config = DataConfig(url, format, equal, cache=str(tmp_path / "cache"), retry=retry, **sizes)
+        with open_loader(config, seed=1, batch_size=4, slots=range(4)) as loader:
+            read = list(islice(loader, 4))
+            said = repr((read, loader.position(3)))
+        server.faults.status = 99
+        with pytest.raises(InputError) as caught:
+            open_loader(config, seed=1, batch_size=4, slots=range(4))
+    kept = b"".join(file.read_bytes() for file in (tmp_path / "cache").glob("*")).decode("latin-1")
+    captured = capsys.readouterr()
+    for text in (said, kept, caplog.text, captured.out, captured.err, str(caught.value)):
+        assert "hidden" not in text
+    assert "127.0.0.1" in str(caught.value)
+    assert "001.tar" in said + caplog.text
 
 
 def test_a_pipes_addresses_too():
