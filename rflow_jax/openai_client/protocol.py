@@ -10,7 +10,9 @@ from rflow_jax.openai_client.endpoint import Endpoint
 from rflow_jax.openai_client.messages import Answer, ChatRequest, UnfitReply, UnusableAnswer, encodable
 from rflow_jax.openai_client.usage import Usage
 from rflow_jax.utils.file_kinds import web_page
+from rflow_jax.utils.shown import one_line
 
+_LONGEST_QUOTE = 80  # characters of what a server said
 _MOST_TOKENS = 2**40  # of one answer; more is nonsense
 
 
@@ -41,11 +43,15 @@ def read_body(content: bytes) -> Mapping[str, Any]:
             raise UnfitReply(
                 f"the server's reply is {page}, not a chat completion: of a login, a proxy, or a wrong base_url"
             ) from error
-        why = error if content.strip() else "it is empty"
+        why = f"{error}: {_beginning(content)}" if content.strip() else "it is empty"
         raise UnfitReply(f"the server's reply is not a chat completion ({why})") from error
     if not isinstance(body, dict):
-        raise UnfitReply("the server's reply is not a chat completion")
+        raise UnfitReply(f"the server's reply is not a chat completion: {_beginning(content)}")
     return body
+
+
+def _beginning(content: bytes) -> str:
+    return one_line(content[: 4 * _LONGEST_QUOTE].decode("utf-8", "replace"), _LONGEST_QUOTE)
 
 
 def read_usage(body: Mapping[str, Any], endpoint: Endpoint) -> Usage:
@@ -53,7 +59,9 @@ def read_usage(body: Mapping[str, Any], endpoint: Endpoint) -> Usage:
     counts = body.get("usage")
     counts = counts if isinstance(counts, dict) else {}
     read, written = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in (read, written)):
+    if not (isinstance(read, int) and isinstance(written, int)):
+        return Usage(unmetered=1)
+    if not (0 <= read <= _MOST_TOKENS and 0 <= written <= _MOST_TOKENS):
         return Usage(unmetered=1)
     return Usage(prompt_tokens=read, completion_tokens=written, cost=endpoint.cost(read, written))
 
@@ -82,7 +90,10 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
         message, ended = choice["message"], choice.get("finish_reason")
         text, refusal = _joined(message.get("content")), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UnfitReply("the server's reply is not a chat completion: it has no message") from error
+        words = body.get("message") or body.get("detail") or json.dumps(body)
+        raise UnfitReply(
+            f"the server's reply is not a chat completion: it has no message ({one_line(words, _LONGEST_QUOTE)})"
+        ) from error
     if refusal or ended == "content_filter":
         raise UnusableAnswer(f"the model refused: {refusal or 'its content filter struck'}")
     if not isinstance(text, str):

@@ -7,6 +7,7 @@ from rflow_jax.utils.network import uses_environment
 
 LONGEST_REPLY, LONGEST_ERROR = 16 * 2**20, 64 * 2**10  # bytes, unpacked
 _REDIRECTS = 5
+_READ = ("retry-after", "retry-after-ms")  # headers of a reply
 
 
 def http_client(address: str | None) -> Any:
@@ -26,16 +27,17 @@ def http_client(address: str | None) -> Any:
                     break
                 await response.aclose()
                 # Keys may be in any header, and pictures are in the body.
-                if (other := response.next_request.url.host) != request.url.host:
-                    raise UnfitReply(f"the server redirects to another host, {other!r}: a login, or another base_url")
+                to = response.next_request.url
+                if to.host != request.url.host or (request.url.scheme, to.scheme) == ("https", "http"):
+                    where = f"{to.scheme}://{to.host}"
+                    raise UnfitReply(f"the server redirects to another one, {where}: a login, or another base_url")
                 response = await super().send(response.next_request, stream=True, **how)
             try:
                 content = await _beginning(response, LONGEST_REPLY if response.is_success else LONGEST_ERROR)
             finally:
                 await response.aclose()
-            # The content is unpacked, and as long as it is.
-            packed = ("content-encoding", "content-length", "transfer-encoding")
-            headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in packed]
+            # The content is unpacked and read as UTF-8, whatever else the headers say.
+            headers = {name: value for name in _READ if (value := response.headers.get(name, "")).isascii()}
             return type(response)(response.status_code, headers=headers, content=content, request=response.request)
 
     return Bounded(trust_env=uses_environment(address))

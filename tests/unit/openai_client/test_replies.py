@@ -10,8 +10,10 @@ import pytest
 from rflow_jax.errors import InputError, ServiceError
 from rflow_jax.openai_client import Endpoint, UnusableAnswer
 from rflow_jax.openai_client.answer_text import only_answer
-from rflow_jax.openai_client.protocol import read_answer, read_error
+from rflow_jax.openai_client.messages import UnfitReply
+from rflow_jax.openai_client.protocol import read_answer, read_body, read_error, read_usage
 from rflow_jax.openai_client.retry import LONGEST_RETRY_AFTER, retry_after
+from rflow_jax.openai_client.usage import Usage
 from rflow_jax.testing.openai_server import KEY, Fault, OpenAIServer
 from rflow_jax.utils.network import is_loopback, printable, require_usable_network
 from tests.kit.asking import ask, expected, question
@@ -212,6 +214,55 @@ def why(server):
     return str(answer)
 
 
+@pytest.mark.parametrize(
+    ("headers", "body", "said"),
+    [
+        (b"Content-Type: text/html; charset=base64", b"no", "HTTP 400: no"),
+        (b"Content-Type: text/plain; charset=rot13", b"no", "HTTP 400: no"),
+        (b"Retry-After: \xb2", b'{"error": {"code": ["a"], "message": {"b": 1}}}', "HTTP 400: {'b': 1}"),
+        (b"X-A: b", b"<!-- --><HTML><title>Sign in</title>", "HTTP 400: a web page ('Sign in')"),
+        (b"X-A: b", b"[" * 50_000, "HTTP 400: [[["),
+    ],
+)
+def test_odd_headers_and_bodies_of_an_error_are_one_line(monkeypatch, headers, body, said):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def serve(listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(2**20)
+                    connection.sendall(
+                        b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n%s\r\n\r\n" % (len(body), headers) + body
+                    )
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        server = type("Server", (), {"base_url": f"http://127.0.0.1:{listener.getsockname()[1]}/v1"})
+        assert said in why(server)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html><title>Portal", r"is a web page \('Portal'\), not a chat completion"),
+        (b'data: {"choices": []}', "not a chat completion .*: data: "),
+        (b" ", "it is empty"),
+        (b"[1]", r"not a chat completion: \[1\]"),
+    ],
+)
+def test_replies_of_another_kind_are_quoted(content, said):
+    with pytest.raises(UnfitReply, match=said):
+        read_body(content)
+
+
+def test_counts_of_tokens_that_cannot_be_are_none():
+    endpoint = Endpoint(base_url="http://localhost/v1", price_input=1.0, price_output=1.0)
+    for count in (10**400, -1, "5", None):
+        assert read_usage({"usage": {"prompt_tokens": count, "completion_tokens": 1}}, endpoint) == Usage(unmetered=1)
+
+
 @pytest.mark.parametrize(("status", "said"), [(200, "reply is longer than 16 MB"), (500, "HTTP 500")])
 def test_a_reply_without_end_is_cut_off(monkeypatch, flood, status, said):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -238,4 +289,4 @@ def test_redirects_are_followed_a_few_times_and_their_bodies_not_read(monkeypatc
     for_ever = flood(307, b"Location: /v1/chat/completions\r\n")
     assert "HTTP 307" in why(for_ever)
     elsewhere = flood(307, b"Location: http://localhost:1/v1/chat/completions\r\n")
-    assert "redirects to another host, 'localhost'" in why(elsewhere)
+    assert "redirects to another one, http://localhost: " in why(elsewhere)
