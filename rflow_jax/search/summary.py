@@ -40,8 +40,8 @@ class Lacking(NamedTuple):
         return any(tuple(self))
 
     def in_words(self) -> str:
-        """Such as ``2 of their images could not be made, 1 has no score``."""
-        counts = zip(self, ("of their images could not be made", "have no score", "texts failed"), strict=True)
+        """Such as ``2 of their images could not be made, 1 without a score``."""
+        counts = zip(self, ("of their images could not be made", "without a score", "texts failed"), strict=True)
         return ", ".join(f"{count} {what}" for count, what in counts if count)
 
 

@@ -116,7 +116,7 @@ def test_an_answer_that_cannot_be_used_stays_a_finding(pipe, tmp_path, capsys):
     with OpenAIServer([Fault("refusal", when=First("verifier", "picture 1"))]) as server:
         assert search(tmp_path, server, tmp_path / "run") == 1
         assert search(tmp_path, server, tmp_path / "run") == 1
-    assert "all 3 prompts are done, 1 have no score" in capsys.readouterr().out
+    assert "all 3 prompts are done, 1 without a score" in capsys.readouterr().out
     errors = [record["verdict"]["error"] for record in read_records(tmp_path / "run/00001")]
     assert sum("the model refused" in (error or "") for error in errors) == 1
 
