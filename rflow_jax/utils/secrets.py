@@ -28,6 +28,8 @@ _ADDRESS = re.compile(
     rf"\b([a-z][a-z0-9+.-]*://)(?:[^/\s]*@)?([^\s'\"?#]*)((?:\?{_INSIDE})?)(#{_INSIDE})?", re.IGNORECASE
 )
 
+_LOGIN = re.compile(r"\A([a-z][a-z0-9+.-]*://)[^/]*@", re.IGNORECASE)  # of a value that is an address, with any letters
+
 
 def looks_secret(text: str) -> bool:
     """Whether a text contains what looks like a key or a token."""
@@ -69,7 +71,7 @@ def public_addresses(value: Any) -> Any:
         return {key: public_addresses(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(public_addresses(part) for part in value)
-    return _ADDRESS.sub(_public, value) if isinstance(value, str) else value
+    return _ADDRESS.sub(_public, _LOGIN.sub(r"\1", value)) if isinstance(value, str) else value
 
 
 def _public(found: re.Match[str]) -> str:

@@ -92,6 +92,8 @@ def test_a_password_in_the_address_is_not_shown():
         ({"base_url": "localhost"}, "base_url"),
         ({"base_url": "http://"}, "base_url"),
         ({"base_url": "http://host:port/v1"}, "base_url"),
+        ({"base_url": "http://me:secret word@host/v1"}, "base_url"),
+        ({"base_url": "http://host/v1\n"}, "base_url"),
         ({"structured": "xml"}, "structured"),
         ({"price_input": 1.0}, "price_output"),
         ({"price_input": -1.0, "price_output": 1.0}, "price_input"),

@@ -116,6 +116,7 @@ ADDRESSES = {
     "https://host/a.tar?X-Amz-Signature=abc&x=1": "https://host/a.tar",
     "https://host/a.tar#token=abc": "https://host/a.tar",
     "https://me:p'w@host/a.tar": "https://host/a.tar",
+    "https://me:p w@host/a.tar": "https://host/a.tar",
     "s3://key:secret@bucket/a?.tar": "s3://bucket/a?.tar",
     "hf://datasets/owner/name@main/a.tar": "hf://datasets/owner/name@main/a.tar",
     "folder/me@home?.tar": "folder/me@home?.tar",
