@@ -61,7 +61,7 @@ class Chat:
         self.endpoint = endpoint
         self._meter = meter or UsageTracker()
         self._requester = Requester(endpoint, self._meter)
-        self._name = self._requester.name
+        self.name = self._requester.name  # of model and address, for messages
         self._slots, self._finding_out = asyncio.Semaphore(endpoint.concurrency), asyncio.Lock()
         self._asking: set[asyncio.Task[Any]] = set()
         # Since when the server has been away, and how many replies there were.
@@ -157,7 +157,7 @@ class Chat:
             self._meter.add(Usage(failures=1))
             if await self._is_of_question(error, failed, text):
                 return ChatError(text)
-            return ChatError(f"{self._name}: {text}", missing=True)
+            return ChatError(f"{self.name}: {text}", missing=True)
 
     def _retrying(self, least: int = 1) -> "tenacity.AsyncRetrying":
         """The retries of a question.
@@ -191,9 +191,7 @@ class Chat:
 
         def say(state: tenacity.RetryCallState) -> None:
             if _was_busy(state) and state.attempt_number == 1:
-                log.warning(
-                    "%s: %s is busy; asking it again in %.0f s", served_role(), self._name, state.upcoming_sleep
-                )
+                log.warning("%s: %s is busy; asking it again in %.0f s", served_role(), self.name, state.upcoming_sleep)
 
         self._meter.add(Usage(calls=1))
         again = tenacity.retry_if_exception(is_retryable)
@@ -212,7 +210,7 @@ class Chat:
             hint = "wait"
         else:
             hint = "start it or mend base_url, or wait for it with --no-probe" if is_missing(error) else "mend it"
-        raise ServiceError(f"{self._name}: {text}; {hint}, and give the same command again")
+        raise ServiceError(f"{self.name}: {text}; {hint}, and give the same command again")
 
     async def _is_of_question(self, error: BaseException, failed: float, text: str) -> bool:
         """Whether a failure is of what was asked, since others are answered; if not, no answer came.
@@ -240,7 +238,7 @@ class Chat:
 
     def _refuse(self, text: str) -> ServiceError:
         """The error that ends all questions."""
-        self._refusal = f"{self._name}: {text}; mend it and give the same command again"
+        self._refusal = f"{self.name}: {text}; mend it and give the same command again"
         return ServiceError(self._refusal)
 
     async def _failure_of_another(self, failed: float) -> BaseException | None:
@@ -295,12 +293,12 @@ class Chat:
         if self._away_since is None:
             self._away_since = now
             seconds, role = self.endpoint.patience, served_role()
-            log.warning("waiting up to %.0f s for %s: %s: %s", seconds, role, self._name, text)
+            log.warning("waiting up to %.0f s for %s: %s: %s", seconds, role, self.name, text)
         away = now - self._away_since
         left = self.endpoint.patience - away
         if left <= 0:
             again = "give the same command again when it is back"
-            self._refusal = f"{self._name}: {text}; no answer for {away:.0f} s; {again}"
+            self._refusal = f"{self.name}: {text}; no answer for {away:.0f} s; {again}"
             raise ServiceError(self._refusal)
         await asyncio.sleep(min(LONGEST_PAUSE, left))
 

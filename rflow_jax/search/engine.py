@@ -189,16 +189,23 @@ class Engine:
                 self._go_on(task.run)
             return
         if isinstance(result, Verdict):
-            self._live.judged(None if result.scored else result.error or "not a number")
+            self._live.judged(None if result.scored else self._said(task, result.error or "not a number"))
             if result.scored and result.error:
                 self._live.member_failed(result.error)
         elif isinstance(result, NotMade):
             self._live.not_made(result.error)
         elif isinstance(result, WriterOutput) and result.error is not None:
-            self._live.text_failed("reflection" if task.step == "reflect" else "refined prompt", result.error)
+            what = "reflection" if task.step == "reflect" else "refined prompt"
+            self._live.text_failed(what, self._said(task, result.error))
         with self._changed:
             self._dispatch(task.run.done(task, result))
             self._go_on(task.run)
+
+    def _said(self, task: SearchTask, error: str) -> str:
+        """An error with the role and the service that it comes from, if it comes from one."""
+        role = ROLES[task.step]
+        service = getattr(getattr(self._models, role), "service", None)
+        return f"{role} {service}: {error}" if service else error
 
     def _go_on(self, run: PromptSearch) -> None:
         """What follows any result: perhaps no more calls, and another prompt in place of one that is over."""

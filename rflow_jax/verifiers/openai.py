@@ -86,6 +86,9 @@ class ChatVerifier:
 
     Args:
         kind: first word of the name.
+
+    Attributes:
+        service: model and address, for messages; records do not have it, since it may change.
     """
 
     batch_size = 1
@@ -93,7 +96,7 @@ class ChatVerifier:
     def __init__(self, kind: str, config: Connection, meter: UsageTracker | None) -> None:
         self._meter = meter or UsageTracker()
         self._chat = Chat(config.endpoint(), self._meter, self.question(probe_picture(), {"prompt": PROBE_PROMPT}))
-        self.name = f"{kind} {config.model_name}"
+        self.name, self.service = f"{kind} {config.model_name}", self._chat.name
         self.concurrency = config.concurrency
 
     def question(self, image: Image, item: Mapping[str, Any]) -> ChatRequest:

@@ -13,6 +13,9 @@ from rflow_jax.writers.prompt_template import PromptFile, in_one_line
 class HttpTextGenerator:
     """Asks a model for one text a case; serves both roles, which differ in their prompt file.
 
+    Attributes:
+        service: model and address, for messages; records do not have it, since it may change.
+
     Raises:
         InputError: no key for OpenAI's own address, or the prompt file is not usable.
     """
@@ -25,7 +28,7 @@ class HttpTextGenerator:
         self._parts = PromptFile.of(config.prompt_file, default_prompt)
         first = self._request(WriterInput(probe_picture(), PROBE_PROMPT, PROBE_PROMPT, "Overall: 10"))
         self._chat = Chat(config.endpoint(), meter, first)
-        self.name = f"http {config.model_name}"
+        self.name, self.service = f"http {config.model_name}", self._chat.name
         self.concurrency = config.concurrency
 
     def write(self, cases: Sequence[WriterInput]) -> list[WriterOutput]:

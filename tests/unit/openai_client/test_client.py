@@ -126,7 +126,8 @@ class Ending(OpenAIServer):
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_refusals_that_begin_in_the_middle_end_all_and_are_no_findings(name):
+def test_refusals_that_begin_in_the_middle_end_all_and_are_no_findings(name, monkeypatch):
+    monkeypatch.setattr("rflow_jax.openai_client.retry._FIRST_PAUSE", 0.01)
     with Ending(name) as server:
         chat = Chat(Endpoint(base_url=server.base_url, concurrency=1, max_retries=1))
         assert chat.ask_all([question(n) for n in range(3)]) == expected(range(3))
@@ -151,8 +152,9 @@ def test_of_many_refused_at_once_none_is_a_finding_and_few_are_asked_again():
     assert len(server.calls) == 8 + 8 + 1
 
 
-def test_a_refused_question_is_asked_about_again_if_another_has_no_answer_now():
+def test_a_refused_question_is_asked_about_again_if_another_has_no_answer_now(monkeypatch):
     """Nothing is known: the question is neither a finding, nor is the service to blame."""
+    monkeypatch.setattr("rflow_jax.openai_client.retry._FIRST_PAUSE", 0.01)
     faults = [Fault("status", status=400, when=lambda call: "question 1" in call.text)]
     with OpenAIServer(faults) as server:
         chat = Chat(Endpoint(base_url=server.base_url, max_retries=0))
@@ -165,7 +167,8 @@ def test_a_refused_question_is_asked_about_again_if_another_has_no_answer_now():
     assert faults[0].struck == 3
 
 
-def test_answers_that_become_unusable_for_all_end_all():
+def test_answers_that_become_unusable_for_all_end_all(monkeypatch):
+    monkeypatch.setattr("rflow_jax.openai_client.retry._FIRST_PAUSE", 0.01)
     with OpenAIServer([Fault("empty", when=lambda call: call.number >= 2)]) as server:
         chat = Chat(Endpoint(base_url=server.base_url, concurrency=1, max_retries=0))
         answers = [chat.ask_all([question(n)])[0] for n in range(4)]

@@ -408,7 +408,8 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
         rf"the best are in {out}/\*/samples_best\n",
         said.out,
     )
-    assert said.err.startswith("the first failure was: score: HTTP 413: out of order, key Basic ***")
+    service = f"verifier gpt-4o at {server.base_url}"
+    assert said.err.startswith(f"the first failure was: score: {service}: HTTP 413: out of order, key Basic ***")
     assert said.err.endswith(f"; all are in {out}/*/records.jsonl\n")
     assert KEY not in said.err
     assert "hidden" not in said.err + said.out
@@ -429,6 +430,7 @@ def test_reflect_writes_its_config_without_secrets_and_a_summary(pipe, prompts, 
 
 def test_the_run_fails_if_nothing_could_be_scored(pipe, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("rflow_jax.openai_client.retry._FIRST_PAUSE", 0.01)
     with OpenAIServer([Fault("refusal", when=lambda call: "a red square" not in call.text)]) as server:
         assert call(*reflect_argv(prompts, tmp_path / "run", server.base_url)) == 1
     assert len(list((tmp_path / "run").glob("*/midimg/*.png"))) == 4 * 6
