@@ -347,3 +347,22 @@ def test_secrets_of_a_members_address_are_in_no_file_and_no_message(pipe, tmp_pa
     for secret in ("hidden-pw", "hidden-token"):
         assert secret not in said.out + said.err + caplog.text
         assert secret.encode() not in written
+
+
+def test_an_account_that_ends_while_images_are_scored_is_no_finding(pipe, tmp_path, capsys):
+    with OpenAIServer() as server:
+        assert search(tmp_path, server, tmp_path / "run", kind="noise") == 0
+
+    def score(server, out):
+        words = ["score", str(tmp_path / "run"), f"--out={tmp_path / out}", f"--verifier.base_url={server.base_url}"]
+        return cli.run(lambda: main([*words, "--verifier.concurrency=1"]))
+
+    with OpenAIServer([Fault("status", status=400, when=lambda call: call.number >= 4)]) as server:
+        assert score(server, "scores") == 1
+        assert f"error: verifier: gpt-4o at {server.base_url}: HTTP 400" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "scores").open()]
+    assert 1 <= len(lines) <= 3
+    assert all(line["verdict"]["score"] is not None for line in lines)
+    with OpenAIServer() as server:
+        assert score(server, "scores") == 0
+        assert len(server.calls) == 1 + 6 - len(lines)
