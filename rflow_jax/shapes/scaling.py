@@ -26,8 +26,8 @@ from rflow_jax.shapes.grammar import from_metadata, held_out_prompts
 from rflow_jax.shapes.judge import judge
 from rflow_jax.shapes.scaling_table import Judged, curves_of, markdown, table_of
 from rflow_jax.utils.atomic_io import write_file
-from rflow_jax.utils.checks import require_least, require_seed
 from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.ranges import BatchSize, Count, DenoisingSteps, PairCount, Seed, require_ranges
 from rflow_jax.verifiers.config import VERIFIERS
 from rflow_jax.verifiers.findings import remedies_in
 from rflow_jax.weights.hub import resolve_lora
@@ -60,22 +60,20 @@ class ScalingConfig:
     model: str = "shapes"
     lora: str = "shapes-corrector"
     verifier: str = "shapes-verifier"
-    prompts: int = 240
-    images: int = 32
-    seeds: tuple[int, ...] = (0, 1, 2)
+    prompts: Count = 240
+    images: PairCount = 32
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
-    num_inference_steps: int | None = None
+    num_inference_steps: DenoisingSteps | None = None
     dtype: str = "bfloat16"
-    batch_size: int = 64
-    chains: int = 2
+    batch_size: BatchSize = 64
+    chains: Count = 2
     latent_lora: bool = False
 
     def __post_init__(self) -> None:
-        require_least(self, "", prompts=1, images=2, batch_size=1, chains=1, num_inference_steps=1)
+        require_ranges(self)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds are {list(self.seeds)}: give some, none twice")
-        for seed in self.seeds:
-            require_seed("seeds", seed)
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise InputError(f"arms: unknown: {', '.join(unknown)}; known: {', '.join(ARMS)}")
         if self.images % self.chains:

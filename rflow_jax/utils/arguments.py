@@ -177,8 +177,7 @@ def _spelled_out_switches(argv: Sequence[str], command: Command) -> list[str]:
 
 def _numbers_in_lists(argv: Sequence[str], command: Command) -> list[str]:
     """``--k 1 2 4`` means ``--k [1,2,4]``."""
-    kinds = {f"--{f.name}": str(f.type) for config in command.configs for f in fields(config)}
-    lists = [flag for flag, kind in kinds.items() if kind in ("list[int]", "tuple[int, ...]")]
+    lists = [f"--{key}" for key, kind in keys(command.configs) if kind in (list[int], tuple[int, ...])]
     result: list[str] = []
     words = list(argv)
     while words:
