@@ -25,14 +25,14 @@ from rflow_jax.utils.atomic_io import beneath
 from rflow_jax.utils.file_kinds import stand_in
 from rflow_jax.utils.files import is_file
 from rflow_jax.utils.json_files import naming, read_object
-from rflow_jax.weights.finite import require_finite
+from rflow_jax.weights.buffers import Arena, new_buffer, use_arena
+from rflow_jax.weights.finite import BLOCK, Bits, not_finite, require_finite
 from rflow_jax.weights.reduced_precision import as_read, find_scales, scaled
 from rflow_jax.weights.safetensors_header import TensorInfo, read_header
 
 WINDOW = 2**28  # bytes of tensors on the host at once; a larger tensor is alone
 _PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
 _PIECES = 4  # threads of one such tensor
-_CHECKED = 2**20  # bytes that are checked together, while the processor still has them at hand
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
@@ -125,19 +125,22 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     def _read_stored(self, key: str) -> np.ndarray:
         info = self._stored[key]
-        buffer = np.empty(info.nbytes, np.uint8)
+        buffer = new_buffer(info.nbytes)
         view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
+        value, size = buffer.view(info.dtype), info.dtype.itemsize
+        bits = Bits(value)
 
         def fill(start: int) -> None:
             done, end = start, min(start + _PIECE, info.nbytes)
             while done < end:
-                checked, part = done, min(done + _CHECKED, end)
+                checked, part = done, min(done + BLOCK, end)
                 while done < part:
                     got = os.preadv(file.fileno(), [view[done:part]], info.offset + done)
                     if got <= 0:
                         raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
                     done += got
-                require_finite(buffer[checked:done].view(info.dtype), info.file, key)
+                if not bits.finite(checked // size, done // size):  # while the processor still has them at hand
+                    raise not_finite(info.file, key)
 
         with open(info.file, "rb", buffering=0) as file:
             if info.nbytes <= _PIECE:
@@ -145,7 +148,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             else:
                 with ThreadPoolExecutor(_PIECES, thread_name_prefix="weights") as pool:
                     list(pool.map(fill, range(0, info.nbytes, _PIECE)))
-        return buffer.view(info.dtype).reshape(info.shape)
+        return value.reshape(info.shape)
 
     def stream(
         self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = WINDOW
@@ -158,7 +161,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """
         waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
         in_flight = 0
-        with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+        pool = ThreadPoolExecutor(threads, "weights", initializer=use_arena, initargs=(Arena(ahead),))
+        with pool:
             for key in self._infos if keys is None else keys:
                 size = self._infos[key].nbytes
                 while waiting and in_flight + size > ahead:
