@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
 from rflow_jax.weights.buffers import Arena, new_buffer, use_arena
 
 MIB = 2**20
