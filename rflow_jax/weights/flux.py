@@ -241,8 +241,8 @@ def _component_paths(model: str, found: ModelPath) -> dict[str, Path]:
         raise InputError(f"{model}: has no {', '.join(missing)}; generating needs all four networks of a FLUX model")
     if missing := [name for name in (CLIP_TOKENIZER, T5_TOKENIZER) if not (found.path / name).is_dir()]:
         raise InputError(f"{model}: has no {', '.join(missing)}; fetch the whole folder")
-    for name in (CLIP_TOKENIZER, T5_TOKENIZER):
-        require_true_files(found.path / name)
+    for path in (found.path / CLIP_TOKENIZER, found.path / T5_TOKENIZER, *found.components.values()):
+        require_true_files(path)
     return found.components
 
 
