@@ -38,7 +38,8 @@ from rflow_jax.weights.loading import ShardingFor, load_into
 from rflow_jax.weights.lora.read import read_lora
 from rflow_jax.weights.mappings.flux import is_bfl
 from rflow_jax.weights.model_folder import FORMAT, MODEL_FILE, VERSION, is_stored, load_stored, stored_bytes
-from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle
+from rflow_jax.weights.pytorch_files import is_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import PARTIAL
 
 Kind = Literal["converted", "diffusers", "bfl"]

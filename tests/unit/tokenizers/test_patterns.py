@@ -26,7 +26,7 @@ def tokenizer(pattern):
 @pytest.mark.parametrize(
     "pattern",
     [
-QWEN,
+        QWEN,
         r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         GPT_4O,

@@ -16,7 +16,8 @@ from rflow_jax.weights.convert import Options, convert_flux
 from rflow_jax.weights.finite import all_finite
 from rflow_jax.weights.flux import load_flux
 from rflow_jax.weights.lora.read import read_lora
-from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
+from rflow_jax.weights.pytorch_files import open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import save_tensors
 
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]

@@ -12,7 +12,8 @@ from rflow_jax.weights.components import T5
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import load_into, parameter_values
 from rflow_jax.weights.mappings import text_encoders
-from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
+from rflow_jax.weights.pytorch_files import open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import save_tensors
 from tests.kit.encoders import random_model
 
@@ -109,9 +110,7 @@ def test_other_kinds_are_named(tmp_path, tensors, message):
 
 @pytest.mark.parametrize("shape", [(2,), (5,), (1, 6), (3, 2), (6, 1, 1)])
 def test_scales_of_another_shape(tmp_path, shape):
-    with pytest.raises(
-        InputError, match=r"b\.weight_scale has shape .*expected one number, or one for each row"
-    ):
+    with pytest.raises(InputError, match=r"b\.weight_scale has shape .*expected one number, or one for each row"):
         read(tmp_path, {"b.weight": WEIGHT.astype(E4M3), "b.weight_scale": np.ones(shape)})
 
 
