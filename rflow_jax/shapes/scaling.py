@@ -26,6 +26,7 @@ from rflow_jax.shapes.grammar import from_metadata, held_out_prompts
 from rflow_jax.shapes.judge import judge
 from rflow_jax.shapes.scaling_table import Judged, curves_of, markdown, table_of
 from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.images import read_image
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.utils.ranges import BatchSize, Count, DenoisingSteps, PairCount, Seed, require_ranges
 from rflow_jax.verifiers.config import VERIFIERS
@@ -167,8 +168,7 @@ def judge_run(run: SearchRun, images: int) -> Judged:
         place = run.folder / prompt.folder
         metadata = from_metadata(json.loads((place / "metadata.jsonl").read_text().splitlines()[0]))
         for column, picture in enumerate(prompt.pictures[:images]):
-            with Image.open(place / picture.file) as image:
-                found.right[row, column] = judge(metadata, image.convert("RGB")).correct
+            found.right[row, column] = judge(metadata, read_image(place / picture.file)).correct
             if picture.verdict is not None and picture.scored:
                 found.scores[row, column] = picture.verdict.score
                 found.kept[row, column] = remedies_in(picture.verdict.explanation) == []
@@ -187,9 +187,9 @@ def _keep_sheet(run: SearchRun, file: Path, rows: int = 8, columns: int = 8) -> 
     sheet = None
     for row, prompt in enumerate(run.prompts[::step][:rows]):
         for column, picture in enumerate(prompt.pictures[:columns]):
-            with Image.open(run.folder / prompt.folder / picture.file) as image:
-                if sheet is None:
-                    sheet = Image.new("RGB", (columns * (image.width + 2), rows * (image.height + 2)), "white")
-                sheet.paste(image.convert("RGB"), (column * (image.width + 2), row * (image.height + 2)))
+            image = read_image(run.folder / prompt.folder / picture.file)
+            if sheet is None:
+                sheet = Image.new("RGB", (columns * (image.width + 2), rows * (image.height + 2)), "white")
+            sheet.paste(image, (column * (image.width + 2), row * (image.height + 2)))
     if sheet is not None:
         sheet.save(file)
