@@ -232,7 +232,7 @@ class Registry(Generic[C]):
         if not isinstance(getattr(made, "name", None), str):
             raise InputError(f"{what}: give it a name, a string for the records")
         for limit, hint in (("concurrency", Concurrency), ("batch_size", BatchSize)):
-            (allowed,) = hint.__metadata__
+            allowed = get_args(hint)[1]
             value = getattr(made, limit, None)
             if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
                 raise InputError(f"{what}: its {limit} is {value!r}: give a whole number {allowed}")
