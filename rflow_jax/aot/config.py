@@ -9,6 +9,7 @@ from typing import Literal
 from rflow_jax.aot.chips import require_topology
 from rflow_jax.errors import InputError
 from rflow_jax.utils import cli
+from rflow_jax.utils.ranges import Devices, require_ranges
 
 What = Literal["train", "sample", "verifier"]
 
@@ -30,14 +31,13 @@ class CompileConfig:
     topology: str
     what: What | None = None
     blocks: str | None = None
-    slices: int = 1
+    slices: Devices = 1
     effort: Literal["least", "default"] = "least"
     json: str | None = None
 
     def __post_init__(self) -> None:
         require_topology(self.topology)
-        if self.slices < 1:
-            raise InputError(f"slices is {self.slices}: give at least 1")
+        require_ranges(self)
         _ = self.block_counts
 
     @property

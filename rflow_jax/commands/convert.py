@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.ranges import Positive, require_ranges
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Format = Literal["safetensors", "orbax"]
@@ -72,9 +73,12 @@ class LoraConversion:
 
     src: str
     dst: str
-    alpha: float | None = None
+    alpha: Positive | None = None
     ignore_text_encoder: bool = False
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        require_ranges(self)
 
 
 @dataclass(frozen=True)

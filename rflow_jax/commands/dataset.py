@@ -16,8 +16,8 @@ from rflow_jax.data.sources.open import open_source
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import write_file
-from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.ranges import Count, CountOrZero, require_ranges
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ class ChatsConfig:
     shards: str | list[str]
     out: str
     question: str = f"{PICTURE}Prompt: $prompt\nWhat should change in this picture?"
-    held_out: int = 8
-    limit: int | None = None
+    held_out: CountOrZero = 8
+    limit: Count | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "", held_out=0, limit=1)
+        require_ranges(self)
         if self.question.count(PICTURE) != 1:
             raise InputError(f"question: must contain {PICTURE} once")
 

@@ -10,6 +10,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.search.prompt_folder import RECORDS, link, read_records
 from rflow_jax.search.run_folder import CONFIG
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.ranges import Count, require_ranges
 from rflow_jax.verifiers.base import Verdict, read_verdict
 from rflow_jax.verifiers.ranking import best_first
 
@@ -25,12 +26,13 @@ class FilterConfig:
     """
 
     folder: str
-    k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    k: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     corrections_only: bool = False
 
     def __post_init__(self) -> None:
-        if not self.k or min(self.k) < 1:
-            raise InputError(f"k is {self.k}: give numbers of images from 1")
+        require_ranges(self)
+        if not self.k:
+            raise InputError("k is empty: give numbers of images")
 
 
 def best_of_first(verdicts: list[Verdict], k: int) -> int:

@@ -21,6 +21,7 @@ from rflow_jax.utils.files import sha256_of
 from rflow_jax.utils.images import png_bytes, read_image
 from rflow_jax.utils.json_files import read_object
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.ranges import Count, Positive, require_ranges
 
 Seed = int | tuple[int, ...]
 
@@ -53,13 +54,13 @@ class GenerateConfig:
     prompt: str
     out: str = "images"
     lora: str | None = None
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     dtype: str = "bfloat16"
     condition: str | None = None
     reflection: str = ""
     refined_prompt: str = ""
     seed: int | str = 0
-    num_images: int = 1
+    num_images: Count = 1
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     scan_blocks: bool | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -69,8 +70,7 @@ class GenerateConfig:
             raise InputError("prompt is empty")
         for name in ("prompt", "reflection", "refined_prompt"):
             require_text(getattr(self, name), name)
-        if self.num_images < 1:
-            raise InputError(f"num_images is {self.num_images}: give at least 1")
+        require_ranges(self)
         require_dtype(self.dtype)
         if self.lora_alpha is not None and self.lora is None:
             raise InputError("lora_alpha is given without a lora")

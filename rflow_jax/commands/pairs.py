@@ -24,6 +24,7 @@ from rflow_jax.utils.files import is_file, read_text
 from rflow_jax.utils.images import png_bytes, read_image, side_by_side
 from rflow_jax.utils.json_files import parse_json, parse_json_lines
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.ranges import Positive, Seed, require_ranges
 from rflow_jax.utils.shown import one_line
 
 # What to change, by the names that data sets give it; the first that is there counts.
@@ -51,16 +52,15 @@ class PairsConfig:
     out: str
     model: str
     lora: str
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     dtype: str = "bfloat16"
-    seed: int = 0
+    seed: Seed = 0
     crop: Literal["center", "random"] = "center"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}: give a number from 0")
+        require_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rflow_jax.utils.checks import require_seed
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.ranges import Seed, require_ranges
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class NewFluxConfig:
     """
 
     out: str
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        require_seed("seed", self.seed)
+        require_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 from rflow_jax.data.sampling import SubsetSchedule
 from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
-from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.ranges import Buffer, CountOrZero, NotNegative, Share, Side, SmallCount, Workers, require_ranges
 
 Format = Literal["tar", "stream", "tfds", "precomputed"]
 
@@ -44,7 +44,7 @@ class DataConfig:
 
     path: str | list[str]
     format: Format = "tar"
-    split_ratios: dict[str, list[float]] = field(
+    split_ratios: dict[str, list[NotNegative]] = field(
         default_factory=lambda: {
             "general": [0.1, 0.3],
             "length": [0.1, 0.3],
@@ -52,28 +52,24 @@ class DataConfig:
             "editing": [0.7, 0.0],
         }
     )
-    training_stages: list[int] = field(default_factory=lambda: [0, 5000])
-    target_size: int = 1024
-    condition_size: int = 512
+    training_stages: list[CountOrZero] = field(default_factory=lambda: [0, 5000])
+    target_size: Side = 1024
+    condition_size: Side = 512
     crop: Literal["random", "center"] = "random"
-    drop_text_prob: float = 0.1
-    drop_image_prob: float = 0.1
-    drop_reflection_prob: float = 0.1
-    workers: int | None = None
-    prefetch: int = 4
-    skip_limit: int = 1000
+    drop_text_prob: Share = 0.1
+    drop_image_prob: Share = 0.1
+    drop_reflection_prob: Share = 0.1
+    workers: Workers | None = None
+    prefetch: SmallCount = 4
+    skip_limit: CountOrZero = 1000
     cache: str | None = None
     allow_shell: bool = False
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: Buffer = 1000
     retry: RetryPolicy = RetryPolicy()
 
     def __post_init__(self) -> None:
         SubsetSchedule(self.split_ratios, self.training_stages, seed=0, batch_size=1)  # validates both
-        require_least(self, "data", target_size=1, condition_size=1, workers=0, prefetch=1, skip_limit=0)
-        require_least(self, "data", shuffle_buffer_size=1)
-        for name in ("drop_text_prob", "drop_image_prob", "drop_reflection_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"data.{name} is {getattr(self, name)}: give a number from 0 to 1")
+        require_ranges(self, "data")
 
     def require_grid(self, token_pixels: int) -> None:
         """Raises InputError unless the sizes are whole numbers of the model's tokens."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from rflow_jax.errors import InputError
 from rflow_jax.models.flux.config import ConditionFlags
+from rflow_jax.utils.ranges import BatchSize, DenoisingSteps, NotNegative, Side, Tokens, require_ranges
 from rflow_jax.weights.defaults import SamplingDefaults
 
 # FLUX's: the autoencoder shrinks by 8 and packing by 2. Checked before a model is loaded, which may need more.
@@ -32,30 +33,23 @@ class SamplingConfig(ConditionFlags):
             slight differences along their seams.
     """
 
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    image_guidance_scale: float = 1.0
-    condition_scale: float = 1.0
-    condition_size: int | None = None
-    batch_size: int = 1
-    max_sequence_length: int | None = None
+    height: Side | None = None
+    width: Side | None = None
+    num_inference_steps: DenoisingSteps | None = None
+    guidance_scale: NotNegative | None = None
+    image_guidance_scale: NotNegative = 1.0
+    condition_scale: NotNegative = 1.0
+    condition_size: Side | None = None
+    batch_size: BatchSize = 1
+    max_sequence_length: Tokens | None = None
     vae_tiling: bool = False
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         for name in ("height", "width", "condition_size"):
-            if (value := getattr(self, name)) is not None and (value < 1 or value % _GRID):
+            if (value := getattr(self, name)) is not None and value % _GRID:
                 nearest = max(_GRID, round(value / _GRID) * _GRID)
                 raise InputError(f"{name} is {value}: give a positive multiple of {_GRID}, such as {nearest}")
-        for name in ("num_inference_steps", "batch_size", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}: give at least 1")
-        for field in fields(self):
-            value = getattr(self, field.name) if field.name.endswith("_scale") else None
-            if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"{field.name} is {value}: give a finite number that is not negative")
         if self.condition_scale == 0:
             raise InputError("condition_scale is 0: give a positive number, or leave the condition out")
         if self.condition_scale != 1:
@@ -72,12 +66,12 @@ class SamplingConfig(ConditionFlags):
 class ResolvedSampling(SamplingConfig):
     """Settings of one model, of which none is open; by default FLUX.1-dev's."""
 
-    height: int = SamplingDefaults.height
-    width: int = SamplingDefaults.width
-    num_inference_steps: int = SamplingDefaults.num_inference_steps
-    guidance_scale: float = SamplingDefaults.guidance_scale
-    condition_size: int = SamplingDefaults.condition_size
-    max_sequence_length: int = SamplingDefaults.max_sequence_length
+    height: Side = SamplingDefaults.height
+    width: Side = SamplingDefaults.width
+    num_inference_steps: DenoisingSteps = SamplingDefaults.num_inference_steps
+    guidance_scale: NotNegative = SamplingDefaults.guidance_scale
+    condition_size: Side = SamplingDefaults.condition_size
+    max_sequence_length: Tokens = SamplingDefaults.max_sequence_length
 
 
 def require_lora_effect(settings: SamplingConfig, with_condition: bool) -> None:

@@ -1,7 +1,6 @@
 """The settings of an endpoint, and the removal of its secrets from texts, also if a server repeats them."""
 
 import base64
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.extras import require_body, require_headers, resolved_headers
+from rflow_jax.utils.ranges import Concurrency, Price, Retries, Seconds, Temperature, Timeout, Tokens, require_ranges
 from rflow_jax.utils.registry import EXECUTION, LATER
 from rflow_jax.utils.secrets import HIDDEN, looks_secret, public_addresses
 
@@ -91,12 +91,12 @@ class Connection:
     base_url: str | None = field(default=None, repr=False, metadata=EXECUTION)  # it may hold a password
     model: str | None = None
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=EXECUTION)
-    timeout: float = field(default=60.0, metadata=EXECUTION)
-    concurrency: int = field(default=8, metadata=EXECUTION)
-    max_retries: int = field(default=5, metadata=EXECUTION)
-    patience: float = field(default=600.0, metadata=EXECUTION | LATER)
-    price_input: float | None = field(default=None, metadata=EXECUTION)
-    price_output: float | None = field(default=None, metadata=EXECUTION)
+    timeout: Timeout = field(default=60.0, metadata=EXECUTION)
+    concurrency: Concurrency = field(default=8, metadata=EXECUTION)
+    max_retries: Retries = field(default=5, metadata=EXECUTION)
+    patience: Seconds = field(default=600.0, metadata=EXECUTION | LATER)
+    price_input: Price | None = field(default=None, metadata=EXECUTION)
+    price_output: Price | None = field(default=None, metadata=EXECUTION)
     reasoning_effort: str | None = field(default=None, metadata=LATER)
     extra_body: dict[str, Any] = field(default_factory=dict, repr=False, metadata=LATER)
     extra_headers: dict[str, str] = field(default_factory=dict, repr=False, metadata=EXECUTION | LATER)
@@ -110,14 +110,9 @@ class Connection:
         _require_model(self.model or "", "model")
         require_body(self.extra_body, {one.name for one in fields(self)})
         require_headers(self.extra_headers)
-        if not _between(self.timeout, 1e-3) or self.concurrency < 1 or self.max_retries < 0:
-            raise InputError("timeout must be positive, concurrency at least 1 and max_retries at least 0")
-        if not _between(self.patience, 0.0):
-            raise InputError(f"patience is {self.patience}: give seconds, 0 or more")
+        require_ranges(self)
         if (self.price_input is None) != (self.price_output is None):
             raise InputError("give both price_input and price_output, or neither; 0 is a price")
-        if not all(price is None or _between(price, 0.0) for price in (self.price_input, self.price_output)):
-            raise InputError("price_input and price_output must be USD per million tokens, 0 or more")
 
     @property
     def model_name(self) -> str:
@@ -181,16 +176,12 @@ class Endpoint(Connection):
             begins with json_schema and takes the next one when the server refuses.
     """
 
-    temperature: float | None = None
-    max_tokens: int | None = None
+    temperature: Temperature | None = None
+    max_tokens: Tokens | None = None
     structured: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature is not None and not _between(self.temperature, 0.0):
-            raise InputError(f"temperature is {self.temperature}: give 0 or more, or null")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens is {self.max_tokens}: give at least 1, or null")
         if self.structured not in STRUCTURED:
             raise InputError(f"structured is {self.structured!r}: give one of {', '.join(STRUCTURED)}")
 
@@ -222,7 +213,3 @@ def _require_address(url: str, what: str) -> None:
         usable = False
     if not usable:
         raise InputError(f"{what} must be an address such as http://localhost:8000/v1")
-
-
-def _between(value: float, least: float) -> bool:
-    return math.isfinite(value) and value >= least

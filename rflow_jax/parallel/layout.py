@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.ranges import Axis, DeviceId, Devices, require_ranges
 
 REST = -1
 AXES = ("data", "fsdp", "sequence", "tensor")  # of the mesh, in order: those that communicate most are closest together
@@ -21,21 +22,20 @@ class MeshConfig:
         num_slices: TPU slices joined by the data-centre network, along ``data``; 1: they are counted.
     """
 
-    data: int = REST
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-    num_slices: int = 1
+    data: Axis = REST
+    fsdp: Axis = 1
+    tensor: Axis = 1
+    sequence: Axis = 1
+    num_slices: Devices = 1
 
     def __post_init__(self) -> None:
+        require_ranges(self, "mesh")
         sizes = self._sizes()
         for axis, size in sizes.items():
-            if size < 1 and size != REST:
+            if size == 0:
                 raise InputError(f"mesh.{axis} is {size}: give a number of devices, or -1 for the rest")
         if list(sizes.values()).count(REST) > 1:
             raise InputError("mesh: only one axis can take the rest (-1)")
-        if self.num_slices < 1:
-            raise InputError(f"mesh.num_slices is {self.num_slices}: give the number of TPU slices, at least 1")
 
     def shape(self, devices: int) -> dict[str, int]:
         """Axis -> size for this number of devices, in the mesh's order.
@@ -73,14 +73,13 @@ class DistributedConfig:
 
     enabled: bool = False
     coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    num_processes: Devices | None = None
+    process_id: DeviceId | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("coordinator", "num_processes", "process_id") if getattr(self, name) is not None]
         if given and not self.enabled:  # each process would be a run of its own, in the same folder
             raise InputError(f"distributed.{given[0]} is given without distributed.enabled: set that to true")
-        if self.num_processes is not None and self.num_processes < 1:
-            raise InputError(f"distributed.num_processes is {self.num_processes}: give at least 1")
-        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or self.process_id + 1):
+        require_ranges(self, "distributed")
+        if self.process_id is not None and not self.process_id < (self.num_processes or self.process_id + 1):
             raise InputError(f"distributed.process_id is {self.process_id}: give 0 to num_processes - 1")

@@ -9,7 +9,20 @@ from rflow_jax.openai_client.endpoint import Connection
 from rflow_jax.parallel.layout import DistributedConfig, MeshConfig
 from rflow_jax.search import strategies
 from rflow_jax.search.strategies import Strategy
-from rflow_jax.utils.checks import require_dtype, require_least, require_seed
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.ranges import (
+    Between,
+    Count,
+    CountOrZero,
+    DeviceId,
+    Devices,
+    Finite,
+    Position,
+    Positive,
+    Seed,
+    SmallCount,
+    require_ranges,
+)
 from rflow_jax.utils.registry import EXECUTION
 from rflow_jax.verifiers.config import (
     VERIFIERS,
@@ -37,17 +50,13 @@ class NoiseStage:
         noise_similarity: cosine of the angle between a neighbour and the noise it is near (zero_order).
     """
 
-    search_rounds: int = 16
-    search_branch: int = 2
+    search_rounds: SmallCount = 16
+    search_branch: SmallCount = 2
     method: Literal["random", "zero_order"] = "random"
-    noise_similarity: float = 0.95
+    noise_similarity: Between = 0.95
 
     def __post_init__(self) -> None:
-        _require_size("noise", self.search_rounds, self.search_branch)
-        if not 0 < self.noise_similarity < 1:
-            raise InputError(
-                f"noise.noise_similarity is {self.noise_similarity}: give a number between 0 and 1, such as 0.95"
-            )
+        require_ranges(self, "noise")
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,13 @@ class ReflectStage:
             is the accounting of the original.
     """
 
-    search_rounds: int = 16
-    search_branch: int = 2
-    history: int = 0
+    search_rounds: SmallCount = 16
+    search_branch: SmallCount = 2
+    history: CountOrZero = 0
     include_initial_images: bool = True
 
     def __post_init__(self) -> None:
-        _require_size("reflect", self.search_rounds, self.search_branch)
-        if self.history < 0:
-            raise InputError(f"reflect.history is {self.history}: give a number of images, 0 for none")
+        require_ranges(self, "reflect")
 
 
 @dataclass(frozen=True)
@@ -101,15 +108,15 @@ class SearchConfig:
 
     model: str
     lora: str | None = None
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     dtype: str = "bfloat16"
-    seed: int = 0
-    prompts_in_flight: int = field(default=16, metadata=EXECUTION)
+    seed: Seed = 0
+    prompts_in_flight: SmallCount = field(default=16, metadata=EXECUTION)
     noise: NoiseStage = field(default_factory=NoiseStage)
     reflect: ReflectStage = field(default_factory=ReflectStage)
-    stop_score: float | None = None
-    max_images: int | None = None
-    budget: float | None = field(default=None, metadata=EXECUTION)
+    stop_score: Finite | None = None
+    max_images: Count | None = None
+    budget: Positive | None = field(default=None, metadata=EXECUTION)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=EXECUTION)
     scan_blocks: bool | None = field(default=None, metadata=EXECUTION)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -118,13 +125,7 @@ class SearchConfig:
     refiner: TextGeneratorConfig = field(default_factory=HttpTextGeneratorConfig, metadata={"registry": WRITERS})
 
     def __post_init__(self) -> None:
-        require_seed("seed", self.seed)
-        if self.prompts_in_flight < 1:
-            raise InputError("prompts_in_flight must be at least 1")
-        if self.max_images is not None and self.max_images < 1:
-            raise InputError(f"max_images is {self.max_images}: give at least 1, or null")
-        if self.budget is not None and not self.budget > 0:
-            raise InputError(f"budget is {self.budget}: give US dollars, or null")
+        require_ranges(self)
         require_dtype(self.dtype)
 
     def require_fit(self, kind: Kind, given: bool) -> None:
@@ -214,24 +215,19 @@ class RunConfig:
 
     prompts: str = field(metadata=EXECUTION)
     out: str = field(metadata=EXECUTION)
-    start: int = field(default=0, metadata=EXECUTION)
-    end: int | None = field(default=None, metadata=EXECUTION)
+    start: Position = field(default=0, metadata=EXECUTION)
+    end: Position | None = field(default=None, metadata=EXECUTION)
     images: str | None = None
-    process_index: int = field(default=0, metadata=EXECUTION)
-    process_count: int = field(default=1, metadata=EXECUTION)
+    process_index: DeviceId = field(default=0, metadata=EXECUTION)
+    process_count: Devices = field(default=1, metadata=EXECUTION)
     distributed: DistributedConfig = field(default_factory=DistributedConfig, metadata=EXECUTION)
     strategy: Kind | None = None
     probe: bool = field(default=True, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
-        require_least(self, "", process_count=1)
+        require_ranges(self)
         if not 0 <= self.process_index < self.process_count:
             raise InputError(
                 f"process_index is {self.process_index}: give a number from 0 to {self.process_count - 1} "
                 f"(process_count is {self.process_count})"
             )
-
-
-def _require_size(name: str, rounds: int, branches: int) -> None:
-    if rounds < 1 or branches < 1:
-        raise InputError(f"{name}.search_rounds and {name}.search_branch must be at least 1")

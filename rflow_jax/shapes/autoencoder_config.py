@@ -8,7 +8,7 @@ from typing import Literal
 from rflow_jax.errors import InputError
 from rflow_jax.models.options import Remat
 from rflow_jax.training.config import CommonConfig, LoopConfig
-from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.ranges import BatchSize, Count, CountOrZero, NotNegative, Share, Workers, require_ranges
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,12 @@ class SceneDataConfig:
         workers: processes that make them; null: all cores but one. 0 uses the run's own process.
     """
 
-    scenes: int = 50_000
-    spoiled: float = 0.3
-    workers: int | None = None
+    scenes: Count = 50_000
+    spoiled: Share = 0.3
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "data", scenes=1, workers=0)
-        if not 0 <= self.spoiled <= 1:
-            raise InputError(f"data.spoiled is {self.spoiled}: give a share, from 0 to 1")
+        require_ranges(self, "data")
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,11 @@ class SceneValidationConfig:
         every: steps between two; there is one before the first step too.
     """
 
-    scenes: int = 256
-    every: int = 500
+    scenes: CountOrZero = 256
+    every: Count = 500
 
     def __post_init__(self) -> None:
-        require_least(self, "validation", scenes=0, every=1)
+        require_ranges(self, "validation")
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class AutoencoderLoopConfig(LoopConfig):
         dtype: of the activations; all parameters are trained, in float32.
     """
 
-    steps: int = 3400
-    batch_size: int = 128
+    steps: Count = 3400
+    batch_size: BatchSize = 128
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
@@ -74,10 +72,10 @@ class AutoencoderTaskConfig:
             in [-1, 1].
     """
 
-    kl_weight: float = 2e-4
+    kl_weight: NotNegative = 2e-4
 
     def __post_init__(self) -> None:
-        require_least(self, "autoencoder", kl_weight=0)
+        require_ranges(self, "autoencoder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.shapes.grammar import Prompt, sample_prompt
-from rflow_jax.utils.checks import require_dtype, require_least, require_seed
+from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.ranges import BatchSize, DenoisingSteps, Seed, Workers, require_ranges
 
 CHUNK = 512  # drawn scenes of one job
 
@@ -32,15 +33,14 @@ class PicturesConfig:
 
     out: str
     model: str = "shapes"
-    seed: int = 0
-    num_inference_steps: int | None = None
-    batch_size: int = 512
+    seed: Seed = 0
+    num_inference_steps: DenoisingSteps | None = None
+    batch_size: BatchSize = 512
     dtype: str = "bfloat16"
-    workers: int | None = None
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "", num_inference_steps=1, batch_size=1, workers=0)
-        require_seed("seed", self.seed)
+        require_ranges(self)
         require_dtype(self.dtype)
 
     def new_folder(self) -> Path:

@@ -22,9 +22,9 @@ from rflow_jax.shapes.judge import read
 from rflow_jax.shapes.render import render
 from rflow_jax.shapes.requirements import remedies
 from rflow_jax.shapes.scenes import is_clear, judge_scene, make_scene
-from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.ranges import Count
 from rflow_jax.verifiers.findings import KEEP
 
 GENERAL, LENGTH, RULE, EDITING = SUBSETS
@@ -44,12 +44,8 @@ class PairsOfShapesConfig(PicturesConfig):
         shard: pairs of a shard, at most.
     """
 
-    records: int = 14_000
-    shard: int = 2048
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_least(self, "", records=1, shard=1)
+    records: Count = 14_000
+    shard: Count = 2048
 
     @property
     def counts(self) -> dict[str, int]:

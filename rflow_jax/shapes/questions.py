@@ -21,9 +21,9 @@ from rflow_jax.shapes.render import render
 from rflow_jax.shapes.requirements import CONTENT, sensible
 from rflow_jax.shapes.scenes import THING, Scene, make_scene
 from rflow_jax.utils.atomic_io import sync_tree, write_file
-from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.images import png_bytes
 from rflow_jax.utils.progress import count_progress
+from rflow_jax.utils.ranges import Count, CountOrZero, PairCount
 from rflow_jax.verifiers.geneval import RELATIONS
 
 _TRIES = 30
@@ -46,14 +46,13 @@ class QuestionsConfig(PicturesConfig):
         held_out: how many pictures' questions go into ``held_out.jsonl``.
     """
 
-    pictures: int = 24_000
-    drawn: int = 6_000
-    questions: int = 4
-    held_out: int = 256
+    pictures: PairCount = 24_000
+    drawn: CountOrZero = 6_000
+    questions: Count = 4
+    held_out: Count = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_least(self, "", pictures=2, drawn=0, questions=1, held_out=1)
         if self.drawn > self.pictures:
             raise InputError(f"drawn is {self.drawn}: give at most pictures ({self.pictures})")
 

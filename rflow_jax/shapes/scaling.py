@@ -26,8 +26,9 @@ from rflow_jax.shapes.grammar import from_metadata, held_out_prompts
 from rflow_jax.shapes.judge import judge
 from rflow_jax.shapes.scaling_table import Judged, curves_of, markdown, table_of
 from rflow_jax.utils.atomic_io import write_file
-from rflow_jax.utils.checks import require_least, require_seed
+from rflow_jax.utils.images import read_image
 from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.ranges import BatchSize, Count, DenoisingSteps, PairCount, Seed, require_ranges
 from rflow_jax.verifiers.config import VERIFIERS
 from rflow_jax.verifiers.findings import remedies_in
 from rflow_jax.weights.hub import resolve_lora
@@ -60,22 +61,20 @@ class ScalingConfig:
     model: str = "shapes"
     lora: str = "shapes-corrector"
     verifier: str = "shapes-verifier"
-    prompts: int = 240
-    images: int = 32
-    seeds: tuple[int, ...] = (0, 1, 2)
+    prompts: Count = 240
+    images: PairCount = 32
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
-    num_inference_steps: int | None = None
+    num_inference_steps: DenoisingSteps | None = None
     dtype: str = "bfloat16"
-    batch_size: int = 64
-    chains: int = 2
+    batch_size: BatchSize = 64
+    chains: Count = 2
     latent_lora: bool = False
 
     def __post_init__(self) -> None:
-        require_least(self, "", prompts=1, images=2, batch_size=1, chains=1, num_inference_steps=1)
+        require_ranges(self)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds are {list(self.seeds)}: give some, none twice")
-        for seed in self.seeds:
-            require_seed("seeds", seed)
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise InputError(f"arms: unknown: {', '.join(unknown)}; known: {', '.join(ARMS)}")
         if self.images % self.chains:
@@ -169,8 +168,7 @@ def judge_run(run: SearchRun, images: int) -> Judged:
         place = run.folder / prompt.folder
         metadata = from_metadata(json.loads((place / "metadata.jsonl").read_text().splitlines()[0]))
         for column, picture in enumerate(prompt.pictures[:images]):
-            with Image.open(place / picture.file) as image:
-                found.right[row, column] = judge(metadata, image.convert("RGB")).correct
+            found.right[row, column] = judge(metadata, read_image(place / picture.file)).correct
             if picture.verdict is not None and picture.scored:
                 found.scores[row, column] = picture.verdict.score
                 found.kept[row, column] = remedies_in(picture.verdict.explanation) == []
@@ -189,9 +187,9 @@ def _keep_sheet(run: SearchRun, file: Path, rows: int = 8, columns: int = 8) -> 
     sheet = None
     for row, prompt in enumerate(run.prompts[::step][:rows]):
         for column, picture in enumerate(prompt.pictures[:columns]):
-            with Image.open(run.folder / prompt.folder / picture.file) as image:
-                if sheet is None:
-                    sheet = Image.new("RGB", (columns * (image.width + 2), rows * (image.height + 2)), "white")
-                sheet.paste(image.convert("RGB"), (column * (image.width + 2), row * (image.height + 2)))
+            image = read_image(run.folder / prompt.folder / picture.file)
+            if sheet is None:
+                sheet = Image.new("RGB", (columns * (image.width + 2), rows * (image.height + 2)), "white")
+            sheet.paste(image, (column * (image.width + 2), row * (image.height + 2)))
     if sheet is not None:
         sheet.save(file)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rflow_jax.errors import InputError
 from rflow_jax.models.options import Remat
 from rflow_jax.training.config import CommonConfig, LoopConfig
-from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.ranges import BatchSize, Count, CountOrZero, Share, Workers, require_ranges
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,14 @@ class TextDataConfig:
         workers: processes that make them; null: all cores but one. 0 uses the run's own process.
     """
 
-    texts: int = 200_000
-    reflected: float = 0.6
-    kept: float = 0.15
-    uniform: float = 0.0
-    workers: int | None = None
+    texts: Count = 200_000
+    reflected: Share = 0.6
+    kept: Share = 0.15
+    uniform: Share = 0.0
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "data", texts=1, workers=0)
-        for name in ("reflected", "kept", "uniform"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise InputError(f"data.{name} is {share}: give a share, from 0 to 1")
+        require_ranges(self, "data")
 
     @property
     def shares(self) -> dict[str, Any]:
@@ -51,11 +48,11 @@ class TextValidationConfig:
         every: steps between two; there is one before the first step too.
     """
 
-    texts: int = 480
-    every: int = 500
+    texts: CountOrZero = 480
+    every: Count = 500
 
     def __post_init__(self) -> None:
-        require_least(self, "validation", texts=0, every=1)
+        require_ranges(self, "validation")
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,8 @@ class TextLoopConfig(LoopConfig):
             With bfloat16 a GPU takes many times as long to add up the gradients of the embeddings.
     """
 
-    steps: int = 1500
-    batch_size: int = 1024
+    steps: Count = 1500
+    batch_size: BatchSize = 1024
     dtype: Literal["bfloat16", "float32"] = "float32"
     remat: Remat = "none"
 

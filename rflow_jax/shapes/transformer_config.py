@@ -7,7 +7,18 @@ from typing import Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.training.config import CommonConfig, LoopConfig
-from rflow_jax.utils.checks import require_least, require_positive
+from rflow_jax.utils.ranges import (
+    Count,
+    CountOrZero,
+    DenoisingSteps,
+    Finite,
+    PairCount,
+    Positive,
+    Seed,
+    Share,
+    Workers,
+    require_ranges,
+)
 
 
 @dataclass(frozen=True)
@@ -19,11 +30,11 @@ class PictureDataConfig:
         workers: processes that make them; null: all cores but one. 0 uses the run's own process.
     """
 
-    pictures: int = 200_000
-    workers: int | None = None
+    pictures: PairCount = 200_000
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "data", pictures=2, workers=0)
+        require_ranges(self, "data")
 
 
 @dataclass(frozen=True)
@@ -39,17 +50,14 @@ class FlowConfig:
             says nothing.
     """
 
-    time_mean: float = 0.6
-    time_std: float = 1.1
-    reflections: float = 0.3
-    empty_texts: float = 0.1
-    conditions: float = 0.125
+    time_mean: Finite = 0.6
+    time_std: Positive = 1.1
+    reflections: Share = 0.3
+    empty_texts: Share = 0.1
+    conditions: Share = 0.125
 
     def __post_init__(self) -> None:
-        require_positive(self, "flow", "time_std")
-        for name in ("reflections", "empty_texts", "conditions"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"flow.{name} is {getattr(self, name)}: give a share, from 0 to 1")
+        require_ranges(self, "flow")
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,13 @@ class PromptValidationConfig:
         seed: of the images.
     """
 
-    prompts: int = 240
-    every: int = 1000
-    num_inference_steps: int = 20
-    seed: int = 0
+    prompts: CountOrZero = 240
+    every: Count = 1000
+    num_inference_steps: DenoisingSteps = 20
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        require_least(self, "validation", prompts=0, every=1, num_inference_steps=1)
+        require_ranges(self, "validation")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from rflow_jax.data.records import SUBSETS, Record
 from rflow_jax.data.shard_writer import write_shard
-from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.ranges import Count, Range, Seed, require_ranges
 
 FREQUENCIES = {"natural": (0.14, 0.09, 0.18, 0.59), "equal": (0.25,) * 4}  # GenRef's own, in the order of SUBSETS
 COLORS = {"red": "#d33030", "green": "#2f9e44", "blue": "#3050d0", "yellow": "#f0c020", "purple": "#8038b0"}
@@ -35,14 +35,14 @@ class GenRefConfig:
     """
 
     out: str
-    shards: int = 2
-    samples: int = 16
-    size: int = 64
-    seed: int = 0
+    shards: Count = 2
+    samples: Count = 16
+    size: Annotated[int, Range(8, 2**14)] = 64
+    seed: Seed = 0
     frequencies: Literal["natural", "equal"] = "equal"
 
     def __post_init__(self) -> None:
-        require_least(self, "", shards=1, samples=1, size=8, seed=0)
+        require_ranges(self)
 
 
 def command(name: str, argv: Sequence[str]) -> Command:

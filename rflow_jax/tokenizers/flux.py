@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from rflow_jax.errors import InputError
+from rflow_jax.tokenizers.patterns import require_bounded
+from rflow_jax.utils.file_kinds import stand_in
 from rflow_jax.utils.files import LARGEST_TEXT, require_regular
 from rflow_jax.utils.json_files import read_object
 
@@ -84,10 +86,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def require_tokenizer_files(folder: Path) -> None:
-    """Raises InputError for a tokenizer's files that are no files or too large; libraries open them as they are."""
+    """Raises InputError for a tokenizer's files that are no files, stand-ins or unbounded.
+
+    Libraries open them as they are.
+    """
     for name in TOKENIZER_FILES:
         if os.path.lexists(path := folder / name):
             require_regular(path, "file of the tokenizer", LARGEST_TEXT)
+            if found := stand_in(path):
+                raise InputError(f"{path}: {found}")
+    if (ready := folder / "tokenizer.json").exists():
+        require_bounded(read_object(ready), ready)
 
 
 @contextmanager

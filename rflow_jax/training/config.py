@@ -15,10 +15,21 @@ from rflow_jax.utils.checks import (
     flatten,
     nearest,
     require_dtype,
-    require_least,
     require_pattern,
-    require_positive,
-    require_seed,
+)
+from rflow_jax.utils.ranges import (
+    BatchSize,
+    Between,
+    Count,
+    CountOrZero,
+    Decay,
+    DenoisingSteps,
+    NotNegative,
+    Positive,
+    Rank,
+    Seed,
+    Tokens,
+    require_ranges,
 )
 from rflow_jax.utils.secrets import public_addresses
 
@@ -34,14 +45,13 @@ class LoraConfig:
         init_from: a LoRA file to start from, in place of a fresh one; it brings its own rank and linears.
     """
 
-    rank: int = 32
-    alpha: float | None = None
+    rank: Rank = 32
+    alpha: Positive | None = None
     target_modules: str = CORRECTOR_TARGET_MODULES
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "lora", rank=1)
-        require_positive(self, "lora", "alpha")
+        require_ranges(self, "lora")
         require_pattern("lora.target_modules", self.target_modules)
 
 
@@ -56,13 +66,13 @@ class CheckpointConfig:
         export: also write what was trained for other programs, such as ``lora/{step}`` of the corrector.
     """
 
-    every: int = 2000
-    keep_last: int = 3
-    keep_every: int | None = None
+    every: Count = 2000
+    keep_last: Count = 3
+    keep_every: Count | None = None
     export: bool = True
 
     def __post_init__(self) -> None:
-        require_least(self, "checkpoint", every=1, keep_last=1, keep_every=1)
+        require_ranges(self, "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -83,20 +93,18 @@ class ValidationConfig:
 
     path: str | list[str] | None = None
     format: Format = "tar"
-    every: int = 1000
-    records: int = 8
-    pictures: int = 1
-    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
+    every: Count = 1000
+    records: Count = 8
+    pictures: CountOrZero = 1
+    times: tuple[Between, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    num_inference_steps: DenoisingSteps | None = None
+    guidance_scale: NotNegative | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        least = {"every": 1, "records": 1, "pictures": 0, "num_inference_steps": 1, "guidance_scale": 0}
-        require_least(self, "validation", **least)
-        require_seed("validation.seed", self.seed)
-        if not self.times or not all(0 < t < 1 for t in self.times):
-            raise InputError(f"validation.times is {list(self.times)}: give numbers between 0 and 1")
+        require_ranges(self, "validation")
+        if not self.times:
+            raise InputError("validation.times is empty: give numbers between 0 and 1")
         if self.format in ("stream", "precomputed"):
             raise InputError(f"validation.format is {self.format}: give tar or tfds")
 
@@ -112,14 +120,13 @@ class LoggingConfig:
         peak_tflops: of one device, for the FLOP utilisation (MFU); null: known by the device's name, for bfloat16.
     """
 
-    every: int = 10
+    every: Count = 10
     tensorboard: bool = True
     wandb: str | None = None
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "logging", every=1)
-        require_positive(self, "logging", "peak_tflops")
+        require_ranges(self, "logging")
 
 
 @dataclass(frozen=True)
@@ -149,30 +156,25 @@ class OptimizerConfig:
     """
 
     name: Literal["prodigy", "adamw", "sgd", "muon"] = "prodigy"
-    lr: float = 1.0
+    lr: Positive = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    decay_start: int | None = None
-    max_grad_norm: float = 0.5
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    d0: float = 1e-6
-    d_coef: float = 1.0
+    warmup_steps: CountOrZero = 0
+    decay_steps: Count | None = None
+    decay_start: CountOrZero | None = None
+    max_grad_norm: Positive = 0.5
+    weight_decay: NotNegative = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    d0: Positive = 1e-6
+    d_coef: Positive = 1.0
     safeguard_warmup: bool = True
     muon_parameters: str = r".*blocks\.\d+\.(?!.*mod).*kernel"
-    momentum: float = 0.95
-    adam_lr: float | None = None
+    momentum: Decay = 0.95
+    adam_lr: Positive | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "optimizer", "lr", "max_grad_norm", "eps", "d0", "d_coef", "adam_lr")
+        require_ranges(self, "optimizer")
         require_pattern("optimizer.muon_parameters", self.muon_parameters)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"optimizer.momentum is {self.momentum}: give a number of at least 0 and below 1")
-        require_least(self, "optimizer", warmup_steps=0, decay_steps=1, weight_decay=0)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optimizer.betas is {list(self.betas)}: give numbers of at least 0 and below 1")
         if self.schedule == "constant" and self.decay_steps is not None:
             raise InputError(
                 "optimizer.decay_steps has no effect on optimizer.schedule constant: leave it out, or give linear or "
@@ -205,18 +207,17 @@ class LoopConfig:
         attention: see rflow_jax/models/attention.py.
     """
 
-    steps: int = 6000
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
+    steps: Count = 6000
+    batch_size: BatchSize = 64
+    gradient_accumulation_steps: BatchSize = 1
     remat: Remat = "full"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = 0
+    seed: Seed = 0
     attention: AttentionImpl = "auto"
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
-        require_least(self, "train", steps=1, batch_size=1, gradient_accumulation_steps=1)
-        require_seed("train.seed", self.seed)
+        require_ranges(self, "train")
 
     def check_batch(self, devices: int) -> None:
         """Raises InputError unless every device gets the same number of samples, in every part of the batch."""
@@ -239,12 +240,8 @@ class StepConfig(ConditionFlags, LoopConfig):
             time; null: on TPU.
     """
 
-    max_sequence_length: int | None = None
+    max_sequence_length: Tokens | None = None
     scan_blocks: bool | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_least(self, "train", max_sequence_length=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def components_of(
         for file, content in files.items():
             if dotted := [key for key in content if str(key).startswith(f"{role}.")]:
                 raise InputError(f"{file}: {dotted[0]}: give it as a key of the section {role}")
-        sections = [_section(content[role], role) for content in files.values() if role in content]
+        sections = [_section(content[role], role, f"{file}: ") for file, content in files.items() if role in content]
         argv, given = _taken(argv, role)
         components[role] = registry.parse(*sections, *given, source=role)
     # To be printed only: the parser repeats words that it rejects, and a component may hold a password.
@@ -100,9 +100,11 @@ def _taken(argv: Sequence[str], role: str) -> tuple[list[str], list[dict[str, An
     return rest, [*whole, single] if single else whole
 
 
-def _section(value: Any, role: str) -> dict[str, Any]:
+def _section(value: Any, role: str, place: str = "") -> dict[str, Any]:
+    if value is None:
+        raise InputError(f"{place}{role} is null: give keys with values, or leave it out")
     if not isinstance(value, dict):
-        raise InputError(f"{role}: expected keys with values, or a YAML file of them")
+        raise InputError(f"{place}{role}: expected keys with values, or a YAML file of them")
     return value
 
 
@@ -177,8 +179,7 @@ def _spelled_out_switches(argv: Sequence[str], command: Command) -> list[str]:
 
 def _numbers_in_lists(argv: Sequence[str], command: Command) -> list[str]:
     """``--k 1 2 4`` means ``--k [1,2,4]``."""
-    kinds = {f"--{f.name}": str(f.type) for config in command.configs for f in fields(config)}
-    lists = [flag for flag, kind in kinds.items() if kind in ("list[int]", "tuple[int, ...]")]
+    lists = [f"--{key}" for key, kind in keys(command.configs) if kind in (list[int], tuple[int, ...])]
     result: list[str] = []
     words = list(argv)
     while words:

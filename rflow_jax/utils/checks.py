@@ -1,6 +1,5 @@
 """Checks of settings and texts, and suggestions for misspelt names."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -61,7 +60,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 DTYPES = ("bfloat16", "float32")
-LARGEST_SEED = 2**32 - 1
 
 
 def require_dtype(name: str) -> str:
@@ -71,33 +69,6 @@ def require_dtype(name: str) -> str:
     if name not in DTYPES:
         raise InputError(f"dtype is {name!r}: give {' or '.join(DTYPES)}")
     return name
-
-
-def require_least(config: object, section: str, **least: int) -> None:
-    """Raises InputError unless these fields of ``section`` are null, or finite and at least the given bounds."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not bound <= value < math.inf:
-            hint = f"at least {bound}" if value < bound else "a finite number"
-            raise InputError(f"{_dotted(section, name)} is {value}: give {hint}")
-
-
-def require_positive(config: object, section: str, *names: str) -> None:
-    """Raises InputError unless these fields of ``section`` are null, or finite and above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{_dotted(section, name)} is {value}: give a finite number above 0")
-
-
-def require_seed(name: str, seed: int) -> None:
-    """Raises InputError unless JAX accepts this seed."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise InputError(f"{name} is {seed}: give a number from 0 to {LARGEST_SEED}")
-
-
-def _dotted(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name
 
 
 def require_pattern(name: str, pattern: str | None) -> None:

@@ -138,7 +138,7 @@ def run_command(
         argv = known_keys(argv, command)
         require_readable_sections(argv, command)
         namespace = parser.parse_args(argv)
-        _require_values(namespace, command.configs)
+        _require_values(namespace, command.configs, config_files(argv))
     except ArgumentError as error:
         known = [*(key for key, _ in keys(command.configs)), *settings(command)]
         raise InputError(explain(error, config_files(argv), known)) from error
@@ -204,7 +204,7 @@ def _parser(
     return parser
 
 
-def _require_values(namespace: Namespace, configs: Iterable[Any], prefix: str = "") -> None:
+def _require_values(namespace: Namespace, configs: Iterable[Any], files: str, prefix: str = "") -> None:
     """Raises InputError for a section that is none, and for null where it is no value: jsonargparse takes both."""
     for config in configs:
         for name, kind in get_type_hints(config).items():
@@ -212,11 +212,11 @@ def _require_values(namespace: Namespace, configs: Iterable[Any], prefix: str = 
                 continue
             value = namespace[name]
             if is_dataclass(kind) and not isinstance(value, Namespace):
-                raise InputError(f"{prefix}{name}: expected keys with values, got {value!r}")
+                raise InputError(f"{files}: {prefix}{name}: expected keys with values, got {value!r}")
             if isinstance(value, Namespace):
-                _require_values(value, [kind], f"{prefix}{name}.")
+                _require_values(value, [kind], files, f"{prefix}{name}.")
             elif value is None and type(None) not in get_args(kind):
-                raise InputError(f"{prefix}{name} is null: give a value, or leave it out")
+                raise InputError(f"{files}: {prefix}{name} is null: give a value, or leave it out")
 
 
 def _of_files(error: OSError) -> str:

@@ -58,7 +58,7 @@ def web_page(content: bytes) -> str | None:
 
 
 def require_true_files(folder: Path) -> None:
-    """Raises InputError for a file in a folder, or below it, that is a Git LFS pointer or a web page."""
+    """Raises InputError for a file in a model's folder, or below it, that is a Git LFS pointer or a web page."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and (found := stand_in(path)):
             raise InputError(f"{path}: {found}")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import nearest, suggestion
+from rflow_jax.utils.ranges import BatchSize, Concurrency
 from rflow_jax.utils.yaml_files import parse_yaml
 
 EXECUTION = {"execution": True}
@@ -230,10 +231,11 @@ class Registry(Generic[C]):
         what = f"{self.role} {name}"
         if not isinstance(getattr(made, "name", None), str):
             raise InputError(f"{what}: give it a name, a string for the records")
-        for limit in ("concurrency", "batch_size"):
+        for limit, hint in (("concurrency", Concurrency), ("batch_size", BatchSize)):
+            allowed = get_args(hint)[1]
             value = getattr(made, limit, None)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{what}: its {limit} is {value!r}: give a whole number from 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
+                raise InputError(f"{what}: its {limit} is {value!r}: give a whole number {allowed}")
         for needed in (method, "close"):
             if not callable(getattr(made, needed, None)):
                 raise InputError(f"{what}: it has no method {needed}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
 from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.ranges import BatchSize, CountOrZero, DeviceId, Finite, Pixels, Positive, require_ranges
 from rflow_jax.utils.registry import EXECUTION, LATER, Component, PluginOptions, Registry
 from rflow_jax.utils.secrets import require_no_secret
 from rflow_jax.vlm.config import CHECKPOINT, Quantization
@@ -70,13 +70,13 @@ class NvilaVerifierConfig(LocalVerifierConfig):
     model: str = "Efficient-Large-Model/NVILA-Lite-2B-Verifier"
     template: Literal["raw", "question"] = "raw"
     rank: Literal["word", "margin"] = "word"
-    batch_size: int = field(default=8, metadata=EXECUTION)
+    batch_size: BatchSize = field(default=8, metadata=EXECUTION)
     dtype: str = "bfloat16"
-    devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
+    devices: tuple[DeviceId, ...] | None = field(default=None, metadata=EXECUTION)
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        _require_batch(self.batch_size)
+        require_ranges(self)
         require_dtype(self.dtype)
 
 
@@ -108,32 +108,26 @@ class RewardVerifierConfig(LocalVerifierConfig):
 
     name: Literal["reward"] = field(default="reward", init=False)
     model: str = field(metadata=CHECKPOINT)
-    step: int | None = None
+    step: CountOrZero | None = None
     base: str | None = None
     dtype: str = "bfloat16"
-    batch_size: int = field(default=8, metadata=EXECUTION)
+    batch_size: BatchSize = field(default=8, metadata=EXECUTION)
     mrope: bool = False
     merge_lora: bool = True
     prompt_file: str | None = None
-    max_pixels: int | None = None
-    devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
+    max_pixels: Pixels | None = None
+    devices: tuple[DeviceId, ...] | None = field(default=None, metadata=EXECUTION)
     quantization: Quantization | None = None
     token: Literal["last", "mean", "special"] | None = field(default=None, metadata=LATER)
-    lora_alpha: float | None = field(default=None, metadata=LATER)
-    mean: float | None = field(default=None, metadata=LATER)
-    std: float | None = field(default=None, metadata=LATER)
+    lora_alpha: Positive | None = field(default=None, metadata=LATER)
+    mean: Finite | None = field(default=None, metadata=LATER)
+    std: Positive | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        _require_batch(self.batch_size)
+        require_ranges(self)
         require_dtype(self.dtype)
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
         if (self.mean is None) != (self.std is None):
             raise InputError("give mean and std together, or neither")
-        for name, low in (("lora_alpha", 0), ("std", 0), ("mean", -math.inf)):
-            value = getattr(self, name)
-            if value is not None and not low < value < math.inf:
-                raise InputError(f"{name} is {value}; expected a finite number{'' if low else ' above 0'}, or null")
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -157,11 +151,11 @@ class ClipVerifierConfig(LocalVerifierConfig):
     name: Literal["clip"] = field(default="clip", init=False)
     model: str = "openai/clip-vit-large-patch14"
     implementation: Literal["auto", "transformers", "own"] = "auto"
-    batch_size: int = field(default=32, metadata=EXECUTION)
+    batch_size: BatchSize = field(default=32, metadata=EXECUTION)
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _require_batch(self.batch_size)
+        require_ranges(self)
         require_dtype(self.dtype)
 
 
@@ -185,18 +179,16 @@ class ChecklistVerifierConfig(LocalVerifierConfig):
     name: Literal["checklist"] = field(default="checklist", init=False)
     model: str = field(metadata=CHECKPOINT)
     questions: str = "shapes"
-    batch_size: int = field(default=32, metadata=EXECUTION)
+    batch_size: BatchSize = field(default=32, metadata=EXECUTION)
     dtype: str = "bfloat16"
-    max_pixels: int | None = None
-    devices: tuple[int, ...] | None = field(default=None, metadata=EXECUTION)
+    max_pixels: Pixels | None = None
+    devices: tuple[DeviceId, ...] | None = field(default=None, metadata=EXECUTION)
     quantization: Quantization | None = None
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        _require_batch(self.batch_size)
+        require_ranges(self)
         require_dtype(self.dtype)
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise InputError(f"max_pixels is {self.max_pixels}; expected at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -210,14 +202,15 @@ class EnsembleVerifierConfig(VerifierConfig):
 
     name: Literal["ensemble"] = field(default="ensemble", init=False)
     members: tuple[VerifierConfig, ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.members:
             raise InputError("members: give some, such as [{name: nvila}, {name: clip}]")
         if wrong := [one.name for one in self.members if isinstance(one, EnsembleVerifierConfig | NoVerifierConfig)]:
             raise InputError(f"members: a member cannot be {wrong[0]}")
-        if (self.weights and len(self.weights) != len(self.members)) or not all(0 < w < math.inf for w in self.weights):
+        require_ranges(self)
+        if self.weights and len(self.weights) != len(self.members):
             raise InputError(
                 f"weights is {list(self.weights)}: give a number above 0 for each of the {len(self.members)} members"
             )
@@ -279,8 +272,3 @@ VERIFIERS = Registry(
 def members_of(config: VerifierConfig) -> tuple[VerifierConfig, ...]:
     """Those of an ensemble; of any other verifier itself."""
     return config.members if isinstance(config, EnsembleVerifierConfig) else (config,)
-
-
-def _require_batch(size: int) -> None:
-    if size < 1:
-        raise InputError(f"batch_size is {size}: give at least 1")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import Literal
 
-from rflow_jax.errors import InputError
 from rflow_jax.utils.checks import require_dtype
+from rflow_jax.utils.ranges import (
+    BatchSize,
+    DeviceId,
+    Pixels,
+    Positive,
+    Seed,
+    Temperature,
+    Tokens,
+    TopP,
+    require_ranges,
+)
 
 CHECKPOINT = {"needs": "name the checkpoint, a folder or a Hub id"}
 """Metadata of a field ``model`` without a default."""
@@ -38,29 +47,17 @@ class QwenChatConfig:
 
     model: str = field(metadata=CHECKPOINT)
     dtype: str = "bfloat16"
-    batch_size: int = 8
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float | None = None
-    seed: int = 0
-    max_pixels: int | None = None
-    devices: tuple[int, ...] | None = None
+    batch_size: BatchSize = 8
+    max_new_tokens: Tokens = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    repetition_penalty: Positive | None = None
+    seed: Seed = 0
+    max_pixels: Pixels | None = None
+    devices: tuple[DeviceId, ...] | None = None
     quantization: Quantization | None = None
     adapter: str | None = None
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
-        for name in ("batch_size", "max_new_tokens", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                null = ", or null" if name == "max_pixels" else ""
-                raise InputError(f"{name} is {value}; expected at least 1{null}")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected a whole number from 0")
-        if not 0 <= self.temperature < inf:
-            raise InputError(f"temperature is {self.temperature}; expected a finite number from 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; expected a number above 0 and up to 1")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < inf:
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}; expected a finite number above 0")
+        require_ranges(self)

@@ -19,6 +19,7 @@ from rflow_jax.models.flux.config import FluxConfig
 from rflow_jax.models.flux.transformer import FluxTransformer
 from rflow_jax.models.layers import abstract
 from rflow_jax.models.text_encoders import ClipTextConfig, ClipTextEncoder, T5Config, T5Encoder
+from rflow_jax.utils.file_kinds import require_true_files
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.weights.key_mapping import KeyMapping, plan
 from rflow_jax.weights.loading import load_into, parameter_shapes
@@ -29,6 +30,7 @@ from rflow_jax.weights.safetensors_io import TensorFiles
 
 def read_clip_config(folder: Path) -> ClipConfig:
     """The sizes in a folder's ``config.json``; raises InputError if it is missing or not CLIP's."""
+    require_true_files(folder)
     path = folder / "config.json"
     content = read_object(path)
     with naming(path):

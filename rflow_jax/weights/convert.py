@@ -25,9 +25,10 @@ from rflow_jax.weights.mappings.flux import bfl_config, bfl_mapping
 from rflow_jax.weights.mappings.qwen import qwen2_5_vl_mapping
 from rflow_jax.weights.mappings.text_encoders import clip_sizes, is_clip_text, is_t5, t5_sizes
 from rflow_jax.weights.model_folder import Storage, is_stored, save, write_json, write_model_file
+from rflow_jax.weights.pytorch_files import is_pickle, open_pickle
 from rflow_jax.weights.qwen import read_qwen_config
 from rflow_jax.weights.reward_config import CONFIG_FILE
-from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import Conversion, atomic_output, need_space
 
 TOKENIZERS = (CLIP_TOKENIZER, T5_TOKENIZER)

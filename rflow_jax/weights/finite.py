@@ -13,7 +13,7 @@ import numpy as np
 
 from rflow_jax.errors import InputError
 
-_BLOCK = 2**20  # bytes that the second pass still finds in the processor's cache
+BLOCK = 2**20  # bytes to check together, which the second pass still finds in the processor's cache
 # Floating-point type -> the bits of its smallest positive number that is not finite.
 _FIRST = {
     np.dtype(np.float64): 0x7FF0000000000000,
@@ -27,17 +27,23 @@ _FIRST = {
 
 def all_finite(numbers: np.ndarray) -> bool:
     """Whether no number is NaN or infinite; whole numbers and booleans never are. The array must be contiguous."""
-    if numbers.dtype not in _FIRST:
-        return True
-    size, first = numbers.dtype.itemsize, _FIRST[numbers.dtype]
-    flat, step = numbers.reshape(-1), _BLOCK // size
-    for start in range(0, flat.size, step):
-        block = flat[start : start + step]
-        if np.maximum.reduce(block.view(f"i{size}")) >= first:
-            return False
-        if np.maximum.reduce(block.view(f"u{size}")) >= first + (1 << 8 * size - 1):
-            return False
-    return True
+    bits, step = Bits(numbers), BLOCK // numbers.dtype.itemsize
+    return all(bits.finite(start, start + step) for start in range(0, numbers.size, step))
+
+
+class Bits:
+    """The bits of numbers, to check them part by part. The array must be contiguous."""
+
+    def __init__(self, numbers: np.ndarray):
+        flat, size = numbers.reshape(-1), numbers.dtype.itemsize
+        self._views: tuple[tuple[np.ndarray, int], ...] = ()
+        if (first := _FIRST.get(numbers.dtype)) is not None:
+            signed, unsigned = flat.view(f"i{size}"), flat.view(f"u{size}")
+            self._views = ((signed, first), (unsigned, first + (1 << 8 * size - 1)))
+
+    def finite(self, start: int, end: int) -> bool:
+        """Whether no number with an index from ``start`` and below ``end``, if there is one, is NaN or infinite."""
+        return all(int(np.maximum.reduce(view[start:end], initial=0)) < first for view, first in self._views)
 
 
 def require_finite(numbers: np.ndarray, file: Path, key: str) -> None:

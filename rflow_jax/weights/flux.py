@@ -38,7 +38,8 @@ from rflow_jax.weights.loading import ShardingFor, load_into
 from rflow_jax.weights.lora.read import read_lora
 from rflow_jax.weights.mappings.flux import is_bfl
 from rflow_jax.weights.model_folder import FORMAT, MODEL_FILE, VERSION, is_stored, load_stored, stored_bytes
-from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle
+from rflow_jax.weights.pytorch_files import is_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import PARTIAL
 
 Kind = Literal["converted", "diffusers", "bfl"]
@@ -241,8 +242,8 @@ def _component_paths(model: str, found: ModelPath) -> dict[str, Path]:
         raise InputError(f"{model}: has no {', '.join(missing)}; generating needs all four networks of a FLUX model")
     if missing := [name for name in (CLIP_TOKENIZER, T5_TOKENIZER) if not (found.path / name).is_dir()]:
         raise InputError(f"{model}: has no {', '.join(missing)}; fetch the whole folder")
-    for name in (CLIP_TOKENIZER, T5_TOKENIZER):
-        require_true_files(found.path / name)
+    for path in (found.path / CLIP_TOKENIZER, found.path / T5_TOKENIZER, *found.components.values()):
+        require_true_files(path)
     return found.components
 
 

@@ -12,9 +12,12 @@ import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.file_kinds import stand_in
+from rflow_jax.utils.shown import one_line
 from rflow_jax.weights.finite import require_finite
+from rflow_jax.weights.gguf_header import fault_of_header
+from rflow_jax.weights.pytorch_files import is_pickle, open_pickle
 from rflow_jax.weights.safetensors_header import TensorInfo
-from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 
 _MAGIC = b"GGUF"
 _PIECE = 2**20  # numbers that are dequantized at once, in float32
@@ -84,20 +87,23 @@ class GgufFiles(TensorFiles):
 def _reader(file: Path) -> Any:
     import gguf
 
+    if found := stand_in(file):
+        raise InputError(f"{file}: {found}")
+    if fault := fault_of_header(file):
+        raise _damaged(file, fault)
     try:
         with np.errstate(over="ignore"):
             reader = gguf.GGUFReader(file)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        if found := stand_in(file):
-            raise InputError(f"{file}: {found}") from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         what = str(error).strip().splitlines()
-        raise InputError(
-            f"{file}: not a GGUF file, or cut short ({what[0][:200] if what else type(error).__name__}); "
-            "copy or download it again"
-        ) from error
+        raise _damaged(file, what[0] if what else type(error).__name__) from error
     if reader.byte_order != "I":
         raise InputError(f"{file}: a GGUF file of another byte order; take one in little endian")
     return reader
+
+
+def _damaged(file: Path, what: str) -> InputError:
+    return InputError(f"{file}: not a GGUF file, or cut short ({one_line(what, 300)}); copy or download it again")
 
 
 def _is_known(kind: Any) -> bool:

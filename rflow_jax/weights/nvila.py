@@ -20,6 +20,7 @@ from rflow_jax.models.quantization import Quantization, quantize
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.siglip import SiglipVisionConfig
 from rflow_jax.tokenizers.nvila import NvilaTokenizer
+from rflow_jax.utils.file_kinds import require_true_files
 from rflow_jax.utils.images import levels_in
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.utils.progress import byte_progress
@@ -101,6 +102,7 @@ def read_nvila_config(root: Path) -> NvilaConfig:
     if missing := [part for part in ("", *PARTS) if not (root / part / "config.json").is_file()]:
         names = ", ".join(f"{part}/config.json".lstrip("/") for part in missing)
         raise InputError(f"{root}: has no {names}; an NVILA checkpoint holds {', '.join(PARTS)} and a config.json")
+    require_true_files(root)
     content = _read(root / "config.json", require_nvila)
     _read(root / PROJECTOR / "config.json", require_projector)
     vision = _sizes(SiglipVisionConfig, root / TOWER / "config.json")

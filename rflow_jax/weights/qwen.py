@@ -17,6 +17,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2.config import Qwen2Config
 from rflow_jax.models.qwen2_5_vl.config import MODEL_TYPE, Qwen25VLConfig, VisionConfig, end_tokens_in, parts_of
 from rflow_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_qwen2_5_vl
+from rflow_jax.utils.file_kinds import require_true_files
 from rflow_jax.utils.json_files import check_types, naming, read_object
 from rflow_jax.weights.key_mapping import KeyMapping, plan
 from rflow_jax.weights.loading import ShardingFor, load_into, parameter_shapes, parameter_values
@@ -42,8 +43,9 @@ def read_qwen_config(folder: Path) -> Qwen25VLConfig:
     """The sizes of a model folder.
 
     Raises:
-        InputError: no ``config.json``, or one of another network.
+        InputError: no ``config.json``, or one of another network; a file is a Git LFS pointer or a web page.
     """
+    require_true_files(folder)
     path = folder / "config.json"
     content = read_object(path)
     with naming(path):

@@ -15,7 +15,9 @@ from rflow_jax.weights.safetensors_header import TensorInfo
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _INTEGERS = "iub"  # NumPy's kinds, booleans among them
 _PIECE = 2**20  # numbers that are scaled at once, in float32
-_SCALES = ("scale_weight", "weight_scale")  # beside ``weight``: ComfyUI's names, old and new
+# Beside ``weight``: ComfyUI's names, old and new, and DeepSeek's, a factor too in spite of its name.
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+_BLOCK = 128  # rows and columns that share a scale, where there is one for each block
 # Scales of activations, and marks that a file or a module is in float8.
 _PASSED_OVER = ("scale_input", "input_scale", "output_scale", "scaled_fp8", "comfy_quant")
 # The last part of a key -> the kind that has such tensors; the first kind counts.
@@ -35,7 +37,6 @@ _REFUSED = {
     "weight_scale_2": "4 bits (nvfp4)",
     "weight_packed": "packed integers of compressed-tensors",
     "weight_zero_point": "integers of compressed-tensors",
-    "weight_scale_inv": "float8 with a scale for each block",
     "_data": "few bits by quanto",
     "W_q": "few bits by HQQ",
 }
@@ -79,9 +80,16 @@ def scaled(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """``stored * scale`` in float32, rounded to bfloat16; memory holds a piece in float32.
 
     Args:
-        scale: one number, or one for each row.
+        scale: one number, or one for each row, or for each block of a matrix.
     """
     value = np.empty(stored.shape, BFLOAT16)
+    if _is_by_block(scale.shape, stored.shape):
+        with np.errstate(over="ignore", invalid="ignore"):
+            for k, row in enumerate(scale.astype(np.float32)):
+                some = slice(k * _BLOCK, (k + 1) * _BLOCK)
+                factors = np.repeat(row, _BLOCK)[: stored.shape[1]]
+                value[some] = (stored[some].astype(np.float32) * factors).astype(BFLOAT16)
+        return value
     factors = scale.astype(np.float32).reshape(-1, 1)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for such numbers
         if factors.size == 1 and stored.dtype.itemsize == 1:  # each of 256 numbers once: eight times as fast
@@ -98,13 +106,20 @@ def scaled(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return value
 
 
+def _is_by_block(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether scales of this shape belong to the blocks of a matrix; one block and one row are a number, and rows."""
+    blocks = tuple(-(-size // _BLOCK) for size in weight)
+    return len(weight) == 2 and scale == blocks and math.prod(scale) > 1 and scale != (weight[0], 1)
+
+
 def _require_scale(scale: TensorInfo, key: str, weight: TensorInfo) -> None:
-    """Raises InputError unless there is one number, or one for each row."""
-    count = int(np.prod(scale.shape, dtype=np.int64))
+    """Raises InputError unless there is one number, or one for each row or block."""
+    count = math.prod(scale.shape)
     by_row = weight.shape[:1] == scale.shape[:1] == (count,) and len(scale.shape) <= 2
-    if count != 1 and not by_row:
+    if count != 1 and not by_row and not _is_by_block(scale.shape, weight.shape):
         raise InputError(
-            f"{scale.file}: {key} has shape {list(scale.shape)}; expected one number or one for each of the rows"
+            f"{scale.file}: {key} has shape {list(scale.shape)} for a weight of {list(weight.shape)}; expected one "
+            f"number, or one for each row or for each block of {_BLOCK} x {_BLOCK}"
         )
 
 

@@ -18,9 +18,10 @@ from rflow_jax.weights.loading import ShardingFor, load_into
 from rflow_jax.weights.lora.peft import ADAPTER_FILE, common_name, find_adapters, merged, with_merged_embedding
 from rflow_jax.weights.mappings.qwen import HEAD as LANGUAGE_HEAD
 from rflow_jax.weights.mappings.qwen import reward_mapping
+from rflow_jax.weights.pytorch_files import open_pickle
 from rflow_jax.weights.qwen import open_qwen, read_qwen_config
 from rflow_jax.weights.reward_config import CONFIG_FILE, HEAD, TOKENIZER, RewardConfig, find_step, inferred
-from rflow_jax.weights.safetensors_io import LayeredFiles, TensorFiles, open_pickle
+from rflow_jax.weights.safetensors_io import LayeredFiles, TensorFiles
 
 EMBEDDING = "model.embed_tokens.weight"
 

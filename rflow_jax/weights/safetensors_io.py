@@ -8,31 +8,27 @@ no float8.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import beneath
-from rflow_jax.utils.file_kinds import stand_in
 from rflow_jax.utils.files import is_file
 from rflow_jax.utils.json_files import naming, read_object
-from rflow_jax.weights.finite import require_finite
+from rflow_jax.weights.buffers import Arena, new_buffer, use_arena
+from rflow_jax.weights.finite import BLOCK, Bits, not_finite, require_finite
 from rflow_jax.weights.reduced_precision import as_read, find_scales, scaled
 from rflow_jax.weights.safetensors_header import TensorInfo, read_header
 
 WINDOW = 2**28  # bytes of tensors on the host at once; a larger tensor is alone
 _PIECE = 2**25  # bytes that one thread reads of a large tensor, so that a narrow window still has work for all
 _PIECES = 4  # threads of one such tensor
-_CHECKED = 2**20  # bytes that are checked together, while the processor still has them at hand
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
@@ -125,19 +121,22 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     def _read_stored(self, key: str) -> np.ndarray:
         info = self._stored[key]
-        buffer = np.empty(info.nbytes, np.uint8)
+        buffer = new_buffer(info.nbytes)
         view = memoryview(buffer)  # pyright: ignore[reportArgumentType]
+        value, size = buffer.view(info.dtype), info.dtype.itemsize
+        bits = Bits(value)
 
         def fill(start: int) -> None:
             done, end = start, min(start + _PIECE, info.nbytes)
             while done < end:
-                checked, part = done, min(done + _CHECKED, end)
+                checked, part = done, min(done + BLOCK, end)
                 while done < part:
                     got = os.preadv(file.fileno(), [view[done:part]], info.offset + done)
                     if got <= 0:
                         raise InputError(f"{info.file}: ended while {key} was read; copy the file again")
                     done += got
-                require_finite(buffer[checked:done].view(info.dtype), info.file, key)
+                if not bits.finite(checked // size, done // size):  # while the processor still has them at hand
+                    raise not_finite(info.file, key)
 
         with open(info.file, "rb", buffering=0) as file:
             if info.nbytes <= _PIECE:
@@ -145,7 +144,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             else:
                 with ThreadPoolExecutor(_PIECES, thread_name_prefix="weights") as pool:
                     list(pool.map(fill, range(0, info.nbytes, _PIECE)))
-        return buffer.view(info.dtype).reshape(info.shape)
+        return value.reshape(info.shape)
 
     def stream(
         self, keys: Iterable[str] | None = None, *, threads: int = 8, ahead: int = WINDOW
@@ -158,7 +157,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """
         waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
         in_flight = 0
-        with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+        pool = ThreadPoolExecutor(threads, "weights", initializer=use_arena, initargs=(Arena(ahead),))
+        with pool:
             for key in self._infos if keys is None else keys:
                 size = self._infos[key].nbytes
                 while waiting and in_flight + size > ahead:
@@ -188,92 +188,6 @@ def _shards(index: Path) -> list[Path]:
         if not is_file(files[-1]):
             raise InputError(f"{files[-1]}: missing, though {index.name} names it; fetch the whole folder")
     return files
-
-
-SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-_NOT_OF_NUMPY = tuple(map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether the name is that of a PyTorch file."""
-    return path.suffix in SUFFIXES
-
-
-class PickledTensors(TensorFiles):
-    """The tensors of PyTorch files, under the same interface as safetensors; their pages are mapped."""
-
-    def __init__(self, files: Iterable[Path]):
-        self.files = tuple(files)
-        self.metadata = {}
-        self._stored = {}
-        self._tensors: dict[str, Any] = {}
-        for file in self.files:
-            tensors = _load_pickle(file)
-            infos: dict[str, TensorInfo] = {}
-            for key, tensor in tensors.items():
-                name = str(tensor.dtype).removeprefix("torch.")
-                try:
-                    dtype = np.dtype(name)
-                except TypeError as error:
-                    raise InputError(f"{file}: {key} is stored as {name}, which is not read") from error
-                nbytes = dtype.itemsize * int(np.prod(tensor.shape, dtype=np.int64))
-                infos[key] = TensorInfo(file, dtype, tuple(tensor.shape), 0, nbytes)
-            self._add(file, infos)
-            self._tensors |= tensors
-        self._show()
-
-    def _read_stored(self, key: str) -> np.ndarray:
-        tensor = self._tensors[key].detach().contiguous()
-        info = self._stored[key]
-        if info.dtype in _NOT_OF_NUMPY:
-            import torch  # pyright: ignore[reportMissingImports] (an extra)
-
-            same_bits = torch.int16 if info.dtype.itemsize == 2 else torch.uint8
-            value = tensor.view(same_bits).numpy().view(info.dtype)
-        else:
-            value = tensor.numpy()
-        require_finite(value, info.file, key)
-        return value
-
-
-def open_pickle(*files: Path, allow: bool) -> PickledTensors:
-    """Opens one or several PyTorch files.
-
-    Raises:
-        InputError: no such file, ``allow`` is false, torch is not installed, or the file contains something else.
-    """
-    if missing := [file for file in files if not file.is_file()]:
-        raise InputError(f"{missing[0]}: no such file")
-    for file in files:
-        if found := stand_in(file):
-            raise InputError(f"{file}: {found}")
-    if not allow:
-        raise InputError(
-            f"{files[0]}: a PyTorch pickle, not read by default; to rflow convert add --allow_pickle (torch then reads "
-            "it with weights_only, which runs no code), or convert it to safetensors"
-        )
-    if importlib.util.find_spec("torch") is None:
-        raise InputError(f"{files[0]}: reading a PyTorch pickle needs torch: pip install torch")
-    return PickledTensors(files)
-
-
-def _load_pickle(file: Path) -> dict[str, Any]:
-    import pickle
-
-    import torch  # pyright: ignore[reportMissingImports] (an extra)
-
-    with open(file, "rb") as stream:
-        is_zip = stream.read(2) == b"PK"
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{file}: torch cannot read it as weights only ({reason})") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise InputError(f"{file}: expected a dictionary of tensors")
-    return loaded
 
 
 class LayeredFiles(TensorFiles):

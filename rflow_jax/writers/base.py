@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
-from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, Endpoint
+from rflow_jax.utils.ranges import SmallCount, Temperature, Tokens, require_ranges
 from rflow_jax.utils.registry import Component, PluginOptions, Registry
 from rflow_jax.utils.secrets import require_no_secret
 from rflow_jax.vlm.config import QwenChatConfig
@@ -111,8 +111,8 @@ class HttpTextGeneratorConfig(Connection, TextGeneratorConfig):
     """
 
     name: Literal["http"] = field(default="http", init=False)
-    temperature: float | None = None
-    max_tokens: int | None = None
+    temperature: Temperature | None = None
+    max_tokens: Tokens | None = None
     prompt_file: str | None = None
     asks_endpoint: ClassVar[bool] = True
 
@@ -147,11 +147,10 @@ class RulesTextGeneratorConfig(TextGeneratorConfig):
     """
 
     name: Literal["rules"] = field(default="rules", init=False)
-    sentences: int = 2
+    sentences: SmallCount = 2
 
     def __post_init__(self) -> None:
-        if self.sentences < 1:
-            raise InputError(f"sentences is {self.sentences}: give at least 1")
+        require_ranges(self)
 
 
 @dataclass(frozen=True)

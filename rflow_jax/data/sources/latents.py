@@ -26,8 +26,8 @@ from rflow_jax.data.records import SUBSETS, RecordError
 from rflow_jax.data.sampling import SampleRef
 from rflow_jax.data.transforms import SHORTEST_REFLECTION, Drops, draw_drops, t5_text
 from rflow_jax.errors import InputError
-from rflow_jax.utils.checks import require_least
 from rflow_jax.utils.json_files import parse_json, read_object
+from rflow_jax.utils.ranges import BatchSize, Tokens, require_ranges
 from rflow_jax.weights.safetensors_io import TensorFiles
 
 SETTINGS, SHARED, COMPLETE = "settings.json", "shared.safetensors", "complete.json"
@@ -53,11 +53,11 @@ class PrecomputeConfig:
     out: str
     data: DataConfig
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    batch_size: int = 8
-    max_sequence_length: int | None = None
+    batch_size: BatchSize = 8
+    max_sequence_length: Tokens | None = None
 
     def __post_init__(self) -> None:
-        require_least(self, "", batch_size=1, max_sequence_length=1)
+        require_ranges(self)
 
 
 @dataclass(frozen=True)

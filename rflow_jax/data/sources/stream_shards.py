@@ -28,6 +28,7 @@ from rflow_jax.data.sources.tar_members import (
     SUBSET,
     DamagedTar,
     MemberName,
+    content_of,
     headers,
     open_tar,
     samples,
@@ -253,8 +254,7 @@ def _members(file: Any, damage: list[str]) -> Iterator[tuple[MemberName, bytes, 
                     continue
                 content = b""
                 if name.member is not None and header.size <= LARGEST[name.member]:
-                    opened = tar.extractfile(header)
-                    content = b"" if opened is None else opened.read()
+                    content = content_of(tar, header)
                     if len(content) != header.size:
                         raise DamagedTar(f"cut in {header.name[:100]}")
                 yield name, content, name.excess(header.size)

@@ -195,6 +195,16 @@ def headers(tar: TarFile) -> Iterator[TarInfo]:
         raise DamagedTar(str(error)) from error
 
 
+def content_of(tar: TarFile, header: TarInfo) -> bytes:
+    """The bytes of the regular file whose header was read last; fewer where the tar is cut.
+
+    ``extractfile`` makes two file objects for each member, which takes as long as the rest of a small one.
+    """
+    file: Any = tar.fileobj
+    file.seek(header.offset_data)
+    return file.read(header.size)
+
+
 def samples(members: Iterable[tuple[MemberName, T, str]]) -> Iterator[TarSample[T]]:
     """Groups consecutive (name, content, trouble) members; those of other data sets are left out."""
     current: TarSample[T] | None = None

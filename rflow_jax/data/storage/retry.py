@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.checks import require_least, require_positive
 from rflow_jax.utils.network import printable
+from rflow_jax.utils.ranges import Retries, Seconds, Timeout, require_ranges
 from rflow_jax.utils.secrets import public_addresses
 
 if TYPE_CHECKING:
@@ -32,13 +32,12 @@ class RetryPolicy:
         max_backoff: seconds between two attempts, at most (unless the server asks for more).
     """
 
-    timeout: float = 30.0
-    max_retries: int = 6
-    max_backoff: float = 20.0
+    timeout: Timeout = 30.0
+    max_retries: Retries = 6
+    max_backoff: Seconds = 20.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "retry", "timeout")
-        require_least(self, "retry", max_retries=0, max_backoff=0)
+        require_ranges(self, "retry")
 
 
 class TransientError(Exception):

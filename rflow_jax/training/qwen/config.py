@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from rflow_jax.errors import InputError
 from rflow_jax.training.config import CommonConfig
-from rflow_jax.utils.checks import require_least, require_pattern, require_positive
+from rflow_jax.utils.checks import require_pattern
+from rflow_jax.utils.ranges import (
+    CountOrZero,
+    Pixels,
+    Positive,
+    Range,
+    Rank,
+    Ratio,
+    SmallCount,
+    Workers,
+    require_ranges,
+)
 
 # The linears of the language model's blocks.
 LANGUAGE_LINEARS = r"language\.blocks\.\d+\.(attn\.(q|k|v|out)|ff\.(gate|up|down))"
@@ -24,12 +36,11 @@ class QwenLoraConfig:
     """
 
     target_modules: str | None = LANGUAGE_LINEARS
-    rank: int = 16
-    alpha: float | None = 32.0
+    rank: Rank = 16
+    alpha: Positive | None = 32.0
 
     def __post_init__(self) -> None:
-        require_least(self, "lora", rank=1)
-        require_positive(self, "lora", "alpha")
+        require_ranges(self, "lora")
         require_pattern("lora.target_modules", self.target_modules)
 
 
@@ -46,15 +57,15 @@ class QwenDataConfig:
         skip_limit: more unusable records than this in one process end the run.
     """
 
-    max_tokens: int = 512
-    max_pixels: int = 448 * 448
-    max_ratio: float = 4.0
-    workers: int | None = None
-    prefetch: int = 4
-    skip_limit: int = 1000
+    max_tokens: Annotated[int, Range(8, 2**20)] = 512
+    max_pixels: Pixels = 448 * 448
+    max_ratio: Ratio = 4.0
+    workers: Workers | None = None
+    prefetch: SmallCount = 4
+    skip_limit: CountOrZero = 1000
 
     def __post_init__(self) -> None:
-        require_least(self, "data", max_tokens=8, max_pixels=1, max_ratio=1, workers=0, prefetch=1, skip_limit=0)
+        require_ranges(self, "data")
 
 
 @dataclass(frozen=True, kw_only=True)

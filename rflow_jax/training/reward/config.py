@@ -9,7 +9,7 @@ from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
 from rflow_jax.models.qwen2_5_vl.config import RewardToken
 from rflow_jax.training.qwen.config import QwenDataConfig, QwenRunConfig
-from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.ranges import Count, Pixels, require_ranges
 
 LossName = Literal["bt", "margin", "constant_margin", "scaled", "reg", "btt"]
 
@@ -54,7 +54,7 @@ class PairDataConfig(QwenDataConfig):
     format: Literal["tar", "tfds"] = "tar"
     cache: str | None = None
     retry: RetryPolicy = RetryPolicy()
-    max_pixels: int = 240 * 320
+    max_pixels: Pixels = 240 * 320
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,13 +74,13 @@ class PairValidationConfig:
 
     pairs: str | None = None
     path: str | list[str] | None = None
-    every: int = 500
-    records: int = 512
+    every: Count = 500
+    records: Count = 512
 
     def __post_init__(self) -> None:
         if self.pairs is not None and self.path is not None:
             raise InputError("validation: give pairs or path, one of the two")
-        require_least(self, "validation", every=1, records=1)
+        require_ranges(self, "validation")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from rflow_jax.errors import InputError
 from rflow_jax.training.qwen.config import QwenDataConfig, QwenRunConfig
-from rflow_jax.utils.checks import require_least
+from rflow_jax.utils.ranges import Count, CountOrZero, Range, require_ranges
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,13 @@ class ChatDataConfig(QwenDataConfig):
     """
 
     chats: str = ""
-    max_images: int = 1
-    max_tokens: int = 2048
+    max_images: CountOrZero = 1
+    max_tokens: Annotated[int, Range(8, 2**20)] = 2048
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.chats:
             raise InputError("data.chats: name a file of JSON lines")
-        require_least(self, "data", max_images=0)
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class ChatValidationConfig:
     """
 
     chats: str | None = None
-    every: int = 500
-    records: int = 256
+    every: Count = 500
+    records: Count = 256
 
     def __post_init__(self) -> None:
-        require_least(self, "validation", every=1, records=1)
+        require_ranges(self, "validation")
 
 
 @dataclass(frozen=True)

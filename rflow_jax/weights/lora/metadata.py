@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def read_alpha(files: TensorFiles, modules: Iterable[str], *, has_alpha_keys: bo
     source, config = str(files.files[0]), _peft_config(files)
     if not config:
         if not has_alpha_keys and (text := files.metadata.get("ss_network_alpha")) not in (None, "None", ""):
-            return LoraAlpha(_number(text, "ss_network_alpha", source))
+            return LoraAlpha(_number(text, "ss_network_alpha in its metadata", source))
         return LoraAlpha(default)
     if (kind := str(config.get("peft_type") or "LORA")[:40]).upper() != "LORA":
         raise InputError(f"{source}: its configuration says peft_type {kind}; only LoRA is supported")
@@ -118,7 +119,7 @@ def _peft_config(files: TensorFiles) -> dict[str, Any]:
     beside = file.with_name(CONFIG_FILE)
     if METADATA_KEY in files.metadata:
         try:
-            everything = parse_json(files.metadata[METADATA_KEY], str(file))
+            everything = parse_json(files.metadata[METADATA_KEY], f"{file}: {METADATA_KEY} in its metadata")
             own = {k.removeprefix(COMPONENT): v for k, v in everything.items() if k.startswith(COMPONENT)}
         except AttributeError as error:
             raise InputError(f"{file}: the configuration of the LoRA is not an object") from error
@@ -128,6 +129,9 @@ def _peft_config(files: TensorFiles) -> dict[str, Any]:
 
 def _number(value: Any, name: str, source: str) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{source}: {name} is {str(value)[:40]!r}, expected a number") from error
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{source}: {name} is {str(value)[:40]!r}, expected a finite number")
+    return number

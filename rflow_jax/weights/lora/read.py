@@ -15,7 +15,8 @@ from rflow_jax.errors import InputError
 from rflow_jax.models.lora import Adapter
 from rflow_jax.weights.lora.metadata import LoraAlpha, read_alpha
 from rflow_jax.weights.lora.names import bare, is_text_encoder, parts_of
-from rflow_jax.weights.safetensors_io import TensorFiles, is_pickle, open_pickle
+from rflow_jax.weights.pytorch_files import is_pickle, open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 
 log = logging.getLogger(__name__)
 

@@ -149,7 +149,7 @@ def test_axes_and_their_order():
         ({"sequence": 0}, "mesh.sequence is 0: give a number of devices, or -1 for the rest"),
         ({"sequence": -1}, "mesh: only one axis can take the rest"),
         ({"sequence": 3}, "mesh: data -1 x fsdp 1 x sequence 3 x tensor 1 does not divide 8 devices"),
-        ({"num_slices": 0}, "mesh.num_slices is 0: give the number of TPU slices, at least 1"),
+        ({"num_slices": 0}, "mesh.num_slices is 0: give a whole number from 1 to 1,048,576"),
         ({"num_slices": -1}, "mesh.num_slices is -1"),
         ({"num_slices": 4, "fsdp": 4}, "mesh.data is 2, not a multiple of the 4 slices"),
     ],

@@ -199,8 +199,8 @@ def test_settings_without_effect(start, how, message):
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
-        (SceneDataConfig, {"scenes": 0}, "data.scenes is 0: give at least 1"),
-        (SceneDataConfig, {"spoiled": 1.5}, "data.spoiled is 1.5: give a share"),
+        (SceneDataConfig, {"scenes": 0}, "data.scenes is 0: give a whole number from 1"),
+        (SceneDataConfig, {"spoiled": 1.5}, "data.spoiled is 1.5: give a number from 0 to 1"),
         (SceneValidationConfig, {"every": 0}, "validation.every is 0"),
     ],
 )

@@ -264,8 +264,8 @@ def test_settings_without_effect(how, message):
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
-        (TextDataConfig, {"texts": 0}, "data.texts is 0: give at least 1"),
-        (TextDataConfig, {"kept": 1.5}, "data.kept is 1.5: give a share"),
+        (TextDataConfig, {"texts": 0}, "data.texts is 0: give a whole number from 1"),
+        (TextDataConfig, {"kept": 1.5}, "data.kept is 1.5: give a number from 0 to 1"),
         (TextValidationConfig, {"every": 0}, "validation.every is 0"),
     ],
 )

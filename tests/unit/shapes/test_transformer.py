@@ -112,7 +112,7 @@ def test_settings_without_effect(start, how, message):
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(InputError, match=r"flow\.conditions is 2: give a share"):
+    with pytest.raises(InputError, match=r"flow\.conditions is 2: give a number from 0 to 1"):
         FlowConfig(conditions=2)
     with pytest.raises(InputError, match=r"data\.pictures is 1"):
         PictureDataConfig(pictures=1)

@@ -238,7 +238,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setti
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_the_strength_of_a_lora_on_a_language_model(alpha):
-    with pytest.raises(InputError, match=f"^lora.alpha is {alpha}: give a finite number above 0"):
+    with pytest.raises(InputError, match=f"^lora.alpha is {alpha}: give a number above 0"):
         QwenLoraConfig(alpha=alpha)
 
 

@@ -144,7 +144,7 @@ def test_reflections_of_genref_as_chats(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("limit", 0), ("limit", -1), ("held_out", -1)])
 def test_how_many_chats_are_made(name, value):
-    with pytest.raises(InputError, match=f"^{name} is {value}: give at least"):
+    with pytest.raises(InputError, match=f"^{name} is {value}: give a whole number from"):
         ChatsConfig("shards", "out", **{name: value})
 
 

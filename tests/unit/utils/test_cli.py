@@ -286,7 +286,7 @@ def test_a_list_takes_all_words():
         ("filter", "missing: folder"),
         ("filter /none", "/none: not the folder of a search"),
         ("filter --corrections_only /none", "/none: not the folder of a search"),
-        ("filter /none --k=[]", "k is []: give numbers of images from 1"),
+        ("filter /none --k=[]", "k is empty: give numbers of images"),
         ("filter /none --kk=[1]", "did you mean k?"),
         ("filter /none --k=x", "k is x: give a list"),
         ("pairs a b", "b is too much; give one file"),

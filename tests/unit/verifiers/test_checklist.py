@@ -153,7 +153,7 @@ def test_rules_say_at_most_so_many_sentences():
         writer = make_text_generator(WRITERS.parse({"name": "rules", "sentences": sentences}), Path("unused"))
         case = WriterInput(PICTURES[0], "p", "p", evaluation)
         assert writer.write([case])[0].text == said
-    with pytest.raises(InputError, match="sentences is 0: give at least 1"):
+    with pytest.raises(InputError, match="sentences is 0: give a whole number from 1"):
         WRITERS.parse({"name": "rules", "sentences": 0})
 
 

@@ -159,7 +159,7 @@ def test_what_is_no_checkpoint(tmp_path, folder):
     with pytest.raises(InputError, match="batch_size is 0"):
         RewardVerifierConfig("model", batch_size=0)
     for pixels in (0, -5):
-        with pytest.raises(InputError, match=f"max_pixels is {pixels}; expected at least 1"):
+        with pytest.raises(InputError, match=f"max_pixels is {pixels}: give a whole number from 1"):
             RewardVerifierConfig("model", max_pixels=pixels)
     with pytest.raises(InputError, match="dtype"):
         verifier(folder, dtype="x")

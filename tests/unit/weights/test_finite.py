@@ -16,7 +16,8 @@ from rflow_jax.weights.convert import Options, convert_flux
 from rflow_jax.weights.finite import all_finite
 from rflow_jax.weights.flux import load_flux
 from rflow_jax.weights.lora.read import read_lora
-from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
+from rflow_jax.weights.pytorch_files import open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import save_tensors
 
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
@@ -41,8 +42,8 @@ def test_all_patterns_of_small_types(dtype):
 def test_any_place_of_a_tensor(dtype, tmp_path, monkeypatch):
     """Pieces and blocks are small here, so that each has a beginning and an end."""
     monkeypatch.setattr(safetensors_io, "_PIECE", 4096)
-    monkeypatch.setattr(safetensors_io, "_CHECKED", 1024)
-    monkeypatch.setattr(finite, "_BLOCK", 256)
+    monkeypatch.setattr(safetensors_io, "BLOCK", 1024)
+    monkeypatch.setattr(finite, "BLOCK", 256)
     info = ml_dtypes.finfo(dtype)
     sound = np.resize(np.asarray([0.0, -0.0, info.max, info.min, info.tiny, -info.tiny, 1.5, -2.5], dtype), (9, 631))
     file = tmp_path / "a.safetensors"
@@ -108,8 +109,9 @@ def test_a_converted_model(storage, model, tmp_path, monkeypatch):
         file, key = poison(tmp_path / "out/vae")
     else:  # made by a version that did not look
         poison(model / "vae")
-        monkeypatch.setattr(safetensors_io, "require_finite", lambda *_: None)
-        convert_flux(model, tmp_path / "out", Options(storage="orbax"))
+        with monkeypatch.context() as unchecked:
+            unchecked.setattr(finite.Bits, "finite", lambda *_: True)
+            convert_flux(model, tmp_path / "out", Options(storage="orbax"))
         file, key = tmp_path / "out/vae/params", r"\S+"
     with pytest.raises(InputError, match=rf"^{file}: {key} {SAID}"):
         load(tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,47 @@ class TestErrors:
         files = open_file(write(tmp_path / "x.safetensors", "flux", {"a": (numbers, Kind.F32)}))  # by its first bytes
         with pytest.raises(InputError, match="a has numbers that are NaN or infinite"):
             files.read("a")
+
+
+def _header(tensors=1, pairs=0, rest=b""):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + rest
+
+
+def _text(content):
+    return struct.pack("<Q", len(content)) + content
+
+
+def _tensor(shape, kind=0, offset=0):
+    return _text(b"x") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "only 0 bytes"),
+        (b"z" * 100, "does not begin with GGUF"),
+        (_header()[:20], "only 20 bytes"),
+        (b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99"),
+        (_header(tensors=2**60), "1,152,921,504,606,846,976 tensors, in a file of 24 bytes"),
+        (_header(pairs=2**60), "settings, in a file of 24 bytes"),
+        (
+            _header(rest=struct.pack("<Q", 2**50) + bytes(40)),
+            "the name of tensor 1 of 1 has 1,125,899,906,842",
+        ),
+        (
+            _header(0, 1, _text(b"a") + struct.pack("<IIQ", 9, 4, 2**40)),
+            "setting 1 of 1 is a list of 1,099,511",
+        ),
+        (_header(0, 1, _text(b"a") + struct.pack("<I", 9) * 6 + bytes(64)), "setting 1 of 1"),
+        (_header(0, 1, _text(b"general.alignment") + struct.pack("<II", 4, 0)), "an alignment of 0 bytes"),
+        (_header(rest=_tensor([2**40, 2**40])), "x has the shape .* in a file of"),
+        (_header(rest=_tensor([4], offset=2**50)), "x has the shape .* at byte 1,125,899,906,842,624"),
+        (_header(rest=_tensor([4], kind=999)), "type 999, which is not known"),
+        (_header(rest=_text(b"x") + struct.pack("<I", 2**31) + bytes(40)), "x has 2,147,483,648 axes"),
+    ],
+)
+def test_a_header_is_not_believed(tmp_path, content, message):
+    file = tmp_path / "z.gguf"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{file}: not a GGUF file, or cut short \(.*{message}"):
+        open_file(file)

@@ -223,8 +223,8 @@ class TestAlpha:
         [
             ({"lora_adapter_metadata": "{"}, "cannot be read as JSON"),
             ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "use_dora"),
-            ({"lora_adapter_metadata": '{"transformer.lora_alpha": "x"}'}, "expected a number"),
-            ({"ss_network_alpha": "x"}, "ss_network_alpha is 'x'"),
+            ({"lora_adapter_metadata": '{"transformer.lora_alpha": "x"}'}, "expected a finite number"),
+            ({"ss_network_alpha": "x"}, "ss_network_alpha in its metadata is 'x'"),
             ({"lora_adapter_metadata": '{"transformer.peft_type": "LOKR"}'}, "peft_type LOKR; only LoRA"),
             ({"lora_adapter_metadata": '{"transformer.alpha_pattern": [1]}'}, "alpha_pattern is .*expected an object"),
             ({"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(": 1}}'}, r"cannot be used, such as '\('"),

@@ -12,7 +12,8 @@ from rflow_jax.weights.components import T5
 from rflow_jax.weights.key_mapping import plan
 from rflow_jax.weights.loading import load_into, parameter_values
 from rflow_jax.weights.mappings import text_encoders
-from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
+from rflow_jax.weights.pytorch_files import open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import save_tensors
 from tests.kit.encoders import random_model
 
@@ -96,7 +97,6 @@ def test_an_encoder_in_scaled_float8_is_that_of_its_numbers(tmp_path):
         ({"b.qweight": np.ones(2, np.int32), "b.qzeros": np.ones(2, np.int32)}, "few bits by GPTQ or AWQ"),
         ({"b.qweight": np.ones(2, np.int32), "b.wscales": np.ones(2)}, "4 bits by SVDQuant"),
         ({"b.weight_scale": np.ones(1), "b.weight_scale_2": np.ones(1)}, "4 bits \\(nvfp4\\)"),
-        ({"b.weight_scale_inv": np.ones((1, 1))}, "float8 with a scale for each block"),
         ({"b.weight_packed": np.ones(2, np.int32)}, "packed integers of compressed-tensors"),
         ({"b.weight._data": np.ones(2, np.int8)}, "few bits by quanto"),
         ({"b.weight": np.ones((2, 2), np.int8), "b.weight_scale": np.ones(2)}, "int8 with scales"),
@@ -110,9 +110,7 @@ def test_other_kinds_are_named(tmp_path, tensors, message):
 
 @pytest.mark.parametrize("shape", [(2,), (5,), (1, 6), (3, 2), (6, 1, 1)])
 def test_scales_of_another_shape(tmp_path, shape):
-    with pytest.raises(
-        InputError, match=r"b\.weight_scale has shape .*expected one number or one for each of the rows"
-    ):
+    with pytest.raises(InputError, match=r"b\.weight_scale has shape .*expected one number, or one for each row"):
         read(tmp_path, {"b.weight": WEIGHT.astype(E4M3), "b.weight_scale": np.ones(shape)})
 
 
@@ -131,3 +129,14 @@ def test_pickles_with_scales(tmp_path):
     value = open_pickle(tmp_path / "x.pt", allow=True).read("b.weight")
     want = (stored.float() * torch.tensor(0.3)).to(torch.bfloat16)
     np.testing.assert_array_equal(value.astype(np.float32), want.float().numpy())
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (128, 256), (1, 129), (256, 1)])
+def test_a_scale_for_each_block(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(shape).astype(E4M3)
+    scale = rng.uniform(0.01, 2, [-(-size // 128) for size in shape]).astype(np.float32)
+    got = read(tmp_path, {"b.weight": weight, "b.weight_scale_inv": scale})
+    wanted = weight.astype(np.float32) * scale.repeat(128, 0).repeat(128, 1)[: shape[0], : shape[1]]
+    assert list(got) == ["b.weight"]
+    np.testing.assert_array_equal(got.read("b.weight"), wanted.astype(BFLOAT16))

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from rflow_jax.errors import InputError
 from rflow_jax.utils.file_kinds import require_true_files
 from rflow_jax.utils.json_files import read_object
-from rflow_jax.weights.safetensors_io import TensorFiles, open_pickle
+from rflow_jax.weights.pytorch_files import open_pickle
+from rflow_jax.weights.safetensors_io import TensorFiles
 from rflow_jax.weights.saving import PARTIAL, atomic_output, need_space, save_tensors, write_safetensors
 
 TENSORS = {
