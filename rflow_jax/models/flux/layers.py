@@ -14,7 +14,7 @@ from flax.typing import Dtype
 
 from rflow_jax.models.attention import attend
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
-from rflow_jax.models.layers import ALL_ROWS, Linear, LoraRows, RMSNorm, layer_norm
+from rflow_jax.models.layers import ALL_ROWS, Linear, LoraRows, RMSNorm, each_linear, layer_norm
 from rflow_jax.models.options import AttentionImpl, Remat
 from rflow_jax.models.partitioning import BATCH, HEADS, SEQUENCE, TENSOR, TOKENS, constrain, has_axis
 from rflow_jax.typing import Array, Float
@@ -52,10 +52,10 @@ def rope_table(ids: np.ndarray, axes: tuple[int, ...], theta: float) -> Rope:
 
 def apply_rope(x: Float[Array, "b s n h"], rope: Rope) -> Float[Array, "b s n h"]:
     """Turns the channel pairs (0, 1), (2, 3), ... of every head, in float32."""
+    # The pairs are reversed, not stacked anew: a reversal is fused with what is around it, a concatenation is not.
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = rope.cos[:, None, :], rope.sin[:, None, :]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    cos, sin = rope.cos[:, None, :, None], rope.sin[:, None, :, None]
+    turned = pairs * cos + jnp.flip(pairs, axis=-1) * (sin * np.array([-1, 1], np.float32))
     return turned.reshape(x.shape).astype(x.dtype)
 
 
@@ -190,7 +190,11 @@ class QKV(nnx.Module):
         self.norm_k = RMSNorm(h, eps=NORM_EPS, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope, lora: LoraRows) -> tuple[Array, Array, Array]:
-        q, k, v = (linear(x, lora).reshape(*x.shape[:-1], self.heads, -1) for linear in (self.q, self.k, self.v))
+        return self.turned(*each_linear((self.q, self.k, self.v), x, lora), rope)
+
+    def turned(self, q: Array, k: Array, v: Array, rope: Rope) -> tuple[Array, Array, Array]:
+        """The same from the three products."""
+        q, k, v = (y.reshape(*y.shape[:-1], self.heads, -1) for y in (q, k, v))
         q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
         return _whole_sequence(q), _whole_sequence(k), _whole_sequence(v)
 
@@ -250,8 +254,7 @@ class DoubleBlock(nnx.Module):
 
         text_qkv = self.text.qkv(modulate(text, *text_mod[:2]), text_rope, ctx.lora_text)
         image_qkv = self.image.qkv(modulate(image, *image_mod[:2]), image_rope, rows)
-        joint = (jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        attended = ctx.attend(*joint)
+        attended = ctx.attend(*map(_one_after_the_other, text_qkv, image_qkv))
         attended_text, attended_image = (_merge_heads(part) for part in (attended[:, :t], attended[:, t:]))
 
         text = text + text_mod[2] * self.text.out(attended_text, ctx.lora_text)
@@ -285,9 +288,15 @@ class SingleBlock(nnx.Module):
         rows = ctx.lora_rows(x.shape[1])
         shift, scale, gate = per_token_chunks(modulation, 3, x.shape[1], ctx.n_condition)
         y = modulate(x, shift, scale)
-        attended = _merge_heads(ctx.attend(*self.qkv(y, ctx.rope, rows)))
-        hidden = jax.nn.gelu(self.mlp(y, rows), approximate=True)
-        return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1), rows)
+        *qkv, hidden = each_linear((self.qkv.q, self.qkv.k, self.qkv.v, self.mlp), y, rows)
+        attended = _merge_heads(ctx.attend(*self.qkv.turned(*qkv, ctx.rope)))
+        return x + gate * self.out.of_parts((attended, jax.nn.gelu(hidden, approximate=True)), rows)
+
+
+def _one_after_the_other(text: Float[Array, "b t n h"], image: Float[Array, "b ic n h"]) -> Float[Array, "b _ n h"]:
+    """Joins two streams; padded and added, which is fused into what made them, where a concatenation is a kernel."""
+    t, ic = text.shape[1], image.shape[1]
+    return jnp.pad(text, ((0, 0), (0, ic), (0, 0), (0, 0))) + jnp.pad(image, ((0, 0), (t, 0), (0, 0), (0, 0)))
 
 
 def _whole_sequence(x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:
