@@ -49,7 +49,7 @@ def blocks_of(blocks: Sequence[nnx.Module], *, stacked: bool) -> nnx.List | Stac
 
 
 def over_blocks(
-    blocks: nnx.List | Stack,
+    blocks: nnx.List | Sequence[Any] | Stack,
     step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     inputs: Any = None,
