@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.step import SIZES, STEPS_A_CALL, grid, print_kernels, random_network
+from benchmarks.kernels import print_kernels
+from benchmarks.step import SIZES, STEPS_A_CALL, grid, random_network
 from rflow_jax.models.flux.config import FluxConfig, forward_flops
 from rflow_jax.models.flux.transformer import FluxGraph
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
@@ -143,7 +144,7 @@ def finish(model: Model, job: Job, repeats: int, profile: bool) -> str:
                 state, told = step(state, job.frozen, *job.inputs)
             told.loss.block_until_ready()
 
-        print_kernels(few)
+        print_kernels(few, STEPS_A_CALL)
     if not np.isfinite(losses).all():
         raise SystemExit("not finite: the figures would mean nothing")
     case, shape = job.case, model.shape
