@@ -1,4 +1,4 @@
-"""The transformer's shortcuts on one GPU: kernels in parts, the last block for the image alone; equal to the long way."""
+"""The transformer's shortcuts, kernels in parts and the last block for the image alone, equal the long way."""
 
 import dataclasses
 
