@@ -44,13 +44,13 @@ def main() -> None:
 def make_network(size: str, device: str) -> Any:
     """diffusers' transformer with random bfloat16 weights made on the device."""
     import torch
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     config = dataclasses.asdict(SIZES[size][0])
     for constant in ("mlp_ratio", "rope_theta"):  # diffusers has them in its code
         del config[constant]
     with torch.device("meta"):
-        network = FluxTransformer2DModel(**config)
+        network: Any = FluxTransformer2DModel(**config)
     network = network.to(torch.bfloat16).to_empty(device=device).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

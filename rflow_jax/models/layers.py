@@ -97,8 +97,8 @@ class Linear(nnx.Module):
 def each_linear(linears: Sequence[Linear], x: Float[Array, "*b s d"], lora: LoraRows) -> list[Float[Array, "*b s _"]]:
     """``linear(x, lora)`` of several linears, whose matrices A take one product."""
     outputs = [linear(x) for linear in linears]
-    adapted = [] if lora is None else [i for i, linear in enumerate(linears) if linear.lora_a is not None]
-    if adapted:
+    adapted = [i for i, linear in enumerate(linears) if linear.lora_a is not None]
+    if adapted and lora is not None:
         terms = _low_rank_terms([linears[i] for i in adapted], (x,), lora)
         for i, term in zip(adapted, terms, strict=True):
             outputs[i] = outputs[i] + term
@@ -119,9 +119,9 @@ def _low_rank_terms(linears: Sequence[Linear], parts: Sequence[Float[Array, "*b 
     ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
     low = _sum_of_products(parts, jnp.split(all_a, ends))
     terms = []
-    for linear, own, lora_b in zip(
-        linears, jnp.split(low, np.cumsum([m.shape[1] for m in a])[:-1], axis=-1), b, strict=True
-    ):
+    lows = jnp.split(low, np.cumsum([matrix.shape[1] for matrix in a])[:-1], axis=-1)
+    for linear, own, lora_b in zip(linears, lows, b, strict=True):
+        assert linear.lora_scale is not None
         # The scale stays float32: bfloat16 may not represent alpha / rank.
         term = jnp.dot((own * linear.lora_scale[...]).astype(dtype), lora_b)
         if masked:

@@ -128,10 +128,10 @@ def load_trainable_model(
         rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
         options = {"alpha": config.alpha, "pattern": config.target_modules, "sharding_for": choose}
         init_lora(transformer, config.rank, rngs=rngs, **options)
-    model = partition_params(flux, transformer, parameters, scan_blocks=scans_blocks(scan_blocks, mesh))
-    if splits_kernels(mesh, model.graph.scan_blocks):
-        return replace(model, frozen=split_kernels(model.frozen, flux.flux_config))
-    return model
+    parts = partition_params(flux, transformer, parameters, scan_blocks=scans_blocks(scan_blocks, mesh))
+    if splits_kernels(mesh, parts.graph.scan_blocks):
+        return replace(parts, frozen=split_kernels(parts.frozen, flux.flux_config))
+    return parts
 
 
 def partition_params(

@@ -198,7 +198,8 @@ class QKV(nnx.Module):
         self.norm_k = RMSNorm(h, eps=NORM_EPS, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope, lora: LoraRows) -> tuple[Array, Array, Array]:
-        return self.turned(*each_linear((self.q, self.k, self.v), x, lora), rope, rope)
+        q, k, v = each_linear((self.q, self.k, self.v), x, lora)
+        return self.turned(q, k, v, rope, rope)
 
     def turned(self, q: Array, k: Array, v: Array, rope_q: Rope, rope_k: Rope) -> tuple[Array, Array, Array]:
         """The same from the three products; queries and keys may be of other tokens."""
@@ -296,8 +297,8 @@ class SingleBlock(nnx.Module):
         rows = ctx.lora_rows(x.shape[1])
         shift, scale, gate = per_token_chunks(modulation, 3, x.shape[1], ctx.n_condition)
         y = modulate(x, shift, scale)
-        *qkv, hidden = each_linear((self.qkv.q, self.qkv.k, self.qkv.v, self.mlp), y, rows)
-        attended = _merge_heads(ctx.attend(*self.qkv.turned(*qkv, ctx.rope, ctx.rope)))
+        q, k, v, hidden = each_linear((self.qkv.q, self.qkv.k, self.qkv.v, self.mlp), y, rows)
+        attended = _merge_heads(ctx.attend(*self.qkv.turned(q, k, v, ctx.rope, ctx.rope)))
         return x + gate * self.out.of_parts((attended, jax.nn.gelu(hidden, approximate=True)), rows)
 
     def image_alone(

@@ -160,7 +160,7 @@ class FluxTransformer(nnx.Module):
         def single(block: SingleBlock, x: Array, modulation: Array) -> tuple[Array, None]:
             return _as_tokens(block(x, modulation, ctx)), None
 
-        blocks, last = self.single_blocks, None
+        blocks, last, last_modulation = self.single_blocks, None, None
         # Stacked blocks are all alike, and rows of a sequence that is cut over devices lie on few of them.
         if isinstance(blocks, nnx.List) and blocks and not has_axis(SEQUENCE):
             *blocks, last = blocks
