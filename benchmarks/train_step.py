@@ -1,6 +1,7 @@
 """Milliseconds and memory of one training step on this machine's accelerators, with random weights and encoded samples.
 
-    python -m benchmarks.train_step [--size dev|tiny] [--batch 1 2 4] [--remat dots full] [--fsdp 2] [--scan_blocks]
+    python -m benchmarks.train_step [--size dev|part|tiny] [--batch 1 2 4] [--remat dots_and_attention full] [--fsdp 2]
+        [--scan_blocks]
 
 A rank-32 LoRA in float32 on a bfloat16 base, Prodigy, a condition; encoding pictures and texts is not included. All
 rows are compiled side by side and timed one after the other, and printed as a table: devices, remat, batch,
@@ -17,16 +18,19 @@ import statistics
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.step import SIZES, STEPS_A_CALL, grid, print_kernels, random_network
+from benchmarks.kernels import print_kernels
+from benchmarks.step import SIZES, STEPS_A_CALL, grid, random_network
 from rflow_jax.models.flux.config import FluxConfig, forward_flops
 from rflow_jax.models.flux.transformer import FluxGraph
+from rflow_jax.models.options import Remat
 from rflow_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from rflow_jax.parallel.sharding import sharding_for
 from rflow_jax.training.config import OptimizerConfig
@@ -38,7 +42,7 @@ from rflow_jax.training.train_state import init_state
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 LOSSES_SHOWN = 3
 DISTANCE = 1e-3  # Prodigy's first guess: large enough for the losses of a few steps to differ
-HEADER = "devices remat batch   ms/step  ms/sample  TFLOP/s  GiB  trace s  compile s  losses"
+HEADER = "devices remat              batch   ms/step  ms/sample  TFLOP/s  GiB  trace s  compile s  losses"
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ class Model:
     frozen: Any
 
 
-def make_model(size: str, *, scan_blocks: bool = False) -> Model:
-    """The network of one of ``SIZES``, drawn on the first device."""
+def make_model(size: str, *, scan_blocks: bool = False, split: bool = False) -> Model:
+    """The network of one of ``SIZES``, drawn on the first device; ``split`` as of :func:`random_network`."""
     config, side, condition_side, text = SIZES[size]
-    graph, state = random_network(config, jnp.bfloat16, scan_blocks=scan_blocks)
+    graph, state = random_network(config, jnp.bfloat16, scan_blocks=scan_blocks, split=split)
     _, trainable, frozen = nnx.split(graph.merge(state), nnx.LoRAParam, ...)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32) * 0.01, trainable)
     shape = TokenShape(text, grid(side), grid(condition_side))
@@ -101,6 +105,8 @@ def begin(model: Model, case: Case, pool: ThreadPoolExecutor) -> Job:
     choose = sharding_for(mesh)
 
     def place(state: Any) -> Any:
+        if mesh.size == 1:
+            return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
         flat = nnx.to_flat_state(state)
         where = [(path, v.replace(choose(".".join(map(str, path)), v.shape))) for path, v in flat]
         return jax.device_put(state, nnx.from_flat_state(where))
@@ -143,7 +149,7 @@ def finish(model: Model, job: Job, repeats: int, profile: bool) -> str:
                 state, told = step(state, job.frozen, *job.inputs)
             told.loss.block_until_ready()
 
-        print_kernels(few)
+        print_kernels(few, STEPS_A_CALL)
     if not np.isfinite(losses).all():
         raise SystemExit("not finite: the figures would mean nothing")
     case, shape = job.case, model.shape
@@ -151,7 +157,7 @@ def finish(model: Model, job: Job, repeats: int, profile: bool) -> str:
     tokens = {"text": shape.text, "image": shape.image[0] ** 2, "condition": shape.condition[0] ** 2}
     flops = 2 * case.batch * forward_flops(model.config, **tokens) / case.fsdp
     return (
-        f"{case.fsdp:7d} {case.remat:5s} {case.batch:5d} {seconds * 1e3:9.1f} {seconds * 1e3 / case.batch:10.1f} "
+        f"{case.fsdp:7d} {case.remat:18s} {case.batch:5d} {seconds * 1e3:9.1f} {seconds * 1e3 / case.batch:10.1f} "
         f"{flops / seconds / 1e12:8.0f} {_gib(step):4.1f} {job.trace_s:8.1f} {compile_s:10.1f}  "
         + " ".join(f"{loss:.6f}" for loss in losses[:LOSSES_SHOWN])
     )
@@ -168,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--remat", nargs="+", default=["full", "dots"], choices=("none", "dots", "full"))
+    parser.add_argument("--remat", nargs="+", default=["full", "dots_and_attention"], choices=get_args(Remat))
     parser.add_argument("--fsdp", type=int, default=1, help="also on this many devices")
     parser.add_argument("--scan_blocks", action="store_true", help="with stacked blocks")
     parser.add_argument("--repeats", type=int, default=5)
@@ -179,7 +185,8 @@ def main() -> None:
         batch = max(batch for batch in arguments.batch if batch % arguments.fsdp == 0)
         cases.insert(0, Case(arguments.remat[0], batch, arguments.fsdp))
     print(f"{arguments.fsdp} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
-    model = make_model(arguments.size, scan_blocks=arguments.scan_blocks)
+    alone = arguments.fsdp == 1 and not arguments.scan_blocks
+    model = make_model(arguments.size, scan_blocks=arguments.scan_blocks, split=alone)
     with ThreadPoolExecutor(len(cases)) as pool:
         jobs = [begin(model, case, pool) for case in cases]
         print(HEADER, flush=True)
@@ -192,7 +199,7 @@ def main() -> None:
             except jax.errors.JaxRuntimeError as error:
                 if OUT_OF_MEMORY not in str(error):
                     raise
-                row = f"{job.case.fsdp:7d} {job.case.remat:5s} {job.case.batch:5d} does not fit"
+                row = f"{job.case.fsdp:7d} {job.case.remat:18s} {job.case.batch:5d} does not fit"
             print(row, flush=True)
 
 

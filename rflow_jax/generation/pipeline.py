@@ -32,6 +32,7 @@ from rflow_jax.generation.sampling import (
     sample,
     sample_keys,
 )
+from rflow_jax.models.flux.split import split_kernels, splits_kernels
 from rflow_jax.models.lora import without_condition_effect
 from rflow_jax.models.options import AttentionImpl
 from rflow_jax.models.partitioning import DATA
@@ -380,4 +381,7 @@ def load_pipeline(
     use_compilation_cache()
     options = {"dtype": dtype, "mesh": mesh, "scan_blocks": scan_blocks, "progress": progress}
     flux = load_flux(model, lora=lora, lora_alpha=lora_alpha, **options)
+    if splits_kernels(mesh, flux.graphs.transformer.scan_blocks):
+        base, adapters = flux.weights["transformer"]
+        flux.weights["transformer"] = split_kernels(base, flux.flux_config), adapters
     return Pipeline(flux, attention=attention, mesh=mesh)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -18,6 +19,15 @@ Module = TypeVar("Module", bound=nnx.Module)
 # The rows (tokens, on axis -2) that a linear's LoRA acts on; None: none. ``slice(start, None)``: the last rows.
 LoraRows = slice | None
 ALL_ROWS = slice(None)
+
+
+class SplitKernel(NamedTuple):
+    """A kernel's rows in several arrays, one for each part of an input that is never joined.
+
+    A program that cuts an array it is given copies the pieces, so they are cut once, outside of it.
+    """
+
+    parts: tuple[Float[Array, "_ o"], ...]
 
 
 class _OneKey(nnx.Rngs):
@@ -69,30 +79,64 @@ class Linear(nnx.Module):
         self.lora_scale = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b s d"], lora: LoraRows = None) -> Float[Array, "*b s o"]:
-        y = matmul(x, self.kernel.get_value())
+        return self.of_parts((x,), lora)
+
+    def of_parts(self, parts: Sequence[Float[Array, "*b s _"]], lora: LoraRows = None) -> Float[Array, "*b s o"]:
+        """As if called with the parts joined along their channels, which a :class:`SplitKernel` spares."""
+        kernel = self.kernel.get_value()
+        if not isinstance(kernel, SplitKernel):
+            parts = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1),)
+        y = _sum_of_products(parts, kernel.parts if isinstance(kernel, SplitKernel) else (kernel,))
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + self.bias[...].astype(y.dtype)
         if lora is None or self.lora_a is None:
             return y
-        start = lora.start or 0
-        if start == 0:
-            return y + self._low_rank(x)
-        if has_axis(SEQUENCE):  # few of the sequence's devices have these rows: all of them compute
-            return y + jnp.where(jnp.arange(x.shape[-2])[:, None] >= start, self._low_rank(x), 0)
-        delta = self._low_rank(x[..., start:, :])
-        # Updated in place: only the rows that change are read and written again.
-        return jax.lax.dynamic_update_slice_in_dim(y, y[..., start:, :] + delta, start, axis=-2)
+        return y + _low_rank_terms((self,), parts, lora)[0]
 
-    def _low_rank(self, x: Array) -> Array:
-        assert self.lora_a is not None
-        assert self.lora_b is not None
-        assert self.lora_scale is not None
-        # Replicated: the compiler would otherwise move activations to the parts of a small matrix.
-        a, b = (constrain(matrix[...].astype(x.dtype)) for matrix in (self.lora_a, self.lora_b))
-        low = jnp.dot(x, a)
+
+def each_linear(linears: Sequence[Linear], x: Float[Array, "*b s d"], lora: LoraRows) -> list[Float[Array, "*b s _"]]:
+    """``linear(x, lora)`` of several linears, whose matrices A take one product."""
+    outputs = [linear(x) for linear in linears]
+    adapted = [i for i, linear in enumerate(linears) if linear.lora_a is not None]
+    if adapted and lora is not None:
+        terms = _low_rank_terms([linears[i] for i in adapted], (x,), lora)
+        for i, term in zip(adapted, terms, strict=True):
+            outputs[i] = outputs[i] + term
+    return outputs
+
+
+def _low_rank_terms(linears: Sequence[Linear], parts: Sequence[Float[Array, "*b s _"]], rows: slice) -> list[Array]:
+    """``scale * x @ lora_a @ lora_b`` of linears with an adapter, for an input in parts; 0 in other rows."""
+    start = rows.start or 0
+    # If the sequence is cut, few devices have these rows: all of them compute.
+    masked = start > 0 and has_axis(SEQUENCE)
+    if not masked:
+        parts = [part[..., start:, :] for part in parts]
+    dtype = parts[0].dtype
+    # Replicated: the compiler would otherwise move activations to the parts of a small matrix.
+    a, b = ([constrain(getattr(m, name)[...].astype(dtype)) for m in linears] for name in ("lora_a", "lora_b"))
+    all_a = jnp.concatenate(a, axis=1) if len(a) > 1 else a[0]
+    ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    low = _sum_of_products(parts, jnp.split(all_a, ends))
+    terms = []
+    lows = jnp.split(low, np.cumsum([matrix.shape[1] for matrix in a])[:-1], axis=-1)
+    for linear, own, lora_b in zip(linears, lows, b, strict=True):
+        assert linear.lora_scale is not None
         # The scale stays float32: bfloat16 may not represent alpha / rank.
-        scaled = (low * self.lora_scale[...]).astype(x.dtype)
-        return jnp.dot(scaled, b)
+        term = jnp.dot((own * linear.lora_scale[...]).astype(dtype), lora_b)
+        if masked:
+            term = jnp.where(jnp.arange(term.shape[-2])[:, None] >= start, term, 0)
+        elif start:
+            # Zeros around it: the padding becomes a part of whatever reads the sum, where an update in place would be a
+            # kernel of its own.
+            term = jnp.pad(term, [(0, 0)] * (term.ndim - 2) + [(start, 0), (0, 0)])
+        terms.append(term)
+    return terms
+
+
+def _sum_of_products(parts: Sequence[Array], kernels: Sequence[Any]) -> Array:
+    first, *rest = (matmul(part, kernel) for part, kernel in zip(parts, kernels, strict=True))
+    return sum(rest, first)
 
 
 class LayerNorm(nnx.Module):

@@ -10,8 +10,9 @@ from rflow_jax.errors import InputError
 AttentionImpl = Literal["auto", "reference", "xla", "cudnn", "flash"]
 
 # "none" keeps every intermediate result of a block for the backward pass; "dots" keeps the results of products and
-# recomputes the rest; "full" keeps only a block's inputs.
-Remat = Literal["none", "dots", "full"]
+# recomputes the rest; "dots_and_attention" also keeps what an attention kernel gives, so that only cheap operations are
+# recomputed; "full" keeps only a block's inputs.
+Remat = Literal["none", "dots", "dots_and_attention", "full"]
 
 # The linears that the original trains: those of condition tokens, without the first linear of the double blocks'
 # feed-forward.

@@ -15,7 +15,17 @@ from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.options import Remat
 from rflow_jax.typing import Array
 
-_SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# The forward kernels of cuDNN and Pallas. Named results (jax.ad_checkpoint.checkpoint_name) would not do: a kernel also
+# gives the statistics that its backward pass needs, and would run again for them.
+_ATTENTION_KERNELS = {"dot_product_attention_fwd_wrapper", "pallas_call"}
+
+
+def _dots_and_attention(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    return primitive.name in _ATTENTION_KERNELS or _DOTS(primitive, *arguments, **parameters)
+
+
+_SAVED = {"dots": _DOTS, "dots_and_attention": _dots_and_attention, "full": None}
 
 
 def apply_remat(block: Callable[..., Any], remat: Remat, *, in_scan: bool = False) -> Callable[..., Any]:
@@ -49,7 +59,7 @@ def blocks_of(blocks: Sequence[nnx.Module], *, stacked: bool) -> nnx.List | Stac
 
 
 def over_blocks(
-    blocks: nnx.List | Stack,
+    blocks: nnx.List | Sequence[Any] | Stack,
     step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     inputs: Any = None,

@@ -201,7 +201,8 @@ class LoopConfig:
         batch_size: samples of one optimizer step, on all devices together.
         gradient_accumulation_steps: the batch is processed in this number of parts, one after the other, to save
             memory.
-        remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots`` or ``full``.
+        remat: what the backward pass computes again: ``none`` (needs the most memory), ``dots_and_attention``,
+            ``dots`` or ``full`` (the least).
         dtype: of the activations and of the parameters that stay as they are.
         seed: every draw derives from it.
         attention: see rflow_jax/models/attention.py.

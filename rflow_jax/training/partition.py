@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rflow_jax.errors import InputError
+from rflow_jax.models.flux.split import split_kernels, splits_kernels
 from rflow_jax.models.flux.transformer import FluxGraph, FluxTransformer
 from rflow_jax.models.layers import LoRAScale
 from rflow_jax.models.lora import adapters_in, attach, init_lora
@@ -127,7 +128,10 @@ def load_trainable_model(
         rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), INIT))
         options = {"alpha": config.alpha, "pattern": config.target_modules, "sharding_for": choose}
         init_lora(transformer, config.rank, rngs=rngs, **options)
-    return partition_params(flux, transformer, parameters, scan_blocks=scans_blocks(scan_blocks, mesh))
+    parts = partition_params(flux, transformer, parameters, scan_blocks=scans_blocks(scan_blocks, mesh))
+    if splits_kernels(mesh, parts.graph.scan_blocks):
+        return replace(parts, frozen=split_kernels(parts.frozen, flux.flux_config))
+    return parts
 
 
 def partition_params(

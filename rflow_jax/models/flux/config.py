@@ -93,10 +93,16 @@ def block_weights(config: FluxConfig) -> int:
 
 
 def forward_parts(config: FluxConfig, *, text: int, image: int, condition: int = 0) -> tuple[int, int]:
-    """Operations of one sample's forward pass: those of products with weights, and those of attention."""
+    """Operations of one sample's forward pass: those of products with weights, and those of attention.
+
+    Of the last block only the image is read: other tokens need keys and values there. (Stacked blocks compute the rest
+    too, which is not counted.)
+    """
     tokens = text + image + condition
     blocks = config.num_layers + config.num_single_layers
-    return blocks * 2 * tokens * _weights_a_token(config), blocks * 4 * tokens * tokens * config.width
+    idle = tokens - image if config.num_single_layers else 0
+    weights = blocks * tokens * _weights_a_token(config) - idle * (_weights_a_token(config) - 2 * config.width**2)
+    return 2 * weights, 4 * (blocks * tokens - idle) * tokens * config.width
 
 
 def forward_flops(config: FluxConfig, *, text: int, image: int, condition: int = 0) -> float:
@@ -115,14 +121,15 @@ def training_flops(
 
     A product with a weight has one product for its input's gradient, and one for the weight's if that is trained;
     attention's two products have four. ``remat`` "full" repeats the whole forward pass of the blocks, "dots" only
-    attention, whose products it does not keep. Left out as in :func:`forward_flops`: adapters, modulations, both ends
-    of the network, and the scores that a flash kernel computes once more in its backward pass.
+    attention, whose products it does not keep ("dots_and_attention" keeps those of a kernel). Left out as in
+    :func:`forward_flops`: adapters, modulations, both ends of the network, and the scores that a flash kernel computes
+    once more in its backward pass.
 
     ``Corrector.flops`` (training) is another figure: the model's, for a utilisation, without recomputation and with
     attention's gradient as one forward pass.
     """
     weights, attention = forward_parts(config, text=text, image=image, condition=condition)
-    again = {"none": 0, "dots": attention, "full": weights + attention}[remat]
+    again = {"none": 0, "dots_and_attention": 0, "dots": attention, "full": weights + attention}[remat]
     gradients = weights * (1 if lora else 2) + 2 * attention
     return float(weights + attention + gradients + again)
 

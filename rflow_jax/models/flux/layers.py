@@ -14,7 +14,7 @@ from flax.typing import Dtype
 
 from rflow_jax.models.attention import attend
 from rflow_jax.models.flux.config import ConditionFlags, FluxConfig
-from rflow_jax.models.layers import ALL_ROWS, Linear, LoraRows, RMSNorm, layer_norm
+from rflow_jax.models.layers import ALL_ROWS, Linear, LoraRows, RMSNorm, each_linear, layer_norm
 from rflow_jax.models.options import AttentionImpl, Remat
 from rflow_jax.models.partitioning import BATCH, HEADS, SEQUENCE, TENSOR, TOKENS, constrain, has_axis
 from rflow_jax.typing import Array, Float
@@ -52,10 +52,10 @@ def rope_table(ids: np.ndarray, axes: tuple[int, ...], theta: float) -> Rope:
 
 def apply_rope(x: Float[Array, "b s n h"], rope: Rope) -> Float[Array, "b s n h"]:
     """Turns the channel pairs (0, 1), (2, 3), ... of every head, in float32."""
+    # The pairs are reversed, not stacked anew: a reversal is fused with what is around it, a concatenation is not.
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = rope.cos[:, None, :], rope.sin[:, None, :]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    cos, sin = rope.cos[:, None, :, None], rope.sin[:, None, :, None]
+    turned = pairs * cos + jnp.flip(pairs, axis=-1) * (sin * np.array([-1, 1], np.float32))
     return turned.reshape(x.shape).astype(x.dtype)
 
 
@@ -126,20 +126,28 @@ class Context:
 
     @property
     def lora_text(self) -> LoraRows:
-        """The same for text tokens: a condition-only LoRA never acts on them."""
+        """The same for text or image tokens alone: a condition-only LoRA never acts on them."""
         return ALL_ROWS if self.flags.latent_lora else None
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
-        """Attention over [text, image, condition] as the flags say."""
+        """Attention over [text, image, condition] as the flags say.
+
+        Args:
+            q: of all tokens, or of the image's alone.
+        """
         c = self.n_condition
+        image_only = q.shape[1] < k.shape[1]
         if c and not self.flags.union_cond_attn:
-            parts = [(x[:, :-c], x[:, -c:]) for x in (q, k, v)]
-            rest, condition = (attend(*part, impl=self.attention) for part in zip(*parts, strict=True))
+            rest = attend(q if image_only else q[:, :-c], k[:, :-c], v[:, :-c], impl=self.attention)
+            if image_only:
+                return rest
+            condition = attend(q[:, -c:], k[:, -c:], v[:, -c:], impl=self.attention)
             return jnp.concatenate([rest, condition], axis=1)
         bias = None
         if c and self.condition_scale is not None:
-            is_condition = jnp.arange(q.shape[1]) >= q.shape[1] - c
-            across = is_condition[:, None] != is_condition[None, :]
+            is_condition = jnp.arange(k.shape[1]) >= k.shape[1] - c
+            queries = jnp.zeros(q.shape[1], bool) if image_only else is_condition
+            across = queries[:, None] != is_condition[None, :]
             bias = jnp.where(across, jnp.log(self.condition_scale), 0.0).astype(q.dtype)[None, None]
         return attend(q, k, v, bias=bias, impl=self.attention)
 
@@ -190,8 +198,13 @@ class QKV(nnx.Module):
         self.norm_k = RMSNorm(h, eps=NORM_EPS, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope, lora: LoraRows) -> tuple[Array, Array, Array]:
-        q, k, v = (linear(x, lora).reshape(*x.shape[:-1], self.heads, -1) for linear in (self.q, self.k, self.v))
-        q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
+        q, k, v = each_linear((self.q, self.k, self.v), x, lora)
+        return self.turned(q, k, v, rope, rope)
+
+    def turned(self, q: Array, k: Array, v: Array, rope_q: Rope, rope_k: Rope) -> tuple[Array, Array, Array]:
+        """The same from the three products; queries and keys may be of other tokens."""
+        q, k, v = (y.reshape(*y.shape[:-1], self.heads, -1) for y in (q, k, v))
+        q, k = apply_rope(self.norm_q(q), rope_q), apply_rope(self.norm_k(k), rope_k)
         return _whole_sequence(q), _whole_sequence(k), _whole_sequence(v)
 
 
@@ -250,8 +263,7 @@ class DoubleBlock(nnx.Module):
 
         text_qkv = self.text.qkv(modulate(text, *text_mod[:2]), text_rope, ctx.lora_text)
         image_qkv = self.image.qkv(modulate(image, *image_mod[:2]), image_rope, rows)
-        joint = (jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        attended = ctx.attend(*joint)
+        attended = ctx.attend(*map(_one_after_the_other, text_qkv, image_qkv))
         attended_text, attended_image = (_merge_heads(part) for part in (attended[:, :t], attended[:, t:]))
 
         text = text + text_mod[2] * self.text.out(attended_text, ctx.lora_text)
@@ -285,9 +297,35 @@ class SingleBlock(nnx.Module):
         rows = ctx.lora_rows(x.shape[1])
         shift, scale, gate = per_token_chunks(modulation, 3, x.shape[1], ctx.n_condition)
         y = modulate(x, shift, scale)
-        attended = _merge_heads(ctx.attend(*self.qkv(y, ctx.rope, rows)))
-        hidden = jax.nn.gelu(self.mlp(y, rows), approximate=True)
-        return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1), rows)
+        q, k, v, hidden = each_linear((self.qkv.q, self.qkv.k, self.qkv.v, self.mlp), y, rows)
+        attended = _merge_heads(ctx.attend(*self.qkv.turned(q, k, v, ctx.rope, ctx.rope)))
+        return x + gate * self.out.of_parts((attended, jax.nn.gelu(hidden, approximate=True)), rows)
+
+    def image_alone(
+        self, x: Float[Array, "b s d"], text: int, modulation: Float[Array, "b k o"], ctx: Context
+    ) -> Float[Array, "b i d"]:
+        """The image's rows of the result: all that is read of the last block. Other tokens are keys and values only.
+
+        Args:
+            text: number of text tokens.
+        """
+        image = slice(text, x.shape[1] - ctx.n_condition)
+        shift, scale, _ = per_token_chunks(modulation, 3, x.shape[1], ctx.n_condition)
+        k, v = each_linear((self.qkv.k, self.qkv.v), modulate(x, shift, scale), ctx.lora_rows(x.shape[1]))
+        # Row 0 of the modulation is the image's. Made anew from x, since rows of the result above would be copied.
+        shift, scale, gate = jnp.split(modulation[:, :1], 3, axis=-1)
+        lora = ctx.lora_text
+        x = x[:, image]
+        q, hidden = each_linear((self.qkv.q, self.mlp), modulate(x, shift, scale), lora)
+        turned = self.qkv.turned(q, k, v, Rope(*(part[image] for part in ctx.rope)), ctx.rope)
+        attended = _merge_heads(ctx.attend(*turned))
+        return x + gate * self.out.of_parts((attended, jax.nn.gelu(hidden, approximate=True)), lora)
+
+
+def _one_after_the_other(text: Float[Array, "b t n h"], image: Float[Array, "b ic n h"]) -> Float[Array, "b _ n h"]:
+    """Joins two streams; padded and added, which is fused into what made them, where a concatenation is a kernel."""
+    t, ic = text.shape[1], image.shape[1]
+    return jnp.pad(text, ((0, 0), (0, ic), (0, 0), (0, 0))) + jnp.pad(image, ((0, 0), (t, 0), (0, 0), (0, 0)))
 
 
 def _whole_sequence(x: Float[Array, "b s n h"]) -> Float[Array, "b s n h"]:

@@ -27,8 +27,8 @@ from rflow_jax.models.flux.layers import (
 from rflow_jax.models.layers import Linear, abstract
 from rflow_jax.models.lora import linears, set_adapter
 from rflow_jax.models.options import AttentionImpl, Remat
-from rflow_jax.models.partitioning import BATCH, TOKENS, constrain
-from rflow_jax.models.stack import blocks_of, of_some_blocks, over_blocks, stack_blocks
+from rflow_jax.models.partitioning import BATCH, SEQUENCE, TOKENS, constrain, has_axis
+from rflow_jax.models.stack import apply_remat, blocks_of, of_some_blocks, over_blocks, stack_blocks
 from rflow_jax.typing import Array, Float
 
 CONDITION_GUIDANCE = 1.0  # the guidance of the condition's modulation vector
@@ -145,14 +145,31 @@ class FluxTransformer(nnx.Module):
             text, image = block(*streams, modulation, ctx)
             return (_as_tokens(text), _as_tokens(image)), None
 
-        def single(block: SingleBlock, x: Array, modulation: Array) -> tuple[Array, None]:
-            return _as_tokens(block(x, modulation, ctx)), None
-
         streams = tuple(map(_as_tokens, self.embed_tokens(latents, text, condition, ctx)))
         (text, image), _ = over_blocks(self.double_blocks, double, streams, modulations.double, remat=ctx.remat)
         x = _as_tokens(jnp.concatenate([text, image], axis=1))
-        x, _ = over_blocks(self.single_blocks, single, x, modulations.single, remat=ctx.remat)
-        return self.head(x[:, text.shape[1] : x.shape[1] - ctx.n_condition], modulations.final, ctx)
+        return self.head(
+            self._image_of_single_blocks(x, text.shape[1], modulations.single, ctx), modulations.final, ctx
+        )
+
+    def _image_of_single_blocks(
+        self, x: Float[Array, "b s d"], text: int, modulations: Any, ctx: Context
+    ) -> Float[Array, "b i d"]:
+        """[text, image, condition] -> the image behind the single-stream blocks."""
+
+        def single(block: SingleBlock, x: Array, modulation: Array) -> tuple[Array, None]:
+            return _as_tokens(block(x, modulation, ctx)), None
+
+        blocks, last, last_modulation = self.single_blocks, None, None
+        # Stacked blocks are all alike, and rows of a sequence that is cut over devices lie on few of them.
+        if isinstance(blocks, nnx.List) and blocks and not has_axis(SEQUENCE):
+            *blocks, last = blocks
+            *modulations, last_modulation = modulations
+        x, _ = over_blocks(blocks, single, x, modulations, remat=ctx.remat)
+        if last is None:
+            return x[:, text : x.shape[1] - ctx.n_condition]
+        alone = apply_remat(lambda x, modulation: last.image_alone(x, text, modulation, ctx), ctx.remat)
+        return alone(x, last_modulation)
 
     def context(
         self,
