@@ -15,9 +15,10 @@ from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import PromptFolder, check_entry, folder_of, is_done, read_records
+from rflow_jax.search.prompt_folder import PromptFolder, check_entry, finished_records
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
-from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
+from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, write_config
+from rflow_jax.utils.output_folder import usable_folder
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.utils.shown import one_line
 from rflow_jax.verifiers import make_verifier
@@ -50,21 +51,30 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
     published = asdict(config) | asdict(run_config) | {"strategy": kind}
     published |= {role: public_section(getattr(config, role)) for role in MODELS}
     entries = slice_prompts(read_prompts(find_prompts(run_config.prompts)), run_config.start, run_config.end)
-    with left_without_folder(out):
-        return _start(kind, config, run_config, out, published, entries)
+    process_index, processes = _process(run_config)
+    # First of all: what is to be done can only be known once nobody else is at it.
+    with usable_folder(out), claim(out, process_index):
+        return _start(kind, config, run_config, published, entries, process_index, processes)
 
 
 def _start(
-    kind: Kind, config: SearchConfig, run_config: RunConfig, out: Path, published: Mapping[str, Any], entries: Entries
+    kind: Kind,
+    config: SearchConfig,
+    run_config: RunConfig,
+    published: Mapping[str, Any],
+    entries: Entries,
+    process_index: int,
+    processes: int,
 ) -> int:
-    require_usable(out)
+    """Searches what is left in a folder that is claimed."""
+    out = Path(run_config.out)
     require_same(out, published)
-    process_index, processes = _process(run_config)
     for index, entry in entries.items():
         check_entry(out, index, entry)
     mine = {index: entries[index] for index in entries if index % processes == process_index}
-    todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
-    unmade = sum(_unmade(out, index) for index in mine if index not in todo)
+    finished = {index: finished_records(out, index) for index in mine}
+    todo = {index: entry for index, entry in mine.items() if finished[index] is None}
+    unmade = sum(record.get("error") is not None for records in finished.values() for record in records or ())
     if not todo:
         lacking = f", {unmade} of their images could not be made (their records say why)" if unmade else ""
         print(f"{out}: all {len(mine)} prompts are done{lacking}; nothing to do")
@@ -79,8 +89,8 @@ def _start(
         models.close()
         raise
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    with claim(out, published, process_index):
-        return _search(kind, config, out, pipe, models, accounts, todo, given, unmade)
+    write_config(out, published)
+    return _search(kind, config, out, pipe, models, accounts, todo, given, unmade)
 
 
 def _make_models(
@@ -156,11 +166,6 @@ def _search(
         print(f"{lacking}; give the same command again, which asks them again", file=sys.stderr)
         return 1
     return 1 if live.without_image or (context.verified and live.unscored and not live.scored) else 0
-
-
-def _unmade(out: Path, index: int) -> int:
-    """Images of a finished prompt that could not be made."""
-    return sum(record.get("error") is not None for record in read_records(folder_of(out, index)))
 
 
 def _context(config: SearchConfig, pipe: Generator, models: Models) -> SearchContext:

@@ -217,6 +217,12 @@ def _require_values(namespace: Namespace, configs: Iterable[Any], prefix: str = 
                 _require_values(value, [kind], f"{prefix}{name}.")
             elif value is None and type(None) not in get_args(kind):
                 raise InputError(f"{prefix}{name} is null: give a value, or leave it out")
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and "\0" in text:
+                    raise InputError(f"{prefix}{name} contains a NUL: give it without")
+                # Path("") is the current folder, which nobody means.
+                if text == "" and getattr(config, name, None) != "":
+                    raise InputError(f"{prefix}{name} is empty: give a value, or leave it out")
 
 
 def _of_files(error: OSError) -> str:
