@@ -42,7 +42,7 @@ def usable_folder(path: Path) -> Iterator[None]:
         for one in new:
             try:
                 one.rmdir()
-            except OSError:  # it is not empty, or gone
+            except (OSError, ValueError):  # it is not empty, or was never made
                 break
 
 

@@ -248,7 +248,7 @@ def test_a_second_process_is_refused_before_models_and_leaves_no_mark(pipe, give
             patched.setattr(rflow_jax.search.run, "_make_models", lambda *_: pytest.fail("no model is to be made"))
             said.append(call("noise", given, out))
 
-    pipe.before = second
+    pipe.without_lora().before = second
     assert call("noise", given, out, "--end=1") == 0
     assert set(said) == {2}
     assert capsys.readouterr().err.startswith(f"error: {out}: another process is using this folder")
@@ -257,7 +257,7 @@ def test_a_second_process_is_refused_before_models_and_leaves_no_mark(pipe, give
 
 def test_a_folder_that_is_deleted_during_a_search_is_not_made_again(pipe, given, tmp_path, capsys):
     out = tmp_path / "run"
-    pipe.before = lambda requests: shutil.rmtree(out, ignore_errors=True)
+    pipe.without_lora().before = lambda requests: shutil.rmtree(out, ignore_errors=True)
     assert call("noise", given, out) == 1
     assert capsys.readouterr().err.count(f"error: {out}: this folder is gone") == 1
     assert not out.exists()
@@ -266,9 +266,9 @@ def test_a_folder_that_is_deleted_during_a_search_is_not_made_again(pipe, given,
 def test_a_moved_folder_goes_on_under_its_new_name(pipe, given, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert call("noise", given, whole) == 0
-    pipe.before = lambda requests: out.exists() and out.rename(tmp_path / "moved")
+    pipe.without_lora().before = lambda requests: out.exists() and out.rename(tmp_path / "moved")
     assert call("noise", given, out) == 1
-    pipe.before = lambda requests: None
+    pipe.without_lora().before = lambda requests: None
     assert call("noise", given, tmp_path / "moved") == 0
     assert results(tmp_path / "moved") == results(whole)
 
