@@ -17,6 +17,7 @@ from rflow_jax.data.storage.retry import RetryPolicy
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.cli import Command
+from rflow_jax.utils.output_folder import Claim, usable_folder
 from rflow_jax.utils.ranges import Count, CountOrZero, require_ranges
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ def tfds(config: TfdsConfig) -> None:
     from rflow_jax.precompute.tfds_builder import write_tfds
 
     source = open_tars(config.shards, cache=Path(config.cache) if config.cache else None, retry=config.retry)
-    folder = write_tfds(source, Path(config.out))
+    out = Path(config.out)
+    with usable_folder(out), Claim(out, ".lock"):
+        folder = write_tfds(source, out)
     counts = ", ".join(f"{name} {count}" for name, count in source.counts.items())
     print(f"{folder}: {sum(source.counts.values())} records ({counts})")
 
@@ -98,7 +101,9 @@ def precompute(config: PrecomputeConfig) -> None:
 
 def chats(config: ChatsConfig) -> None:
     """GenRef's reflections -> chats."""
-    learned, held_out = make_chats(config)
+    out = Path(config.out)
+    with usable_folder(out), Claim(out, ".lock"):
+        learned, held_out = make_chats(config)
     print(f"{learned} chats, and {held_out} held out, in {config.out}")
 
 

@@ -14,12 +14,13 @@ from rflow_jax.errors import InputError
 from rflow_jax.generation.config import SamplingConfig, require_lora_effect
 from rflow_jax.parallel.layout import MeshConfig
 from rflow_jax.search.config import RECIPE, RunConfig, SearchConfig
-from rflow_jax.utils.atomic_io import use_folder, write_file
+from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.checks import require_dtype, require_text
 from rflow_jax.utils.cli import Command, early_value
 from rflow_jax.utils.files import sha256_of
 from rflow_jax.utils.images import png_bytes, read_image
 from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.output_folder import usable_folder
 from rflow_jax.utils.progress import count_progress
 from rflow_jax.utils.ranges import Count, Positive, require_ranges
 
@@ -104,10 +105,21 @@ def generate(config: GenerateConfig) -> int:
     records = [_record(config, seed) for seed in seeds]
     for name, record in zip(names, records, strict=True):
         _require_free(out / f"{name}.png", record)
-    if out.is_file():
-        raise InputError(f"{out}: is a file; give a folder as --out")
-    use_folder(out)
+    with usable_folder(out):
+        _write_images(config, seeds, names, records, condition)
+    print(f"{config.num_images} image{'s' if config.num_images > 1 else ''} in {out}")
+    return 0
 
+
+def _write_images(
+    config: GenerateConfig,
+    seeds: Sequence[Seed],
+    names: Sequence[str],
+    records: Sequence[dict[str, Any]],
+    condition: Image | None,
+) -> None:
+    """Loads the model, and writes each image with its record."""
+    out, settings = Path(config.out), config.sampling
     from rflow_jax.generation.pipeline import load_pipeline
     from rflow_jax.parallel.mesh import mesh_of_first
 
@@ -140,8 +152,6 @@ def generate(config: GenerateConfig) -> int:
             settings=settings,
             on_images=on_images,
         )
-    print(f"{count} image{'s' if count > 1 else ''} in {out}")
-    return 0
 
 
 def _seeds(config: GenerateConfig) -> list[Seed]:

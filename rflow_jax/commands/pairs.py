@@ -23,6 +23,7 @@ from rflow_jax.utils.cli import Command
 from rflow_jax.utils.files import is_file, read_text
 from rflow_jax.utils.images import png_bytes, read_image, side_by_side
 from rflow_jax.utils.json_files import parse_json, parse_json_lines
+from rflow_jax.utils.output_folder import Claim, usable_folder
 from rflow_jax.utils.progress import count_progress
 from rflow_jax.utils.ranges import Positive, Seed, require_ranges
 from rflow_jax.utils.shown import one_line
@@ -96,12 +97,17 @@ def pairs(config: PairsConfig) -> int:
     require_lora_effect(settings, with_condition=True)
     out = Path(config.out)
     listed = read_pairs(Path(config.file))
-    todo = [pair for pair in listed if not _file(out, pair).exists()]
-    if not todo:
-        print(f"{out}: all {len(listed)} pairs are done; nothing to do")
-        return 0
-    (out / "generated").mkdir(parents=True, exist_ok=True)
+    with usable_folder(out), Claim(out, ".lock"):
+        todo = [pair for pair in listed if not _file(out, pair).exists()]
+        if not todo:
+            print(f"{out}: all {len(listed)} pairs are done; nothing to do")
+            return 0
+        return _correct(config, todo)
 
+
+def _correct(config: PairsConfig, todo: list[CorrectionPair]) -> int:
+    """Loads the model and corrects what is left; returns the exit status."""
+    out, settings = Path(config.out), config.sampling
     from rflow_jax.generation.pipeline import load_pipeline
 
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)

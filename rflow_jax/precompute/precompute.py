@@ -46,6 +46,7 @@ from rflow_jax.precompute.prepare import Job, Prepare, Prepared, ahead
 from rflow_jax.tokenizers.flux import Tokenizers
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.output_folder import Claim, usable_folder
 from rflow_jax.utils.progress import byte_progress, count_progress
 from rflow_jax.weights.components import CLIP, T5, TRANSFORMER, VAE
 from rflow_jax.weights.defaults import SamplingDefaults
@@ -54,6 +55,7 @@ from rflow_jax.weights.flux import FluxModel, StoredNetwork, defaults_of, descri
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
+LOCK = ".lock"
 NETWORKS = {"vae": VAE, "clip": CLIP, "t5": T5}
 
 
@@ -190,8 +192,13 @@ def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]
         The number of records of each subset.
     """
     out = Path(config.out)
-    if (out / COMPLETE).exists():
-        raise InputError(f"{out}: all is encoded already; name another folder to encode anew")
+    with usable_folder(out), Claim(out, LOCK):
+        if (out / COMPLETE).exists():
+            raise InputError(f"{out}: all is encoded already; name another folder to encode anew")
+        return _encode_missing(config, out, show)
+
+
+def _encode_missing(config: PrecomputeConfig, out: Path, show: bool) -> dict[str, int]:
     data, dtype = config.data, jnp.dtype(config.dtype)
     source = open_source(data)
     mesh = make_mesh(MeshConfig(), jax.local_devices())
@@ -210,7 +217,7 @@ def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]
     if (out / SETTINGS).exists():
         wanted = vars(settings)
         require_same(out, read_settings(out), {name: wanted[name] for name in wanted if name != "model"})
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif any(path.name != LOCK for path in out.iterdir()):
         raise InputError(f"{out}: contains other files; name an empty folder")
     else:
         write_file(out / SETTINGS, settings_text(settings))

@@ -23,11 +23,11 @@ from rflow_jax.utils.atomic_io import (
     remove_beginnings,
     set_aside_and_say,
     truncate_partial_line,
-    try_lock,
     write_file,
 )
 from rflow_jax.utils.files import LARGEST_JOURNAL, read_bytes
 from rflow_jax.utils.json_files import parse_json_line
+from rflow_jax.utils.output_folder import try_lock
 from rflow_jax.utils.shown import escaped
 from rflow_jax.verifiers.base import Verdict, read_verdict
 

@@ -168,8 +168,11 @@ class PromptFolder:
             if metadata.exists():
                 set_aside_and_say(metadata, "without content")
             write_file(metadata, json_line(entry))
-        if (reason := _damage(self.path)) is not None:
-            set_aside_and_say(self.path / RECORDS, reason)
+        if (records := self.path / RECORDS).exists():
+            try:
+                _whole_records(self.path)
+            except InputError as error:
+                set_aside_and_say(records, str(error).removeprefix(f"{records}:").strip())
         self.journal = Journal(self.path / JOURNAL)
 
     @staticmethod
@@ -237,25 +240,31 @@ def folder_of(out: Path, index: int) -> Path:
     return out / f"{index:05d}"
 
 
-def is_done(out: Path, index: int) -> bool:
-    """Whether the search of a prompt is finished."""
+def finished_records(out: Path, index: int) -> list[dict[str, Any]] | None:
+    """The records of a prompt whose search is finished, else None."""
     folder = folder_of(out, index)
     # A kill between the records and the end of the journal leaves both: then it is finished once more.
-    return (folder / RECORDS).exists() and not (folder / JOURNAL).exists() and _damage(folder) is None
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with the records of a prompt, or with the images that they name; None also if there are none."""
-    if not (folder / RECORDS).exists():
+    if not (folder / RECORDS).exists() or (folder / JOURNAL).exists():
         return None
     try:
-        for record in read_records(folder):
-            image = folder / record["file"]
-            if image.exists() and not has_end(image):
-                return f"{record['file']} is not a whole PNG file"
-    except InputError as error:
-        return str(error).removeprefix(f"{folder / RECORDS}:").strip()
-    return None
+        return _whole_records(folder)
+    except InputError:
+        return None
+
+
+def is_done(out: Path, index: int) -> bool:
+    """Whether the search of a prompt is finished."""
+    return finished_records(out, index) is not None
+
+
+def _whole_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a prompt; raises InputError if they are damaged, or an image that they name is."""
+    records = read_records(folder)
+    for record in records:
+        image = folder / record["file"]
+        if image.exists() and not has_end(image):
+            raise InputError(f"{record['file']} is not a whole PNG file")
+    return records
 
 
 def has_end(path: Path) -> bool:

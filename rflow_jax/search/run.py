@@ -15,10 +15,11 @@ from rflow_jax.search.config import Kind, RunConfig, SearchConfig
 from rflow_jax.search.engine import Engine, Generator, Models
 from rflow_jax.search.inputs import given_images, read_prompts, slice_prompts
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import RECORDS, PromptFolder, check_entry, folder_of, is_done
+from rflow_jax.search.prompt_folder import RECORDS, PromptFolder, check_entry, finished_records, folder_of
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext
-from rflow_jax.search.run_folder import MODELS, claim, left_without_folder, public_section, require_same, require_usable
+from rflow_jax.search.run_folder import MODELS, claim, public_section, require_same, write_config
 from rflow_jax.search.summary import Lacking, summary
+from rflow_jax.utils.output_folder import usable_folder
 from rflow_jax.utils.recipes import find_prompts
 from rflow_jax.utils.secrets import without_secrets
 from rflow_jax.utils.shown import one_line
@@ -52,21 +53,30 @@ def search(kind: Kind, config: SearchConfig, run_config: RunConfig) -> int:
     published = asdict(config) | asdict(run_config) | {"strategy": kind}
     published |= {role: public_section(getattr(config, role)) for role in MODELS}
     entries = slice_prompts(read_prompts(find_prompts(run_config.prompts)), run_config.start, run_config.end)
-    with left_without_folder(out):
-        return _start(kind, config, run_config, out, published, entries)
+    process_index, processes = _process(run_config)
+    # First of all: what is to be done can only be known once nobody else is at it.
+    with usable_folder(out), claim(out, process_index):
+        return _start(kind, config, run_config, published, entries, process_index, processes)
 
 
 def _start(
-    kind: Kind, config: SearchConfig, run_config: RunConfig, out: Path, published: Mapping[str, Any], entries: Entries
+    kind: Kind,
+    config: SearchConfig,
+    run_config: RunConfig,
+    published: Mapping[str, Any],
+    entries: Entries,
+    process_index: int,
+    processes: int,
 ) -> int:
-    require_usable(out)
+    """Searches what is left in a folder that is claimed."""
+    out = Path(run_config.out)
     require_same(out, published)
-    process_index, processes = _process(run_config)
     for index, entry in entries.items():
         check_entry(out, index, entry)
     mine = {index: entries[index] for index in entries if index % processes == process_index}
-    todo = {index: entry for index, entry in mine.items() if not is_done(out, index)}
-    before = Lacking.of(out, [index for index in mine if index not in todo])
+    finished = {index: finished_records(out, index) for index in mine}
+    todo = {index: entry for index, entry in mine.items() if finished[index] is None}
+    before = Lacking.of(record for records in finished.values() for record in records or ())
     if not todo:
         lacking = f", {before.in_words()} (their records say why)" if before else ""
         print(f"{out}: all {len(mine)} prompts are done{lacking}; nothing to do")
@@ -81,8 +91,8 @@ def _start(
         models.close()
         raise
     # Only now: a model that cannot be loaded must not leave a folder that the next try finds taken.
-    with claim(out, published, process_index):
-        return _search(kind, config, out, pipe, models, accounts, todo, given, before)
+    write_config(out, published)
+    return _search(kind, config, out, pipe, models, accounts, todo, given, before)
 
 
 def _make_models(

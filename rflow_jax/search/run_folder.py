@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.openai_client.endpoint import Connection, public_url
 from rflow_jax.search.config import RunConfig, SearchConfig
-from rflow_jax.utils.atomic_io import is_blank, naming_file, sync_folder, try_lock, use_folder
+from rflow_jax.utils.atomic_io import is_blank, naming_file, sync_folder, write_file
 from rflow_jax.utils.checks import current_key, flatten
 from rflow_jax.utils.files import read_bytes
+from rflow_jax.utils.output_folder import Claim, require_present
 from rflow_jax.utils.yaml_files import read_yaml
 from rflow_jax.verifiers.config import VERIFIERS, EnsembleVerifierConfig, VerifierConfig
 from rflow_jax.writers.base import WRITERS, TextGeneratorConfig
@@ -27,28 +26,18 @@ CONFIG = "config.yaml"
 MODELS = {"verifier": VERIFIERS, "reflector": WRITERS, "refiner": WRITERS}
 
 
-def require_usable(out: Path) -> None:
-    """Creates the folder of a run, or checks that it is one, before anything expensive begins.
+def claim(out: Path, process_index: int) -> Claim:
+    """Locks other processes with the same index out of the folder of a run, which is there.
 
     Raises:
-        InputError: it contains other files, cannot be created, or cannot be written to.
+        InputError: another process works here, or the folder contains other files.
     """
-    taken = use_folder(out) and any(not _is_beginning(path.name) for path in out.iterdir())
-    if taken and not (out / CONFIG).exists():
+    # Not the configuration, which is written only when the models are loaded.
+    held = Claim(out, f".{CONFIG}.{process_index}.lock")
+    if not (out / CONFIG).exists() and any(not _is_beginning(path.name) for path in out.iterdir()):
+        held.close()
         raise InputError(f"{out}: contains files, but no search ({CONFIG} is missing); give another folder as --out")
-
-
-@contextmanager
-def left_without_folder(out: Path) -> Iterator[None]:
-    """Removes the folders that were made for a run, while nothing is in them, if the run cannot begin."""
-    new = [path for path in (out, *out.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # of one that is not empty
-            for path in new:
-                path.rmdir()
-        raise
+    return held
 
 
 def require_same(out: Path, config: Mapping[str, Any]) -> None:
@@ -79,56 +68,23 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-class Claim:
-    """A claim on a folder, until it is closed or the process ends; a context manager.
-
-    Args:
-        held: the file that is locked.
-        lock: that file, if it is there for nothing else.
-    """
-
-    def __init__(self, held: IO[bytes], lock: Path | None) -> None:
-        self._held, self._lock = held, lock
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Releases the claim."""
-        if self._lock is not None:
-            self._lock.unlink(missing_ok=True)  # while it is locked: it must not be another's by then
-        self._held.close()
-
-
-def claim(out: Path, config: Mapping[str, Any], process_index: int) -> Claim:
-    """Writes the configuration if the run is new, and locks out other processes with the same index.
+def write_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Writes the configuration if the run is new, or if a power cut has taken it.
 
     Raises:
-        InputError: another process works here, or began another search a moment ago.
+        InputError: another process has begun another search here a moment ago.
     """
     path = out / CONFIG
+    require_present(path)
     if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)  # another process of the run may have left it
         _write_first(path, _yaml(config))
     require_same(out, config)
-    lock = out / f".{CONFIG}.{process_index}.lock" if process_index else None  # a file for each process of a run
-    held = try_lock(lock or path)
-    if held is None:
-        raise InputError(f"{out}: another process is using this folder; wait for it, or give another")
-    if is_blank(read_bytes(path, "configuration")):  # after a power cut; in place, since this file is locked
-        with naming_file(path):
-            path.write_text(_yaml(config), encoding="utf-8")
-            os.fsync(held.fileno())
-    return Claim(held, lock)
+    if is_blank(read_bytes(path, "configuration")):
+        write_file(path, _yaml(config))
 
 
 def _write_first(path: Path, content: str) -> None:
-    """Writes a new file; of several processes the first one wins, as the claims lock that file."""
+    """Writes a new file; of several processes the first one wins."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with naming_file(path):
         try:
@@ -151,8 +107,8 @@ def _write_first(path: Path, content: str) -> None:
 
 
 def _is_beginning(name: str) -> bool:
-    """Whether it is a configuration that was not written to its end."""
-    return name.startswith(f".{CONFIG}.") and name.endswith(".tmp")
+    """Whether it is a lock, or a configuration that was not written to its end."""
+    return name.startswith(f".{CONFIG}.") and name.endswith((".tmp", ".lock"))
 
 
 def _yaml(config: Mapping[str, Any]) -> str:

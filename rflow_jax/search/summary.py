@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rflow_jax.openai_client.usage import Usage
 from rflow_jax.search.progress import SearchProgress
-from rflow_jax.search.prompt_folder import BEST, SAMPLES, folder_of, read_records
+from rflow_jax.search.prompt_folder import BEST, SAMPLES
 
 _NAMED = 5  # prompts
 
@@ -27,9 +27,9 @@ class Lacking(NamedTuple):
     texts: int
 
     @classmethod
-    def of(cls, out: Path, prompts: Iterable[int]) -> Lacking:
-        """Read from the records of these prompts."""
-        records = [record for index in prompts for record in read_records(folder_of(out, index))]
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> Lacking:
+        """Counted in the records of finished prompts."""
+        records = list(records)
         images = [record for record in records if record.get("error") is None]
         verdicts = [record["verdict"] for record in images if isinstance(record.get("verdict"), Mapping)]
         scores = sum(verdict.get("score") is None for verdict in verdicts)

@@ -28,6 +28,7 @@ from rflow_jax.shapes.scaling_table import Judged, curves_of, markdown, table_of
 from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.images import read_image
 from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.output_folder import Claim, usable_folder
 from rflow_jax.utils.ranges import BatchSize, Count, DenoisingSteps, PairCount, Seed, require_ranges
 from rflow_jax.verifiers.config import VERIFIERS
 from rflow_jax.verifiers.findings import remedies_in
@@ -117,10 +118,14 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
         InputError: a model cannot be used, or the folder holds results of another configuration.
         RunError: images of a search could not be made or scored.
     """
+    out = Path(config.out)
+    with usable_folder(out), Claim(out, ".lock"):
+        return _run_missing(config, out)
+
+
+def _run_missing(config: ScalingConfig, out: Path) -> dict[str, Any]:
     from rflow_jax.search.run import search
 
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     prompts = held_out_prompts(config.prompts)
     file = out / "prompts.jsonl"
     write_file(file, "".join(json.dumps(prompt.metadata) + "\n" for prompt in prompts))

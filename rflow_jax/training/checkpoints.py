@@ -27,6 +27,7 @@ from rflow_jax.training.train_state import TrainState
 from rflow_jax.utils.atomic_io import sync_folder, sync_tree, write_file
 from rflow_jax.utils.checks import current_key
 from rflow_jax.utils.json_files import read_object
+from rflow_jax.utils.output_folder import require_present
 from rflow_jax.utils.secrets import public_addresses
 
 _BLOCK = 1 << 24  # bytes
@@ -208,6 +209,7 @@ class Checkpoints:
             RunError: this checkpoint, or the one before it, could not be written.
         """
         step = int(jax.device_get(state.step))
+        require_present(self.out / CHECKPOINTS)
         with self._disk_errors():
             if step in self.steps:
                 return

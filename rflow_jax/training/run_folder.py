@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ import jax
 import yaml
 
 from rflow_jax.errors import InputError
-from rflow_jax.utils.atomic_io import try_lock, use_folder, write_file
+from rflow_jax.utils.atomic_io import write_file
+from rflow_jax.utils.output_folder import Claim, usable_folder
 
 CONFIG, LOCK = "config.yaml", ".lock"
 log = logging.getLogger(__name__)
@@ -47,17 +48,13 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
     if jax.process_index():
         yield
         return
-    use_folder(out)
-    lock = out / LOCK
-    try:
-        held = try_lock(lock)
-    except InputError as error:
-        log.warning("%s; make sure that no other run writes there", error)
-        yield
-        return
-    if held is None:
-        raise InputError(f"{out}: another run is using this folder; wait for it, or give another out")
-    try:
+    with usable_folder(out), ExitStack() as stack:
+        try:
+            stack.enter_context(Claim(out, LOCK))
+        except InputError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            log.warning("%s; make sure that no other run writes there", error)
         # A configuration that was not written to its end is no file.
         taken = any(path.name != LOCK and not path.match(f".{CONFIG}.*.tmp") for path in out.iterdir())
         if taken and not resume:
@@ -67,9 +64,6 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
         if taken and not (out / CONFIG).exists():
             raise InputError(f"{out}: contains files, but no run ({CONFIG} is missing); give another folder")
         yield
-    finally:
-        lock.unlink(missing_ok=True)  # while it is held: it must not be another's by then
-        held.close()
 
 
 def write_config(out: Path, config: dict[str, Any]) -> None:

@@ -1,61 +1,22 @@
-"""Files that survive kills and power cuts: written atomically, locked, appended to, set aside when damaged."""
+"""Files that survive kills and power cuts: written atomically, appended to, set aside when damaged."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from rflow_jax.errors import InputError
+from rflow_jax.utils.output_folder import require_present
 from rflow_jax.utils.shown import one_line
 
 SYNC_EVERY = 2.0  # seconds between syncs of a file that lines are appended to
-
-
-def use_folder(path: Path) -> bool:
-    """Makes a folder if necessary and checks that it is writable, before anything expensive begins.
-
-    Returns:
-        Whether it contains anything.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-        return any(path.iterdir())
-    except OSError as error:
-        raise InputError(f"{path}: cannot use this folder ({error.strerror})") from error
-
-
-def try_lock(path: Path) -> IO[bytes] | None:
-    """Opens and locks a file, made if necessary; None if this or another process has locked it already.
-
-    The lock ends when the file is closed or the process ends. Raises InputError if it cannot be locked.
-    """
-    held = open(path, "ab")  # noqa: SIM115
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf's lock ends when any descriptor of the file is closed
-        same = os.path.samestat(os.fstat(held.fileno()), path.stat())
-    except OSError as error:
-        held.close()
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.ENOENT):
-            return None
-        raise InputError(f"{path}: cannot be locked ({error.strerror}); name a path on another disk") from error
-    if not same:  # its owner has just replaced the file
-        held.close()
-        return None
-    return held
 
 
 def remove_beginnings(folder: Path, name: str | None = None) -> None:
@@ -109,7 +70,11 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it if necessary; their names are on disk on return."""
+    """Makes a folder and those above it if necessary; their names are on disk on return.
+
+    Raises RunError if this process has claimed a folder above, and that is gone.
+    """
+    require_present(path)
     missing = []
     for folder in (path, *path.parents):
         if folder.exists():
@@ -205,6 +170,7 @@ def append_line(path: Path, line: str, sync: bool = False) -> None:
     Args:
         sync: put the file on disk, with this line and those before it.
     """
+    require_present(path)
     new = sync and not path.exists()
     content = line.encode()
     with naming_file(path), open(path, "ab", buffering=0) as file:  # in one unbuffered call

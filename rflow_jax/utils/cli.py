@@ -217,6 +217,12 @@ def _require_values(namespace: Namespace, configs: Iterable[Any], files: str, pr
                 _require_values(value, [kind], files, f"{prefix}{name}.")
             elif value is None and type(None) not in get_args(kind):
                 raise InputError(f"{files}: {prefix}{name} is null: give a value, or leave it out")
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and "\0" in text:
+                    raise InputError(f"{files}: {prefix}{name} contains a NUL: give it without")
+                # Path("") is the current folder, which nobody means.
+                if text == "" and getattr(config, name, None) != "":
+                    raise InputError(f"{files}: {prefix}{name} is empty: give a value, or leave it out")
 
 
 def _of_files(error: OSError) -> str:

@@ -6,6 +6,7 @@ The safetensors library's own writer needs all tensors of a file in memory, and 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,10 +22,13 @@ from flax.typing import Dtype
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import make_folder, sync_folder, sync_tree
+from rflow_jax.utils.output_folder import require_present, try_lock, usable_folder
 from rflow_jax.weights.key_mapping import KeyMapping, MappingPlan, plan
 from rflow_jax.weights.loading import parameter_shapes
 from rflow_jax.weights.safetensors_header import DTYPES
 from rflow_jax.weights.safetensors_io import TensorFiles
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -78,14 +82,43 @@ def atomic_output(dst: str | os.PathLike[str]) -> Iterator[Path]:
     attempt replaces.
 
     Raises:
-        InputError: ``dst`` exists.
+        InputError: ``dst`` exists, cannot be made, or another process is writing it.
         OSError: it cannot be written; names ``dst``.
     """
     dst = Path(dst)
-    if dst.exists():
+    if os.path.lexists(dst):
         raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another path")
+    require_present(dst)
+    with usable_folder(dst.parent), _alone(dst):
+        if os.path.lexists(dst):  # by then
+            raise InputError(f"{dst}: exists already, and nothing is overwritten; remove it or name another path")
+        make_folder(dst.parent)
+        with _whole_or_absent(dst) as partial:
+            yield partial
+
+
+@contextmanager
+def _alone(dst: Path) -> Iterator[None]:
+    """Locks out other processes that write the same output; without locks on that disk there is a warning."""
+    lock = dst.with_name(f".{dst.name}.lock")
+    try:
+        held = try_lock(lock)
+    except InputError as error:
+        log.warning("%s; make sure that no other process writes it", error)
+        yield
+        return
+    if held is None:
+        raise InputError(f"{dst}: another process is writing it; wait for it, or name another path")
+    with held:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is locked: it must not be another's by then
+
+
+@contextmanager
+def _whole_or_absent(dst: Path) -> Iterator[Path]:
     partial = dst.with_name(dst.name + PARTIAL)
-    make_folder(dst.parent)
     _remove(partial)
     try:
         yield partial

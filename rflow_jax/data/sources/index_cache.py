@@ -23,9 +23,10 @@ from rflow_jax.data.records import SUBSETS
 from rflow_jax.data.sources.tar_members import LARGEST, MEMBERS
 from rflow_jax.data.storage.shards import Shard
 from rflow_jax.errors import InputError
-from rflow_jax.utils.atomic_io import try_lock, write_file
+from rflow_jax.utils.atomic_io import write_file
 from rflow_jax.utils.files import OF_THE_MACHINE, open_regular
 from rflow_jax.utils.json_files import parse_json
+from rflow_jax.utils.output_folder import try_lock
 
 # Of a cached index. In the first, members that lie apart were missing.
 _FORMATS = (2, 1)

@@ -1,14 +1,17 @@
 """``rflow noise``, ``noise-prompt`` and ``reflect`` with a pipeline and models that answer at once."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 import rflow_jax.generation.pipeline
+import rflow_jax.search.run
 from rflow_jax.commands.main import main
 from rflow_jax.errors import InputError
+from rflow_jax.search import prompt_folder
 from rflow_jax.search.config import RunConfig, SearchConfig
 from rflow_jax.search.prompt_folder import JOURNAL, read_records
 from rflow_jax.utils import cli
@@ -234,3 +237,52 @@ def test_what_fits_is_let_through():
     config(budget=1.0).require_fit("reflect", given=False)
     config(budget=1.0, verifier="none", writer="http").require_fit("noise", given=False)
     config(verifier="none").require_fit("noise", given=False)
+
+
+def test_a_second_process_is_refused_before_models_and_leaves_no_mark(pipe, given, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    said = []
+
+    def second(requests):
+        with monkeypatch.context() as patched:
+            patched.setattr(rflow_jax.search.run, "_make_models", lambda *_: pytest.fail("no model is to be made"))
+            said.append(call("noise", given, out))
+
+    pipe.without_lora().before = second
+    assert call("noise", given, out, "--end=1") == 0
+    assert set(said) == {2}
+    assert capsys.readouterr().err.startswith(f"error: {out}: another process is using this folder")
+    assert not list(out.glob(".*"))
+
+
+def test_a_folder_that_is_deleted_during_a_search_is_not_made_again(pipe, given, tmp_path, capsys):
+    out = tmp_path / "run"
+    pipe.without_lora().before = lambda requests: shutil.rmtree(out, ignore_errors=True)
+    assert call("noise", given, out) == 1
+    assert capsys.readouterr().err.count(f"error: {out}: this folder is gone") == 1
+    assert not out.exists()
+
+
+def test_a_moved_folder_goes_on_under_its_new_name(pipe, given, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert call("noise", given, whole) == 0
+    pipe.without_lora().before = lambda requests: out.exists() and out.rename(tmp_path / "moved")
+    assert call("noise", given, out) == 1
+    pipe.without_lora().before = lambda requests: None
+    assert call("noise", given, tmp_path / "moved") == 0
+    assert results(tmp_path / "moved") == results(whole)
+
+
+def test_records_are_read_once_at_a_start(pipe, given, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert call("noise", given, out) == 0
+    read = []
+    monkeypatch.setattr(prompt_folder, "read_records", lambda folder: read.append(folder) or read_records(folder))
+    assert call("noise", given, out) == 0
+    assert len(read) == len(set(read)) == 5
+
+
+@pytest.mark.parametrize("flag", ["--out=", "--model=", "--prompts=", "--lora=", "--images="])
+def test_an_empty_path_is_refused(pipe, given, tmp_path, capsys, flag):
+    assert call("reflect", given, tmp_path / "run", flag) == 2
+    assert capsys.readouterr().err == f"error: {flag[2:-1]} is empty: give a value, or leave it out\n"

@@ -12,8 +12,10 @@ import yaml
 from rflow_jax.errors import InputError
 from rflow_jax.scoring.judging import scores_follow_from
 from rflow_jax.search import run_folder
-from rflow_jax.search.run_folder import claim, require_same, require_usable
+from rflow_jax.search.run_folder import claim, require_same, write_config
 from rflow_jax.utils import atomic_io as files
+from rflow_jax.utils import output_folder
+from rflow_jax.utils.output_folder import usable_folder
 from rflow_jax.verifiers import VERIFIERS
 from rflow_jax.verifiers.config import OpenAIVerifierConfig
 
@@ -43,17 +45,28 @@ def changed(**changes):
     return config
 
 
+def begin(out, config, process_index=0):
+    """The claim of a search that has begun."""
+    held = claim(out, process_index)
+    try:
+        write_config(out, config)
+    except InputError:
+        held.close()
+        raise
+    return held
+
+
 @pytest.fixture
 def run(tmp_path):
     """A folder that holds a run, and no process."""
-    claim(tmp_path, CONFIG, 0).close()
+    begin(tmp_path, CONFIG, 0).close()
     return tmp_path
 
 
 def test_the_configuration_is_written_once_and_reads_as_it_was(run):
     assert yaml.safe_load((run / "config.yaml").read_text()) == CONFIG
     before = (run / "config.yaml").read_bytes()
-    claim(run, changed(budget=3.0), 0).close()
+    begin(run, changed(budget=3.0), 0).close()
     assert (run / "config.yaml").read_bytes() == before
     assert [file.name for file in run.iterdir()] == ["config.yaml"]
 
@@ -72,7 +85,7 @@ def test_the_configuration_is_written_once_and_reads_as_it_was(run):
 )
 def test_a_changed_setting_is_named(run, change, message):
     before = (run / "config.yaml").read_bytes()
-    for check in (require_same, lambda out, config: claim(out, config, 0)):
+    for check in (require_same, lambda out, config: begin(out, config, 0)):
         with pytest.raises(InputError) as caught:
             check(run, changed(**change))
         assert message in str(caught.value)
@@ -82,7 +95,7 @@ def test_a_changed_setting_is_named(run, change, message):
 
 def test_a_changed_option_of_a_users_class_is_named_without_its_value(tmp_path):
     was, now = (changed(verifier={"name": "mine:Mine", "options": {"password": word}}) for word in ("old", "new"))
-    claim(tmp_path, was, 0).close()
+    begin(tmp_path, was, 0).close()
     with pytest.raises(InputError, match=r"verifier\.options\.password differs; set it so again"):
         require_same(tmp_path, now)
 
@@ -124,15 +137,14 @@ def test_a_configuration_that_cannot_be_read_is_said(tmp_path):
 
 
 def test_a_folder_with_other_files_is_refused_and_a_runs_own_is_not(tmp_path):
-    require_usable(tmp_path / "new/run")
-    require_usable(tmp_path / "new/run")
-    (tmp_path / "new/run/kept.txt").write_text("x")
+    out = tmp_path / "new/run"
+    with usable_folder(out):
+        claim(out, 0).close()
+        (out / "kept.txt").write_text("x")
     with pytest.raises(InputError, match=r"contains files, but no search \(config\.yaml is missing\)"):
-        require_usable(tmp_path / "new/run")
-    (tmp_path / "new/run/config.yaml").write_text("seed: 1")
-    require_usable(tmp_path / "new/run")
-    with pytest.raises(InputError, match="cannot use this folder"):
-        require_usable(tmp_path / "new/run/kept.txt")
+        claim(out, 0)
+    (out / "config.yaml").write_text("seed: 1")
+    claim(out, 0).close()
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
@@ -140,20 +152,20 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # Not by permissions: they do not hold for root.
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
-    with pytest.raises(InputError, match=r"cannot use this folder \(Permission denied\)"):
-        require_usable(tmp_path)
+    monkeypatch.setattr(output_folder.tempfile, "TemporaryFile", refused)
+    with pytest.raises(InputError, match=r"cannot use this folder \(Permission denied\)"), usable_folder(tmp_path):
+        pass
 
 
 def test_of_two_processes_that_begin_at_once_the_firsts_configuration_stays(tmp_path):
     """The other one saw no configuration, and writes its own a moment later: it must not take the file away."""
-    first = claim(tmp_path, CONFIG, 0)
+    first = begin(tmp_path, CONFIG, 0)
     inode = (tmp_path / "config.yaml").stat().st_ino
     run_folder._write_first(tmp_path / "config.yaml", "seed: 7\n")
     assert (tmp_path / "config.yaml").stat().st_ino == inode
-    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     require_same(tmp_path, CONFIG)
     first.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_without_links_the_configuration_is_written_all_the_same(tmp_path, monkeypatch):
@@ -161,7 +173,7 @@ def test_without_links_the_configuration_is_written_all_the_same(tmp_path, monke
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(run_folder.os, "link", refused)
-    claim(tmp_path, CONFIG, 0).close()
+    begin(tmp_path, CONFIG, 0).close()
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     require_same(tmp_path, CONFIG)
 
@@ -169,9 +181,9 @@ def test_without_links_the_configuration_is_written_all_the_same(tmp_path, monke
 def test_one_process_a_share_until_it_dies(run):
     """Claims are held between processes, so another one is needed: it claims index 2 and waits to be killed."""
     code = (
-        "import sys, yaml, pathlib; from rflow_jax.search.run_folder import claim\n"
+        "import sys, pathlib; from rflow_jax.search.run_folder import claim\n"
         "out = pathlib.Path(sys.argv[1])\n"
-        "held = claim(out, yaml.safe_load((out / 'config.yaml').read_text()), 2)\n"
+        "held = claim(out, 2)\n"
         "print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -180,12 +192,12 @@ def test_one_process_a_share_until_it_dies(run):
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another process is using this folder"):
-            claim(run, CONFIG, 2)
-        with claim(run, CONFIG, 1):
+            begin(run, CONFIG, 2)
+        with begin(run, CONFIG, 1):
             pass
         other.kill()
         other.wait(timeout=30)
-        with claim(run, CONFIG, 2):
+        with begin(run, CONFIG, 2):
             pass
     finally:
         other.kill()
@@ -194,11 +206,11 @@ def test_one_process_a_share_until_it_dies(run):
 
 def test_a_claim_outlives_readers_of_the_configuration(tmp_path):
     for place in (0, 2):
-        with claim(tmp_path, CONFIG, place):
+        with begin(tmp_path, CONFIG, place):
             require_same(tmp_path, CONFIG)
             with pytest.raises(InputError, match="another process is using this folder"):
-                claim(tmp_path, CONFIG, place)
-        claim(tmp_path, CONFIG, place).close()
+                begin(tmp_path, CONFIG, place)
+        begin(tmp_path, CONFIG, place).close()
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -206,9 +218,9 @@ def test_a_disk_without_locks_is_not_another_process(tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", refused)
+    monkeypatch.setattr(output_folder.fcntl, "flock", refused)
     with pytest.raises(InputError, match=r"cannot be locked \(No locks available\)"):
-        claim(tmp_path, CONFIG, 0)
+        begin(tmp_path, CONFIG, 0)
 
 
 def test_only_beginnings_of_the_file_itself_are_removed(tmp_path):
@@ -262,7 +274,7 @@ def test_what_may_change_between_runs_of_a_search_and_of_a_score_file(tmp_path, 
     config = VERIFIERS.parse({"model": "gpt", **price})
     other = VERIFIERS.parse({"model": "gpt", **price} | {name: (MAY_CHANGE | MAY_NOT)[name]})
     was, now = (changed(verifier=run_folder.public_section(one)) for one in (config, other))
-    claim(tmp_path, was, 0).close()
+    begin(tmp_path, was, 0).close()
     if name in MAY_CHANGE:
         require_same(tmp_path, now)
     else:
@@ -275,5 +287,5 @@ def test_what_may_change_between_runs_of_a_search_and_of_a_score_file(tmp_path, 
 def test_a_run_from_before_a_setting_goes_on_where_it_is_left_alone(tmp_path, later):
     now = run_folder.public_section(VERIFIERS.parse({"model": "gpt"}))
     assert later in now
-    claim(tmp_path, changed(verifier={key: value for key, value in now.items() if key != later}), 0).close()
+    begin(tmp_path, changed(verifier={key: value for key, value in now.items() if key != later}), 0).close()
     require_same(tmp_path, changed(verifier=now))

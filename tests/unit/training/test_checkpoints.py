@@ -161,7 +161,7 @@ def test_a_second_run_is_kept_out_as_long_as_the_first_is_there(tmp_path):
     out = tmp_path / "run"
     with open_folder(out, resume=False):
         for resume in (False, True):
-            with pytest.raises(InputError, match="another run is using"), open_folder(out, resume):
+            with pytest.raises(InputError, match="another process is using"), open_folder(out, resume):
                 pass
         write_config(out, {"a": 1})
     assert [path.name for path in out.iterdir()] == ["config.yaml"]
@@ -179,11 +179,17 @@ def test_a_start_that_fails_or_is_killed_leaves_the_folder_free(tmp_path):
         pass
 
 
+def test_a_start_that_fails_leaves_no_new_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_folder(tmp_path / "new/run", resume=False):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def refused(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("rflow_jax.utils.atomic_io.fcntl.flock", refused)
+    monkeypatch.setattr("rflow_jax.utils.output_folder.fcntl.flock", refused)
     with caplog.at_level(logging.WARNING), open_folder(tmp_path, resume=False):
         pass
     assert "cannot be locked" in caplog.text

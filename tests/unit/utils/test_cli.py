@@ -89,7 +89,10 @@ def error_of(capsys, *argv: object, status: int = 2) -> str:
         ("generate --model=m --out=o", "missing: prompt"),
         ("generate --model=m --prompt=x --out=o --lora_alpha=3", "lora_alpha is given without a lora"),
         ("generate --model=m --prompt=x --out=o --reflection=y", "reflection says what to change in a condition"),
-        ("generate --model=m --prompt=x --out=infer.py", "infer.py: is a file; give a folder as --out"),
+        (
+            "generate --model=m --prompt=x --out=infer.py",
+            "infer.py: a file, a pipe, a device or a broken link is in the place of this folder",
+        ),
         ("generate --model=m --prompt=x --out=infer.py/x", "infer.py/x: cannot use this folder"),
         ("generate --model=m --prompt=x --out=o --num_inference_steps=1.5", "is 1.5: give a whole number or null"),
         ("generate --model=m --prompt=x --out=o --guidance_scale=nan", "guidance_scale is nan: give a number"),
