@@ -7,12 +7,13 @@ loops or from texts of gigabytes.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
-from types import FrameType
+from functools import wraps
+from time import monotonic
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -20,20 +21,37 @@ from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_replace
+from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST = 2**24  # characters of a chat
-_BUDGET = 2**28  # characters of all results, and of what lies in variables at each line, with _A_LINE for the line
-_A_LINE = 1000
-_left: ContextVar[list[int]] = ContextVar("budget")
-_FILE = "<template>"  # as Jinja calls the program of a text
+_BUDGET = 2**28  # characters of all values that are made, with _A_STATEMENT for each statement
+_A_STATEMENT = 1000
+_A_NUMBER = 8  # or whatever else is no text
+_SECONDS = 4  # what a chat takes is milliseconds
 # The others may make a long text of a short one before any line ends.
 _FILTERS = (
     *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int"),
     *("items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse"),
     *("safe", "select", "selectattr", "sort", "string", "sum", "title", "trim", "unique", "upper"),
 )
+
+
+@dataclass
+class _Limits:
+    """What a template may still use.
+
+    Attributes:
+        left: characters.
+        deadline: by the monotonic clock.
+    """
+
+    left: int
+    deadline: float
+
+
+_limits: ContextVar[_Limits] = ContextVar("limits")
 
 
 class ChatTemplate:
@@ -70,7 +88,16 @@ class _Generation(Extension):
 
 
 class _Generator(CodeGenerator):
-    """Jinja's, with a bound for the operator ``~``."""
+    """Jinja's, with a price for each statement and a bound for what makes a value without a function or an operator."""
+
+    def blockvisit(self, nodes: Iterable[Node], frame: Any) -> None:
+        def priced() -> Iterator[Node]:
+            self.writeline(f"environment.spend({_A_STATEMENT})")  # a block may be empty
+            for node in nodes:
+                self.writeline(f"environment.spend({_A_STATEMENT + sum(1 for _ in node.find_all(Node))})")
+                yield node
+
+        super().blockvisit(priced(), frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         self.write("environment.concatenated((")
@@ -79,25 +106,59 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_List(self, node: nodes.List, frame: Any) -> None:
+        self._held(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+        self._held(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
+        if node.ctx == "load":
+            self._held(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
+        if isinstance(node.arg, nodes.Slice):
+            self._held(super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
+
+    def _held(self, visit: Callable[[Any, Any], None], node: nodes.Node, frame: Any) -> None:
+        self.write("environment.held(")
+        visit(node, frame)
+        self.write(")")
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja as Transformers sets it up, without what makes much of little."""
 
     code_generator_class = _Generator
+    concat = staticmethod(lambda pieces: _joined(pieces))
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters = {name: self.filters[name] for name in _FILTERS}
-        self.filters |= {"tojson": _as_json, "replace": _replace, "join": _join(self.filters["join"])}
+        filters = {name: self.filters[name] for name in _FILTERS}
+        filters |= {"tojson": _as_json, "replace": _replace, "join": _join(self.filters["join"])}
+        self.filters = {name: _priced(one) for name, one in filters.items()}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "joiner", "cycler")}
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
 
     def concatenated(self, values: Sequence[Any]) -> str:
         """The operator ``~``."""
-        texts = [str(value) for value in values]
-        _require_small(sum(map(len, texts)))
-        return "".join(texts)
+        return _joined(map(str, values))
+
+    def spend(self, characters: int) -> None:
+        """Pays for a statement."""
+        _spend(characters)
+        if monotonic() > _limits.get().deadline:
+            raise SecurityError(f"more than {_SECONDS} seconds")
+
+    def held(self, value: Any) -> Any:
+        """A new list, dict or part of a text; paid for with all that is in it, so that none doubles for long."""
+        _spend(_deep_size(value))
+        return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """The result, unless it may be large."""
@@ -105,7 +166,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError(f"the operator {operator}")
         sizes = _size(left), _size(right)
         _require_small(sizes[0] + sizes[1] if operator == "+" else sizes[0] * sizes[1])
-        return super().call_binop(context, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        return self.held(result) if isinstance(result, list | tuple) else result
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """The result of a function or method, unless it may be large."""
@@ -114,7 +176,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError("format, which pads to any length")
         if isinstance(owner, str | list | tuple | bytes):
             _require_small((1 + len(owner)) * (1 + max(map(_size, (*args, *kwargs.values())), default=0)))
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return __self.held(result) if isinstance(result, str | list | tuple | dict) else result
 
 
 def _size(value: Any) -> int:
@@ -129,10 +192,52 @@ def _require_small(size: int) -> None:
 
 def _spend(characters: int) -> None:
     """Raises SecurityError when a template has used up its budget."""
-    left = _left.get()
-    left[0] -= characters
-    if left[0] < 0:
+    limits = _limits.get()
+    limits.left -= characters
+    if limits.left < 0:
         raise SecurityError("too many steps, or texts too long")
+
+
+def _deep_size(value: Any) -> int:
+    """The characters and numbers in a value, each as often as it is in it."""
+    size, others = 0, [value]
+    while others:
+        one = others.pop()
+        if isinstance(one, str):
+            size += len(one)
+            continue
+        size += _A_NUMBER
+        if isinstance(one, list | tuple):
+            others += one
+        elif isinstance(one, Mapping):
+            others += [*one.keys(), *one.values()]
+        if size + _A_NUMBER * len(others) > LONGEST:
+            raise SecurityError(f"a value of more than {LONGEST:,} characters or numbers")
+    return size
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    texts, length = [], 0
+    for piece in pieces:
+        texts.append(piece)
+        length += len(piece)
+        if length > LONGEST:
+            raise SecurityError(f"more than {LONGEST:,} characters")
+    _spend(length)
+    return "".join(texts)
+
+
+def _priced(filter: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose result is paid for."""
+
+    @wraps(filter)
+    def priced(*args: Any, **kwargs: Any) -> Any:
+        result = filter(*args, **kwargs)
+        if isinstance(result, Sized):
+            _spend(len(result))
+        return result
+
+    return priced
 
 
 def _as_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
@@ -164,27 +269,9 @@ def _raise(message: str) -> None:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Ends a template within by SecurityError when it has used up its budget."""
-    budget = _left.set([_BUDGET])
-
-    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
-        spent = _A_LINE
-        for name, value in frame.f_locals.items():
-            if isinstance(value, str | list) and name.startswith("l_"):
-                spent += len(value)
-            elif value.__class__.__name__ == "Namespace":
-                held = getattr(value, "_Namespace__attrs", {}).values()
-                spent += sum(len(one) for one in held if isinstance(one, str | list))
-        _spend(spent)
-        return on_line
-
-    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
-        return on_line if frame.f_code.co_filename == _FILE else None
-
-    before = sys.gettrace()
-    sys.settrace(on_call)
+    """Gives the template within its budget and its time."""
+    limits = _limits.set(_Limits(_BUDGET, monotonic() + _SECONDS))
     try:
         yield
     finally:
-        sys.settrace(before)
-        _left.reset(budget)
+        _limits.reset(limits)

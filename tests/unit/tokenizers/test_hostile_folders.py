@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rflow_jax.errors import InputError
+from rflow_jax.tokenizers import chat_template
 from rflow_jax.tokenizers.chat_template import ChatTemplate
 from rflow_jax.tokenizers.flux import load_tokenizer
 from rflow_jax.tokenizers.qwen import QwenTokenizer
@@ -58,6 +59,14 @@ def test_a_tokenizer_that_needs_no_code_is_read_beside_some(tmp_path):
         "{% set x = 'aaaaaaaa' %}" + "{% set x = x ~ x %}" * 60,
         "{% set n = namespace(x='aaaaaaaa') %}" + "{% set n.x = n.x ~ n.x %}" * 60,
         "{% set x = [1, 2] %}" + "{% set x = x + x %}" * 60,
+        "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}",
+        "{% set x = {'a': 1} %}" + "{% set x = {'a': x, 'b': x} %}" * 60 + "{{ x|tojson }}",
+        "{% set x = 'aa' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
+        "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% set x = 'a' * 9999999 %}{{ ([x] * 99999)|map('upper')|join }}",
+        "{% set x = 'a' * 9999999 %}{% for i in range(99999) %}{{ 'b' in x }}{% endfor %}",
+        "{% set x = 'a' * 9999999 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
+        "{% macro f(x) %}{{ f(x) ~ f(x) if x else '' }}{% endmacro %}{{ f(1) }}",
         "{{ ('a' * 1000)" + ".replace('a', 'a' * 1000)" * 5 + " }}",
         "{{ (" + "~".join(["('a' * 10000000)"] * 500) + ")|length }}",
         "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
@@ -68,14 +77,14 @@ def test_a_tokenizer_that_needs_no_code_is_read_beside_some(tmp_path):
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     ],
 )
-def test_a_template_ends_in_bounded_time_and_memory(tmp_path, template):
+def test_a_template_ends_in_bounded_time_and_memory(tmp_path, monkeypatch, template):
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
     folder = shutil.copytree(Path(str(BUNDLED[1] / "tiny-qwen2.5-vl")), tmp_path / "q")
     (folder / "chat_template.jinja").write_text(template)
     began = time.monotonic()
     with pytest.raises(InputError, match=r"chat_template.jinja: the chat template does not work \("):
         QwenTokenizer(folder)
-    assert time.monotonic() - began < 5
-    assert sys.gettrace() is None or "coverage" in sys.modules
+    assert time.monotonic() - began < 6
 
 
 def test_templates_as_models_have_them_are_rendered():
