@@ -31,6 +31,7 @@ from rflow_jax.utils.arguments import (
     require_readable_sections,
     settings,
     takes_own_recipe,
+    values_of,
 )
 from rflow_jax.utils.parser_messages import explain
 from rflow_jax.utils.registry import Registry
@@ -138,7 +139,7 @@ def run_command(
         argv = known_keys(argv, command)
         require_readable_sections(argv, command)
         namespace = parser.parse_args(argv)
-        _require_values(namespace, command.configs, config_files(argv))
+        _require_values(namespace, command.configs, argv)
     except ArgumentError as error:
         known = [*(key for key, _ in keys(command.configs)), *settings(command)]
         raise InputError(explain(error, config_files(argv), known)) from error
@@ -204,25 +205,26 @@ def _parser(
     return parser
 
 
-def _require_values(namespace: Namespace, configs: Iterable[Any], files: str, prefix: str = "") -> None:
-    """Raises InputError for a section that is none, and for null where it is no value: jsonargparse takes both."""
+def _require_values(namespace: Namespace, configs: Iterable[Any], argv: Sequence[str], prefix: str = "") -> None:
+    """Raises InputError for a section that is none, and for null or nothing where it is no value."""
     for config in configs:
         for name, kind in get_type_hints(config).items():
             if is_component(kind) or name not in namespace:
                 continue
-            value = namespace[name]
+            value, key = namespace[name], f"{prefix}{name}"
+            key = f"--{key}" if values_of(argv, f"--{key}") else f"{config_files(argv)}: {key}"
             if is_dataclass(kind) and not isinstance(value, Namespace):
-                raise InputError(f"{files}: {prefix}{name}: expected keys with values, got {value!r}")
+                raise InputError(f"{key}: expected keys with values, got {value!r}")
             if isinstance(value, Namespace):
-                _require_values(value, [kind], files, f"{prefix}{name}.")
+                _require_values(value, [kind], argv, f"{prefix}{name}.")
             elif value is None and type(None) not in get_args(kind):
-                raise InputError(f"{files}: {prefix}{name} is null: give a value, or leave it out")
+                raise InputError(f"{key} is null: give a value, or leave it out")
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and "\0" in text:
-                    raise InputError(f"{files}: {prefix}{name} contains a NUL: give it without")
+                    raise InputError(f"{key} contains a NUL: give it without")
                 # Path("") is the current folder, which nobody means.
                 if text == "" and getattr(config, name, None) != "":
-                    raise InputError(f"{files}: {prefix}{name} is empty: give a value, or leave it out")
+                    raise InputError(f"{key} is empty: give a value, or leave it out")
 
 
 def _of_files(error: OSError) -> str:

@@ -285,4 +285,4 @@ def test_records_are_read_once_at_a_start(pipe, given, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["--out=", "--model=", "--prompts=", "--lora=", "--images="])
 def test_an_empty_path_is_refused(pipe, given, tmp_path, capsys, flag):
     assert call("reflect", given, tmp_path / "run", flag) == 2
-    assert capsys.readouterr().err == f"error: {flag[2:-1]} is empty: give a value, or leave it out\n"
+    assert capsys.readouterr().err == f"error: {flag[:-1]} is empty: give a value, or leave it out\n"
