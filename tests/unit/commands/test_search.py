@@ -84,7 +84,7 @@ def test_a_prompt_whose_records_are_there_is_finished_once_more_if_its_journal_i
     before = results(out)
     notes = [{"id": record["id"], "verdict": record["verdict"]} for record in read_records(out / "00000")]
     (out / "00000" / JOURNAL).write_text("".join(json.dumps(note) + "\n" for note in notes))
-    pipe.before = lambda requests: pytest.fail("nothing is to be made")
+    pipe.without_lora().before = lambda requests: pytest.fail("nothing is to be made")
     assert call("noise", given, out, "--end=1") == 0
     assert results(out) == before
 
