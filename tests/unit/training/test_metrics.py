@@ -232,7 +232,7 @@ def test_a_schedule_needs_its_end():
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(setting, value):
     argv = ["--model=m", "--data.path=s", "--out=o", f"--{setting}={value}"]
-    with pytest.raises(InputError, match=rf"^{setting} is (-?[\d.]+|nan|inf|empty): "):
+    with pytest.raises(InputError, match=rf"^(--)?{setting} is (-?[\d.]+|nan|inf|empty): "):
         cli.run_command(cli.Command((CorrectorRunConfig,), lambda _: None), argv)
 
 
