@@ -14,10 +14,12 @@ from rflow_jax.utils.ranges import Concurrency, Price, Retries, Seconds, Tempera
 from rflow_jax.utils.registry import EXECUTION, LATER
 from rflow_jax.utils.secrets import HIDDEN, looks_secret, public_addresses
 
+_VERSION = re.compile(r"version\Z", re.IGNORECASE)  # which is no secret, and often what is to be mended
 _MASKED = re.compile(r"\*\*|\.\.\.|…")
 _PART = 8  # this many consecutive characters of a key are no coincidence
 _MASKED_PART = 3
 _SHORTEST = 8  # a shorter key is no protection, and words of an answer may look like it
+_LONGEST_WORD = 16  # a key of fewer letters and nothing else is a placeholder, which answers may use as a word
 
 
 class Secrets:
@@ -26,7 +28,8 @@ class Secrets:
     def __init__(self, key: str, address: str | None, more: Iterable[str] = ()) -> None:
         parts = urlsplit(address or "")
         pairs = (pair.partition("=") for pair in parts.query.split("&"))
-        inside = {parts.password or parts.username or "", *(value or name for name, _, value in pairs)}
+        query = (value or name for name, _, value in pairs if not _VERSION.search(name))
+        inside = {parts.password or parts.username or "", *query}
         inside |= {unquote(part) for part in inside}
         inside |= {quote(part, safe="") for part in inside}
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"  # as it is sent
@@ -37,7 +40,7 @@ class Secrets:
     def blank(self, text: str) -> str:
         """An answer with whole secrets masked."""
         for secret in self._secrets:
-            if len(secret) >= _SHORTEST:
+            if len(secret) >= _SHORTEST and not (secret.isalpha() and len(secret) < _LONGEST_WORD):
                 text = text.replace(secret, HIDDEN)
         return text
 

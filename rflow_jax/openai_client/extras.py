@@ -30,7 +30,11 @@ _FIXED = dict.fromkeys(("messages", "prompt"), _OF_QUESTIONS) | dict.fromkeys(
 )
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110
 _VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
-_OF_SECRETS = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
+# The last word of a header's name, but for keys that are none of anybody's.
+_OF_SECRETS = re.compile(
+    r"(?<![a-z])(?<!idempotency-)(?:(?:api|auth|access)?(?:key|token)|auth(?:orization|entication)?|cookie|credentials?|passw(?:or)?d|secret)\Z",
+    re.IGNORECASE,
+)
 _OF_CONNECTIONS = {
     *("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "transfer-encoding"),
     *("expect", "te", "trailer", "upgrade"),

@@ -41,7 +41,9 @@ class Requester:
         self._endpoint, self._meter = endpoint, meter
         key, address = endpoint.api_key(), endpoint.address()
         headers = endpoint.headers()
-        words = {word for value in headers.values() for word in (value, value.split()[-1])}
+        # What is written out in the settings is no secret; what they take from the environment may be.
+        hidden = [value for name, value in headers.items() if endpoint.extra_headers.get(name, "$").startswith("$")]
+        words = {word for value in hidden for word in (value, value.split()[-1])}
         self._secrets = Secrets(key, address, (word for word in words if len(word) >= _SHORTEST_SECRET))
         self.name = f"{endpoint.model_name} at {public_url(address or OPENAI)}"
         root, query = without_query(address or OPENAI)

@@ -28,6 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 LONGEST = 2**24  # characters of a chat
 _BUDGET = 2**28  # characters of all values that are made, with _A_STATEMENT for each statement
 _A_STATEMENT = 1000
+_MOST_BITS = 1024  # of a number
 _A_NUMBER = 8  # or whatever else is no text
 _SECONDS = 4  # what a chat takes is milliseconds
 # The others may make a long text of a short one before any line ends.
@@ -164,6 +165,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         """The result, unless it may be large."""
         if operator == "**" or (operator == "%" and isinstance(left, str)):
             raise SecurityError(f"the operator {operator}")
+        if isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() + right.bit_length() > _MOST_BITS:
+                raise SecurityError(f"a number of more than {_MOST_BITS} bits")
+            return super().call_binop(context, operator, left, right)
         sizes = _size(left), _size(right)
         _require_small(sizes[0] + sizes[1] if operator == "+" else sizes[0] * sizes[1])
         result = super().call_binop(context, operator, left, right)

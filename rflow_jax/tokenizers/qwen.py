@@ -152,6 +152,10 @@ def _text(name: str, entry: Any, path: Path) -> str:
     return text
 
 
+def _is_default(template: Any) -> bool:
+    return isinstance(template, dict) and template.get("name") == "default"
+
+
 def _template(folders: Sequence[Path]) -> tuple[str, Path]:
     """The chat template of the first folder that has one, and its file."""
     for folder in folders:
@@ -160,6 +164,9 @@ def _template(folders: Sequence[Path]) -> tuple[str, Path]:
             return read_text(jinja, "chat template", LARGEST_TEMPLATE), jinja
         for path in (as_json, folder / _CONFIG):
             if path.exists() and (template := read_object(path).get("chat_template")):
+                if isinstance(template, list):  # named ones, as Transformers writes several
+                    named = [one.get("template") for one in template if _is_default(one)]
+                    template = named[0] if named else template
                 if not isinstance(template, str):
                     raise InputError(f"{path}: chat_template is a {type(template).__name__}; expected a text")
                 return template, path

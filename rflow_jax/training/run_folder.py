@@ -57,12 +57,12 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
             log.warning("%s; make sure that no other run writes there", error)
         # A configuration that was not written to its end is no file.
         taken = any(path.name != LOCK and not path.match(f".{CONFIG}.*.tmp") for path in out.iterdir())
+        if taken and not (out / CONFIG).exists():
+            raise InputError(f"{out}: contains files, but no run ({CONFIG} is missing); give another folder")
         if taken and not resume:
             raise InputError(
                 f"{out}: contains files already; add --resume to continue that run, or give an empty folder"
             )
-        if taken and not (out / CONFIG).exists():
-            raise InputError(f"{out}: contains files, but no run ({CONFIG} is missing); give another folder")
         yield
 
 

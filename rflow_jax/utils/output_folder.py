@@ -25,6 +25,8 @@ def usable_folder(path: Path) -> Iterator[None]:
         InputError: it cannot be made or written to.
     """
     new = [one for one in (path, *path.parents) if not os.path.lexists(one)]
+    if path.parts and path.parts[0].startswith("~") and Path(path.parts[0]) in new:
+        raise InputError(f"{path}: ~ is written out by the shell alone, before a word; give the whole path")
     try:
         try:
             path.mkdir(parents=True, exist_ok=True)

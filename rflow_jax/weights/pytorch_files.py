@@ -98,16 +98,27 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     with open(file, "rb") as stream:
         is_zip = stream.read(2) == b"PK"
     if fault := (_fault_of_zip if is_zip else _fault_of_pickles)(file):
-        raise InputError(f"{file}: not read as a PyTorch file: {one_line(fault, 300)}; download it again")
+        raise InputError(
+            f"{file}: not read as a PyTorch file: {one_line(fault, 300)}; if it is whole, save its tensors alone"
+        )
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         reason = one_line(error, 300) or type(error).__name__
         raise InputError(f"{file}: torch cannot read it as weights only ({reason})") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise InputError(f"{file}: expected a dictionary of tensors")
+    named = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
+    if not named or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise InputError(f"{file}: expected a dictionary of tensors by name")
     size = file.stat().st_size
     for key, tensor in loaded.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":

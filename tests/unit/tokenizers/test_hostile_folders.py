@@ -87,6 +87,21 @@ def test_a_template_ends_in_bounded_time_and_memory(tmp_path, monkeypatch, templ
     assert time.monotonic() - began < 6
 
 
+def test_numbers_are_no_texts():
+    text = "{{ 1000000 * 1000000 }} {% set n = namespace(sum=0) %}"
+    text += "{% for i in range(5000) %}{% set n.sum = n.sum + i %}{% endfor %}"
+    assert ChatTemplate(text + "{{ n.sum }}").render([]) == "1000000000000 12497500"
+
+
+def test_of_several_named_templates_the_default_counts(tmp_path):
+    folder = shutil.copytree(Path(str(BUNDLED[1] / "tiny-qwen2.5-vl")), tmp_path / "q")
+    whole = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": whole}]
+    before = QwenTokenizer(folder).chat(MESSAGES)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    assert QwenTokenizer(folder).chat(MESSAGES) == before
+
+
 def test_templates_as_models_have_them_are_rendered():
     text = (
         "{%- set n = namespace(count=0) %}{% for m in messages %}{% set n.count = n.count + 1 %}"

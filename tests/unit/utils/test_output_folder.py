@@ -111,3 +111,13 @@ def test_an_output_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_output(tmp_path / "a/b/model"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(InputError, match=r"^~/runs/a: ~ is written out by the shell alone"),
+        usable_folder(Path("~/runs/a")),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

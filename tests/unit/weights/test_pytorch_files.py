@@ -72,3 +72,17 @@ def test_other_files(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(InputError, match=rf"^{file}: "):
         open_pickle(file, allow=True)
+
+
+@pytest.mark.parametrize("loaded", [{1: torch.ones(3)}, {("a",): torch.ones(3)}, [torch.ones(3)], {"a": 3}])
+def test_what_is_no_dictionary_of_tensors_is_said(tmp_path, loaded):
+    torch.save(loaded, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"x.pth: expected a dictionary of tensors by name"):
+        open_pickle(tmp_path / "x.pth", allow=True)
+
+
+def test_what_torch_cannot_read_itself_is_one_line(tmp_path):
+    small = torch.ones(4).to(torch.float8_e4m3fn)
+    torch.save({"a": small}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"x.pth: torch cannot read it as weights only"):
+        open_pickle(tmp_path / "x.pth", allow=True)
