@@ -83,7 +83,7 @@ def tfds(config: TfdsConfig) -> None:
 
     source = open_tars(config.shards, cache=Path(config.cache) if config.cache else None, retry=config.retry)
     out = Path(config.out)
-    with usable_folder(out), Claim(out, ".lock"):
+    with usable_folder(out), Claim(out):
         folder = write_tfds(source, out)
     counts = ", ".join(f"{name} {count}" for name, count in source.counts.items())
     print(f"{folder}: {sum(source.counts.values())} records ({counts})")
@@ -102,7 +102,7 @@ def precompute(config: PrecomputeConfig) -> None:
 def chats(config: ChatsConfig) -> None:
     """GenRef's reflections -> chats."""
     out = Path(config.out)
-    with usable_folder(out), Claim(out, ".lock"):
+    with usable_folder(out), Claim(out):
         learned, held_out = make_chats(config)
     print(f"{learned} chats, and {held_out} held out, in {config.out}")
 

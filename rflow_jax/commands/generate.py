@@ -119,10 +119,10 @@ def _write_images(
     condition: Image | None,
 ) -> None:
     """Loads the model, and writes each image with its record."""
-    out, settings = Path(config.out), config.sampling
     from rflow_jax.generation.pipeline import load_pipeline
     from rflow_jax.parallel.mesh import mesh_of_first
 
+    out, settings = Path(config.out), config.sampling
     options: dict[str, Any] = {"dtype": config.dtype}
     if (mesh := mesh_of_first(config.mesh)) is not None:
         options["mesh"] = mesh

@@ -97,7 +97,7 @@ def pairs(config: PairsConfig) -> int:
     require_lora_effect(settings, with_condition=True)
     out = Path(config.out)
     listed = read_pairs(Path(config.file))
-    with usable_folder(out), Claim(out, ".lock"):
+    with usable_folder(out), Claim(out):
         todo = [pair for pair in listed if not _file(out, pair).exists()]
         if not todo:
             print(f"{out}: all {len(listed)} pairs are done; nothing to do")
@@ -107,9 +107,9 @@ def pairs(config: PairsConfig) -> int:
 
 def _correct(config: PairsConfig, todo: list[CorrectionPair]) -> int:
     """Loads the model and corrects what is left; returns the exit status."""
-    out, settings = Path(config.out), config.sampling
     from rflow_jax.generation.pipeline import load_pipeline
 
+    out, settings = Path(config.out), config.sampling
     pipe = load_pipeline(config.model, lora=config.lora, lora_alpha=config.lora_alpha, dtype=config.dtype)
     settings = pipe.resolve(settings)
     unread = unmade = 0

@@ -84,9 +84,11 @@ class Linear(nnx.Module):
     def of_parts(self, parts: Sequence[Float[Array, "*b s _"]], lora: LoraRows = None) -> Float[Array, "*b s o"]:
         """As if called with the parts joined along their channels, which a :class:`SplitKernel` spares."""
         kernel = self.kernel.get_value()
-        if not isinstance(kernel, SplitKernel):
+        if isinstance(kernel, SplitKernel):
+            y = _sum_of_products(parts, kernel.parts)
+        else:
             parts = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1),)
-        y = _sum_of_products(parts, kernel.parts if isinstance(kernel, SplitKernel) else (kernel,))
+            y = matmul(parts[0], kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if lora is None or self.lora_a is None:

@@ -23,7 +23,7 @@ _LONGEST_WORD = 16  # a key of fewer letters and nothing else is a placeholder, 
 
 
 class Secrets:
-    """The API key, and the user, password and query of the address."""
+    """The API key, the user, password and query of the address, and further words unless they are short."""
 
     def __init__(self, key: str, address: str | None, more: Iterable[str] = ()) -> None:
         parts = urlsplit(address or "")
@@ -34,7 +34,8 @@ class Secrets:
         inside |= {quote(part, safe="") for part in inside}
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"  # as it is sent
         basic = base64.b64encode(login.encode()).decode("ascii") if parts.username or parts.password else ""
-        held = {key, *more, *inside, basic} - {"", NO_KEY}
+        long = (word for word in more if len(word) >= _SHORTEST)
+        held = {key, *long, *inside, basic} - {"", NO_KEY}
         self._secrets = sorted(held, key=len, reverse=True)
 
     def blank(self, text: str) -> str:

@@ -19,7 +19,6 @@ from rflow_jax.utils.shown import one_line
 _LONGEST_REASON = 300
 _LONGEST_SAID = 120
 _CONNECT = 10.0  # seconds for a connection
-_SHORTEST_SECRET = 8
 
 
 class Requester:
@@ -44,7 +43,7 @@ class Requester:
         # What is written out in the settings is no secret; what they take from the environment may be.
         hidden = [value for name, value in headers.items() if endpoint.extra_headers.get(name, "$").startswith("$")]
         words = {word for value in hidden for word in (value, value.split()[-1])}
-        self._secrets = Secrets(key, address, (word for word in words if len(word) >= _SHORTEST_SECRET))
+        self._secrets = Secrets(key, address, words)
         self.name = f"{endpoint.model_name} at {public_url(address or OPENAI)}"
         root, query = without_query(address or OPENAI)
         # Retries and time limits are handled by whoever asks, because unusable answers count as well.

@@ -46,7 +46,7 @@ from rflow_jax.precompute.prepare import Job, Prepare, Prepared, ahead
 from rflow_jax.tokenizers.flux import Tokenizers
 from rflow_jax.typing import Array, Float, Int, UInt8
 from rflow_jax.utils.atomic_io import write_file
-from rflow_jax.utils.output_folder import Claim, usable_folder
+from rflow_jax.utils.output_folder import LOCK, Claim, usable_folder
 from rflow_jax.utils.progress import byte_progress, count_progress
 from rflow_jax.weights.components import CLIP, T5, TRANSFORMER, VAE
 from rflow_jax.weights.defaults import SamplingDefaults
@@ -55,7 +55,6 @@ from rflow_jax.weights.flux import FluxModel, StoredNetwork, defaults_of, descri
 from rflow_jax.weights.hub import resolve
 from rflow_jax.weights.saving import atomic_output, save_tensors
 
-LOCK = ".lock"
 NETWORKS = {"vae": VAE, "clip": CLIP, "t5": T5}
 
 
@@ -192,7 +191,7 @@ def precompute(config: PrecomputeConfig, *, show: bool = True) -> dict[str, int]
         The number of records of each subset.
     """
     out = Path(config.out)
-    with usable_folder(out), Claim(out, LOCK):
+    with usable_folder(out), Claim(out):
         if (out / COMPLETE).exists():
             raise InputError(f"{out}: all is encoded already; name another folder to encode anew")
         return _encode_missing(config, out, show)

@@ -252,11 +252,6 @@ def finished_records(out: Path, index: int) -> list[dict[str, Any]] | None:
         return None
 
 
-def is_done(out: Path, index: int) -> bool:
-    """Whether the search of a prompt is finished."""
-    return finished_records(out, index) is not None
-
-
 def _whole_records(folder: Path) -> list[dict[str, Any]]:
     """The records of a prompt; raises InputError if they are damaged, or an image that they name is."""
     records = read_records(folder)

@@ -119,7 +119,7 @@ def run_scaling(config: ScalingConfig) -> dict[str, Any]:
         RunError: images of a search could not be made or scored.
     """
     out = Path(config.out)
-    with usable_folder(out), Claim(out, ".lock"):
+    with usable_folder(out), Claim(out):
         return _run_missing(config, out)
 
 

@@ -68,13 +68,8 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of a chat; raises whatever the template does, and SecurityError where it goes on for too long."""
-        pieces, length = [], 0
         with _bounded():
-            for piece in self._template.generate(messages=messages, tools=None, documents=None, **variables):
-                pieces.append(piece)
-                if (length := length + len(piece)) > LONGEST:
-                    raise SecurityError(f"more than {LONGEST:,} characters")
-        return "".join(pieces)
+            return _joined(self._template.generate(messages=messages, tools=None, documents=None, **variables))
 
 
 class _Generation(Extension):
@@ -135,7 +130,6 @@ class _Environment(ImmutableSandboxedEnvironment):
     """Jinja as Transformers sets it up, without what makes much of little."""
 
     code_generator_class = _Generator
-    concat = staticmethod(lambda pieces: _joined(pieces))
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self) -> None:
@@ -145,6 +139,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: _priced(one) for name, one in filters.items()}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "joiner", "cycler")}
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """The text of a block."""
+        return _joined(pieces)
 
     def concatenated(self, values: Sequence[Any]) -> str:
         """The operator ``~``."""

@@ -29,9 +29,9 @@ import yaml
 
 from rflow_jax.errors import InputError
 from rflow_jax.utils.atomic_io import write_file
-from rflow_jax.utils.output_folder import Claim, usable_folder
+from rflow_jax.utils.output_folder import LOCK, Claim, usable_folder
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG = "config.yaml"
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +50,7 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
         return
     with usable_folder(out), ExitStack() as stack:
         try:
-            stack.enter_context(Claim(out, LOCK))
+            stack.enter_context(Claim(out))
         except InputError as error:
             if not isinstance(error.__cause__, OSError):
                 raise

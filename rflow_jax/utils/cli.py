@@ -212,19 +212,23 @@ def _require_values(namespace: Namespace, configs: Iterable[Any], argv: Sequence
             if is_component(kind) or name not in namespace:
                 continue
             value, key = namespace[name], f"{prefix}{name}"
-            key = f"--{key}" if values_of(argv, f"--{key}") else f"{config_files(argv)}: {key}"
             if is_dataclass(kind) and not isinstance(value, Namespace):
-                raise InputError(f"{key}: expected keys with values, got {value!r}")
+                raise InputError(f"{_place(key, argv)}: expected keys with values, got {value!r}")
             if isinstance(value, Namespace):
-                _require_values(value, [kind], argv, f"{prefix}{name}.")
+                _require_values(value, [kind], argv, f"{key}.")
             elif value is None and type(None) not in get_args(kind):
-                raise InputError(f"{key} is null: give a value, or leave it out")
+                raise InputError(f"{_place(key, argv)} is null: give a value, or leave it out")
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and "\0" in text:
-                    raise InputError(f"{key} contains a NUL: give it without")
+                    raise InputError(f"{_place(key, argv)} contains a NUL: give it without")
                 # Path("") is the current folder, which nobody means.
                 if text == "" and getattr(config, name, None) != "":
-                    raise InputError(f"{key} is empty: give a value, or leave it out")
+                    raise InputError(f"{_place(key, argv)} is empty: give a value, or leave it out")
+
+
+def _place(key: str, argv: Sequence[str]) -> str:
+    """Where the value of a key stands: its flag, if that is given, else the files."""
+    return f"--{key}" if values_of(argv, f"--{key}") else f"{config_files(argv)}: {key}"
 
 
 def _of_files(error: OSError) -> str:

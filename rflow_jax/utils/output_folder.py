@@ -14,6 +14,7 @@ from typing import IO
 
 from rflow_jax.errors import InputError, RunError
 
+LOCK = ".lock"  # the file that is locked in a folder of one process
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
@@ -81,7 +82,7 @@ class Claim:
         InputError: another process has this claim, or the disk has no locks.
     """
 
-    def __init__(self, folder: Path, lock: str) -> None:
+    def __init__(self, folder: Path, lock: str = LOCK) -> None:
         self.folder, self._lock = folder, folder / lock
         held = try_lock(self._lock)
         if held is None:

@@ -20,7 +20,7 @@ from rflow_jax.openai_client.usage import Usage, UsageTracker
 from rflow_jax.search.config import Kind, NoiseStage, ReflectStage, SearchConfig
 from rflow_jax.search.engine import Engine, Models
 from rflow_jax.search.progress import BusyClock, SearchProgress
-from rflow_jax.search.prompt_folder import PromptFolder, is_done, read_records
+from rflow_jax.search.prompt_folder import PromptFolder, finished_records, read_records
 from rflow_jax.search.prompt_search import PromptSearch, SearchContext, SearchTask
 from rflow_jax.testing.openai_server import score_of
 from rflow_jax.utils.images import png_bytes
@@ -248,7 +248,7 @@ def search(
 
     def prompts() -> Iterator[PromptSearch]:
         nonlocal most_open
-        for index in (index for index in entries if not is_done(out, index)):
+        for index in (index for index in entries if finished_records(out, index) is None):
             opened.append(prompt_run(out, index, config, kind, (given or {}).get(index, ()), bool(asked.verifier)))
             most_open = max(most_open, sum(not run.finished for run in opened))
             yield opened[-1]

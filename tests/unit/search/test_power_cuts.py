@@ -15,7 +15,7 @@ from rflow_jax.errors import InputError
 from rflow_jax.scoring.results import ImageResult, Results
 from rflow_jax.scoring.targets import Target
 from rflow_jax.search.budget import Budget
-from rflow_jax.search.prompt_folder import Journal, PromptFolder, is_done, read_records
+from rflow_jax.search.prompt_folder import Journal, PromptFolder, finished_records, read_records
 from rflow_jax.utils.atomic_io import append_line, inside, set_aside, write_file
 from rflow_jax.verifiers.base import Verdict
 from rflow_jax.weights.saving import atomic_output, save_tensors
@@ -30,7 +30,7 @@ def content(root: Path) -> dict[str, bytes]:
 
 
 def finish(out: Path) -> None:
-    if not is_done(out, 5):
+    if finished_records(out, 5) is None:
         drive(prompt_run(out), models(), random.Random(1))
 
 
@@ -71,7 +71,7 @@ def test_damaged_records_are_set_aside_and_made_again(tmp_path, whole, damage, c
     finish(tmp_path)
     records = tmp_path / "00005/records.jsonl"
     records.write_bytes(damage)
-    assert not is_done(tmp_path, 5)
+    assert finished_records(tmp_path, 5) is None
     finish(tmp_path)
     assert content(tmp_path) == whole
     assert records.with_name("records.jsonl.damaged").read_bytes() == damage

@@ -10,7 +10,15 @@ import pytest
 
 from rflow_jax.errors import InputError
 from rflow_jax.search import prompt_folder as store
-from rflow_jax.search.prompt_folder import JOURNAL, PromptFolder, check_entry, is_done, link, read_image, read_records
+from rflow_jax.search.prompt_folder import (
+    JOURNAL,
+    PromptFolder,
+    check_entry,
+    finished_records,
+    link,
+    read_image,
+    read_records,
+)
 from rflow_jax.testing.openai_server import score_of
 from rflow_jax.utils.atomic_io import remove_beginnings, temporary_path
 from tests.kit.searching import drive, files, models, prompt_run
@@ -110,13 +118,13 @@ def test_what_a_killed_process_half_wrote_goes_when_the_prompt_is_opened(tmp_pat
 
 def test_a_prompt_is_done_when_its_records_are_there_and_its_journal_is_gone(searched):
     out = searched.parent
-    assert is_done(out, 5)
-    assert not is_done(out, 6)
+    assert finished_records(out, 5) is not None
+    assert finished_records(out, 6) is None
     (searched / JOURNAL).write_text('{"id": 0, "verdict": {"score": 1}}\n')
-    assert not is_done(out, 5)
+    assert finished_records(out, 5) is None
     (searched / JOURNAL).unlink()
     (searched / "records.jsonl").unlink()
-    assert not is_done(out, 5)
+    assert finished_records(out, 5) is None
 
 
 def test_a_broken_record_is_named(searched):

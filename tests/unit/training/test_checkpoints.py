@@ -15,8 +15,9 @@ from rflow_jax.parallel.distributed import allgather_strings, raise_on_all
 from rflow_jax.parallel.layout import DistributedConfig
 from rflow_jax.training.checkpoints import Checkpoints
 from rflow_jax.training.config import CheckpointConfig
-from rflow_jax.training.run_folder import LOCK, open_folder, write_config
+from rflow_jax.training.run_folder import open_folder, write_config
 from rflow_jax.training.train_state import TrainState
+from rflow_jax.utils.output_folder import LOCK
 from tests.kit.power_cuts import Disk
 
 CONFIG = {"train.seed": 0, "data.split_ratios.general": [0.5, 0.5], "data.split_ratios.editing": [0.5, 0.5]}
